@@ -1,0 +1,53 @@
+"""tokenmerge: Vision Transformers about twice as fast, by merging similar tokens inside them.
+
+    handle = tokenmerge.patch(model, r=16)
+
+Importing this package imports torch and nothing else that is heavy; timm and the other model libraries are
+imported when a model of theirs is patched.
+"""
+
+from tokenmerge.config import MergeConfig
+from tokenmerge.errors import (
+    ConfigError,
+    InputError,
+    PatchError,
+    TokenMergeError,
+    UnknownFieldError,
+    UnsupportedModelError,
+)
+from tokenmerge.flops import BlockCost, ModelCost, vit_cost
+from tokenmerge.matching import Matcher, bipartite_matching, register_matcher
+from tokenmerge.patching import Handle, Summary, handle, is_patched, model_cost, patch, patched, unpatch
+from tokenmerge.plan import MergePlan
+from tokenmerge.state import token_sizes
+from tokenmerge.tracing import Trace
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "BlockCost",
+    "ConfigError",
+    "Handle",
+    "InputError",
+    "Matcher",
+    "MergeConfig",
+    "MergePlan",
+    "ModelCost",
+    "PatchError",
+    "Summary",
+    "TokenMergeError",
+    "Trace",
+    "UnknownFieldError",
+    "UnsupportedModelError",
+    "__version__",
+    "bipartite_matching",
+    "handle",
+    "is_patched",
+    "model_cost",
+    "patch",
+    "patched",
+    "register_matcher",
+    "token_sizes",
+    "unpatch",
+    "vit_cost",
+]

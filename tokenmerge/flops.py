@@ -1,0 +1,106 @@
+"""How much work a Vision Transformer does before and after merging.
+
+FLOPs are counted as the paper and timm count them: one multiply-add is one. Only matrix products count
+(patch embedding, linear layers, the two products of attention, the classifier); norms, activations, softmax,
+the matching and the merge are left out, as in every published figure.
+
+Per block, for N tokens of C channels: `4NC² + 2N²C` before the merge, `8NC²` after it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+from tokenmerge.schedule import Schedule, token_counts
+
+
+@dataclasses.dataclass(frozen=True)
+class BlockCost:
+    """What one block costs, in multiply-adds.
+
+    Attributes:
+        before: per token that enters the block (attention's linear layers).
+        after: per token that leaves it (the MLP).
+        pair: per pair of tokens that enter it (QKᵀ and the product with V).
+    """
+
+    before: int
+    after: int
+    pair: int
+
+    def total(self, tokens_in: int, tokens_out: int) -> int:
+        """Multiply-adds of one image when `tokens_in` tokens enter the block and `tokens_out` leave it."""
+        return self.before * tokens_in + self.pair * tokens_in**2 + self.after * tokens_out
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelCost:
+    """What a whole model costs for one image.
+
+    Attributes:
+        tokens: tokens that enter the first block, prefix tokens included.
+        protected: leading tokens that never merge.
+        blocks: the cost of each block.
+        stem: multiply-adds of the patch embedding.
+        head: multiply-adds of the classifier.
+        head_per_token: multiply-adds of an attention-pooling head for each token that leaves the last block.
+    """
+
+    tokens: int
+    protected: int
+    blocks: tuple[BlockCost, ...]
+    stem: int = 0
+    head: int = 0
+    head_per_token: int = 0
+
+    def per_block(self, schedule: Schedule) -> tuple[int, ...]:
+        """Multiply-adds of each block under `schedule` (one r per block, cut where too large)."""
+        counts = token_counts(schedule, self.tokens, self.protected)
+        return tuple(
+            block.total(n_in, n_out) for block, n_in, n_out in zip(self.blocks, counts[:-1], counts[1:], strict=True)
+        )
+
+    def total(self, schedule: Schedule | None = None) -> int:
+        """Multiply-adds for one image under `schedule`; `None` is the unmerged model."""
+        schedule = (0,) * len(self.blocks) if schedule is None else schedule
+        tokens_out = token_counts(schedule, self.tokens, self.protected)[-1]
+        return self.stem + sum(self.per_block(schedule)) + self.head + self.head_per_token * tokens_out
+
+    def ratio(self, schedule: Schedule) -> float:
+        """FLOPs under `schedule` ÷ FLOPs of the unmerged model."""
+        return self.total(schedule) / self.total()
+
+
+def vit_cost(
+    *,
+    embed_dim: int,
+    depth: int,
+    img_size: int | tuple[int, int] = 224,
+    patch_size: int = 16,
+    mlp_ratio: float = 4.0,
+    num_classes: int = 1000,
+    in_chans: int = 3,
+    protected: int = 1,
+) -> ModelCost:
+    """The cost of a plain ViT from its dimensions alone.
+
+    Args:
+        embed_dim: channels C.
+        depth: number of blocks L.
+        img_size: side of the image, or (height, width), in pixels.
+        patch_size: side of a patch in pixels.
+        mlp_ratio: hidden channels of the MLP ÷ C.
+        num_classes: classes of the head; 0 for none.
+        in_chans: channels of the image.
+        protected: number of prefix tokens (class, distillation, registers).
+    """
+    height, width = (img_size, img_size) if isinstance(img_size, int) else img_size
+    patches = (height // patch_size) * (width // patch_size)
+    block = BlockCost(before=4 * embed_dim**2, after=2 * int(embed_dim * mlp_ratio) * embed_dim, pair=2 * embed_dim)
+    return ModelCost(
+        tokens=patches + protected,
+        protected=protected,
+        blocks=(block,) * depth,
+        stem=in_chans * patch_size**2 * embed_dim * patches,
+        head=embed_dim * num_classes,
+    )

@@ -1,0 +1,281 @@
+"""timm: `vision_transformer` and `deit`.
+
+Needs a timm whose blocks take `attn_mask` (see `extras` in pyproject.toml); the check at patch time says so otherwise.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from timm.layers.attention import Attention
+from timm.layers.attention_pool import AttentionPoolLatent
+from timm.layers.patch_embed import PatchEmbed
+from timm.models import deit, vision_transformer
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from tokenmerge.attention import size_bias
+from tokenmerge.errors import PatchError
+from tokenmerge.flops import BlockCost
+from tokenmerge.patching.family import BlockFamily, ModelFamily
+from tokenmerge.patching.root import MergeRoot
+from tokenmerge.patching.swap import original_class
+from tokenmerge.state import state_of, weighted_mean
+
+# timm grew these classes over time; a row for a class that this timm lacks is left out
+_DiffAttention: type[nn.Module] | None = getattr(vision_transformer, "DiffAttention", None)
+_ATTENTION: tuple[type[nn.Module], ...] = tuple(cls for cls in (Attention, _DiffAttention) if cls is not None)
+
+
+# --- blocks -----------------------------------------------------------------------------------------------
+
+
+def _block_attention(block: Any, x: Tensor, bias: Tensor | None) -> Tensor:
+    out: Tensor = x + block.drop_path1(block.ls1(block.attn(block.norm1(x), attn_mask=bias)))
+    return out
+
+
+def _block_mlp(block: Any, x: Tensor) -> Tensor:
+    out: Tensor = x + block.drop_path2(block.ls2(block.mlp(block.norm2(x))))
+    return out
+
+
+def _res_post_attention(block: Any, x: Tensor, bias: Tensor | None) -> Tensor:
+    out: Tensor = x + block.drop_path1(block.norm1(block.attn(x, attn_mask=bias)))
+    return out
+
+
+def _res_post_mlp(block: Any, x: Tensor) -> Tensor:
+    out: Tensor = x + block.drop_path2(block.norm2(block.mlp(x)))
+    return out
+
+
+def _things_attention(block: Any, x: Tensor, bias: Tensor | None) -> Tensor:
+    branches = [one.drop_path(one.ls(one.attn(one.norm(x), attn_mask=bias))) for one in block.attns]
+    return x + torch.stack(branches).sum(dim=0)
+
+
+def _things_mlp(block: Any, x: Tensor) -> Tensor:
+    return x + torch.stack([ffn(x) for ffn in block.ffns]).sum(dim=0)
+
+
+def _parallel_attention(block: Any, x: Tensor, bias: Tensor | None) -> Tensor:
+    """Attention and MLP share their projections here, so upstream's whole forward is the branch."""
+    out: Tensor = original_class(block).forward(block, x, attn_mask=bias)
+    return out
+
+
+def _linear_weights(*modules: nn.Module) -> int:
+    return sum(m.weight.numel() for module in modules for m in module.modules() if isinstance(m, nn.Linear))
+
+
+def _pair_cost(attn: Any) -> int:
+    dim: int = attn.num_heads * attn.head_dim
+    # differential attention: two maps of half the head dim, each multiplied with the full V
+    return 6 * dim if _DiffAttention is not None and isinstance(attn, _DiffAttention) else 2 * dim
+
+
+def _block_cost(block: Any) -> BlockCost:
+    return BlockCost(_linear_weights(block.attn), _linear_weights(block.mlp), _pair_cost(block.attn))
+
+
+def _things_cost(block: Any) -> BlockCost:
+    pair = sum(_pair_cost(one.attn) for one in block.attns)
+    return BlockCost(_linear_weights(block.attns), _linear_weights(block.ffns), pair)
+
+
+def _parallel_cost(block: Any) -> BlockCost:
+    differential = "Diff" in type(block).__name__
+    dim = block.num_heads * block.head_dim
+    return BlockCost(_linear_weights(block), 0, 6 * dim if differential else 2 * dim)
+
+
+def _refuse_attention(*attentions: Any) -> list[str]:
+    """Only attention known to add the mask to its scores and to pass K through `k_norm`."""
+    reasons = []
+    for attn in attentions:
+        known = next((cls for cls in _ATTENTION if isinstance(attn, cls)), None)
+        if known is None or type(attn).forward is not known.forward or "forward" in vars(attn):
+            names = " and ".join(cls.__name__ for cls in _ATTENTION)
+            reasons.append(
+                f"its attention is {type(attn).__module__}.{type(attn).__qualname__}, but only timm's own "
+                f"{names} are known to carry token sizes"
+            )
+        elif "attn_mask" not in inspect.signature(known.forward).parameters:
+            reasons.append("this timm's Attention takes no attn_mask: upgrade timm")
+    return reasons
+
+
+def _block_row(name: str, **seams: Any) -> list[BlockFamily]:
+    cls = getattr(vision_transformer, name, None)
+    return [] if cls is None else [BlockFamily(block=cls, **seams)]
+
+
+BLOCKS: Sequence[BlockFamily] = (
+    *_block_row(
+        "Block",
+        attention=_block_attention,
+        mlp=_block_mlp,
+        keys=lambda block: [block.attn.k_norm],
+        cost=_block_cost,
+        refuse=lambda block: _refuse_attention(block.attn),
+    ),
+    *_block_row(
+        "ResPostBlock",
+        attention=_res_post_attention,
+        mlp=_res_post_mlp,
+        keys=lambda block: [block.attn.k_norm],
+        cost=_block_cost,
+        refuse=lambda block: _refuse_attention(block.attn),
+    ),
+    *_block_row(
+        "ParallelThingsBlock",
+        attention=_things_attention,
+        mlp=_things_mlp,
+        keys=lambda block: [one.attn.k_norm for one in block.attns],
+        cost=_things_cost,
+        refuse=lambda block: _refuse_attention(*(one.attn for one in block.attns)),
+    ),
+    *_block_row(
+        "ParallelScalingBlock",
+        attention=_parallel_attention,
+        mlp=None,
+        keys=lambda block: [block.k_norm],
+        cost=_parallel_cost,
+    ),
+    *_block_row(
+        "DiffParallelScalingBlock",
+        attention=_parallel_attention,
+        mlp=None,
+        keys=lambda block: [block.k_norm],
+        cost=_parallel_cost,
+    ),
+)
+
+
+# --- models -----------------------------------------------------------------------------------------------
+
+
+class MergeVisionTransformer(MergeRoot):
+    """Mix-in before timm's VisionTransformer: its forward is untouched, pooling learns about sizes."""
+
+    def pool(self: Any, x: Tensor, pool_type: str | None = None) -> Tensor:
+        """timm's pooling, each token weighted by the patches it stands for.
+
+        Raises:
+            PatchError: if x lost its sizes since the last block.
+        """
+        upstream: Any = super().pool  # type: ignore[misc]
+        kind = _pool_kind(self, pool_type)
+        state = state_of(x)
+        if kind in ("", "token", "max"):
+            return upstream(x, pool_type)  # type: ignore[no-any-return]
+        if state is None and self._tokenmerge_patch.merges:
+            raise PatchError(
+                f"{kind} pooling received tokens without their sizes, so it cannot weight them: give it the very "
+                "tensor that forward_features returned, or unmerge that first (handle.trace.unmerge)"
+            )
+        if state is None or state.size is None or state.merged is not None:
+            return upstream(x, pool_type)  # type: ignore[no-any-return]
+        if kind == "prr":  # its attention takes no bias: on the unmerged tokens it needs none
+            return upstream(state.unmerge(x), pool_type)  # type: ignore[no-any-return]
+        first = 0 if self.pool_include_prefix else self.num_prefix_tokens
+        tokens, size = x[:, first:], state.size[:, first:]
+        if kind == "map":
+            bias = size_bias(size, tokens) if self._tokenmerge_patch.prop_attn else None
+            return self.attn_pool(tokens, attn_mask=bias)  # type: ignore[no-any-return]
+        mean = weighted_mean(tokens, size)
+        return mean if kind == "avg" else 0.5 * (tokens.amax(dim=1) + mean)
+
+    def forward_intermediates(self: Any, *args: Any, **kwargs: Any) -> Any:
+        """timm's `forward_intermediates`; every map has upstream's shape, merged tokens spread back."""
+        with self._tokenmerge_full_output():
+            return super().forward_intermediates(*args, **kwargs)  # type: ignore[misc]
+
+
+def _pool_kind(model: Any, pool_type: str | None = None) -> str:
+    if getattr(model, "attn_pool", None) is not None:
+        return "map" if isinstance(model.attn_pool, AttentionPoolLatent) else "prr"
+    return str(model.global_pool if pool_type is None else pool_type)
+
+
+def _pooling(model: Any) -> str:
+    kind = _pool_kind(model)
+    words = {
+        "": "none",
+        "avg": "avg, weighted by size",
+        "avgmax": "avgmax, mean weighted by size",
+        "map": "map, sizes as attention bias",
+        "prr": "prr, over unmerged tokens",
+    }
+    return words.get(kind, kind)
+
+
+def _stem_cost(model: Any) -> int:
+    embed = model.patch_embed
+    if type(embed) is PatchEmbed:
+        return int(embed.proj.weight.numel() * embed.num_patches)
+    # convolutional stems (hybrids): counted by running them without data
+    first = next(m for m in embed.modules() if isinstance(m, nn.Conv2d))
+    shapes = {name: tensor.to("meta") for name, tensor in (*embed.named_parameters(), *embed.named_buffers())}
+    with FlopCounterMode(display=False) as counter:
+        torch.func.functional_call(embed, shapes, torch.empty(1, first.in_channels, *embed.img_size, device="meta"))
+    return int(counter.get_total_flops()) // 2
+
+
+def _model_cost(model: Any) -> tuple[int, int, int]:
+    heads = [getattr(model, name, None) for name in ("head", "head_dist")]
+    head = _linear_weights(*(m for m in heads if m is not None))
+    pool = getattr(model, "attn_pool", None)
+    if not isinstance(pool, AttentionPoolLatent):
+        return _stem_cost(model), head, 0
+    per_token = _linear_weights(pool.kv) + 2 * pool.latent_len * pool.num_heads * pool.head_dim
+    return _stem_cost(model), head + _linear_weights(pool) - _linear_weights(pool.kv), per_token
+
+
+def _is_mae(model: Any) -> bool:
+    """Whether timm's own record of the weights says MAE; a name without a tag says nothing."""
+    config = getattr(model, "pretrained_cfg", None) or {}
+    tag = str(config.get("tag") or "")
+    hub = str(config.get("hf_hub_id") or "").rpartition(".")[2]
+    return any(name.startswith(("mae", "audiomae")) for name in (tag, hub))
+
+
+def _refuse_model(model: Any) -> list[str]:
+    if _pool_kind(model) not in ("", "token", "avg", "avgmax", "max", "map", "prr"):
+        return [f"it pools by {_pool_kind(model)!r}, which is not known to weigh tokens right"]
+    if _pool_kind(model) == "map" and "attn_mask" not in inspect.signature(AttentionPoolLatent.forward).parameters:
+        return ["this timm's AttentionPoolLatent takes no attn_mask: upgrade timm"]
+    if _pool_kind(model) == "map" and model.attn_pool.pos_embed is not None:
+        return ["its attention pooling adds position embeddings to the tokens, which merged tokens no longer match"]
+    return []
+
+
+_VIT_SEAMS = ("forward", "forward_features", "forward_head", "forward_intermediates", "get_intermediate_layers", "pool")
+
+
+def _vit_row(model: type[nn.Module]) -> ModelFamily:
+    return ModelFamily(
+        library="timm",
+        model=model,
+        seams=_VIT_SEAMS,
+        swap=MergeVisionTransformer,
+        blocks=lambda model: list(model.blocks),
+        protected=lambda model: int(model.num_prefix_tokens),
+        tokens=lambda model: int(model.patch_embed.num_patches + model.num_prefix_tokens),
+        pooling=_pooling,
+        norms=lambda model: [model.norm],
+        cost=_model_cost,
+        mae=_is_mae,
+        needs_plans=lambda model: _pool_kind(model) == "prr",
+        refuse=_refuse_model,
+    )
+
+
+MODELS: Sequence[ModelFamily] = (
+    _vit_row(vision_transformer.VisionTransformer),
+    _vit_row(deit.VisionTransformerDistilled),
+)

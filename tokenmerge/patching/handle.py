@@ -1,0 +1,270 @@
+"""`patch`, `unpatch`, `patched`, `is_patched` and the `Handle` they give."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from torch import nn
+
+from tokenmerge.attention import note_keys
+from tokenmerge.config import MergeConfig
+from tokenmerge.errors import ConfigError, PatchError
+from tokenmerge.flops import ModelCost
+from tokenmerge.matching import get_matcher
+from tokenmerge.patching.block import BlockSpec, MergeBlock
+from tokenmerge.patching.check import check_block
+from tokenmerge.patching.root import Patch, merge_blocks
+from tokenmerge.patching.summary import Summary, summarize
+from tokenmerge.patching.swap import original_class, restore_class, swap_class
+from tokenmerge.patching.target import Target, check_is_module, find_target, patch_of, patched_inside, refuse_if_patched
+from tokenmerge.schedule import Schedule, expand, flops_target, keep_ratio, max_merges
+from tokenmerge.state import carry_through
+from tokenmerge.tracing import Trace
+
+
+class Handle:
+    """A patched model's controls. It holds no state of its own, so any number may exist for one model."""
+
+    def __init__(self, model: nn.Module, patch: Patch) -> None:
+        self._model = model
+        self._patch = patch
+
+    def _live(self) -> tuple[nn.Module, Patch]:
+        if patch_of(self._model) is not self._patch:
+            raise PatchError(
+                "this handle's model is no longer patched by it (removed, unpatched, or patched anew): "
+                "get the current handle with tokenmerge.handle(model), or patch the model again"
+            )
+        return self._model, self._patch
+
+    @property
+    def config(self) -> MergeConfig:
+        """The settings in force."""
+        return self._live()[1].config
+
+    @property
+    def schedule(self) -> Schedule:
+        """r per block as asked for; `summary()` shows where it is cut."""
+        return self._live()[1].schedule
+
+    def update(self, config: MergeConfig | None = None, **fields: Any) -> None:
+        """Change any field of the config, without patching again.
+
+        Raises:
+            ConfigError: for a bad value; the model then keeps its old settings.
+            UnknownFieldError: (a TypeError) for a keyword that is no field.
+            PatchError: if the model is no longer patched.
+        """
+        model, patch = self._live()
+        config = MergeConfig.create(config or patch.config, **fields)
+        target = find_target(model)
+        new = _plan_patch(target, config)
+        patch.config, patch.schedule, patch.prop_attn = new.config, new.schedule, new.prop_attn
+        _set_specs(target, patch)
+
+    def remove(self) -> None:
+        """Give the model back exactly as it was.
+
+        Raises:
+            PatchError: if the model is no longer patched by this handle.
+        """
+        _restore(self._live()[0])
+
+    def summary(self) -> Summary:
+        """How many blocks are patched, r and tokens per block, FLOPs before and after, at the model's own input size."""
+        model, patch = self._live()
+        target = find_target(model)
+        return summarize(
+            original_class(model).__name__,
+            target.family.pooling(model),
+            patch.prop_attn,
+            patch.config.matcher,
+            patch.schedule,
+            target.cost(),
+        )
+
+    @property
+    def trace(self) -> Trace:
+        """The plans of the latest forward pass.
+
+        Raises:
+            PatchError: if tracing is off or no pass has run since it was turned on.
+        """
+        model, patch = self._live()
+        if not patch.config.trace:
+            raise PatchError(
+                "tracing is off for this model: turn it on with handle.update(trace=True), then run the model"
+            )
+        seen = [vars(block)["_tokenmerge_seen"] for block in merge_blocks(model) if "_tokenmerge_seen" in vars(block)]
+        if not seen:
+            raise PatchError("no forward pass has run since tracing was turned on: call the model first")
+        sizes = tuple(one.state.size for one in seen)
+        return Trace(seen[-1].state.plans, sizes, patch.protected, seen[0].tokens, seen[0].batch)
+
+    def __repr__(self) -> str:
+        name = original_class(self._model).__name__
+        if patch_of(self._model) is not self._patch:
+            return f"<Handle of {name}: removed>"
+        return f"<Handle of {name}: {self._patch.config}>"
+
+
+def patch(model: nn.Module, config: MergeConfig | None = None, **fields: Any) -> Handle:
+    """Make a Vision Transformer merge similar tokens, in place.
+
+    Weights, `state_dict` keys and outputs keep their shapes, except that `forward_features` returns fewer
+    tokens. Nothing is changed unless everything can be.
+
+    Args:
+        model: a supported model, or a module that holds exactly one.
+        config: settings; `fields` replace single ones of them.
+        **fields: fields of `MergeConfig`, such as `r=8` or `flops=0.5`.
+
+    Raises:
+        UnsupportedModelError: if the model cannot be patched right; lists the reasons.
+        PatchError: if it, or a part of it, is patched already.
+        ConfigError: for a bad value, or if no schedule is given.
+        UnknownFieldError: (a TypeError) for a keyword that is no field of `MergeConfig`.
+    """
+    config = MergeConfig.create(config, **fields)
+    check_is_module(model)
+    refuse_if_patched(model)
+    target = find_target(model)
+    record = _plan_patch(target, config)
+    block, row = target.blocks[0]
+    check_block(row, block, target.channels, "block 0", target.family.library)
+
+    if target.family.swap is not None:
+        swap_class(target.model, target.family.swap)
+    target.model._tokenmerge_patch = record
+    for norm in target.family.norms(target.model):
+        norm.register_forward_hook(carry_through)
+    for block, row in target.blocks:
+        for module in row.keys(block):
+            module.register_forward_hook(note_keys)
+        swap_class(block, MergeBlock)
+    _set_specs(target, record)
+    return Handle(target.model, record)
+
+
+def unpatch(model: nn.Module) -> None:
+    """Give every patched model in `model` back exactly as it was.
+
+    Raises:
+        PatchError: if there is none.
+    """
+    check_is_module(model)
+    found = patched_inside(model)
+    if not found:
+        raise PatchError(
+            f"{type(model).__name__} is not patched, so there is nothing to undo: check tokenmerge.is_patched(model)"
+        )
+    for _, module in found:
+        _restore(module)
+
+
+@contextlib.contextmanager
+def patched(model: nn.Module, config: MergeConfig | None = None, **fields: Any) -> Iterator[Handle]:
+    """`patch` for the length of a `with` block; unpatched at its end, also after an error."""
+    handle = patch(model, config, **fields)
+    try:
+        yield handle
+    finally:
+        if patch_of(handle._model) is handle._patch:
+            handle.remove()
+
+
+def is_patched(model: nn.Module) -> bool:
+    """Whether `model` is patched or holds a patched model."""
+    return bool(patched_inside(model))
+
+
+def handle(model: nn.Module) -> Handle:
+    """A handle of the patched model in `model`, for instance of a deep copy.
+
+    Raises:
+        PatchError: if `model` holds no patched model, or several.
+    """
+    found = patched_inside(model)
+    if len(found) != 1:
+        names = f" ({', '.join(name or 'the model itself' for name, _ in found)})" if found else ""
+        raise PatchError(
+            f"{type(model).__name__} holds {len(found)} patched models{names}, but one was expected: pass that one"
+        )
+    module = found[0][1]
+    record = patch_of(module)
+    assert record is not None
+    return Handle(module, record)
+
+
+def model_cost(model: nn.Module) -> ModelCost:
+    """What a supported model, patched or not, costs for one image at its own input size.
+
+    Raises:
+        UnsupportedModelError: if the model is not supported.
+    """
+    return find_target(model).cost()
+
+
+def _plan_patch(target: Target, config: MergeConfig) -> Patch:
+    """Everything a config means for this model; raises before anything is touched."""
+    get_matcher(config.matcher)
+    protected = target.family.protected(target.model)
+    prop_attn = not target.family.mae(target.model) if config.prop_attn == "auto" else config.prop_attn
+    return Patch(config, _schedule(target, config), bool(prop_attn), protected)
+
+
+def _schedule(target: Target, config: MergeConfig) -> Schedule:
+    layers, protected = len(target.blocks), target.family.protected(target.model)
+    tokens = target.family.tokens(target.model)
+    if config.r is not None:
+        return expand(config.r, layers)
+    if config.keep is not None:
+        return keep_ratio(config.keep, layers, tokens, protected)
+    if config.flops is not None:
+        return flops_target(config.flops, layers, max_merges(tokens, protected), target.cost().ratio)
+    raise ConfigError(
+        "no schedule was given, but a patch needs one: pass r=8 (tokens merged per block), keep=0.9 or flops=0.5 "
+        "(r=0 merges nothing)"
+    )
+
+
+def _set_specs(target: Target, record: Patch) -> None:
+    for index, (block, row) in enumerate(target.blocks):
+        vars(block).pop("_tokenmerge_seen", None)
+        block._tokenmerge_spec = BlockSpec(
+            family=row,
+            index=index,
+            r=record.schedule[index],
+            protected=record.protected,
+            prop_attn=record.prop_attn,
+            matcher=record.config.matcher,
+            merged_before=any(record.schedule[:index]),
+            merges_at_all=record.merges,
+            keep_plans=record.config.trace or target.family.needs_plans(target.model),
+            trace=record.config.trace,
+        )
+
+
+def _restore(model: Any) -> None:
+    """Undo everything `patch` did; looks at the modules themselves, so it works on copies, too."""
+    blocks: list[Any] = list(merge_blocks(model))
+    for module in (*blocks, model):
+        if "_tokenmerge_original" not in vars(type(module)):
+            restore_class(module)  # raises, before anything is undone
+    for block in blocks:
+        restore_class(block)
+        for name in ("_tokenmerge_spec", "_tokenmerge_seen"):
+            vars(block).pop(name, None)
+    restore_class(model)
+    del model._tokenmerge_patch
+    for module in model.modules():
+        _remove_hooks(module, note_keys, carry_through)
+
+
+def _remove_hooks(module: nn.Module, *functions: Callable[..., Any]) -> None:
+    """Remove our forward hooks; found by function, because a deep copy has no `RemovableHandle`s."""
+    for key, hook in list(module._forward_hooks.items()):
+        if hook in functions:
+            del module._forward_hooks[key]

@@ -1,0 +1,80 @@
+"""What a patch does to a model, as data and as a table that fits 80 columns."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from tokenmerge.flops import ModelCost
+from tokenmerge.schedule import Schedule, cut, token_counts
+
+
+@dataclasses.dataclass(frozen=True)
+class Summary:
+    """What `Handle.summary()` returns; `str()` of it is a table.
+
+    Attributes:
+        model: class of the model.
+        blocks: how many blocks are patched.
+        protected: prefix tokens that never merge.
+        pooling: how the head reads the tokens.
+        prop_attn: whether sizes weigh in attention.
+        matcher: name of the matching algorithm.
+        requested: r per block as asked for.
+        r: r per block after cutting it to what is possible at the model's own input size.
+        tokens: tokens that enter each block, then those that leave the last one.
+        flops_before: multiply-adds for one image without merging.
+        flops_after: multiply-adds for one image with merging.
+        block_flops: multiply-adds of each block with merging.
+    """
+
+    model: str
+    blocks: int
+    protected: int
+    pooling: str
+    prop_attn: bool
+    matcher: str
+    requested: Schedule
+    r: Schedule
+    tokens: tuple[int, ...]
+    flops_before: int
+    flops_after: int
+    block_flops: tuple[int, ...]
+
+    @property
+    def flops_ratio(self) -> float:
+        """FLOPs after ÷ before."""
+        return self.flops_after / self.flops_before
+
+    def __str__(self) -> str:
+        lines = [
+            f"{self.model}: {self.blocks} blocks patched, matcher {self.matcher}",
+            f"  prefix tokens {self.protected}, pooling {self.pooling}",
+            f"  proportional attention {'on' if self.prop_attn else 'off'}",
+            f"  {self.flops_before / 1e9:.2f} -> {self.flops_after / 1e9:.2f} GFLOPs per image "
+            f"({100 * self.flops_ratio:.1f} %)",
+            "  block   tokens in   merged   tokens out   GFLOPs",
+        ]
+        for i, (asked, r) in enumerate(zip(self.requested, self.r, strict=True)):
+            note = f"   r={asked} was cut to {r}" if asked != r else ""
+            lines.append(
+                f"  {i:5d}   {self.tokens[i]:9d}   {r:6d}   {self.tokens[i + 1]:10d}   {self.block_flops[i] / 1e9:6.3f}{note}"
+            )
+        return "\n".join(lines)
+
+
+def summarize(model: str, pooling: str, prop_attn: bool, matcher: str, schedule: Schedule, cost: ModelCost) -> Summary:
+    """The summary of a model of that cost under `schedule`."""
+    return Summary(
+        model=model,
+        blocks=len(cost.blocks),
+        protected=cost.protected,
+        pooling=pooling,
+        prop_attn=prop_attn,
+        matcher=matcher,
+        requested=schedule,
+        r=cut(schedule, cost.tokens, cost.protected),
+        tokens=token_counts(schedule, cost.tokens, cost.protected),
+        flops_before=cost.total(),
+        flops_after=cost.total(schedule),
+        block_flops=cost.per_block(schedule),
+    )

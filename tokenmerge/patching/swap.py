@@ -1,0 +1,76 @@
+"""Changing a module's class in place and back.
+
+A patched module keeps its weights, buffers, hooks and name; only its class becomes a subclass made here, as
+torch's parametrize and FSDP2 do. `forward` is never bound on an instance: that hides a module from gradient
+checkpointing wrappers and can make Dynamo reuse stale code.
+"""
+
+from __future__ import annotations
+
+import copyreg
+import functools
+from typing import Any
+
+from torch import nn
+
+from tokenmerge.errors import PatchError
+
+
+class Swapped:
+    """Marks classes made by `swapped_class`."""
+
+    _tokenmerge_mixin: type
+    _tokenmerge_original: type[nn.Module]
+
+
+@functools.cache
+def swapped_class(mixin: type, original: Any) -> type[nn.Module]:
+    """The subclass of `original` in which `mixin` comes first; the same object each time.
+
+    It keeps the original's name, because device maps and sharding policies look blocks up by class name.
+    """
+
+    def reduce(self: Any, protocol: Any) -> tuple[Any, ...]:
+        # a class made at run time cannot be found by name: pickle and deepcopy make it anew
+        return _rebuild, (mixin, original), self.__dict__
+
+    namespace = {
+        "__doc__": original.__doc__,
+        "__module__": original.__module__,
+        "__qualname__": original.__qualname__,
+        "__reduce_ex__": reduce,
+        "_tokenmerge_mixin": mixin,
+        "_tokenmerge_original": original,
+    }
+    return type(original.__name__, (mixin, original, Swapped), namespace)
+
+
+def _rebuild(mixin: type, original: Any) -> Any:
+    return copyreg.__newobj__(swapped_class(mixin, original))  # type: ignore[attr-defined]
+
+
+def swap_class(module: nn.Module, mixin: type) -> None:
+    """Put `mixin` in front of the module's class."""
+    cls: Any = type(module)
+    module.__class__ = swapped_class(mixin, cls)
+
+
+def restore_class(module: nn.Module) -> None:
+    """Give the module the class back that it had before `swap_class`.
+
+    Raises:
+        PatchError: if something else has changed its class in between.
+    """
+    cls: Any = type(module)
+    if "_tokenmerge_original" not in cls.__dict__:
+        raise PatchError(
+            f"the class of a patched module has become {cls.__module__}.{cls.__qualname__} since it was patched, "
+            "so it cannot be put back: undo the later change (FSDP, parametrize, …) first"
+        )
+    module.__class__ = cls._tokenmerge_original
+
+
+def original_class(module: nn.Module) -> type[nn.Module]:
+    """Upstream's class of a module, patched or not."""
+    cls: type[nn.Module] = getattr(type(module), "_tokenmerge_original", type(module))
+    return cls

@@ -1,0 +1,145 @@
+"""Every form of r -> one integer per block. Pure integers: nothing here knows torch.
+
+A *schedule* is a tuple with one entry per block: how many tokens that block merges away. The forms are the
+paper's (section 3 and appendix): a constant, `(r, inflect)`, an explicit list; and two that people ask for:
+a keep ratio per block and a target for the model's total FLOPs (`tokenmerge.flops`).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+
+from tokenmerge.errors import ConfigError
+
+Schedule = tuple[int, ...]
+RForm = int | tuple[int, float] | list[int]
+
+
+def _is_int(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def validate_r(r: RForm) -> None:
+    """Raise `ConfigError` unless `r` is an int, a pair `(r, inflect)` or a list of ints, none negative."""
+    if isinstance(r, tuple):
+        if len(r) != 2 or not _is_int(r[0]) or isinstance(r[1], bool) or not isinstance(r[1], int | float):
+            raise ConfigError(
+                f"r={r!r} is a tuple, and a tuple must be a pair (r, inflect) such as (16, -1); "
+                "write one r per block as a list, such as [8, 8, 0]"
+            )
+        if not -1 <= r[1] <= 1:
+            raise ConfigError(
+                f"r={r!r} has inflect {r[1]}, but it must lie between -1 (decreasing) and 1 (increasing); "
+                "0 is a constant r"
+            )
+        values: Sequence[object] = (r[0],)
+    else:
+        values = r if isinstance(r, list) else (r,)
+    for value in values:
+        if not _is_int(value):
+            raise ConfigError(
+                f"r={r!r} holds {value!r} of type {type(value).__name__}, but r counts tokens: "
+                "use a whole number, a pair (r, inflect), or a list with one whole number per block"
+            )
+        if value < 0:  # type: ignore[operator]  # checked to be an int just above
+            raise ConfigError(f"r={r!r} is negative, but r counts the tokens merged in a block: use 0 or more")
+
+
+def constant(r: int, layers: int) -> Schedule:
+    """The same r in each of `layers` blocks."""
+    return (r,) * layers
+
+
+def inflected(r: int, inflect: float, layers: int) -> Schedule:
+    """The paper's linear schedule around a mean of r; inflect -1 falls to 0, 0 is constant, 1 rises from 0.
+
+    `lo = int(r·(1 − inflect))`, `hi = 2r − lo`, `r_i = int(lo + (hi − lo)·i / (L − 1))`.
+    """
+    if layers == 1:
+        return (r,)
+    low = int(r * (1 - inflect))
+    high = 2 * r - low
+    return tuple(int(low + (high - low) * i / (layers - 1)) for i in range(layers))
+
+
+def expand(r: RForm, layers: int) -> Schedule:
+    """Any form of r as one int per block; short lists are padded with 0.
+
+    Raises:
+        ConfigError: if `r` is malformed or a list has more entries than there are blocks.
+    """
+    validate_r(r)
+    if isinstance(r, tuple):
+        return inflected(r[0], r[1], layers)
+    if isinstance(r, list):
+        if len(r) > layers:
+            raise ConfigError(
+                f"r lists {len(r)} blocks, but the model has {layers}: give at most {layers} entries "
+                "(shorter lists are padded with 0)"
+            )
+        return (*r, *([0] * (layers - len(r))))
+    return constant(r, layers)
+
+
+def max_merges(tokens: int, protected: int) -> int:
+    """The most tokens one block can merge away: half of those that are not protected (facts: `(N − p) // 2`)."""
+    return max(0, (tokens - protected) // 2)
+
+
+def cut(schedule: Schedule, tokens: int, protected: int) -> Schedule:
+    """What really happens when `tokens` tokens enter the first block: each r cut to what is possible there."""
+    possible = []
+    for r in schedule:
+        r = min(r, max_merges(tokens, protected))
+        possible.append(r)
+        tokens -= r
+    return tuple(possible)
+
+
+def token_counts(schedule: Schedule, tokens: int, protected: int) -> tuple[int, ...]:
+    """Tokens entering each block, and last the tokens leaving the final one: `len(schedule) + 1` numbers."""
+    counts = [tokens]
+    for r in cut(schedule, tokens, protected):
+        counts.append(counts[-1] - r)
+    return tuple(counts)
+
+
+def keep_ratio(keep: float, layers: int, tokens: int, protected: int) -> Schedule:
+    """Keep the fraction `keep` of the unprotected tokens in every block, rounded up; at least half stay."""
+    schedule = []
+    for _ in range(layers):
+        free = tokens - protected
+        # rounding hides binary fractions: 0.7 * 10 is 7.000000000000001, and 8 tokens would stay
+        wanted = free - math.ceil(round(keep * free, 9))
+        r = min(max(wanted, 0), max_merges(tokens, protected))
+        schedule.append(r)
+        tokens -= r
+    return tuple(schedule)
+
+
+def flops_target(target: float, layers: int, most: int, ratio: Callable[[Schedule], float]) -> Schedule:
+    """The constant r whose FLOPs come closest to `target` of the unmerged model's from below.
+
+    Args:
+        target: wanted FLOPs after merging ÷ FLOPs before it, in (0, 1].
+        layers: number of blocks.
+        most: the largest r that still changes anything.
+        ratio: FLOPs ratio of a schedule; must not rise with r.
+
+    Raises:
+        ConfigError: if even `most` leaves more FLOPs than the target.
+    """
+    if ratio(constant(most, layers)) > target:
+        raise ConfigError(
+            f"flops={target:g} is out of reach: the largest constant r for this model, {most}, still needs "
+            f"{ratio(constant(most, layers)):.3f} of the FLOPs; ask for at least that"
+        )
+    low, high = 0, most
+    while low < high:
+        middle = (low + high) // 2
+        if ratio(constant(middle, layers)) <= target:
+            high = middle
+        else:
+            low = middle + 1
+    return constant(low, layers)

@@ -1,0 +1,84 @@
+"""What travels with the activations: token sizes and, when someone needs them, the plans so far.
+
+The state is an attribute of the activation tensor itself. So it needs no shared dict (which gradient
+checkpointing breaks: blocks run again in backward, in another order) and no slot per block (which mixes up
+two views of one step). A recomputed block sees exactly the state that it saw the first time.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import torch
+from torch import Tensor
+
+from tokenmerge.plan import MergePlan, source_map, take_rows
+
+_ATTRIBUTE = "_tokenmerge_state"
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class TokenState:
+    """Where the tokens of one activation tensor come from.
+
+    Attributes:
+        size: patches per token, `[B, N]` float32; `None` while every token is one patch.
+        plans: one entry per block passed, `None` where it merged nothing; empty unless plans are kept.
+        merged: set when the tensor that carries this state was unmerged for its reader: the real, merged
+            activations `[B, N, C]`, which the next block goes on with.
+    """
+
+    size: Tensor | None = None
+    plans: tuple[MergePlan | None, ...] = ()
+    merged: Tensor | None = None
+
+    def source(self) -> Tensor | None:
+        """`[B, N0]`, int64: the current token of each token that entered block 0; `None` if none merged."""
+        return source_map(plan for plan in self.plans if plan is not None)
+
+    def unmerge(self, x: Tensor) -> Tensor:
+        """`[B, N, C]` -> `[B, N0, C]`: each original token gets the value of the token it became."""
+        source = self.source()
+        return x if source is None else take_rows(x, source)
+
+
+def carry(x: Tensor, state: TokenState) -> Tensor:
+    """Attach `state` to the activation tensor `x` and return `x`."""
+    setattr(x, _ATTRIBUTE, state)
+    return x
+
+
+def state_of(x: Tensor) -> TokenState | None:
+    """The state that travels with `x`, or `None`."""
+    state: TokenState | None = getattr(x, _ATTRIBUTE, None)
+    return state
+
+
+def carry_through(module: torch.nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
+    """Forward hook for modules that map tokens one by one (the final norm): the state passes through.
+
+    A module-level function, because a closure would still point at the original after `copy.deepcopy`.
+    """
+    state = state_of(args[0])
+    if state is not None and state_of(output) is None:
+        carry(output, state)
+
+
+def token_sizes(features: Tensor) -> Tensor | None:
+    """How many patches each token of a patched model's features stands for.
+
+    Args:
+        features: what `forward_features` of a patched model returned, `[B, N, C]`.
+
+    Returns:
+        `[B, N]`, float32; `None` while every token stands for one patch.
+    """
+    state = state_of(features)
+    return None if state is None or state.merged is not None else state.size
+
+
+def weighted_mean(x: Tensor, size: Tensor) -> Tensor:
+    """`Σ size·x / Σ size` over the tokens: `[B, N, C]`, `[B, N]` -> `[B, C]`, accumulated in float32."""
+    wide = torch.float64 if x.dtype == torch.float64 else torch.float32
+    weight = size.to(wide) / size.sum(dim=1, keepdim=True).to(wide)
+    return (x.to(wide) * weight.unsqueeze(2)).sum(dim=1).to(x.dtype)

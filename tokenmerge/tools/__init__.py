@@ -1,0 +1,1 @@
+"""What people run. The core never imports anything from here."""

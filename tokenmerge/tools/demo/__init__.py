@@ -1,0 +1,1 @@
+"""`tokenmerge demo`: the main job with nothing but the installed package."""

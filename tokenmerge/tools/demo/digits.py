@@ -1,0 +1,65 @@
+"""The demo's model and data: a small ViT with 196 patch tokens on scikit-learn's bundled digits.
+
+The 8×8 digits are enlarged to 56×56 and cut into 4×4-pixel patches, so that the model has exactly as many
+tokens as a ViT at 224 pixels, and neighbouring tokens are alike, as they are in photographs.
+"""
+
+from __future__ import annotations
+
+from importlib import resources
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from tokenmerge.errors import InputError
+
+WEIGHTS = "vit_digits.safetensors"
+IMAGE_SIZE = 56
+PATCH_SIZE = 4
+
+
+def build_model() -> nn.Module:
+    """The demo's architecture with random weights: 6 blocks, 96 channels, 3 heads, 197 tokens."""
+    from timm.models.vision_transformer import VisionTransformer
+
+    return VisionTransformer(
+        img_size=IMAGE_SIZE, patch_size=PATCH_SIZE, in_chans=1, num_classes=10, embed_dim=96, depth=6, num_heads=3
+    )
+
+
+def load_model() -> nn.Module:
+    """The trained model, in evaluation mode.
+
+    Raises:
+        InputError: if the shipped weights are missing or damaged.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import load
+
+    model = build_model()
+    try:
+        data = resources.files(__package__).joinpath(WEIGHTS).read_bytes()
+        model.load_state_dict({name: tensor.float() for name, tensor in load(data).items()})
+    except (OSError, SafetensorError, RuntimeError) as error:
+        reason = str(error).splitlines()[0]
+        raise InputError(
+            f"the demo's weights cannot be read ({reason}), but they ship with the package: reinstall tokenmerge"
+        ) from None
+    return model.eval()
+
+
+def load_digits() -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Training images and labels, test images and labels.
+
+    Images are `[n, 1, 56, 56]` float32 in [−1, 1]; a fifth of each class (360 images) is held out for testing.
+    """
+    from sklearn.datasets import load_digits as sklearn_digits
+    from sklearn.model_selection import train_test_split
+
+    digits = sklearn_digits()
+    pixels = torch.from_numpy(digits.images).float().unsqueeze(1) / 8 - 1
+    images = F.interpolate(pixels, size=IMAGE_SIZE, mode="bicubic", align_corners=False).clamp(-1, 1)
+    labels = torch.from_numpy(digits.target).long()
+    train, test = train_test_split(range(len(labels)), test_size=0.2, random_state=0, stratify=digits.target)
+    return images[train], labels[train], images[test], labels[test]

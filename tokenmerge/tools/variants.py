@@ -1,0 +1,58 @@
+"""Several versions of one model that share its weights: as it is, merged, and with tokens simply sliced off."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from typing import Any
+
+from torch import Tensor, nn
+
+from tokenmerge.patching.family import BlockFamily
+from tokenmerge.patching.swap import swap_class
+from tokenmerge.patching.target import find_target
+from tokenmerge.schedule import Schedule, max_merges
+
+
+def share_weights(model: nn.Module) -> Any:
+    """A deep copy of `model` whose parameters and buffers are the very same tensors."""
+    shared = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
+    return copy.deepcopy(model, shared)
+
+
+@dataclasses.dataclass(frozen=True)
+class SliceSpec:
+    """How many trailing tokens a block drops."""
+
+    family: BlockFamily
+    r: int
+    protected: int
+
+
+class SliceBlock:
+    """Upstream's block with the last `r` tokens simply sliced off after attention.
+
+    The paper's yardstick for speed: plain attention, no matching, no sizes. It is wrong as a model and as
+    fast as any method with this schedule can be.
+    """
+
+    _slice_spec: SliceSpec
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """`x [B, N, C]` -> `[B, N − r, C]`."""
+        spec = self._slice_spec
+        x = spec.family.attention(self, x, None)
+        r = min(spec.r, max_merges(x.shape[1], spec.protected))
+        if r:
+            x = x[:, : x.shape[1] - r]
+        return x if spec.family.mlp is None else spec.family.mlp(self, x)
+
+
+def sliced(model: nn.Module, schedule: Schedule) -> Any:
+    """A copy of an unpatched model, sharing its weights, that slices tokens off by `schedule`."""
+    model = share_weights(model)
+    target = find_target(model)
+    for (block, family), r in zip(target.blocks, schedule, strict=True):
+        block._slice_spec = SliceSpec(family, r, target.family.protected(target.model))
+        swap_class(block, SliceBlock)
+    return model

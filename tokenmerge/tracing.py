@@ -1,0 +1,74 @@
+"""The plans of the latest forward pass, when asked for by `patch(..., trace=True)`."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import torch
+from torch import Tensor
+
+from tokenmerge.errors import InputError
+from tokenmerge.plan import MergePlan, source_map, take_rows
+from tokenmerge.state import TokenState, carry
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Trace:
+    """Which tokens became one during one forward pass.
+
+    Attributes:
+        plans: one per block that ran, `None` where it merged nothing.
+        sizes: patches per token after each of those blocks, `[B, N]` float32, `None` where all are 1.
+        protected: leading tokens that never merge.
+        tokens: tokens per image that entered the first block (N0).
+        batch: images in the pass (B).
+    """
+
+    plans: tuple[MergePlan | None, ...]
+    sizes: tuple[Tensor | None, ...]
+    protected: int
+    tokens: int
+    batch: int
+
+    def _until(self, block: int | None) -> tuple[MergePlan, ...]:
+        count = len(self.plans)
+        if block is not None and not -count <= block < count:
+            raise InputError(f"block {block} is not in this trace, which has blocks 0 … {count - 1}")
+        end = count if block is None else range(count)[block] + 1
+        return tuple(plan for plan in self.plans[:end] if plan is not None)
+
+    def source(self, block: int | None = None) -> Tensor:
+        """`[B, N0]`, int64: which token each original token has become after `block` (default: the last).
+
+        Raises:
+            InputError: if the pass had no such block.
+        """
+        source = source_map(self._until(block))
+        return torch.arange(self.tokens).expand(self.batch, -1) if source is None else source
+
+    def size(self, block: int | None = None) -> Tensor:
+        """`[B, N]`, float32: patches per token after `block` (default: the last).
+
+        Raises:
+            InputError: if the pass had no such block.
+        """
+        self._until(block)
+        size = self.sizes[-1 if block is None else block]
+        return torch.ones(self.batch, self.tokens) if size is None else size
+
+    def unmerge(self, features: Tensor, block: int | None = None) -> Tensor:
+        """Spread merged features back: `[B, N, C]` after `block` (default: the last) -> `[B, N0, C]`.
+
+        Raises:
+            InputError: if the features have another number of images or tokens than that block left.
+        """
+        plans = self._until(block)
+        left = plans[-1].tokens_out if plans else self.tokens
+        if features.dim() != 3 or features.shape[:2] != (self.batch, left):
+            raise InputError(
+                f"features are {tuple(features.shape)}, but this trace unmerges [{self.batch}, {left}, C]: "
+                "give it the features of the pass that it traced"
+            )
+        source = source_map(plans)
+        full = features.clone() if source is None else take_rows(features, source.to(features.device))
+        return carry(full, TokenState())  # one patch per token: pooling takes it as it is
