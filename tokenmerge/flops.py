@@ -66,7 +66,7 @@ class ModelCost:
         tokens_out = token_counts(schedule, self.tokens, self.protected)[-1]
         return self.stem + sum(self.per_block(schedule)) + self.head + self.head_per_token * tokens_out
 
-    def ratio(self, schedule: Schedule) -> float:
+    def fraction(self, schedule: Schedule) -> float:
         """FLOPs under `schedule` ÷ FLOPs of the unmerged model."""
         return self.total(schedule) / self.total()
 

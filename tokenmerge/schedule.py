@@ -118,27 +118,27 @@ def keep_ratio(keep: float, layers: int, tokens: int, protected: int) -> Schedul
     return tuple(schedule)
 
 
-def flops_target(target: float, layers: int, most: int, ratio: Callable[[Schedule], float]) -> Schedule:
+def flops_target(target: float, layers: int, most: int, fraction: Callable[[Schedule], float]) -> Schedule:
     """The constant r whose FLOPs come closest to `target` of the unmerged model's from below.
 
     Args:
         target: wanted FLOPs after merging ÷ FLOPs before it, in (0, 1].
         layers: number of blocks.
         most: the largest r that still changes anything.
-        ratio: FLOPs ratio of a schedule; must not rise with r.
+        fraction: FLOPs of a schedule ÷ those of the unmerged model; must not rise with r.
 
     Raises:
         ConfigError: if even `most` leaves more FLOPs than the target.
     """
-    if ratio(constant(most, layers)) > target:
+    if fraction(constant(most, layers)) > target:
         raise ConfigError(
             f"flops={target:g} is out of reach: the largest constant r for this model, {most}, still needs "
-            f"{ratio(constant(most, layers)):.3f} of the FLOPs; ask for at least that"
+            f"{fraction(constant(most, layers)):.3f} of the FLOPs; ask for at least that"
         )
     low, high = 0, most
     while low < high:
         middle = (low + high) // 2
-        if ratio(constant(middle, layers)) <= target:
+        if fraction(constant(middle, layers)) <= target:
             high = middle
         else:
             low = middle + 1

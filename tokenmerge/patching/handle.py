@@ -223,7 +223,7 @@ def _schedule(target: Target, config: MergeConfig) -> Schedule:
     if config.keep is not None:
         return keep_ratio(config.keep, layers, tokens, protected)
     if config.flops is not None:
-        return flops_target(config.flops, layers, max_merges(tokens, protected), target.cost().ratio)
+        return flops_target(config.flops, layers, max_merges(tokens, protected), target.cost().fraction)
     raise ConfigError(
         "no schedule was given, but a patch needs one: pass r=8 (tokens merged per block), keep=0.9 or flops=0.5 "
         "(r=0 merges nothing)"

@@ -42,22 +42,22 @@ class Summary:
 
     @property
     def flops_ratio(self) -> float:
-        """FLOPs after ÷ before."""
-        return self.flops_after / self.flops_before
+        """FLOPs before ÷ after: the speed-up that the arithmetic alone would allow."""
+        return self.flops_before / self.flops_after
 
     def __str__(self) -> str:
         lines = [
             f"{self.model}: {self.blocks} blocks patched, matcher {self.matcher}",
             f"  prefix tokens {self.protected}, pooling {self.pooling}",
             f"  proportional attention {'on' if self.prop_attn else 'off'}",
-            f"  {self.flops_before / 1e9:.2f} -> {self.flops_after / 1e9:.2f} GFLOPs per image "
-            f"({100 * self.flops_ratio:.1f} %)",
+            f"  {self.flops_before / 1e9:.4g} -> {self.flops_after / 1e9:.4g} GFLOPs per image "
+            f"({100 / self.flops_ratio:.1f} %)",
             "  block   tokens in   merged   tokens out   GFLOPs",
         ]
         for i, (asked, r) in enumerate(zip(self.requested, self.r, strict=True)):
             note = f"   r={asked} was cut to {r}" if asked != r else ""
             lines.append(
-                f"  {i:5d}   {self.tokens[i]:9d}   {r:6d}   {self.tokens[i + 1]:10d}   {self.block_flops[i] / 1e9:6.3f}{note}"
+                f"  {i:5d}   {self.tokens[i]:9d}   {r:6d}   {self.tokens[i + 1]:10d}   {self.block_flops[i] / 1e9:6.4g}{note}"
             )
         return "\n".join(lines)
 

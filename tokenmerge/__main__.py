@@ -1,0 +1,5 @@
+"""`python -m tokenmerge`."""
+
+from tokenmerge.cli import entry
+
+entry()

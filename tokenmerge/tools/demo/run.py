@@ -1,0 +1,111 @@
+"""`tokenmerge demo`: accuracy and speed for a few r on a model and data that ship with the package."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tokenmerge.errors import InputError
+from tokenmerge.patching import patched
+from tokenmerge.tools.demo.digits import load_digits, load_model
+from tokenmerge.tools.evaluate import scores
+from tokenmerge.tools.picture import contact_sheet, merged_pixels, to_image
+from tokenmerge.tools.report import Report, Row
+from tokenmerge.tools.settings import Setting
+
+_BATCH = 60
+_SHOWN = (0, 5, 10, 15, 20)  # which test images the picture shows
+_NAME = "vit_digits (shipped)"
+
+
+def run_demo(settings: Sequence[Setting], fields: dict[str, Any], output: Path, report: Report) -> int:
+    """Print and write one row per setting, save the picture; returns 0.
+
+    Raises:
+        InputError: if scikit-learn is missing, or the picture cannot be written.
+    """
+    try:
+        _, _, images, labels = load_digits()
+    except ImportError:
+        raise InputError(
+            "scikit-learn is not installed, but the demo's digits come with it: pip install 'tokenmerge[demo]'"
+        ) from None
+    model = load_model()
+    running = scores(model, settings, fields)
+    with report.progress() as progress, torch.inference_mode():
+        for score in running:  # warm up
+            score.forward(images[:_BATCH])
+        rounds = 3
+        task = progress.add_task("evaluating", total=rounds * len(images))
+        for _ in range(rounds):
+            for start in range(0, len(images), _BATCH):
+                for score in running:
+                    score.add(images[start : start + _BATCH], labels[start : start + _BATCH])
+                progress.advance(task, _BATCH)
+    rows = [_row(score, len(images)) for score in running]
+    _print(report, rows)
+    merging = [setting for setting in settings if not setting.is_baseline]
+    _save(_picture(model, images[list(_SHOWN)], merging, fields), output)
+    report.say(f"Picture of the merged tokens: {output}")
+    report.write(rows)
+    return 0
+
+
+def _row(score: Any, images: int) -> Row:
+    return {
+        "model": _NAME,
+        "r": score.setting.label,
+        "top1": 100 * score.top1 / score.images,
+        "top5": 100 * score.top5 / score.images,
+        "images_per_second": score.images / score.seconds,
+        "gflops": score.gflops,
+        "images": images,
+        "skipped": 0,
+    }
+
+
+def _print(report: Report, rows: Sequence[Row]) -> None:
+    first = rows[0]
+    report.table(
+        f"a ViT with 197 tokens, {first['images']} held-out handwritten digits",
+        ("r", "accuracy", "img/s", "speed-up", "MFLOPs"),
+        (
+            (
+                str(row["r"]),
+                f"{row['top1']:.2f} %",
+                f"{row['images_per_second']:.0f}",
+                f"{row['images_per_second'] / first['images_per_second']:.2f}x",
+                f"{1e3 * row['gflops']:.1f}",
+            )
+            for row in rows
+        ),
+    )
+    report.say("r = tokens merged away in each of the 6 blocks; the weights are the same in every row")
+
+
+def _picture(model: Any, images: Tensor, settings: Sequence[Setting], fields: dict[str, Any]) -> Any:
+    grid = model.patch_embed.grid_size
+    shown = (images + 1) / 2
+    columns = [[to_image(image, 2) for image in shown]]
+    titles = ["196 patches"]
+    for setting in settings:
+        with patched(model, setting.config(trace=True, **fields)) as handle, torch.inference_mode():
+            model(images)
+            trace = handle.trace
+        source = trace.source()[:, trace.protected :]
+        columns.append([to_image(merged_pixels(one, to, grid), 2) for one, to in zip(shown, source, strict=True)])
+        titles.append(f"r={setting.label}: {trace.size().shape[1] - trace.protected}")
+    return contact_sheet([list(row) for row in zip(*columns, strict=True)], titles)
+
+
+def _save(picture: Any, output: Path) -> None:
+    try:
+        picture.save(output)
+    except (OSError, ValueError) as error:
+        raise InputError(
+            f"the picture {str(output)!r} cannot be written ({error}): choose another --output, such as demo.png"
+        ) from None

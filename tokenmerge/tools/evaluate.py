@@ -1,0 +1,201 @@
+"""`tokenmerge eval`: top-1, top-5 and images per second for several r in one pass over the data.
+
+Every image is decoded once and goes through all settings, so that they are compared on the very same pixels
+and take turns in time.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tokenmerge.errors import InputError
+from tokenmerge.patching import model_cost, patch
+from tokenmerge.tools.bench import _synchronize
+from tokenmerge.tools.images import Batch, ImageFolder, batches
+from tokenmerge.tools.models import DTYPES, ModelArgs, load_model
+from tokenmerge.tools.report import Report, Row
+from tokenmerge.tools.settings import Setting
+from tokenmerge.tools.variants import share_weights
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class EvalArgs:
+    """What to evaluate on.
+
+    Attributes:
+        data: folder with one folder of images per class.
+        batch_size: images per forward pass.
+        workers: processes that decode images; 0 decodes in this one.
+        class_map: file with class names in order, as timm's.
+        preprocessing: overrides of the model's own preprocessing, named as timm's config names them
+            (crop_pct, crop_mode, interpolation, mean, std).
+        strict: whether unreadable images make the exit code 1.
+    """
+
+    data: Path
+    batch_size: int = 64
+    workers: int = 2
+    class_map: str | None = None
+    preprocessing: dict[str, Any] = dataclasses.field(default_factory=dict)
+    strict: bool = False
+
+
+@dataclasses.dataclass
+class Score:
+    """Running totals of one setting."""
+
+    setting: Setting
+    forward: Callable[[Tensor], Tensor]
+    gflops: float
+    top1: int = 0
+    top5: int = 0
+    images: int = 0
+    seconds: float = 0.0
+
+    def add(self, images: Tensor, labels: Tensor) -> None:
+        """Run one batch and count."""
+        _synchronize(images.device)
+        start = time.perf_counter()
+        logits = self.forward(images)
+        _synchronize(images.device)
+        self.seconds += time.perf_counter() - start
+        best = logits.topk(min(5, logits.shape[1]), dim=1).indices == labels.unsqueeze(1)
+        self.top1 += int(best[:, 0].sum())
+        self.top5 += int(best.sum())
+        self.images += len(labels)
+
+
+def scores(model: Any, settings: Sequence[Setting], fields: dict[str, Any]) -> list[Score]:
+    """One empty score per setting, on copies that share the model's weights; r=0 is the unpatched model."""
+    result = []
+    for setting in settings:
+        if setting.is_baseline:
+            result.append(Score(setting, model, model_cost(model).total() / 1e9))
+        else:
+            copy = share_weights(model)
+            handle = patch(copy, setting.config(**fields))
+            result.append(Score(setting, copy, handle.summary().flops_after / 1e9))
+    return result
+
+
+def _dataset(model: Any, args: EvalArgs) -> ImageFolder:
+    from timm.data.config import resolve_data_config
+    from timm.data.transforms_factory import create_transform
+
+    config = resolve_data_config(args.preprocessing, model=model)
+    height, width = model.patch_embed.img_size
+    config["input_size"] = (3, height, width)
+    pretrained = getattr(model, "pretrained_cfg", None) or {}
+    return ImageFolder(
+        args.data, create_transform(**config), model.num_classes, pretrained.get("label_names"), args.class_map
+    )
+
+
+def run_eval(
+    args: ModelArgs, evaluation: EvalArgs, settings: Sequence[Setting], fields: dict[str, Any], report: Report
+) -> int:
+    """Evaluate, print and write one row per setting.
+
+    Returns:
+        0, or 1 if images were skipped under `strict`.
+
+    Raises:
+        InputError: if the data or the model cannot be read, or not a single image could.
+    """
+    model = load_model(args)
+    if not args.pretrained and args.checkpoint is None:
+        report.warn(
+            "the model has random weights, so its accuracy means nothing: give --pretrained or --checkpoint FILE"
+        )
+    dataset = _dataset(model, evaluation)
+    running = scores(model, settings, fields)
+    skipped: list[str] = []
+    loader = batches(dataset, evaluation.batch_size, evaluation.workers)
+    with report.progress() as progress, torch.inference_mode():
+        task = progress.add_task("evaluating", total=len(dataset))
+        for batch in _guarded(loader):
+            skipped += batch.skipped
+            if len(batch.labels):
+                images, labels = _to_device(batch, args)
+                for score in running:
+                    score.add(images, labels)
+            progress.advance(task, len(batch.labels) + len(batch.skipped))
+    if len(skipped) == len(dataset):
+        raise InputError(
+            f"none of the {len(dataset)} images in {str(evaluation.data)!r} could be read, the first is {skipped[0]}: check the files"
+        )
+    rows = [_row(args, evaluation, score, len(skipped)) for score in running]
+    _print(report, args, rows, skipped)
+    report.write(rows)
+    return 1 if skipped and evaluation.strict else 0
+
+
+def _guarded(loader: Any) -> Any:
+    """The batches; a worker process that dies is one sentence."""
+    iterator = iter(loader)
+    while True:
+        try:
+            batch = next(iterator)
+        except StopIteration:
+            return
+        except RuntimeError as error:
+            if "DataLoader worker" not in str(error):
+                raise
+            raise InputError(
+                f"a process that decodes images died ({str(error).splitlines()[0]}): try --workers 0"
+            ) from None
+        yield batch
+
+
+def _to_device(batch: Batch, args: ModelArgs) -> tuple[Tensor, Tensor]:
+    images = batch.images.to(args.device, DTYPES[args.dtype])
+    if args.channels_last:
+        images = images.contiguous(memory_format=torch.channels_last)
+    return images, batch.labels.to(args.device)
+
+
+def _row(args: ModelArgs, evaluation: EvalArgs, score: Score, skipped: int) -> Row:
+    return {
+        "model": args.model,
+        "r": score.setting.label,
+        "top1": 100 * score.top1 / score.images,
+        "top5": 100 * score.top5 / score.images,
+        "images_per_second": score.images / score.seconds,
+        "gflops": score.gflops,
+        "images": score.images,
+        "skipped": skipped,
+        "batch_size": evaluation.batch_size,
+        "device": args.device,
+        "dtype": args.dtype,
+        "torch": torch.__version__,
+    }
+
+
+def _print(report: Report, args: ModelArgs, rows: Sequence[Row], skipped: Sequence[str]) -> None:
+    report.table(
+        f"{args.model}, {rows[0]['images']} images",
+        ("r", "top-1", "top-5", "img/s", "GFLOPs"),
+        (
+            (
+                str(row["r"]),
+                f"{row['top1']:.2f}",
+                f"{row['top5']:.2f}",
+                f"{row['images_per_second']:.1f}",
+                f"{row['gflops']:.4g}",
+            )
+            for row in rows
+        ),
+    )
+    if skipped:
+        report.warn(f"{len(skipped)} unreadable images were skipped:")
+        for problem in skipped[:20]:
+            report.warn(f"  {problem}")
+        if len(skipped) > 20:
+            report.warn(f"  … and {len(skipped) - 20} more")

@@ -1,0 +1,131 @@
+"""Labelled images from class folders, damaged ones counted and named instead of fatal."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from tokenmerge.errors import InputError
+
+# what Pillow raises for files that are cut, mislabelled, or not images at all
+_UNREADABLE = (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError)
+
+
+@dataclasses.dataclass(frozen=True)
+class Batch:
+    """One batch: images `[b, C, H, W]`, labels `[b]`, and "file: reason" for each file left out."""
+
+    images: Tensor
+    labels: Tensor
+    skipped: tuple[str, ...]
+
+
+class ImageFolder(Dataset[tuple[Tensor | None, int, str]]):
+    """Images in one folder per class, read by timm's reader.
+
+    Args:
+        root: folder that holds a folder per class.
+        label_names: class names in the order of the model's outputs, or `None` if unknown.
+        num_classes: outputs of the model.
+        transform: PIL image -> tensor.
+        class_map: file with class names, as timm's `--class-map`.
+
+    Raises:
+        InputError: if the folder is missing, holds no images or no classes, or the classes do not fit the model.
+    """
+
+    def __init__(
+        self,
+        root: Path,
+        transform: Any,
+        num_classes: int,
+        label_names: Sequence[str] | None = None,
+        class_map: str | None = None,
+    ) -> None:
+        from timm.data.readers.reader_image_folder import find_images_and_targets
+
+        if not root.is_dir():
+            raise InputError(
+                f"the data folder {str(root)!r} does not exist, but one folder per class was expected there: check --data"
+            )
+        samples, classes = find_images_and_targets(str(root), class_to_idx=_class_map(class_map, root))
+        if not samples:
+            raise InputError(
+                f"the data folder {str(root)!r} holds no images, but one folder of images per class was expected: check --data"
+            )
+        if "" in classes:
+            raise InputError(
+                f"images lie directly in {str(root)!r} instead of in one folder per class, so they have no labels: "
+                "move them into class folders, or give the folder above"
+            )
+        self.root, self.transform = root, transform
+        labels = (
+            classes if class_map else _labels(root, sorted(classes, key=classes.__getitem__), num_classes, label_names)
+        )
+        names = {index: name for name, index in classes.items()}
+        self.samples = [(Path(file), labels[names[target]]) for file, target in samples]
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def __getitem__(self, index: int) -> tuple[Tensor | None, int, str]:
+        """The image (`None` if unreadable), its label, and for unreadable ones "file: reason"."""
+        path, label = self.samples[index]
+        try:
+            with Image.open(path) as image:
+                return self.transform(image.convert("RGB")), label, ""
+        except _UNREADABLE as error:
+            reason = str(error).replace(str(path), "").strip() or type(error).__name__
+            return None, label, f"{path.relative_to(self.root)}: {reason}"
+
+
+def _class_map(class_map: str | None, root: Path) -> dict[str, int] | None:
+    if not class_map:
+        return None
+    from timm.data.readers.class_map import load_class_map
+
+    try:
+        loaded: dict[str, int] = load_class_map(class_map, str(root))
+    except Exception as error:  # assertion, pickle and file errors alike
+        raise InputError(
+            f"the class map {class_map!r} cannot be read ({error}): give a text file with one class per line"
+        ) from None
+    return loaded
+
+
+def _labels(root: Path, classes: list[str], num_classes: int, label_names: Sequence[str] | None) -> dict[str, int]:
+    """Folder name -> output of the model: by name where the model knows its names, by order otherwise."""
+    for names in (label_names, _imagenet_names() if num_classes == 1000 else None):
+        if names and set(classes) <= set(names):
+            return {name: list(names).index(name) for name in classes}
+    if len(classes) != num_classes:
+        raise InputError(
+            f"{str(root)!r} holds {len(classes)} class folders, but the model has {num_classes} outputs and does not know "
+            "these names: give --class-map with all class names in order, or the model's own --num-classes"
+        )
+    return {name: index for index, name in enumerate(classes)}
+
+
+def _imagenet_names() -> list[str]:
+    from timm.data.imagenet_info import ImageNetInfo
+
+    return [str(name) for name in ImageNetInfo("imagenet-1k").label_names()]
+
+
+def _collate(samples: list[tuple[Tensor | None, int, str]]) -> Batch:
+    read = [(image, label) for image, label, _ in samples if image is not None]
+    images = torch.stack([image for image, _ in read]) if read else torch.empty(0)
+    labels = torch.tensor([label for _, label in read], dtype=torch.int64)
+    return Batch(images, labels, tuple(problem for image, _, problem in samples if image is None))
+
+
+def batches(dataset: ImageFolder, batch_size: int, workers: int) -> DataLoader[Any]:
+    """The data set in order, in batches."""
+    return DataLoader(dataset, batch_size=batch_size, num_workers=workers, collate_fn=_collate)

@@ -1,0 +1,102 @@
+"""`tokenmerge inspect`: is a model supported, why not, and what would merging do to it."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from tokenmerge.errors import UnsupportedModelError
+from tokenmerge.patching import Summary, patched
+from tokenmerge.patching.check import check_block
+from tokenmerge.patching.target import find_target
+from tokenmerge.tools.models import ModelArgs, skeleton
+from tokenmerge.tools.report import Report, Row
+from tokenmerge.tools.settings import Setting
+
+
+def _with_values(block: nn.Module) -> Any:
+    """A copy of a block from the meta device, filled with small random numbers."""
+    filled = copy.deepcopy(block).to_empty(device="cpu")
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for tensor in (*filled.parameters(), *filled.buffers()):
+            if tensor.is_floating_point():
+                tensor.normal_(0, tensor.shape[-1] ** -0.5 if tensor.dim() > 1 else 0.5, generator=generator)
+    return filled
+
+
+def run_inspect(args: ModelArgs, settings: Sequence[Setting], fields: dict[str, Any], report: Report) -> int:
+    """Print and write one row per setting; returns 0, or 2 if the model is not supported."""
+    model = skeleton(args)
+    try:
+        target = find_target(model)
+        block, row = target.blocks[0]
+        check_block(row, _with_values(block), target.channels, "block 0", target.family.library)
+    except UnsupportedModelError as error:
+        report.say(f"{args.model}: not supported")
+        for reason in error.reasons or (str(error),):
+            report.say(f"  - {reason}")
+        report.say(f"  {error}", style="dim")
+        report.write([{"model": args.model, "supported": False, "reasons": list(error.reasons), "message": str(error)}])
+        return 2
+    rows = []
+    for setting in settings:
+        with patched(model, setting.config(**fields)) as handle:
+            summary = handle.summary()
+        rows.append(_row(args.model, setting, summary))
+        _print(report, args.model, setting, summary)
+    report.write(rows)
+    return 0
+
+
+def _row(model: str, setting: Setting, summary: Summary) -> Row:
+    return {
+        "model": model,
+        "supported": True,
+        "reasons": [],
+        "r": setting.label,
+        "class": summary.model,
+        "blocks": summary.blocks,
+        "prefix_tokens": summary.protected,
+        "pooling": summary.pooling,
+        "prop_attn": summary.prop_attn,
+        "r_per_block": list(summary.r),
+        "tokens": list(summary.tokens),
+        "gflops": summary.flops_after / 1e9,
+        "gflops_before": summary.flops_before / 1e9,
+        "gflops_per_block": [flops / 1e9 for flops in summary.block_flops],
+        "flops_ratio": summary.flops_ratio,
+    }
+
+
+def _print(report: Report, model: str, setting: Setting, summary: Summary) -> None:
+    cuts = any(asked != r for asked, r in zip(summary.requested, summary.r, strict=True))
+    report.table(
+        f"{model}, r={setting.label}: supported",
+        ("block", "tokens in", "merged", "tokens out", "GFLOPs", *(("asked for",) if cuts else ())),
+        (
+            (
+                str(i),
+                str(summary.tokens[i]),
+                str(r),
+                str(summary.tokens[i + 1]),
+                f"{summary.block_flops[i] / 1e9:.4g}",
+                *((str(summary.requested[i]),) if cuts else ()),
+            )
+            for i, r in enumerate(summary.r)
+        ),
+    )
+    report.say(
+        f"{summary.model}, {summary.protected} prefix tokens, pooling {summary.pooling}, "
+        f"proportional attention {'on' if summary.prop_attn else 'off'}"
+    )
+    report.say(
+        f"{summary.flops_before / 1e9:.4g} -> {summary.flops_after / 1e9:.4g} GFLOPs per image, "
+        f"{summary.flops_ratio:.2f}x less"
+    )
+    if cuts:
+        report.say("r was cut where a block has too few tokens (at most half of the unprotected ones can merge)")

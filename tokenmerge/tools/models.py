@@ -1,0 +1,167 @@
+"""MODEL on the command line -> a timm model, ready to run."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import logging
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from tokenmerge.errors import InputError, TokenMergeError
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ModelArgs:
+    """Which model, and how to hold it.
+
+    Attributes:
+        model: a timm name, `local-dir:PATH`, or `hf_hub:ID`.
+        pretrained: load the weights that the name stands for (may use the network for timm names and hub ids).
+        checkpoint: file with weights to load instead.
+        num_classes: classes of the head; `None` keeps the model's own.
+        img_size: side of the image in pixels; `None` keeps the model's own.
+        device: torch device.
+        dtype: "float32", "bfloat16" or "float16".
+        channels_last: memory format of model and images.
+    """
+
+    model: str
+    pretrained: bool = False
+    checkpoint: Path | None = None
+    num_classes: int | None = None
+    img_size: int | None = None
+    device: str = "cpu"
+    dtype: str = "float32"
+    channels_last: bool = False
+
+
+def check_device(device: str) -> torch.device:
+    """The torch device of that name.
+
+    Raises:
+        InputError: if it is unknown or not there.
+    """
+    try:
+        found = torch.device(device)
+        torch.empty(0, device=found)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise InputError(
+            f"device {device!r} cannot be used here ({reason}): choose another with --device, such as cpu"
+        ) from None
+    return found
+
+
+def _create(name: str, **kwargs: Any) -> Any:
+    """`timm.create_model`, its many kinds of failure as one sentence."""
+    try:
+        import timm
+    except ImportError:
+        raise InputError("timm is not installed, but models are made by it: pip install 'tokenmerge[timm]'") from None
+    if name.startswith("local-dir:") and not Path(name.removeprefix("local-dir:"), "config.json").is_file():
+        folder = name.removeprefix("local-dir:")
+        raise InputError(
+            f"{folder!r} holds no config.json, but local-dir: needs a folder in timm's hub format: check the path"
+        )
+    try:
+        with _quiet_timm():
+            return timm.create_model(name, **kwargs)
+    except TokenMergeError:
+        raise
+    except Exception as error:  # timm, safetensors, the hub client and torch all raise their own kinds
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        known = [] if ":" in name else timm.list_models(f"*{name.split('.')[0]}*")[:3]
+        hint = (
+            f"did you mean {', '.join(known)}?"
+            if known and name not in known
+            else "check the name with timm.list_models()"
+        )
+        if kwargs.get("pretrained"):
+            hint = "check that the weights exist, are whole and can be reached, and that they fit the other options"
+        raise InputError(f"the model {name!r} cannot be made ({type(error).__name__}: {reason}): {hint}") from None
+
+
+@contextlib.contextmanager
+def _quiet_timm() -> Iterator[None]:
+    """timm logs what it loads; the command says it in its own words."""
+    logger = logging.getLogger("timm")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+
+
+def _model_kwargs(args: ModelArgs) -> dict[str, Any]:
+    kwargs = {"num_classes": args.num_classes, "img_size": args.img_size}
+    return {name: value for name, value in kwargs.items() if value is not None}
+
+
+def load_model(args: ModelArgs) -> Any:
+    """The model in evaluation mode on its device.
+
+    Raises:
+        InputError: if it cannot be made, or its weights or checkpoint cannot be read or do not fit.
+    """
+    device = check_device(args.device)
+    model = _create(args.model, pretrained=args.pretrained, **_model_kwargs(args))
+    if args.checkpoint is not None:
+        load_checkpoint(model, args.checkpoint)
+    memory = {"memory_format": torch.channels_last} if args.channels_last else {}
+    return model.to(device=device, dtype=DTYPES[args.dtype], **memory).eval()
+
+
+def skeleton(args: ModelArgs) -> Any:
+    """The model without values, on the meta device: enough to look at, however large it is."""
+    with torch.device("meta"):
+        return _create(args.model, pretrained=False, **_model_kwargs(args))
+
+
+def load_checkpoint(model: nn.Module, path: Path) -> None:
+    """Load weights from a safetensors or torch file; strictly: every tensor must fit.
+
+    Raises:
+        InputError: if the file is missing, damaged, or does not fit the model.
+    """
+    from timm.models import load_state_dict
+
+    if not path.is_file():
+        raise InputError(f"the checkpoint {str(path)!r} is not a file, but weights were expected there: check the path")
+    try:
+        with _quiet_timm():
+            state = load_state_dict(str(path), use_ema=True, weights_only=True)
+    except Exception as error:  # torch, pickle, zip and safetensors all raise their own kinds
+        reason = (str(error).splitlines() or [""])[0]
+        raise InputError(
+            f"the checkpoint {str(path)!r} cannot be read ({type(error).__name__}: {reason}): "
+            "give a whole .safetensors or torch file that holds tensors only"
+        ) from None
+    own = model.state_dict()
+    missing, extra = sorted(own.keys() - state.keys()), sorted(state.keys() - own.keys())
+    wrong = [name for name in own.keys() & state.keys() if own[name].shape != state[name].shape]
+    if missing or extra or wrong:
+        found = [
+            f"{len(names)} {what} such as {names[0]}"
+            for names, what in ((missing, "missing"), (extra, "unexpected"), (sorted(wrong), "of another shape"))
+            if names
+        ]
+        raise InputError(
+            f"the checkpoint {str(path)!r} does not fit the model: {'; '.join(found)}: "
+            "give the model's own name and options such as --num-classes and --img-size"
+        )
+    model.load_state_dict(state)
+
+
+def input_shape(model: Any) -> tuple[int, int, int]:
+    """Channels, height and width of the images that a timm ViT takes."""
+    height, width = model.patch_embed.img_size
+    first = next(module for module in model.patch_embed.modules() if isinstance(module, nn.Conv2d))
+    return first.in_channels, int(height), int(width)

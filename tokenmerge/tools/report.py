@@ -1,0 +1,82 @@
+"""Rows in, tables and JSON out. Tables go to standard output and fit 80 columns."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+
+from tokenmerge.errors import InputError
+
+Row = dict[str, Any]
+
+
+class Report:
+    """Where a command's results go.
+
+    Args:
+        json_path: file for the rows as a JSON list; "-" is standard output, and tables then go to
+            standard error; `None` writes no JSON.
+
+    Raises:
+        InputError: if the file's folder does not exist (found out before any work is done).
+    """
+
+    def __init__(self, json_path: str | None = None) -> None:
+        self._json_path = json_path
+        if json_path not in (None, "-") and not Path(str(json_path)).resolve().parent.is_dir():
+            raise InputError(f"the folder of --json {json_path!r} does not exist: make it first")
+        self.out = Console(stderr=json_path == "-", highlight=False, soft_wrap=False)
+        self.err = Console(stderr=True, highlight=False)
+
+    def say(self, text: str, style: str | None = None) -> None:
+        """One line for people."""
+        self.out.print(text, style=style, markup=False)
+
+    def warn(self, text: str) -> None:
+        """One line that should not be missed."""
+        self.err.print(f"warning: {text}", style="yellow", markup=False)
+
+    def table(self, title: str, columns: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
+        """A table; all columns but the first are numbers."""
+        table = Table(title=title, title_justify="left", header_style="bold")
+        for i, column in enumerate(columns):
+            table.add_column(column, justify="right" if i else "left", no_wrap=True)
+        for row in rows:
+            table.add_row(*row)
+        self.out.print(table)
+
+    def progress(self) -> Progress:
+        """A progress bar on standard error; gone when it is done."""
+        return Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TimeRemainingColumn(),
+            console=self.err,
+            transient=True,
+        )
+
+    def write(self, rows: Sequence[Row]) -> None:
+        """Write the rows as a JSON list.
+
+        Raises:
+            InputError: if the file cannot be written.
+        """
+        text = json.dumps(list(rows), indent=2) + "\n"
+        if self._json_path == "-":
+            sys.stdout.write(text)
+        elif self._json_path is not None:
+            try:
+                Path(self._json_path).write_text(text, encoding="utf-8")
+            except OSError as error:
+                raise InputError(
+                    f"--json {self._json_path!r} cannot be written ({error.strerror}): choose another file"
+                ) from None
