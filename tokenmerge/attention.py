@@ -11,6 +11,8 @@ import threading
 import torch
 from torch import Tensor
 
+from tokenmerge.precision import autocast_dtype
+
 
 def size_bias(size: Tensor | None, x: Tensor) -> Tensor | None:
     """`log size` as an additive attention mask `[B, 1, 1, N]`; `None` while all sizes are 1.
@@ -21,9 +23,7 @@ def size_bias(size: Tensor | None, x: Tensor) -> Tensor | None:
     """
     if size is None:
         return None
-    device = x.device.type
-    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
-    return size.log().to(dtype)[:, None, None, :]
+    return size.log().to(autocast_dtype(x.device.type) or x.dtype)[:, None, None, :]
 
 
 class _Tap(threading.local):
@@ -50,6 +50,12 @@ def note_keys(module: torch.nn.Module, args: tuple[Tensor, ...], output: Tensor)
     """Forward hook of the module whose output is K as attention uses it (`[B, H, N, D]`)."""
     if _tap.keys is not None:
         _tap.keys = (*_tap.keys, output)
+
+
+def note_untransposed_keys(module: torch.nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
+    """Like `note_keys`, for blocks that normalise K as `[B, N, H, D]`."""
+    if _tap.keys is not None:
+        _tap.keys = (*_tap.keys, output.transpose(1, 2))
 
 
 def head_mean(keys: tuple[Tensor, ...]) -> Tensor:

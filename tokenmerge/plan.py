@@ -159,7 +159,7 @@ class MergePlan:
         if size is not None and size.shape != (batch, tokens):
             raise InputError(f"size is {tuple(size.shape)}, but this plan merges sizes of shape [{batch}, {tokens}]")
         kept = take_rows(x, self.keep)
-        new_size, share = self._sizes(size)
+        new_size, joining = self._sizes(size)
         if reduce == "max":
             index = self.target.unsqueeze(2).expand(-1, -1, x.shape[2])
             return kept.scatter_reduce(1, index, take_rows(x, self.source), "amax", include_self=True), new_size
@@ -168,7 +168,8 @@ class MergePlan:
         change = take_rows(x, self.source).to(wide)
         if reduce == "mean":
             # x_t + Σ sᵢ/S (xᵢ − x_t) is the weighted mean, and leaves every other row alone
-            change = (change - take_rows(kept, self.target)) * share.to(wide).unsqueeze(2)
+            share = joining.to(wide) / new_size.gather(1, self.target).to(wide)
+            change = (change - take_rows(kept, self.target)) * share.unsqueeze(2)
         elif reduce != "sum":
             raise InputError(f"reduce={reduce!r}, but only 'mean', 'sum' and 'max' are known")
         flat = kept.reshape(batch * self.tokens_out, x.shape[2])
@@ -176,15 +177,14 @@ class MergePlan:
         return flat.reshape(kept.shape).to(x.dtype), new_size
 
     def _sizes(self, size: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Sizes after the merge `[B, N']`, and each source's share of the token it joins `[B, r]`; float32."""
+        """Sizes after the merge `[B, N']`, and those of the tokens merged away `[B, r]`; float32."""
         if size is None:
             kept = torch.ones_like(self.keep, dtype=torch.float32)
             joining = torch.ones_like(self.source, dtype=torch.float32)
         else:
             size = size.to(torch.float32)
             kept, joining = size.gather(1, self.keep), size.gather(1, self.source)
-        new_size = kept.scatter_add(1, self.target, joining)
-        return new_size, joining / new_size.gather(1, self.target)
+        return kept.scatter_add(1, self.target, joining), joining
 
     def unmerge(self, x: Tensor) -> Tensor:
         """Give every token before the merge the value of the token it became: `[B, N', C]` -> `[B, N, C]`.

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from tokenmerge.matching.registry import check_matching_input, register_matcher
 from tokenmerge.plan import MergePlan, take_rows
+from tokenmerge.precision import no_autocast
 from tokenmerge.schedule import max_merges
 
 
@@ -50,9 +51,8 @@ def _edge_scores(metric: Tensor, protected: int) -> tuple[Tensor, int, int]:
     """Cosine similarities `[B, |A|, |B|]` of the unprotected tokens, and the first position of A and of B."""
     first_a = protected + protected % 2
     first_b = protected + 1 - protected % 2
-    device = metric.device.type
     # autocast would round the similarities to half precision and so pick other pairs
-    with torch.autocast(device, enabled=False):
+    with no_autocast(metric.device.type):
         metric = metric.detach().to(torch.float32)
         unit = metric / torch.linalg.vector_norm(metric, dim=2, keepdim=True).clamp_min(1e-12)
         return unit[:, first_a::2] @ unit[:, first_b::2].transpose(1, 2), first_a, first_b

@@ -16,9 +16,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tokenmerge.attention import close_tap, note_keys, open_tap, size_bias
+from tokenmerge.attention import close_tap, open_tap, size_bias
 from tokenmerge.errors import UnsupportedModelError
 from tokenmerge.patching.family import BlockFamily
+from tokenmerge.precision import no_autocast
 
 _COPIES = 9  # equal tokens that one token stands for in the third test
 
@@ -30,7 +31,7 @@ def _quietly(block: nn.Module) -> Iterator[None]:
     device = next(block.parameters()).device.type
     block.eval()
     try:
-        with torch.no_grad(), torch.autocast(device, enabled=False):
+        with torch.no_grad(), no_autocast(device):
             yield
     finally:
         for module, mode in modes:
@@ -76,7 +77,7 @@ def check_block(family: BlockFamily, block: Any, channels: int, name: str, libra
 def _fault(family: BlockFamily, block: Any, channels: int) -> str | None:
     """What differs from the row, in words; `None` when all three facts hold."""
     x = _tokens(block, channels, 7)
-    hooks = [module.register_forward_hook(note_keys) for module in family.keys(block)]
+    hooks = [module.register_forward_hook(family.tap) for module in family.keys(block)]
     try:
         open_tap()
         ours = family.attention(block, x, None)

@@ -12,6 +12,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from tokenmerge.attention import note_keys
 from tokenmerge.flops import BlockCost
 
 
@@ -29,7 +30,8 @@ class BlockFamily:
         attention: `(block, x, bias) -> x + attention branch`; bias is `[B, 1, 1, N]` or `None`.
         mlp: `(block, x) -> x + MLP branch`, or `None` where attention and MLP run side by side; tokens then
             merge after both.
-        keys: the modules whose outputs are K, each `[B, H, N, D]`, as attention uses it.
+        keys: the modules whose outputs are K as attention uses it.
+        tap: the forward hook that notes those outputs as `[B, H, N, D]`.
         cost: multiply-adds of a block.
         refuse: reasons why this very block cannot be patched right.
     """
@@ -40,6 +42,7 @@ class BlockFamily:
     keys: Callable[[Any], Sequence[nn.Module]]
     cost: Callable[[Any], BlockCost]
     refuse: Callable[[Any], list[str]] = no_reasons
+    tap: Callable[[nn.Module, tuple[Tensor, ...], Tensor], None] = note_keys
 
     def __reduce__(self) -> tuple[Any, ...]:
         # patched blocks hold their row; a copied or unpickled block finds it again by its class

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from tokenmerge.attention import note_keys
+from tokenmerge.attention import note_keys, note_untransposed_keys
 from tokenmerge.config import MergeConfig
 from tokenmerge.errors import ConfigError, PatchError
 from tokenmerge.flops import ModelCost
@@ -81,7 +81,7 @@ class Handle:
             target.family.pooling(model),
             patch.prop_attn,
             patch.config.matcher,
-            patch.schedule,
+            patch.schedule[: len(target.blocks)],  # blocks may have been pruned away since
             target.cost(),
         )
 
@@ -142,7 +142,7 @@ def patch(model: nn.Module, config: MergeConfig | None = None, **fields: Any) ->
         norm.register_forward_hook(carry_through)
     for block, row in target.blocks:
         for module in row.keys(block):
-            module.register_forward_hook(note_keys)
+            module.register_forward_hook(row.tap)
         swap_class(block, MergeBlock)
     _set_specs(target, record)
     return Handle(target.model, record)
@@ -260,7 +260,7 @@ def _restore(model: Any) -> None:
     restore_class(model)
     del model._tokenmerge_patch
     for module in model.modules():
-        _remove_hooks(module, note_keys, carry_through)
+        _remove_hooks(module, note_keys, note_untransposed_keys, carry_through)
 
 
 def _remove_hooks(module: nn.Module, *functions: Callable[..., Any]) -> None:

@@ -118,10 +118,15 @@ def _variants(model: Any, settings: Sequence[Setting], fields: dict[str, Any], c
     return variants
 
 
-def run_bench(
+def measure(
     args: ModelArgs, bench: BenchArgs, settings: Sequence[Setting], fields: dict[str, Any], report: Report
-) -> int:
-    """Measure, print and write one row per r; the unmerged model is always among them. Returns 0."""
+) -> list[Row]:
+    """One row for the unmerged model and one per setting that merges.
+
+    Raises:
+        InputError: if the model cannot be made.
+        UnsupportedModelError: if it cannot be patched.
+    """
     model = load_model(args)
     images = torch.randn(bench.batch_size, *input_shape(model), generator=torch.Generator().manual_seed(0))
     images = images.to(args.device, DTYPES[args.dtype])
@@ -137,6 +142,14 @@ def run_bench(
         yardstick = times if variant.yardstick is None else next(seconds)
         memory = peak_memory(variant.merged, images)
         rows.append(_row(args, bench, variant, times, yardstick, rows[0] if rows else None, memory))
+    return rows
+
+
+def run_bench(
+    args: ModelArgs, bench: BenchArgs, settings: Sequence[Setting], fields: dict[str, Any], report: Report
+) -> int:
+    """Measure, print and write one row per r; the unmerged model is always among them. Returns 0."""
+    rows = measure(args, bench, settings, fields, report)
     _print(report, args, bench, rows)
     report.write(rows)
     return 0
@@ -170,6 +183,7 @@ def _row(
         "statistic": bench.statistic,
         "rounds": bench.rounds,
         "ms": ms,
+        "ms_min": 1e3 * min(times),
         "ms_p20": 1e3 * low,
         "ms_p80": 1e3 * high,
         "images_per_second": 1e3 * bench.batch_size / ms,

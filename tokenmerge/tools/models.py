@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from tokenmerge.errors import InputError, TokenMergeError
+from tokenmerge.patching.target import find_target
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -110,9 +111,11 @@ def load_model(args: ModelArgs) -> Any:
 
     Raises:
         InputError: if it cannot be made, or its weights or checkpoint cannot be read or do not fit.
+        UnsupportedModelError: if it cannot be patched.
     """
     device = check_device(args.device)
     model = _create(args.model, pretrained=args.pretrained, **_model_kwargs(args))
+    find_target(model)
     if args.checkpoint is not None:
         load_checkpoint(model, args.checkpoint)
     memory = {"memory_format": torch.channels_last} if args.channels_last else {}

@@ -17,7 +17,7 @@ from timm.models import deit, vision_transformer
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from tokenmerge.attention import size_bias
+from tokenmerge.attention import note_untransposed_keys, size_bias
 from tokenmerge.errors import PatchError
 from tokenmerge.flops import BlockCost
 from tokenmerge.patching.family import BlockFamily, ModelFamily
@@ -144,6 +144,7 @@ BLOCKS: Sequence[BlockFamily] = (
         attention=_parallel_attention,
         mlp=None,
         keys=lambda block: [block.k_norm],
+        tap=note_untransposed_keys,
         cost=_parallel_cost,
     ),
     *_block_row(

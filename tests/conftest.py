@@ -1,0 +1,24 @@
+"""Fixtures: the reference data next to the repository, where it exists, and quiet, repeatable torch."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+SHARED = Path(os.environ.get("TOKENMERGE_SHARED", Path(__file__).resolve().parents[2] / "shared"))
+
+
+@pytest.fixture(scope="session")
+def shared() -> Path:
+    """Folder with golden tensors and real data; skips where there is none (a stranger's clone)."""
+    if not (SHARED / "reference").is_dir():
+        pytest.skip(f"no reference data at {SHARED} (set TOKENMERGE_SHARED to the folder that holds it)")
+    return SHARED
+
+
+@pytest.fixture(autouse=True)
+def _repeatable() -> None:
+    torch.manual_seed(0)

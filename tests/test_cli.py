@@ -1,0 +1,319 @@
+"""The command as a person runs it, on a small model in timm's hub format and a small folder of images."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import save_file
+
+from tests.tiny import tiny
+from tokenmerge.cli import main
+
+Run = Callable[..., tuple[int, str, str]]
+CLASSES = ("ant", "bee", "cat")
+
+
+@pytest.fixture
+def run(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Run:
+    """Runs the command in an 80-column terminal in an empty folder; exit code, stdout, stderr."""
+    monkeypatch.setenv("COLUMNS", "80")
+    monkeypatch.chdir(tmp_path)
+
+    def call(*args: object) -> tuple[int, str, str]:
+        try:
+            code = main([str(arg) for arg in args])
+        except SystemExit as stop:  # argparse
+            code = int(stop.code or 0)
+        out, err = capsys.readouterr()
+        assert "Traceback" not in err
+        table = err if "-" in args else out  # JSON on standard output sends the tables to standard error
+        assert all(len(line) <= 80 for line in table.splitlines() if line and line[0] in "┏┃┡│└"), table
+        return code, out, err
+
+    return call
+
+
+@pytest.fixture
+def model_dir(tmp_path: Path) -> Path:
+    """A model in timm's hub format: 3 classes, 36 patches."""
+    folder = tmp_path / "model"
+    folder.mkdir()
+    args = {"img_size": 48, "patch_size": 8, "embed_dim": 48, "depth": 3, "num_heads": 3}
+    model = tiny("vit_tiny_patch16_224", **args, num_classes=3)
+    config = {
+        "architecture": "vit_tiny_patch16_224",
+        "num_classes": 3,
+        "model_args": args,
+        "pretrained_cfg": {
+            "input_size": [3, 48, 48],
+            "num_classes": 3,
+            "classifier": "head",
+            "first_conv": "patch_embed.proj",
+        },
+    }
+    (folder / "config.json").write_text(json.dumps(config))
+    save_file(model.state_dict(), folder / "model.safetensors")
+    return folder
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> Path:
+    """Four images in each of three classes, sizes all different."""
+    folder = tmp_path / "images"
+    generator = torch.Generator().manual_seed(0)
+    for label, name in enumerate(CLASSES):
+        (folder / name).mkdir(parents=True)
+        for number in range(4):
+            pixels = torch.randint(0, 255, (40 + 9 * number, 50 + 5 * label, 3), generator=generator, dtype=torch.uint8)
+            Image.fromarray(pixels.numpy()).save(folder / name / f"{number}.png")
+    return folder
+
+
+def test_eval_gives_one_row_per_r(run: Run, model_dir: Path, data: Path, tmp_path: Path) -> None:
+    file = tmp_path / "rows.json"
+    settings = ("0", "4", "6:-1", "3,0,5", "keep=0.8", "flops=0.6")
+    command = (
+        "eval",
+        f"local-dir:{model_dir}",
+        "--pretrained",
+        "--data",
+        data,
+        "-b",
+        5,
+        "-j",
+        0,
+        "--json",
+        file,
+        "--r",
+    )
+    code, out, err = run(*command, *settings)
+    rows = json.loads(file.read_text())
+    assert code == 0, err
+    assert [row["r"] for row in rows] == [0, 4, *settings[2:]]
+    for row in rows:
+        assert {"model", "r", "top1", "top5", "images_per_second", "gflops", "images", "skipped"} <= row.keys()
+        assert (row["images"], row["skipped"], row["top5"]) == (12, 0, 100.0)
+        assert row["images_per_second"] > 0
+    assert rows[0]["gflops"] > rows[1]["gflops"]
+    assert "top-1" in out
+    assert "random weights" not in err
+    _, again, _ = run(*command[:-2], "-", "--r", *settings)
+    assert [row["top1"] for row in json.loads(again)] == [row["top1"] for row in rows]
+
+
+def test_eval_accuracy_is_the_models(run: Run, model_dir: Path, data: Path) -> None:
+    """Against a loop written out by hand with timm's own transform."""
+    import timm
+    from timm.data.config import resolve_data_config
+    from timm.data.transforms_factory import create_transform
+
+    import tokenmerge
+
+    model: Any = timm.create_model(f"local-dir:{model_dir}", pretrained=True).eval()
+    transform: Any = create_transform(**resolve_data_config({}, model=model))
+    tokenmerge.patch(model, r=4)
+    correct = 0
+    with torch.no_grad():
+        for label, name in enumerate(CLASSES):
+            for file in (data / name).iterdir():
+                correct += int(model(transform(Image.open(file)).unsqueeze(0)).argmax() == label)
+    _, out, _ = run("eval", f"local-dir:{model_dir}", "--pretrained", "--data", data, "--r", 4, "--json", "-")
+    assert json.loads(out)[0]["top1"] == pytest.approx(100 * correct / 12)
+
+
+def test_damaged_images_are_named_counted_and_strict(run: Run, model_dir: Path, data: Path) -> None:
+    whole = (data / "bee/1.png").read_bytes()
+    (data / "bee/1.png").write_bytes(whole[: len(whole) // 2])
+    (data / "cat/text.jpg").write_text("no image")
+    (data / "ant/empty.jpeg").touch()
+    command = ("eval", f"local-dir:{model_dir}", "--pretrained", "--data", data, "--r", 4, "--json", "-")
+    for workers in (0, 2):
+        code, out, err = run(*command, "-j", workers)
+        row = json.loads(out)[0]
+        assert (code, row["images"], row["skipped"]) == (0, 11, 3)
+        for name in ("bee/1.png", "cat/text.jpg", "ant/empty.jpeg"):
+            assert name in err
+    assert run(*command, "--strict")[0] == 1
+
+
+def test_classes_follow_the_models_names(run: Run, model_dir: Path, data: Path) -> None:
+    config = json.loads((model_dir / "config.json").read_text())
+    config["label_names"] = ["cat", "bee", "ant"]
+    (model_dir / "config.json").write_text(json.dumps(config))
+    command = ("eval", f"local-dir:{model_dir}", "--pretrained", "--data", data, "--r", 0, "--json", "-")
+    backwards = json.loads(run(*command)[1])[0]["top1"]
+    (data / "names.txt").write_text("cat\nbee\nant\n")
+    mapped = json.loads(run(*command, "--class-map", data / "names.txt")[1])[0]["top1"]
+    assert backwards == mapped
+    for image in (data / "ant").iterdir():
+        image.unlink()
+    (data / "ant").rmdir()
+    assert json.loads(run(*command)[1])[0]["images"] == 8  # two of three classes: their names say which
+
+
+@pytest.mark.parametrize(
+    ("spoil", "words"),
+    [
+        ("missing", "does not exist, but one folder per class"),
+        ("empty", "holds no images"),
+        ("flat", "instead of in one folder per class"),
+        ("classes", "holds 4 class folders, but the model has 3 outputs"),
+        ("unreadable", "none of the 3 images"),
+    ],
+)
+def test_data_that_cannot_be_evaluated(
+    run: Run, model_dir: Path, data: Path, tmp_path: Path, spoil: str, words: str
+) -> None:
+    folder = tmp_path / "other"
+    if spoil != "missing":
+        folder.mkdir()
+    if spoil == "flat":
+        (folder / "a.png").write_bytes((data / "ant/0.png").read_bytes())
+    if spoil in ("classes", "unreadable"):
+        for name in (*CLASSES, "dog")[: 4 if spoil == "classes" else 3]:
+            (folder / name).mkdir()
+            (folder / name / "a.png").write_bytes(b"" if spoil == "unreadable" else (data / "ant/0.png").read_bytes())
+    code, _, err = run("eval", f"local-dir:{model_dir}", "--pretrained", "--data", folder, "--r", 4)
+    assert code == 2
+    assert words in err
+    assert len(err.strip().splitlines()) == 1
+
+
+def test_checkpoints(run: Run, model_dir: Path, data: Path, tmp_path: Path) -> None:
+    command = ("eval", f"local-dir:{model_dir}", "--data", data, "--r", 4, "--json", "-")
+    code, out, _ = run(*command, "--checkpoint", model_dir / "model.safetensors")
+    assert code == 0
+    assert json.loads(out)[0]["top1"] == json.loads(run(*command, "--pretrained")[1])[0]["top1"]
+    assert "random weights" in run(*command)[2]
+
+    whole = (model_dir / "model.safetensors").read_bytes()
+    (tmp_path / "cut.safetensors").write_bytes(whole[:1000])
+    torch.save({"state_dict": {"head.weight": torch.zeros(2, 2)}}, tmp_path / "other.pth")
+    (tmp_path / "text.pth").write_text("no weights")
+    for file, words in (
+        ("nowhere.pth", "is not a file"),
+        ("cut.safetensors", "cannot be read"),
+        ("text.pth", "cannot be read"),
+        ("other.pth", "does not fit the model: 43 missing such as"),
+    ):
+        code, _, err = run(*command, "--checkpoint", tmp_path / file)
+        assert (code, len(err.strip().splitlines())) == (2, 1), err
+        assert words in err
+    (model_dir / "model.safetensors").write_bytes(whole[:1000])
+    code, _, err = run(*command, "--pretrained")
+    assert code == 2
+    assert "cannot be made" in err
+
+
+@pytest.mark.parametrize(
+    ("args", "words"),
+    [
+        (("inspect", "vit_tiny_patch16_224", "--r", "-3"), "r=-3 is negative"),
+        (("inspect", "vit_tiny_patch16_224", "--r", "x"), "r='x' is not understood"),
+        (("inspect", "vit_tiny_patch16_224", "--r", "keep=0.2"), "keep=0.2"),
+        (("inspect", "vit_tiny_patch16_224", "--r", "ratio=2"), "is not understood"),
+        (("inspect", "vit_tiny_patch16_224", "--r", "1,2,3,4,5,6,7,8,9,10,11,12,13"), "r lists 13 blocks"),
+        (("inspect", "vit_tiny_patch16_224", "--matcher", "nope"), "matcher='nope' is not registered"),
+        (("inspect", "vit_tinny_patch16_224"), "cannot be made"),
+        (("inspect", "some/where"), "cannot be made"),
+        (("inspect", "local-dir:nowhere"), "holds no config.json"),
+        (("inspect", "vit_tiny_patch16_224", "--json", "no/where.json"), "does not exist"),
+        (("bench", "vit_tiny_patch16_224", "--r", "4", "--device", "cuda:7"), "device 'cuda:7' cannot be used here"),
+        (("bench", "vit_tiny_patch16_224", "--r", "4", "--batch-size", "0"), "at least 1 expected"),
+        (("bench", "resnet18", "--r", "4"), "ResNet holds no model that tokenmerge supports"),
+        (("bench", "vit_tiny_patch16_224"), "--r"),
+        (("demo", "--output", "picture.nope"), "cannot be written"),
+    ],
+)
+def test_bad_input_is_one_sentence_and_exit_code_2(run: Run, args: tuple[str, ...], words: str) -> None:
+    code, _, err = run(*args)
+    assert code == 2
+    assert words in err
+
+
+def test_inspect(run: Run) -> None:
+    code, out, _ = run("inspect", "deit_tiny_distilled_patch16_224", "--r", 8, 16)
+    assert code == 0
+    assert "2 prefix tokens" in out
+    code, out, _ = run(
+        "inspect", "vit_giant_patch14_reg4_dinov2", "--r", "flops=0.5", "--json", "-"
+    )  # a billion parameters
+    (row,) = json.loads(out)
+    assert row["supported"]
+    assert row["prefix_tokens"] == 5
+    assert 2 <= row["flops_ratio"] < 2.1
+    assert row["gflops"] == pytest.approx(sum(row["gflops_per_block"]), rel=0.02)
+    code, out, _ = run("inspect", "swin_tiny_patch4_window7_224")
+    assert code == 2
+    assert "not supported" in out
+    assert not json.loads(run("inspect", "resnet18", "--json", "-")[1])[0]["supported"]
+
+
+def test_bench(run: Run, model_dir: Path) -> None:
+    code, out, _ = run("bench", f"local-dir:{model_dir}", "--r", 0, 4, "6:-1", "-b", 2, "--num-bench-iter", 3)
+    assert code == 0
+    assert "overhead" in out
+    code, out, _ = run(
+        "bench",
+        f"local-dir:{model_dir}",
+        "--r",
+        4,
+        "-b",
+        2,
+        "--num-bench-iter",
+        2,
+        "--dtype",
+        "bfloat16",
+        "--json",
+        "-",
+    )
+    rows = json.loads(out)
+    assert [row["r"] for row in rows] == [0, 4]
+    needed = "model r batch_size device dtype images_per_second speedup flops_ratio realised overhead peak_memory_mb"
+    assert set(needed.split()) <= rows[1].keys()
+    base, merged = rows
+    assert (base["speedup"], base["flops_ratio"], base["overhead"]) == (1, 1, 1)
+    assert merged["speedup"] == pytest.approx(base["ms"] / merged["ms"])
+    assert merged["realised"] == pytest.approx(merged["speedup"] / merged["flops_ratio"])
+    assert merged["peak_memory_mb"] > 0
+
+
+def test_it_says_so_when_merging_does_not_pay(run: Run, model_dir: Path) -> None:
+    """One tiny image: matching costs more than the few tokens it saves."""
+    _, out, _ = run("bench", f"local-dir:{model_dir}", "--r", 1, "-b", 1, "--num-bench-iter", 5)
+    assert "Merging does not pay at this shape: r=1" in out
+
+
+def test_demo_and_module_entry(tmp_path: Path) -> None:
+    """In a process of its own, without the terminal: as somebody tries it first."""
+    environment = {**os.environ, "COLUMNS": "80"}
+    command = [sys.executable, "-m", "tokenmerge", "demo", "--json", "demo.json", "--output", "demo.png"]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert max(map(len, done.stdout.splitlines())) <= 80
+    rows = json.loads((tmp_path / "demo.json").read_text())
+    assert [row["r"] for row in rows] == [0, 8, 16, 24]
+    assert rows[0]["top1"] > 95
+    assert rows[1]["top1"] > rows[0]["top1"] - 3
+    with Image.open(tmp_path / "demo.png") as picture:
+        assert picture.width > 300
+
+
+@pytest.mark.slow
+def test_eval_reproduces_the_reference(run: Run, shared: Path) -> None:
+    model = f"local-dir:{shared}/data/vit_tiny_patch16_224_tinyimagenet"
+    command = ("eval", model, "--pretrained", "--data", shared / "data/tiny-imagenet/val", "--json", "-")
+    rows = json.loads(run(*command, "--r", 0, 16)[1])
+    assert [row["top1"] for row in rows] == pytest.approx([70.15, 67.45], abs=0.15)
+    assert [row["images"] for row in rows] == [2000, 2000]
+    (row,) = json.loads(run(*command, "--r", 16, "--prop-attn", "off")[1])
+    assert row["top1"] == pytest.approx(63.75, abs=0.15)

@@ -1,0 +1,78 @@
+from __future__ import annotations
+
+import dataclasses
+import pickle
+from typing import Any
+
+import pytest
+
+from tokenmerge import ConfigError, MergeConfig, TokenMergeError
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        MergeConfig(r=8),
+        MergeConfig(r=(16, -1), prop_attn=False),
+        MergeConfig(r=[3, 3]),
+        MergeConfig(keep=0.9, trace=True),
+        MergeConfig(flops=0.5, prop_attn=True),
+        MergeConfig(),
+    ],
+)
+def test_json_and_pickle_round_trip(config: MergeConfig) -> None:
+    again = MergeConfig.from_json(config.to_json())
+    assert again == config
+    assert type(again.r) is type(config.r)  # a pair stays a pair, a list a list
+    assert pickle.loads(pickle.dumps(config)) == config
+
+
+def test_is_frozen_and_keeps_its_own_list() -> None:
+    mine = [1, 2]
+    config = MergeConfig(r=mine)
+    mine.append(99)
+    assert config.r == [1, 2]
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        config.r = 3  # type: ignore[misc]
+
+
+def test_unknown_field_is_a_type_error() -> None:
+    with pytest.raises(TypeError, match=r"'ratio' is no field of MergeConfig, which has r, keep"):
+        MergeConfig.create(ratio=0.5)
+    with pytest.raises(TokenMergeError):
+        MergeConfig.from_json('{"ratio": 0.5}')
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"r": -1},
+        {"r": 8, "flops": 0.5},
+        {"keep": 0.4},
+        {"keep": 1.5},
+        {"flops": 0},
+        {"flops": float("nan")},
+        {"flops": "half"},
+        {"prop_attn": "maybe"},
+        {"prop_attn": 1},
+        {"matcher": 3},
+        {"trace": "yes"},
+    ],
+)
+def test_values_that_mean_nothing(fields: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError) as caught:
+        MergeConfig(**fields)
+    assert next(iter(fields)) in str(caught.value)
+
+
+@pytest.mark.parametrize("text", ["", "[]", "8", '{"r": {"r": 8}}', '{"r": -1}', '{"r": [8, "x"]}'])
+def test_bad_json(text: str) -> None:
+    with pytest.raises(ConfigError):
+        MergeConfig.from_json(text)
+
+
+def test_a_new_schedule_replaces_the_old_form() -> None:
+    assert MergeConfig.create(MergeConfig(flops=0.5), r=8) == MergeConfig(r=8)
+    assert MergeConfig.create(MergeConfig(r=8), prop_attn=False) == MergeConfig(r=8, prop_attn=False)
+    with pytest.raises(ConfigError, match="must be a MergeConfig"):
+        MergeConfig.create(8)  # type: ignore[arg-type]

@@ -1,0 +1,43 @@
+"""Small models with lively random weights: every parameter matters, so a wrong one shows."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import timm
+import torch
+from torch import Tensor, nn
+
+GRID = 6  # patches along each side
+
+
+def randomize(model: nn.Module, seed: int = 0) -> None:
+    """Give every parameter a value that matters (init schemes leave LayerScale and others near zero)."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            noise = torch.randn(parameter.shape, generator=generator)
+            if parameter.dim() > 1:
+                fan_in = parameter[0].numel() if "token" not in name and "pos" not in name else 4
+                parameter.copy_(noise * fan_in**-0.5)
+            else:
+                parameter.copy_(0.3 * noise + (1.0 if name.endswith(("weight", "gamma")) else 0.0))
+
+
+def tiny(name: str, **overrides: Any) -> Any:
+    """A timm ViT by name: its own kind of blocks, tokens and head, but 3 blocks of 48 channels and 6×6 patches."""
+    match = re.search(r"patch(\d+)", name)
+    patch = int(match.group(1)) if match else 16
+    kwargs: dict[str, Any] = {"embed_dim": 48, "depth": 3, "num_heads": 3, "img_size": GRID * patch, "num_classes": 7}
+    model = timm.create_model(name, **{**kwargs, **overrides}).eval()
+    randomize(model)
+    return model
+
+
+def images_for(model: Any, batch: int = 2, seed: int = 1) -> Tensor:
+    """Random images of the size that the model takes."""
+    height, width = model.patch_embed.img_size
+    channels = next(m for m in model.patch_embed.modules() if isinstance(m, nn.Conv2d | nn.Linear))
+    count = channels.in_channels if isinstance(channels, nn.Conv2d) else 3
+    return torch.randn(batch, count, height, width, generator=torch.Generator().manual_seed(seed))
