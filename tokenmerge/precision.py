@@ -9,7 +9,7 @@ import torch
 
 def autocast_dtype(device_type: str) -> torch.dtype | None:
     """The dtype that autocast is casting to on this device right now, or `None`."""
-    if torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type):
+    if device_type != "meta" and torch.is_autocast_enabled(device_type):
         return torch.get_autocast_dtype(device_type)
     return None
 

@@ -10,6 +10,7 @@ from typing import Protocol, cast
 
 from torch import nn
 
+from tokenmerge.errors import UnsupportedModelError
 from tokenmerge.patching.family import BlockFamily, ModelFamily
 
 LIBRARIES = {"timm": "tokenmerge.patching.families.timm"}
@@ -22,7 +23,15 @@ class _Rows(Protocol):
 
 @cache
 def _rows(library: str) -> _Rows:
-    return cast("_Rows", importlib.import_module(LIBRARIES[library]))
+    """The rows of a library, whose import failing means that it is another version than the rows know."""
+    try:
+        return cast("_Rows", importlib.import_module(LIBRARIES[library]))
+    except ImportError as error:
+        version = getattr(importlib.import_module(library), "__version__", "unknown")
+        raise UnsupportedModelError(
+            f"{library} {version} is installed, but it lacks what tokenmerge builds on ({error}): "
+            f"pip install --upgrade 'tokenmerge[{library}]'"
+        ) from None
 
 
 def _libraries_of(cls: type) -> list[str]:
@@ -47,6 +56,6 @@ def supported_models() -> str:
     """The supported model classes of every installed library, for messages."""
     names = []
     for library in LIBRARIES:
-        with contextlib.suppress(ImportError):
+        with contextlib.suppress(ImportError, UnsupportedModelError):
             names += [f"{library}'s {row.model.__name__}" for row in _rows(library).MODELS]
     return " and ".join(names) or f"those of {', '.join(LIBRARIES)} (not installed here)"

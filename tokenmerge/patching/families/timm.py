@@ -74,8 +74,10 @@ def _linear_weights(*modules: nn.Module) -> int:
 
 def _pair_cost(attn: Any) -> int:
     dim: int = attn.num_heads * attn.head_dim
-    # differential attention: two maps of half the head dim, each multiplied with the full V
-    return 6 * dim if _DiffAttention is not None and isinstance(attn, _DiffAttention) else 2 * dim
+    if "Diff" not in original_class(attn).__name__:
+        return 2 * dim
+    # two maps with heads of half the size; fused attention multiplies each with the full V, else only their difference
+    return 6 * dim if attn.fused_attn else 4 * dim
 
 
 def _block_cost(block: Any) -> BlockCost:
@@ -88,9 +90,7 @@ def _things_cost(block: Any) -> BlockCost:
 
 
 def _parallel_cost(block: Any) -> BlockCost:
-    differential = "Diff" in type(block).__name__
-    dim = block.num_heads * block.head_dim
-    return BlockCost(_linear_weights(block), 0, 6 * dim if differential else 2 * dim)
+    return BlockCost(_linear_weights(block), 0, _pair_cost(block))
 
 
 def _refuse_attention(*attentions: Any) -> list[str]:

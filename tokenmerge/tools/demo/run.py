@@ -39,7 +39,7 @@ def run_demo(settings: Sequence[Setting], fields: dict[str, Any], output: Path, 
     with report.progress() as progress, torch.inference_mode():
         for score in running:  # warm up
             score.forward(images[:_BATCH])
-        rounds = 3
+        rounds = 2
         task = progress.add_task("evaluating", total=rounds * len(images))
         for _ in range(rounds):
             for start in range(0, len(images), _BATCH):
