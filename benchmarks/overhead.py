@@ -93,7 +93,7 @@ def main() -> None:
         table.append([f"{name}@{size}", str(r), str(batch), *(f"{merged[column]:.2f}" for column in columns)])
         report.say(" ".join(table[-1]))
     average = sum(float(row[-1]) for row in table) / len(table)
-    report.table("overhead", ("model", "r", "batch", "speed-up", "FLOPs ratio", "realised", "overhead"), table)
+    report.table("overhead", ("model", "r", "batch", "speed-up", "FLOPs/", "realised", "overhead"), table)
     report.say(f"overhead on average {average:.3f}, at most {max(float(row[-1]) for row in table):.2f}")
 
 

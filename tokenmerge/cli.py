@@ -57,6 +57,12 @@ def _parser() -> argparse.ArgumentParser:
     demo.add_argument(
         "--output", type=Path, default=Path("tokenmerge-demo.png"), help="where the picture goes (%(default)s)"
     )
+    demo.add_argument(
+        "--export",
+        type=Path,
+        metavar="DIR",
+        help="also write the model (DIR/model) and its test images (DIR/val), to try the other commands on",
+    )
 
     inspect = _command(commands, "inspect", _inspect, "is a model supported, why not, tokens and FLOPs per block")
     _add_model(inspect)
@@ -208,7 +214,7 @@ def _demo(args: argparse.Namespace) -> int:
     report, settings, fields = _prepare(args)
     from tokenmerge.tools.demo.run import run_demo
 
-    return run_demo(settings, fields, args.output, report)
+    return run_demo(settings, fields, args.output, args.export, report)
 
 
 def _inspect(args: argparse.Namespace) -> int:

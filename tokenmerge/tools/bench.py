@@ -8,6 +8,7 @@ matching. Machines are noisy and drift; what is compared is compared within one 
 from __future__ import annotations
 
 import dataclasses
+import os
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -82,6 +83,7 @@ def peak_memory(forward: Forward, images: Tensor) -> int:
             forward(images)
             _synchronize(device)
             return torch.cuda.max_memory_allocated(device) - before
+        os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # the profiler's own notes would run through the progress bar
         with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
             forward(images)
     events: Any = profile.profiler.kineto_results.events()

@@ -47,7 +47,10 @@ class Report:
         """A table; all columns but the first are numbers."""
         table = Table(title=title, title_justify="left", header_style="bold")
         for i, column in enumerate(columns):
-            table.add_column(column, justify="right" if i else "left", no_wrap=True)
+            # only the first column, names, may wrap; numbers stay whole
+            table.add_column(
+                column, justify="right" if i else "left", no_wrap=i > 0, overflow="fold" if i == 0 else "ellipsis"
+            )
         for row in rows:
             table.add_row(*row)
         self.out.print(table)

@@ -7,6 +7,7 @@ tokens as a ViT at 224 pixels, and neighbouring tokens are alike, as they are in
 from __future__ import annotations
 
 from importlib import resources
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,16 +17,21 @@ from tokenmerge.errors import InputError
 
 WEIGHTS = "vit_digits.safetensors"
 IMAGE_SIZE = 56
-PATCH_SIZE = 4
+ARCHITECTURE: dict[str, Any] = {
+    "img_size": IMAGE_SIZE,
+    "patch_size": 4,
+    "in_chans": 1,
+    "embed_dim": 96,
+    "depth": 6,
+    "num_heads": 3,
+}
 
 
 def build_model() -> nn.Module:
     """The demo's architecture with random weights: 6 blocks, 96 channels, 3 heads, 197 tokens."""
     from timm.models.vision_transformer import VisionTransformer
 
-    return VisionTransformer(
-        img_size=IMAGE_SIZE, patch_size=PATCH_SIZE, in_chans=1, num_classes=10, embed_dim=96, depth=6, num_heads=3
-    )
+    return VisionTransformer(num_classes=10, **ARCHITECTURE)
 
 
 def load_model() -> nn.Module:

@@ -12,6 +12,7 @@ from torch import Tensor
 from tokenmerge.errors import InputError
 from tokenmerge.patching import patched
 from tokenmerge.tools.demo.digits import load_digits, load_model
+from tokenmerge.tools.demo.export import export_demo
 from tokenmerge.tools.evaluate import scores
 from tokenmerge.tools.picture import contact_sheet, merged_pixels, to_image
 from tokenmerge.tools.report import Report, Row
@@ -22,11 +23,13 @@ _SHOWN = (0, 5, 10, 15, 20)  # which test images the picture shows
 _NAME = "vit_digits (shipped)"
 
 
-def run_demo(settings: Sequence[Setting], fields: dict[str, Any], output: Path, report: Report) -> int:
-    """Print and write one row per setting, save the picture; returns 0.
+def run_demo(
+    settings: Sequence[Setting], fields: dict[str, Any], output: Path, export: Path | None, report: Report
+) -> int:
+    """Print and write one row per setting, save the picture and, where asked, model and images; returns 0.
 
     Raises:
-        InputError: if scikit-learn is missing, or the picture cannot be written.
+        InputError: if scikit-learn is missing, or a file cannot be written.
     """
     try:
         _, _, images, labels = load_digits()
@@ -51,6 +54,9 @@ def run_demo(settings: Sequence[Setting], fields: dict[str, Any], output: Path, 
     merging = [setting for setting in settings if not setting.is_baseline]
     _save(_picture(model, images[list(_SHOWN)], merging, fields), output)
     report.say(f"Picture of the merged tokens: {output}")
+    if export is not None:
+        model_dir, data_dir = export_demo(export)
+        report.say(f"Model: {model_dir} (as local-dir:{model_dir}), images: {data_dir}")
     report.write(rows)
     return 0
 

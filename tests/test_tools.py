@@ -1,0 +1,136 @@
+"""The parts of the tools that are not seen through the command."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+from torch import nn
+
+import tokenmerge
+from tests.test_timm_models import KINDS
+from tests.tiny import images_for, tiny
+from tokenmerge.errors import ConfigError
+from tokenmerge.tools.bench import interleave, peak_memory
+from tokenmerge.tools.picture import contact_sheet, merged_pixels, to_image
+from tokenmerge.tools.settings import parse_setting
+from tokenmerge.tools.variants import share_weights, sliced
+
+
+@pytest.mark.parametrize(
+    ("text", "label", "fields"),
+    [
+        ("0", 0, {"r": 0}),
+        ("13", 13, {"r": 13}),
+        ("16:-1", "16:-1", {"r": (16, -1.0)}),
+        ("8,8,0", "8,8,0", {"r": [8, 8, 0]}),
+        ("8,", "8,", {"r": [8]}),
+        ("keep=0.9", "keep=0.9", {"keep": 0.9}),
+        ("flops=0.5", "flops=0.5", {"flops": 0.5}),
+    ],
+)
+def test_settings(text: str, label: int | str, fields: dict[str, Any]) -> None:
+    setting = parse_setting(text)
+    assert (setting.label, setting.fields) == (label, fields)
+    assert setting.is_baseline is (text == "0")
+    assert setting.config(prop_attn=False) == tokenmerge.MergeConfig(**fields, prop_attn=False)
+
+
+@pytest.mark.parametrize(
+    "text", ["", "x", "1.5", "8:", "8:1:2", "keep=", "keep=x", "r=8", "8,x", "-1", "flops=2", "8:3"]
+)
+def test_settings_that_mean_nothing(text: str) -> None:
+    with pytest.raises(ConfigError):
+        parse_setting(text)
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_the_yardstick_slices_and_does_nothing_else(name: str) -> None:
+    """Against hooks that cut the tokens of upstream's own modules."""
+    model = tiny(name)
+    images = images_for(model)
+    with torch.no_grad():
+        original = model(images)
+        assert torch.equal(sliced(model, (0, 0, 0))(images), original)
+        cut = sliced(model, (5, 0, 7))
+        tokens: Any = cut.forward_features(images)
+        assert tokens.shape[1] == model.forward_features(images).shape[1] - 12
+        assert torch.equal(model(images), original)  # the copy is another model with the same weights
+        block, x = model.blocks[0], torch.randn(2, 20, 48)
+        if type(block).__name__ == "Block":
+            handle = block.norm2.register_forward_pre_hook(lambda module, args: (args[0][:, :15],))
+            pad = block.mlp.register_forward_hook(lambda m, a, out: nn.functional.pad(out, (0, 0, 0, 5)))
+            wanted = block(x)[:, :15]
+            handle.remove()
+            pad.remove()
+            torch.testing.assert_close(cut.blocks[0](x), wanted)
+
+
+def test_copies_share_weights_and_nothing_else() -> None:
+    model = tiny("vit_tiny_patch16_224")
+    copy = share_weights(model)
+    pairs = zip(model.parameters(), copy.parameters(), strict=True)
+    assert all(a is b for a, b in pairs)
+    tokenmerge.patch(copy, r=4)
+    assert not tokenmerge.is_patched(model)
+
+
+def test_interleaving_gives_every_forward_its_rounds() -> None:
+    calls: list[str] = []
+    forwards = [lambda x, name=name: calls.append(name) for name in "abc"]
+    seconds = interleave(forwards, torch.zeros(1), warmup=1, rounds=4)
+    assert [len(times) for times in seconds] == [4, 4, 4]
+    assert "".join(calls) == "abcbcacababcbca"
+    assert all(time > 0 for times in seconds for time in times)
+
+
+def test_peak_memory_is_what_a_pass_holds_at_once() -> None:
+    def forward(x: torch.Tensor) -> torch.Tensor:
+        a = torch.ones(1024, 1024)  # 4 MiB
+        b = a + 1  # another 4
+        del a
+        return (b * 2).sum()  # 8 at most at any time
+
+    assert peak_memory(forward, torch.zeros(1)) == pytest.approx(8 * 2**20, rel=0.05)
+
+
+def test_pictures_show_the_source_map_exactly() -> None:
+    image = torch.rand(3, 12, 24)
+    source = torch.tensor([[5, 5, 9, 2], [5, 7, 9, 2]]).reshape(-1)
+    pixels = merged_pixels(image, source, (2, 4))
+    region = source.reshape(2, 4).repeat_interleave(6, 0).repeat_interleave(6, 1)
+    for token in source.unique():
+        inside = region == token
+        mean = image[:, inside].mean(dim=1)
+        interior = inside.clone()  # a border pixel differs from the one above it or to its left
+        interior[1:] &= region[1:] == region[:-1]
+        interior[:, 1:] &= region[:, 1:] == region[:, :-1]
+        torch.testing.assert_close(pixels[:, interior], mean.unsqueeze(1).expand(-1, int(interior.sum())))
+        border = inside & ~interior
+        torch.testing.assert_close(pixels[:, border], (mean * 0.25 + 0.3375).unsqueeze(1).expand(-1, int(border.sum())))
+    sheet = contact_sheet([[to_image(image), to_image(pixels)]], ["a", "b"])
+    assert sheet.size == (10 + 2 * 34, 26 + 22)
+    assert to_image(image[:1], 3).size == (72, 36)
+    assert to_image(image).getpixel((3, 4)) == tuple((image[:, 4, 3] * 255).round().int().tolist())
+
+
+def test_the_exported_demo_is_the_demo(tmp_path: Path) -> None:
+    timm = pytest.importorskip("timm")
+    pytest.importorskip("sklearn")
+    from tokenmerge.tools.demo.digits import load_digits, load_model
+    from tokenmerge.tools.demo.export import export_demo
+
+    model_dir, data_dir = export_demo(tmp_path)
+    exported = timm.create_model(f"local-dir:{model_dir}", pretrained=True).eval()
+    _, _, images, labels = load_digits()
+    with torch.no_grad():
+        torch.testing.assert_close(
+            exported(images[:8].expand(-1, 3, -1, -1)), load_model()(images[:8]), rtol=1e-4, atol=1e-4
+        )
+    files = sorted(data_dir.rglob("*.png"))
+    assert len(files) == len(images) == 360
+    with Image.open(data_dir / str(int(labels[0])) / "000.png") as first:
+        assert first.size == (56, 56)
