@@ -168,6 +168,7 @@ def test_classes_follow_the_models_names(run: Run, model_dir: Path, data: Path) 
         ("flat", "instead of in one folder per class"),
         ("classes", "holds 4 class folders, but the model has 3 outputs"),
         ("unreadable", "none of the 3 images"),
+        ("headless", "has no classifier"),
     ],
 )
 def test_data_that_cannot_be_evaluated(
@@ -182,9 +183,11 @@ def test_data_that_cannot_be_evaluated(
         for name in (*CLASSES, "dog")[: 4 if spoil == "classes" else 3]:
             (folder / name).mkdir()
             (folder / name / "a.png").write_bytes(b"" if spoil == "unreadable" else (data / "ant/0.png").read_bytes())
-    code, _, err = run("eval", f"local-dir:{model_dir}", "--pretrained", "--data", folder, "--r", 4)
+    options = ("--num-classes", 0) if spoil == "headless" else ("--pretrained",)
+    code, _, err = run("eval", f"local-dir:{model_dir}", *options, "--data", folder, "--r", 4)
     assert code == 2
     assert words in err
+    err = err.replace("warning: the model has random weights", "").rpartition("tokenmerge: ")[2]
     assert len(err.strip().splitlines()) == 1
 
 
@@ -228,7 +231,9 @@ def test_checkpoints(run: Run, model_dir: Path, data: Path, tmp_path: Path) -> N
         (("inspect", "local-dir:nowhere"), "holds no config.json"),
         (("inspect", "vit_tiny_patch16_224", "--json", "no/where.json"), "does not exist"),
         (("bench", "vit_tiny_patch16_224", "--r", "4", "--device", "cuda:7"), "device 'cuda:7' cannot be used here"),
+        (("bench", "vit_tiny_patch16_224", "--r", "4", "--device", "meta"), "it holds no values"),
         (("bench", "vit_tiny_patch16_224", "--r", "4", "--batch-size", "0"), "at least 1 expected"),
+        (("bench", "vit_tiny_patch16_224", "--r", "4", "--batch-size", "1000000000"), "memory ran out"),
         (("bench", "resnet18", "--r", "4"), "ResNet holds no model that tokenmerge supports"),
         (("bench", "vit_tiny_patch16_224"), "--r"),
         (("demo", "--output", "picture.nope"), "cannot be written"),

@@ -10,6 +10,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+
 import tokenmerge
 from tokenmerge.errors import InputError, TokenMergeError
 
@@ -31,6 +33,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     except TokenMergeError as error:
         print(f"tokenmerge: {error}", file=sys.stderr)
         return 2
+    except (MemoryError, RuntimeError) as error:
+        if not _is_out_of_memory(error):
+            raise
+        print("tokenmerge: memory ran out: use a smaller --batch-size, --img-size or model", file=sys.stderr)
+        return 2
     except KeyboardInterrupt:
         print("tokenmerge: interrupted", file=sys.stderr)
         return 130
@@ -38,6 +45,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         with contextlib.suppress(OSError):
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+
+
+def _is_out_of_memory(error: BaseException) -> bool:
+    """CUDA has a class of its own for it; on CPU torch raises a plain RuntimeError."""
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error)
 
 
 def entry() -> None:

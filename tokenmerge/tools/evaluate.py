@@ -19,7 +19,7 @@ from tokenmerge.errors import InputError
 from tokenmerge.patching import model_cost, patch
 from tokenmerge.tools.bench import _synchronize
 from tokenmerge.tools.images import Batch, ImageFolder, batches
-from tokenmerge.tools.models import DTYPES, ModelArgs, load_model
+from tokenmerge.tools.models import DTYPES, ModelArgs, input_shape, load_model
 from tokenmerge.tools.report import Report, Row
 from tokenmerge.tools.settings import Setting
 from tokenmerge.tools.variants import share_weights
@@ -89,8 +89,13 @@ def _dataset(model: Any, args: EvalArgs) -> ImageFolder:
     from timm.data.config import resolve_data_config
     from timm.data.transforms_factory import create_transform
 
+    channels, height, width = input_shape(model)
+    if channels != 3 or not model.num_classes:
+        found = f"takes {channels}-channel images" if channels != 3 else "has no classifier"
+        raise InputError(
+            f"the model {found}, but eval needs one that classifies RGB images: choose another, or give --num-classes"
+        )
     config = resolve_data_config(args.preprocessing, model=model)
-    height, width = model.patch_embed.img_size
     config["input_size"] = (3, height, width)
     pretrained = getattr(model, "pretrained_cfg", None) or {}
     return ImageFolder(

@@ -51,6 +51,8 @@ def check_device(device: str) -> torch.device:
     """
     try:
         found = torch.device(device)
+        if found.type == "meta":
+            raise RuntimeError("it holds no values")
         torch.empty(0, device=found)
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]
@@ -166,5 +168,5 @@ def load_checkpoint(model: nn.Module, path: Path) -> None:
 def input_shape(model: Any) -> tuple[int, int, int]:
     """Channels, height and width of the images that a timm ViT takes."""
     height, width = model.patch_embed.img_size
-    first = next(module for module in model.patch_embed.modules() if isinstance(module, nn.Conv2d))
+    first = next(module for module in model.patch_embed.modules() if isinstance(module, nn.Conv2d))  # the stem's
     return first.in_channels, int(height), int(width)
