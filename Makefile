@@ -3,7 +3,7 @@
 #   make test   the same, then every test
 # Their plain pip equivalents stand in README.md.
 
-PYTHON ?= python3.11
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
@@ -13,7 +13,7 @@ STAMP := $(VENV)/.installed
 demo: $(STAMP)
 	$(BIN)/tokenmerge demo
 
-test: $(STAMP)
+test: demo
 	$(BIN)/python -m pytest -n 2 -m "not slow"
 	$(BIN)/python -m pytest -m slow
 

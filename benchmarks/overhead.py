@@ -1,6 +1,6 @@
 """What merging costs beyond dropping tokens, on the five models of the README's table.
 
-    python benchmarks/overhead.py [--rounds 9] [--only deit_tiny]
+    python benchmarks/overhead.py [--rounds 21] [--only deit_tiny]
 
 Appends one row per model to benchmarks/results.csv and prints the table. Each model runs in turns with its
 unmerged version and with the same number of tokens simply sliced off; ratios are of the minima over the rounds.
@@ -65,7 +65,7 @@ def append(rows: list[dict[str, Any]]) -> None:
 def main() -> None:
     """Measure, append, print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=11)
+    parser.add_argument("--rounds", type=int, default=21)
     parser.add_argument("--only", default="", help="only models whose name contains this")
     parser.add_argument("--compile", action="store_true")
     parser.add_argument("--device", default="cpu")

@@ -154,6 +154,15 @@ def test_classes_follow_the_models_names(run: Run, model_dir: Path, data: Path) 
     (data / "names.txt").write_text("cat\nbee\nant\n")
     mapped = json.loads(run(*command, "--class-map", data / "names.txt")[1])[0]["top1"]
     assert backwards == mapped
+    for text, words in (
+        ("cat\nbee\n", "lists 2 classes, but the model has 3"),
+        ("cat\nbee\nowl\n", "'ant' are not in the class map"),
+    ):
+        (data / "names.txt").write_text(text)
+        code, _, err = run(*command, "--class-map", data / "names.txt")
+        assert code == 2
+        assert words in err
+    (data / "names.txt").unlink()
     for image in (data / "ant").iterdir():
         image.unlink()
     (data / "ant").rmdir()
@@ -202,10 +211,12 @@ def test_checkpoints(run: Run, model_dir: Path, data: Path, tmp_path: Path) -> N
     (tmp_path / "cut.safetensors").write_bytes(whole[:1000])
     torch.save({"state_dict": {"head.weight": torch.zeros(2, 2)}}, tmp_path / "other.pth")
     (tmp_path / "text.pth").write_text("no weights")
+    torch.save({"head.bias": 5}, tmp_path / "number.pth")
     for file, words in (
         ("nowhere.pth", "is not a file"),
         ("cut.safetensors", "cannot be read"),
         ("text.pth", "cannot be read"),
+        ("number.pth", "is no tensor"),
         ("other.pth", "does not fit the model: 43 missing such as"),
     ):
         code, _, err = run(*command, "--checkpoint", tmp_path / file)
@@ -236,6 +247,14 @@ def test_checkpoints(run: Run, model_dir: Path, data: Path, tmp_path: Path) -> N
         (("bench", "vit_tiny_patch16_224", "--r", "4", "--batch-size", "1000000000"), "memory ran out"),
         (("bench", "resnet18", "--r", "4"), "ResNet holds no model that tokenmerge supports"),
         (("bench", "vit_tiny_patch16_224"), "--r"),
+        (("bench", "vit_tiny_patch16_224", "--r", "4", "--img-size", "8"), "smaller than one patch"),
+        (("bench", "vit_tiny_patch16_224", "--r", "4", "--device", "hpu"), "device 'hpu' cannot be used here"),
+        (("inspect", "vit_tiny_patch16_224", "--r", ","), "is not understood"),
+        (("inspect", "vit_tiny_patch16_224", "--json", "."), "is a folder"),
+        (("eval", "vit_tiny_patch16_224", "--r", "4", "--data", ".", "--crop-pct", "nan"), "a number above 0"),
+        (("eval", "vit_tiny_patch16_224", "--r", "4", "--data", ".", "--std", "0", "0", "0"), "a number above 0"),
+        (("eval", "vit_tiny_patch16_224", "--r", "4", "--data", ".", "--interpolation", "foo"), "invalid choice"),
+        (("nope",), "invalid choice"),
         (("demo", "--output", "picture.nope"), "cannot be written"),
     ],
 )
@@ -243,6 +262,7 @@ def test_bad_input_is_one_sentence_and_exit_code_2(run: Run, args: tuple[str, ..
     code, _, err = run(*args)
     assert code == 2
     assert words in err
+    assert len(err.strip().splitlines()) == 1, err
 
 
 def test_inspect(run: Run) -> None:

@@ -56,7 +56,7 @@ def test_a_model_costs_what_its_dimensions_say(name: str) -> None:
         "vit_small_patch16_224", "vit_base_patch16_siglip_224", "vit_small_patch16_18x2_224", "test_vit3",
         "vit_base_patch16_xp_224", "vit_dpwee_patch16_reg1_gap_256", "vit_dwee_patch16_reg1_gap_256",
         "aimv2_large_patch14_224", "deit_tiny_distilled_patch16_224", "vit_base_patch16_rpn_224",
-        "vit_giant_patch14_reg4_dinov2",
+        "vit_giant_patch14_reg4_dinov2", "vit_so150m_patch16_reg4_map_256",
     ],
 )  # fmt: skip
 def test_cost_is_what_torch_counts(name: str) -> None:
@@ -74,3 +74,10 @@ def test_cost_is_what_torch_counts(name: str) -> None:
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         model(images)
     assert cost.total() == counter.get_total_flops() // 2
+
+
+def test_cost_of_attention_without_weights_in_the_head() -> None:
+    if not hasattr(timm.models.vision_transformer, "AttentionPoolPrr"):
+        pytest.skip(f"timm {timm.__version__} has no such head")
+    plain, prr = tiny("vit_tiny_patch16_224"), tiny("vit_tiny_patch16_224", global_pool="prr")
+    assert tokenmerge.model_cost(prr).total() - tokenmerge.model_cost(plain).total() == 2 * 48 * 37**2

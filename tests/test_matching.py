@@ -88,6 +88,8 @@ def test_bad_input() -> None:
         bipartite_matching(torch.zeros(1, 3, 4, dtype=torch.int64), 1)
     with pytest.raises(InputError, match="negative"):
         bipartite_matching(torch.zeros(1, 3, 4), -1)
+    with pytest.raises(InputError, match="whole numbers"):
+        bipartite_matching(torch.zeros(1, 3, 4), 2.0)  # type: ignore[arg-type]
 
 
 def test_the_registry() -> None:

@@ -8,7 +8,6 @@ from typing import Any
 import pytest
 import torch
 from PIL import Image
-from torch import nn
 
 import tokenmerge
 from tests.test_timm_models import KINDS
@@ -59,14 +58,9 @@ def test_the_yardstick_slices_and_does_nothing_else(name: str) -> None:
         tokens: Any = cut.forward_features(images)
         assert tokens.shape[1] == model.forward_features(images).shape[1] - 12
         assert torch.equal(model(images), original)  # the copy is another model with the same weights
-        block, x = model.blocks[0], torch.randn(2, 20, 48)
-        if type(block).__name__ == "Block":
-            handle = block.norm2.register_forward_pre_hook(lambda module, args: (args[0][:, :15],))
-            pad = block.mlp.register_forward_hook(lambda m, a, out: nn.functional.pad(out, (0, 0, 0, 5)))
-            wanted = block(x)[:, :15]
-            handle.remove()
-            pad.remove()
-            torch.testing.assert_close(cut.blocks[0](x), wanted)
+        # upstream's MLPs map token by token, so slicing after the block gives the same rows
+        x = torch.randn(2, 20, 48)
+        torch.testing.assert_close(cut.blocks[0](x), model.blocks[0](x)[:, :15])
 
 
 def test_copies_share_weights_and_nothing_else() -> None:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import math
 import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 
@@ -49,7 +50,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _is_out_of_memory(error: BaseException) -> bool:
     """CUDA has a class of its own for it; on CPU torch raises a plain RuntimeError."""
-    return isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+    words = ("can't allocate memory", "Storage size calculation overflowed")
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or any(word in str(error) for word in words)
 
 
 def entry() -> None:
@@ -57,10 +59,15 @@ def entry() -> None:
     sys.exit(main())
 
 
+class _Parser(argparse.ArgumentParser):
+    """argparse, with errors in one line."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: {message}: see {self.prog} --help\n")
+
+
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="tokenmerge", description="Vision Transformers made faster by merging similar tokens."
-    )
+    parser = _Parser(prog="tokenmerge", description="Vision Transformers made faster by merging similar tokens.")
     parser.add_argument("--version", action="version", version=f"tokenmerge {tokenmerge.__version__}")
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
 
@@ -120,13 +127,17 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.add_argument(
         "--class-map", metavar="FILE", help="class names in the order of the model's outputs, one per line"
     )
-    evaluate.add_argument("--crop-pct", type=float, help="override the model's own centre crop")
+    evaluate.add_argument("--crop-pct", type=_between(0, 1), help="override the model's own centre crop")
     evaluate.add_argument(
         "--crop-mode", choices=("squash", "border", "center"), help="override the model's own crop mode"
     )
-    evaluate.add_argument("--interpolation", help="override the model's own resizing, such as bicubic")
-    evaluate.add_argument("--mean", type=float, nargs="+", help="override the model's own mean")
-    evaluate.add_argument("--std", type=float, nargs="+", help="override the model's own standard deviation")
+    evaluate.add_argument(
+        "--interpolation",
+        choices=("nearest", "bilinear", "bicubic", "box", "hamming", "lanczos"),
+        help="override the model's own resizing",
+    )
+    evaluate.add_argument("--mean", type=float, nargs=3, help="override the model's own mean, per channel")
+    evaluate.add_argument("--std", type=_between(0, 1e6), nargs=3, help="override the model's own standard deviation")
     evaluate.add_argument("--strict", action="store_true", help="exit with 1 if any image could not be read")
     return parser
 
@@ -193,6 +204,19 @@ def _count(least: int) -> Any:
         return value
 
     return count
+
+
+def _between(low: float, high: float) -> Any:
+    def number(text: str) -> float:
+        try:
+            value = float(text)
+        except ValueError:
+            value = math.nan
+        if not low < value <= high:
+            raise argparse.ArgumentTypeError(f"{text!r} given, a number above {low:g} and up to {high:g} expected")
+        return value
+
+    return number
 
 
 def _prepare(args: argparse.Namespace) -> tuple[Any, list[Any], dict[str, Any]]:

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from tokenmerge.errors import InputError
 
+_INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 Reduce = Literal["mean", "sum", "max"]
 
 
@@ -91,7 +92,7 @@ class MergePlan:
         Raises:
             InputError: if the map is not `[B, N]` integers, leaves the range, or misses a position.
         """
-        if assign.dim() != 2 or assign.dtype.is_floating_point or assign.dtype in (torch.bool, torch.complex64):
+        if assign.dim() != 2 or assign.dtype not in _INTEGERS:
             raise InputError(
                 f"assign is {tuple(assign.shape)} {assign.dtype}, but integers of shape [B, N] were expected"
             )
@@ -154,8 +155,11 @@ class MergePlan:
             InputError: if a shape does not fit the plan, or `reduce` is unknown.
         """
         batch, tokens = self.keep.shape[0], self.tokens_in
-        if x.dim() != 3 or x.shape[:2] != (batch, tokens):
-            raise InputError(f"x is {tuple(x.shape)}, but this plan merges tokens of shape [{batch}, {tokens}, C]")
+        if x.dim() != 3 or x.shape[:2] != (batch, tokens) or not x.is_floating_point():
+            found = f"{tuple(x.shape)} {x.dtype}"
+            raise InputError(
+                f"x is {found}, but this plan merges floating-point tokens of shape [{batch}, {tokens}, C]"
+            )
         if size is not None and size.shape != (batch, tokens):
             raise InputError(f"size is {tuple(size.shape)}, but this plan merges sizes of shape [{batch}, {tokens}]")
         kept = take_rows(x, self.keep)

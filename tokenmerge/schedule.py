@@ -105,14 +105,19 @@ def token_counts(schedule: Schedule, tokens: int, protected: int) -> tuple[int, 
     return tuple(counts)
 
 
+def keep_step(keep: float, tokens: int, protected: int) -> int:
+    """r of a block that keeps the fraction `keep` of its unprotected tokens, rounded up; at least half stay."""
+    free = tokens - protected
+    # rounding hides binary fractions: 0.7 * 10 is 7.000000000000001, and 8 tokens would stay
+    wanted = free - math.ceil(round(keep * free, 9))
+    return min(max(wanted, 0), max_merges(tokens, protected))
+
+
 def keep_ratio(keep: float, layers: int, tokens: int, protected: int) -> Schedule:
-    """Keep the fraction `keep` of the unprotected tokens in every block, rounded up; at least half stay."""
+    """`keep_step` in every block."""
     schedule = []
     for _ in range(layers):
-        free = tokens - protected
-        # rounding hides binary fractions: 0.7 * 10 is 7.000000000000001, and 8 tokens would stay
-        wanted = free - math.ceil(round(keep * free, 9))
-        r = min(max(wanted, 0), max_merges(tokens, protected))
+        r = keep_step(keep, tokens, protected)
         schedule.append(r)
         tokens -= r
     return tuple(schedule)

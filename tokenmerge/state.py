@@ -7,11 +7,15 @@ two views of one step). A recomputed block sees exactly the state that it saw th
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import threading
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 
+from tokenmerge.errors import InputError
 from tokenmerge.plan import MergePlan, source_map, take_rows
 
 _ATTRIBUTE = "_tokenmerge_state"
@@ -24,12 +28,14 @@ class TokenState:
     Attributes:
         size: patches per token, `[B, N]` float32; `None` while every token is one patch.
         plans: one entry per block passed, `None` where it merged nothing; empty unless plans are kept.
+        full_output: whether blocks shall hand on unmerged tokens, for readers that expect upstream's shapes.
         merged: set when the tensor that carries this state was unmerged for its reader: the real, merged
             activations `[B, N, C]`, which the next block goes on with.
     """
 
     size: Tensor | None = None
     plans: tuple[MergePlan | None, ...] = ()
+    full_output: bool = False
     merged: Tensor | None = None
 
     def source(self) -> Tensor | None:
@@ -40,6 +46,13 @@ class TokenState:
         """`[B, N, C]` -> `[B, N0, C]`: each original token gets the value of the token it became."""
         source = self.source()
         return x if source is None else take_rows(x, source)
+
+    def one_of_each(self, full: Tensor) -> Tensor:
+        """`[B, N0, C]` -> `[B, N, C]`, the inverse of `unmerge`: of equal tokens, one stays."""
+        source = self.source()
+        if source is None or self.size is None:
+            return full
+        return take_rows(full, MergePlan.from_assign(source, self.size.shape[1]).keep)
 
 
 def carry(x: Tensor, state: TokenState) -> Tensor:
@@ -54,6 +67,31 @@ def state_of(x: Tensor) -> TokenState | None:
     return state
 
 
+class _Wish(threading.local):
+    """Whether this thread is inside `wish_full_output`."""
+
+    full_output = False
+
+
+_wish = _Wish()
+
+
+@contextlib.contextmanager
+def wish_full_output() -> Iterator[None]:
+    """Passes that start within it have full output; the wish travels with the activation, also into recomputation."""
+    before, _wish.full_output = _wish.full_output, True
+    try:
+        yield
+    finally:
+        _wish.full_output = before
+
+
+def note_wish(module: torch.nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
+    """Forward hook of the module before the first block: attaches the wish for full output."""
+    if _wish.full_output:
+        carry(output, TokenState(full_output=True))
+
+
 def carry_through(module: torch.nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
     """Forward hook for modules that map tokens one by one (the final norm): the state passes through.
 
@@ -64,17 +102,24 @@ def carry_through(module: torch.nn.Module, args: tuple[Tensor, ...], output: Ten
         carry(output, state)
 
 
-def token_sizes(features: Tensor) -> Tensor | None:
-    """How many patches each token of a patched model's features stands for.
+def token_sizes(features: Tensor) -> Tensor:
+    """How many patches each token of a patched model's features stands for, `[B, N]`, float32.
 
     Args:
-        features: what `forward_features` of a patched model returned, `[B, N, C]`.
+        features: the very tensor that `forward_features` of a patched model returned, `[B, N, C]`.
 
-    Returns:
-        `[B, N]`, float32; `None` while every token stands for one patch.
+    Raises:
+        InputError: if the tensor carries no sizes: it was changed since, or the model is not patched.
     """
     state = state_of(features)
-    return None if state is None or state.merged is not None else state.size
+    if state is None:
+        raise InputError(
+            f"these features {tuple(features.shape)} carry no token sizes, but the very tensor that a patched model's "
+            "forward_features returned was expected: ask for the sizes before changing the features"
+        )
+    if state.size is None or state.merged is not None:
+        return torch.ones(features.shape[:2], device=features.device)
+    return state.size
 
 
 def weighted_mean(x: Tensor, size: Tensor) -> Tensor:

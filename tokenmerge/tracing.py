@@ -22,6 +22,7 @@ class Trace:
         protected: leading tokens that never merge.
         tokens: tokens per image that entered the first block (N0).
         batch: images in the pass (B).
+        device: where the tokens were.
     """
 
     plans: tuple[MergePlan | None, ...]
@@ -29,6 +30,7 @@ class Trace:
     protected: int
     tokens: int
     batch: int
+    device: torch.device
 
     def _until(self, block: int | None) -> tuple[MergePlan, ...]:
         count = len(self.plans)
@@ -44,7 +46,7 @@ class Trace:
             InputError: if the pass had no such block.
         """
         source = source_map(self._until(block))
-        return torch.arange(self.tokens).expand(self.batch, -1) if source is None else source
+        return torch.arange(self.tokens, device=self.device).expand(self.batch, -1) if source is None else source
 
     def size(self, block: int | None = None) -> Tensor:
         """`[B, N]`, float32: patches per token after `block` (default: the last).
@@ -54,7 +56,7 @@ class Trace:
         """
         self._until(block)
         size = self.sizes[-1 if block is None else block]
-        return torch.ones(self.batch, self.tokens) if size is None else size
+        return torch.ones(self.batch, self.tokens, device=self.device) if size is None else size
 
     def unmerge(self, features: Tensor, block: int | None = None) -> Tensor:
         """Spread merged features back: `[B, N, C]` after `block` (default: the last) -> `[B, N0, C]`.

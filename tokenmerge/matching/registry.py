@@ -57,6 +57,8 @@ def get_matcher(name: str) -> Matcher:
 
 def check_matching_input(metric: Tensor, r: int, protected: int) -> None:
     """Raise `InputError` unless `metric` is `[B, N, D]` floating point and neither number is negative."""
+    if not (isinstance(r, int) and isinstance(protected, int)):
+        raise InputError(f"r={r!r} and protected={protected!r} count tokens: use whole numbers")
     if metric.dim() != 3 or not metric.is_floating_point():
         raise InputError(
             f"metric is {tuple(metric.shape)} {metric.dtype}, but floating point of shape [B, N, D] was expected"

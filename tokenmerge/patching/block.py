@@ -5,13 +5,15 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from tokenmerge.attention import close_tap, head_mean, open_tap, size_bias
 from tokenmerge.errors import PatchError
 from tokenmerge.matching import get_matcher
 from tokenmerge.patching.family import BlockFamily
-from tokenmerge.schedule import max_merges
+from tokenmerge.plan import MergePlan
+from tokenmerge.schedule import keep_step, max_merges
 from tokenmerge.state import TokenState, carry, state_of
 
 
@@ -23,6 +25,7 @@ class BlockSpec:
         family: seams of upstream's block.
         index: position of the block in the model.
         r: tokens to merge away here.
+        keep: fraction of the unprotected tokens to keep here instead, whatever their number.
         protected: leading tokens that never merge.
         prop_attn: whether sizes weigh in attention.
         matcher: name of the matching algorithm.
@@ -30,12 +33,12 @@ class BlockSpec:
         merges_at_all: whether any block of the model merges.
         keep_plans: whether plans travel with the sizes.
         trace: whether to note the departing state for `Handle.trace`.
-        full_output: hand on unmerged tokens `[B, N0, C]`, for readers that expect upstream's shapes.
     """
 
     family: BlockFamily
     index: int
     r: int
+    keep: float | None
     protected: int
     prop_attn: bool
     matcher: str
@@ -43,7 +46,6 @@ class BlockSpec:
     merges_at_all: bool
     keep_plans: bool
     trace: bool
-    full_output: bool = False
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -54,11 +56,13 @@ class Seen:
         state: the state that left the block.
         batch: images B.
         tokens: tokens N that entered the block.
+        device: where they are.
     """
 
     state: TokenState
     batch: int
     tokens: int
+    device: torch.device
 
 
 class MergeBlock:
@@ -84,7 +88,8 @@ class MergeBlock:
         if state.merged is not None:
             x = state.merged
         batch, tokens, _ = x.shape
-        r = min(spec.r, max_merges(tokens, spec.protected))
+        wanted = spec.r if spec.keep is None else keep_step(spec.keep, tokens, spec.protected)
+        r = min(wanted, max_merges(tokens, spec.protected))
         bias = size_bias(state.size, x) if spec.prop_attn else None
 
         if r == 0:
@@ -93,15 +98,16 @@ class MergeBlock:
         else:
             open_tap()
             x = family.attention(self, x, bias)
-            plan = get_matcher(spec.matcher)(head_mean(close_tap()), r, spec.protected)
+            plan = _plan(self, close_tap(), r, batch)
             x, size = plan.merge(x, state.size)
         if family.mlp is not None:
             x = family.mlp(self, x)
 
-        state = TokenState(size, (*state.plans, plan) if spec.keep_plans else ())
-        if spec.trace:
-            self._tokenmerge_seen = Seen(state, batch, tokens)
-        full = state.unmerge(x) if spec.full_output else x
+        plans = (*state.plans, plan) if spec.keep_plans or state.full_output else ()
+        state = TokenState(size, plans, state.full_output)
+        if spec.trace and not torch.compiler.is_exporting():
+            self._tokenmerge_seen = Seen(state, batch, tokens, x.device)
+        full = state.unmerge(x) if state.full_output else x
         if full is not x:
             return carry(full, dataclasses.replace(state, merged=x))
         return carry(x, state)
@@ -113,6 +119,7 @@ class MergeBlock:
                 "an attention mask (or is_causal) was given to a model that merges tokens, but a mask over the "
                 "original tokens does not fit merged ones: call the model without it, or handle.update(r=0) first"
             )
+        vars(self).pop("_tokenmerge_seen", None)  # no older pass may be taken for this one
         out: Tensor = super().forward(x, *args, **kwargs)  # type: ignore[misc]  # upstream's block comes next
         return out
 
@@ -124,6 +131,23 @@ class MergeBlock:
         return f"r={self._tokenmerge_spec.r}"
 
 
+def _plan(block: MergeBlock, keys: tuple[Tensor, ...], r: int, batch: int) -> MergePlan:
+    """The matcher's plan, made sure to be what every shape after it relies on."""
+    spec = block._tokenmerge_spec
+    if not keys:
+        raise PatchError(
+            f"block {spec.index} noted no keys, so the module that gives them was replaced since the model was patched: "
+            "unpatch before changing modules, and patch again"
+        )
+    plan = get_matcher(spec.matcher)(head_mean(keys), r, spec.protected)
+    if plan.r != r or plan.keep.shape[0] != batch:
+        raise PatchError(
+            f"matcher {spec.matcher!r} merged {plan.r} tokens in {plan.keep.shape[0]} images, but block {spec.index} "
+            f"asked for {r} in {batch}: a matcher must merge exactly r"
+        )
+    return plan
+
+
 def _arriving(x: Tensor, spec: BlockSpec) -> TokenState:
     """The state that came with `x`; a fresh one at the start of the network."""
     state = state_of(x)
@@ -131,8 +155,8 @@ def _arriving(x: Tensor, spec: BlockSpec) -> TokenState:
         if spec.merged_before:
             raise PatchError(
                 f"block {spec.index} received tokens without their sizes although earlier blocks merge, so "
-                "something between the blocks made a new tensor: use non-reentrant gradient checkpointing "
-                "(use_reentrant=False), and do not change activations between blocks"
+                "something between the blocks made a new tensor (reentrant checkpointing and FSDP2 do): use "
+                "use_reentrant=False, do not shard single blocks, and do not change activations between blocks"
             )
-        return TokenState()
+        return TokenState(full_output=state is not None and state.full_output)
     return state

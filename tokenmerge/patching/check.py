@@ -1,6 +1,6 @@
 """The check at patch time: does this upstream's block still behave as its row says?
 
-Three facts are tried on one real block with a few random tokens, before anything is touched:
+Three facts are tried on a float64 copy of one real block with a few random tokens, before anything is touched:
 1. attention branch then MLP branch, without bias, is upstream's block to the bit;
 2. the tap sees K, one vector per head and token;
 3. `log size` as attention mask makes one token count like that many equal tokens.
@@ -8,9 +8,8 @@ Three facts are tried on one real block with a few random tokens, before anythin
 
 from __future__ import annotations
 
-import contextlib
+import copy
 import importlib
-from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -24,24 +23,21 @@ from tokenmerge.precision import no_autocast
 _COPIES = 9  # equal tokens that one token stands for in the third test
 
 
-@contextlib.contextmanager
-def _quietly(block: nn.Module) -> Iterator[None]:
-    """Evaluation mode without gradients or autocast; every module gets its own mode back."""
-    modes = [(module, module.training) for module in block.modules()]
-    device = next(block.parameters()).device.type
-    block.eval()
-    try:
-        with torch.no_grad(), no_autocast(device):
-            yield
-    finally:
-        for module, mode in modes:
-            module.training = mode
+def _double(block: nn.Module) -> Any:
+    """A copy in float64 on the CPU, in evaluation mode and without hooks of the user's.
+
+    In float64 even a branch that LayerScale shrinks to a millionth shows what arrives in it, and whatever
+    precision the model has; and a user's hook may expect other tokens than the few that are tried here.
+    """
+    double = copy.deepcopy(block).to(device="cpu", dtype=torch.float64).eval()
+    for module in double.modules():
+        module._forward_hooks.clear()
+        module._forward_pre_hooks.clear()
+    return double
 
 
-def _tokens(block: nn.Module, channels: int, count: int) -> Tensor:
-    parameter = next(p for p in block.parameters() if p.is_floating_point())
-    noise = torch.randn(1, count, channels, generator=torch.Generator().manual_seed(0))
-    return noise.to(device=parameter.device, dtype=parameter.dtype)
+def _tokens(channels: int, count: int) -> Tensor:
+    return torch.randn(1, count, channels, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
 
 
 def _gap(a: Tensor, b: Tensor) -> float:
@@ -58,11 +54,9 @@ def check_block(family: BlockFamily, block: Any, channels: int, name: str, libra
     """
     if any(p.is_meta for p in block.parameters()):
         return
-    with _quietly(block):
+    with torch.no_grad(), no_autocast("cpu"):
         try:
-            fault = _fault(family, block, channels)
-        except UnsupportedModelError:
-            raise
+            fault = _fault(family, _double(block), channels)
         except Exception as error:  # whatever upstream raises, the reader needs to know which block and version
             fault = f"running it in parts failed with {type(error).__name__}: {error}"
     if fault:
@@ -76,7 +70,7 @@ def check_block(family: BlockFamily, block: Any, channels: int, name: str, libra
 
 def _fault(family: BlockFamily, block: Any, channels: int) -> str | None:
     """What differs from the row, in words; `None` when all three facts hold."""
-    x = _tokens(block, channels, 7)
+    x = _tokens(channels, 7)
     hooks = [module.register_forward_hook(family.tap) for module in family.keys(block)]
     try:
         open_tap()
@@ -104,10 +98,9 @@ def _fault_of_bias(family: BlockFamily, block: Any, x: Tensor) -> str | None:
     wanted = family.attention(block, crowd, None)[:, : x.shape[1]]
     plain = family.attention(block, x, None)
     ours = family.attention(block, x, size_bias(size, x))
-    # the branch may be tiny beside the residual (LayerScale), so compare what attention adds to x
     effect, error = (wanted - plain).abs().max(), (ours - wanted).abs().max()
-    if not torch.isfinite(effect) or effect <= 32 * torch.finfo(x.dtype).eps * wanted.abs().max():
-        return None  # attention moves nothing in this block (LayerScale 0, say): there is nothing to see
+    if not torch.isfinite(effect) or effect <= 1e4 * torch.finfo(x.dtype).eps * wanted.abs().max():
+        return None  # attention moves nothing in this block (LayerScale 0, say): there is nothing to check
     if error > 0.1 * effect:
         return f"token sizes change its attention wrongly (off by {float(error / effect):.2f} of the effect they should have)"
     return None

@@ -64,6 +64,7 @@ class ModelFamily:
         protected: number of prefix tokens.
         tokens: tokens that enter the first block, prefix included, at the model's own input size.
         pooling: how the head reads the tokens, in words.
+        entry: the module whose output enters the first block.
         norms: modules between the last block and the pooling that map tokens one by one.
         cost: multiply-adds of the patch embedding, of the head, and of the head per token it reads.
         mae: whether the weights are known to come from MAE pretraining.
@@ -79,6 +80,7 @@ class ModelFamily:
     protected: Callable[[Any], int]
     tokens: Callable[[Any], int]
     pooling: Callable[[Any], str]
+    entry: Callable[[Any], nn.Module]
     norms: Callable[[Any], Sequence[nn.Module]]
     cost: Callable[[Any], tuple[int, int, int]]
     mae: Callable[[Any], bool]

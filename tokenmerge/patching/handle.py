@@ -17,10 +17,10 @@ from tokenmerge.patching.block import BlockSpec, MergeBlock
 from tokenmerge.patching.check import check_block
 from tokenmerge.patching.root import Patch, merge_blocks
 from tokenmerge.patching.summary import Summary, summarize
-from tokenmerge.patching.swap import original_class, restore_class, swap_class
+from tokenmerge.patching.swap import Swapped, check_restorable, original_class, restore_class, swap_class
 from tokenmerge.patching.target import Target, check_is_module, find_target, patch_of, patched_inside, refuse_if_patched
 from tokenmerge.schedule import Schedule, expand, flops_target, keep_ratio, max_merges
-from tokenmerge.state import carry_through
+from tokenmerge.state import carry_through, note_wish
 from tokenmerge.tracing import Trace
 
 
@@ -47,7 +47,8 @@ class Handle:
     @property
     def schedule(self) -> Schedule:
         """r per block as asked for; `summary()` shows where it is cut."""
-        return self._live()[1].schedule
+        model, patch = self._live()
+        return patch.schedule[: len(merge_blocks(model))]  # blocks may have been pruned away since
 
     def update(self, config: MergeConfig | None = None, **fields: Any) -> None:
         """Change any field of the config, without patching again.
@@ -76,12 +77,17 @@ class Handle:
         """How many blocks are patched, r and tokens per block, FLOPs before and after, at the model's own input size."""
         model, patch = self._live()
         target = find_target(model)
+        if len(target.blocks) != len(self.schedule):
+            raise PatchError(
+                f"the model has {len(target.blocks)} blocks, but {len(self.schedule)} of them are patched: "
+                "unpatch before adding blocks, and patch again"
+            )
         return summarize(
             original_class(model).__name__,
             target.family.pooling(model),
             patch.prop_attn,
             patch.config.matcher,
-            patch.schedule[: len(target.blocks)],  # blocks may have been pruned away since
+            self.schedule,
             target.cost(),
         )
 
@@ -101,7 +107,7 @@ class Handle:
         if not seen:
             raise PatchError("no forward pass has run since tracing was turned on: call the model first")
         sizes = tuple(one.state.size for one in seen)
-        return Trace(seen[-1].state.plans, sizes, patch.protected, seen[0].tokens, seen[0].batch)
+        return Trace(seen[-1].state.plans, sizes, patch.protected, seen[0].tokens, seen[0].batch, seen[0].device)
 
     def __repr__(self) -> str:
         name = original_class(self._model).__name__
@@ -135,17 +141,28 @@ def patch(model: nn.Module, config: MergeConfig | None = None, **fields: Any) ->
     block, row = target.blocks[0]
     check_block(row, block, target.channels, "block 0", target.family.library)
 
-    if target.family.swap is not None:
-        swap_class(target.model, target.family.swap)
-    target.model._tokenmerge_patch = record
-    for norm in target.family.norms(target.model):
+    try:
+        _apply(target, record)
+    except BaseException:
+        _restore(target.model)
+        raise
+    return Handle(target.model, record)
+
+
+def _apply(target: Target, record: Patch) -> None:
+    """Everything that `_restore` undoes."""
+    model, family = target.model, target.family
+    model._tokenmerge_patch = record
+    if family.swap is not None:
+        swap_class(model, family.swap)
+    family.entry(model).register_forward_hook(note_wish)
+    for norm in family.norms(model):
         norm.register_forward_hook(carry_through)
     for block, row in target.blocks:
         for module in row.keys(block):
             module.register_forward_hook(row.tap)
         swap_class(block, MergeBlock)
     _set_specs(target, record)
-    return Handle(target.model, record)
 
 
 def unpatch(model: nn.Module) -> None:
@@ -166,7 +183,10 @@ def unpatch(model: nn.Module) -> None:
 
 @contextlib.contextmanager
 def patched(model: nn.Module, config: MergeConfig | None = None, **fields: Any) -> Iterator[Handle]:
-    """`patch` for the length of a `with` block; unpatched at its end, also after an error."""
+    """`patch` for the length of a `with` block; unpatched at its end, also after an error.
+
+    With gradient checkpointing, call `backward` inside it: blocks run again there, and must still be patched.
+    """
     handle = patch(model, config, **fields)
     try:
         yield handle
@@ -177,6 +197,7 @@ def patched(model: nn.Module, config: MergeConfig | None = None, **fields: Any) 
 
 def is_patched(model: nn.Module) -> bool:
     """Whether `model` is patched or holds a patched model."""
+    check_is_module(model)
     return bool(patched_inside(model))
 
 
@@ -186,6 +207,7 @@ def handle(model: nn.Module) -> Handle:
     Raises:
         PatchError: if `model` holds no patched model, or several.
     """
+    check_is_module(model)
     found = patched_inside(model)
     if len(found) != 1:
         names = f" ({', '.join(name or 'the model itself' for name, _ in found)})" if found else ""
@@ -231,17 +253,19 @@ def _schedule(target: Target, config: MergeConfig) -> Schedule:
 
 
 def _set_specs(target: Target, record: Patch) -> None:
+    keeps_less = (record.config.keep or 1) < 1
     for index, (block, row) in enumerate(target.blocks):
         vars(block).pop("_tokenmerge_seen", None)
         block._tokenmerge_spec = BlockSpec(
             family=row,
             index=index,
             r=record.schedule[index],
+            keep=record.config.keep,
             protected=record.protected,
             prop_attn=record.prop_attn,
             matcher=record.config.matcher,
-            merged_before=any(record.schedule[:index]),
-            merges_at_all=record.merges,
+            merged_before=any(record.schedule[:index]) or (index > 0 and keeps_less),
+            merges_at_all=record.merges or keeps_less,
             keep_plans=record.config.trace or target.family.needs_plans(target.model),
             trace=record.config.trace,
         )
@@ -249,18 +273,15 @@ def _set_specs(target: Target, record: Patch) -> None:
 
 def _restore(model: Any) -> None:
     """Undo everything `patch` did; looks at the modules themselves, so it works on copies, too."""
-    blocks: list[Any] = list(merge_blocks(model))
-    for module in (*blocks, model):
-        if "_tokenmerge_original" not in vars(type(module)):
-            restore_class(module)  # raises, before anything is undone
-    for block in blocks:
-        restore_class(block)
-        for name in ("_tokenmerge_spec", "_tokenmerge_seen"):
-            vars(block).pop(name, None)
-    restore_class(model)
-    del model._tokenmerge_patch
+    swapped: list[nn.Module] = [module for module in model.modules() if issubclass(type(module), Swapped)]
+    for module in swapped:
+        check_restorable(module)  # before anything is undone
+    for module in swapped:
+        restore_class(module)
     for module in model.modules():
-        _remove_hooks(module, note_keys, note_untransposed_keys, carry_through)
+        for name in ("_tokenmerge_spec", "_tokenmerge_seen", "_tokenmerge_patch"):
+            vars(module).pop(name, None)
+        _remove_hooks(module, note_keys, note_untransposed_keys, carry_through, note_wish)
 
 
 def _remove_hooks(module: nn.Module, *functions: Callable[..., Any]) -> None:

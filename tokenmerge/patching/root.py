@@ -12,6 +12,7 @@ from torch import nn
 from tokenmerge.config import MergeConfig
 from tokenmerge.patching.block import MergeBlock
 from tokenmerge.schedule import Schedule
+from tokenmerge.state import wish_full_output
 
 
 @dataclasses.dataclass(eq=False)
@@ -53,15 +54,10 @@ class MergeRoot:
 
     @contextlib.contextmanager
     def _tokenmerge_full_output(self) -> Iterator[None]:
-        """Within it, every block hands on unmerged tokens, for readers that expect upstream's shapes."""
+        """A pass within it hands on unmerged tokens, for readers that expect upstream's shapes."""
         assert isinstance(self, nn.Module)
-        specs = [(block, block._tokenmerge_spec) for block in merge_blocks(self)]
-        try:
-            for block, spec in specs:
-                # a run that stops early must not leave an older trace in the blocks it does not reach
-                vars(block).pop("_tokenmerge_seen", None)
-                block._tokenmerge_spec = dataclasses.replace(spec, full_output=True, keep_plans=True)
+        for block in merge_blocks(self):
+            # a run that stops early must not leave an older trace in the blocks it does not reach
+            vars(block).pop("_tokenmerge_seen", None)
+        with wish_full_output():
             yield
-        finally:
-            for block, spec in specs:
-                block._tokenmerge_spec = spec

@@ -32,7 +32,8 @@ def swapped_class(mixin: type, original: Any) -> type[nn.Module]:
 
     def reduce(self: Any, protocol: Any) -> tuple[Any, ...]:
         # a class made at run time cannot be found by name: pickle and deepcopy make it anew
-        return _rebuild, (mixin, original), self.__dict__
+        # (by __getstate__, which leaves out compiled code: that belongs to the module it was compiled for)
+        return _rebuild, (mixin, original), self.__getstate__()
 
     namespace = {
         "__doc__": original.__doc__,
@@ -55,18 +56,24 @@ def swap_class(module: nn.Module, mixin: type) -> None:
     module.__class__ = swapped_class(mixin, cls)
 
 
-def restore_class(module: nn.Module) -> None:
-    """Give the module the class back that it had before `swap_class`.
-
-    Raises:
-        PatchError: if something else has changed its class in between.
-    """
+def check_restorable(module: nn.Module) -> None:
+    """Raise `PatchError` if something else has changed the module's class since `swap_class`."""
     cls: Any = type(module)
     if "_tokenmerge_original" not in cls.__dict__:
         raise PatchError(
             f"the class of a patched module has become {cls.__module__}.{cls.__qualname__} since it was patched, "
             "so it cannot be put back: undo the later change (FSDP, parametrize, …) first"
         )
+
+
+def restore_class(module: nn.Module) -> None:
+    """Give the module the class back that it had before `swap_class`.
+
+    Raises:
+        PatchError: if something else has changed its class in between.
+    """
+    check_restorable(module)
+    cls: Any = type(module)
     module.__class__ = cls._tokenmerge_original
 
 

@@ -115,6 +115,10 @@ def _examine(model: nn.Module) -> Target:
                 reasons.append(f"block {index} ({_name(block)}) has its own forward()")
             reasons += [f"block {index}: {reason}" for reason in row.refuse(block)]
             blocks.append((block, row))
+        if len({id(block) for block, _ in blocks}) < len(blocks):
+            reasons.append("it runs the same block object more than once, and one block has one r")
+        if any(base.__name__ == "FSDPModule" for block, _ in blocks for base in type(block).__mro__):
+            reasons.append("its blocks are sharded by FSDP2, which makes new tensors between them")
         if not reasons and not blocks:
             reasons.append("it has no blocks")
     if reasons:

@@ -17,9 +17,12 @@ from typing import Any
 import torch
 from rich.progress import Progress
 from torch import Tensor
+from torch._dynamo.exc import TorchDynamoException
 
+from tokenmerge.errors import InputError
 from tokenmerge.patching import Summary, patch
-from tokenmerge.tools.models import DTYPES, ModelArgs, input_shape, load_model
+from tokenmerge.tools.device import place, synchronize
+from tokenmerge.tools.models import ModelArgs, input_shape, load_model
 from tokenmerge.tools.report import Report, Row
 from tokenmerge.tools.settings import Setting
 from tokenmerge.tools.variants import share_weights, sliced
@@ -57,20 +60,15 @@ def interleave(
         for turn in range(warmup + rounds):
             for step in range(len(forwards)):
                 which = (turn + step) % len(forwards)
-                _synchronize(images.device)
+                synchronize(images.device)
                 start = time.perf_counter()
                 forwards[which](images)
-                _synchronize(images.device)
+                synchronize(images.device)
                 if turn >= warmup:
                     seconds[which].append(time.perf_counter() - start)
                 if progress is not None and task is not None:
                     progress.advance(task)
     return seconds
-
-
-def _synchronize(device: torch.device) -> None:
-    if device.type != "cpu":
-        torch.accelerator.synchronize(device)
 
 
 def peak_memory(forward: Forward, images: Tensor) -> int:
@@ -81,7 +79,7 @@ def peak_memory(forward: Forward, images: Tensor) -> int:
             torch.cuda.reset_peak_memory_stats(device)
             before = torch.cuda.memory_allocated(device)
             forward(images)
-            _synchronize(device)
+            synchronize(device)
             return torch.cuda.max_memory_allocated(device) - before
         os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # the profiler's own notes would run through the progress bar
         with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
@@ -131,11 +129,11 @@ def measure(
     """
     model = load_model(args)
     images = torch.randn(bench.batch_size, *input_shape(model), generator=torch.Generator().manual_seed(0))
-    images = images.to(args.device, DTYPES[args.dtype])
-    if args.channels_last:
-        images = images.contiguous(memory_format=torch.channels_last)
+    images = place(images, args.device, args.dtype, args.channels_last)
     variants = _variants(model, settings, fields, bench.compile)
     forwards = [f for v in variants for f in (v.merged, v.yardstick) if f is not None]
+    if bench.compile:
+        _compile_now(forwards, images)
     with report.progress() as progress:
         seconds = iter(interleave(forwards, images, bench.warmup, bench.rounds, progress))
     rows: list[Row] = []
@@ -145,6 +143,23 @@ def measure(
         memory = peak_memory(variant.merged, images)
         rows.append(_row(args, bench, variant, times, yardstick, rows[0] if rows else None, memory))
     return rows
+
+
+def _compile_now(forwards: Sequence[Forward], images: Tensor) -> None:
+    """Run each compiled model once.
+
+    Raises:
+        InputError: if it cannot be compiled here, for want of a C++ compiler, say.
+    """
+    with torch.inference_mode():
+        for forward in forwards:
+            try:
+                forward(images)
+            except TorchDynamoException as error:
+                reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+                raise InputError(
+                    f"torch.compile cannot compile the model here ({reason}): run without --compile"
+                ) from None
 
 
 def run_bench(
@@ -224,6 +239,6 @@ def _print(report: Report, args: ModelArgs, bench: BenchArgs, rows: Sequence[Row
         if row["speedup"] < 1.02:
             report.say(
                 f"Merging does not pay at this shape: r={row['r']} runs at {row['speedup']:.2f}x the unmerged speed. "
-                "Try a larger batch, larger images, a larger r, or --compile.",
+                f"Try a larger batch, larger images or a larger r{'' if bench.compile else ', or --compile'}.",
                 style="bold yellow",
             )

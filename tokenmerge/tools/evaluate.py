@@ -13,13 +13,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from PIL import Image
 from torch import Tensor
 
 from tokenmerge.errors import InputError
 from tokenmerge.patching import model_cost, patch
-from tokenmerge.tools.bench import _synchronize
-from tokenmerge.tools.images import Batch, ImageFolder, batches
-from tokenmerge.tools.models import DTYPES, ModelArgs, input_shape, load_model
+from tokenmerge.tools.device import place, synchronize
+from tokenmerge.tools.images import ImageFolder, batches
+from tokenmerge.tools.models import ModelArgs, input_shape, load_model
 from tokenmerge.tools.report import Report, Row
 from tokenmerge.tools.settings import Setting
 from tokenmerge.tools.variants import share_weights
@@ -61,15 +62,37 @@ class Score:
 
     def add(self, images: Tensor, labels: Tensor) -> None:
         """Run one batch and count."""
-        _synchronize(images.device)
+        synchronize(images.device)
         start = time.perf_counter()
         logits = self.forward(images)
-        _synchronize(images.device)
+        synchronize(images.device)
         self.seconds += time.perf_counter() - start
         best = logits.topk(min(5, logits.shape[1]), dim=1).indices == labels.unsqueeze(1)
         self.top1 += int(best[:, 0].sum())
         self.top5 += int(best.sum())
         self.images += len(labels)
+
+    def row(self, model: str, skipped: int) -> Row:
+        """What every command that evaluates writes for a setting."""
+        return {
+            "model": model,
+            "r": self.setting.label,
+            "top1": 100 * self.top1 / self.images,
+            "top5": 100 * self.top5 / self.images,
+            "images_per_second": self.images / self.seconds,
+            "gflops": self.gflops,
+            "images": self.images,
+            "skipped": skipped,
+        }
+
+
+def add_in_turns(running: Sequence[Score], images: Tensor, labels: Tensor, number: int) -> None:
+    """One batch through every setting; each batch starts with another, and before the first all run once unmeasured."""
+    if number == 0:
+        for score in running:
+            score.forward(images)
+    for step in range(len(running)):
+        running[(number + step) % len(running)].add(images, labels)
 
 
 def scores(model: Any, settings: Sequence[Setting], fields: dict[str, Any]) -> list[Score]:
@@ -98,9 +121,15 @@ def _dataset(model: Any, args: EvalArgs) -> ImageFolder:
     config = resolve_data_config(args.preprocessing, model=model)
     config["input_size"] = (3, height, width)
     pretrained = getattr(model, "pretrained_cfg", None) or {}
-    return ImageFolder(
-        args.data, create_transform(**config), model.num_classes, pretrained.get("label_names"), args.class_map
-    )
+    try:
+        transform = create_transform(**config)
+        transform(Image.new("RGB", (width, height)))
+    except Exception as error:  # timm and torchvision check these values in many ways, or not at all
+        raise InputError(
+            f"the preprocessing {args.preprocessing or config} does not work ({type(error).__name__}: {error}): "
+            "check --crop-pct, --crop-mode, --interpolation, --mean and --std"
+        ) from None
+    return ImageFolder(args.data, transform, model.num_classes, pretrained.get("label_names"), args.class_map)
 
 
 def run_eval(
@@ -125,18 +154,23 @@ def run_eval(
     loader = batches(dataset, evaluation.batch_size, evaluation.workers)
     with report.progress() as progress, torch.inference_mode():
         task = progress.add_task("evaluating", total=len(dataset))
-        for batch in _guarded(loader):
+        for number, batch in enumerate(_guarded(loader)):
             skipped += batch.skipped
             if len(batch.labels):
-                images, labels = _to_device(batch, args)
-                for score in running:
-                    score.add(images, labels)
+                images = place(batch.images, args.device, args.dtype, args.channels_last)
+                add_in_turns(running, images, batch.labels.to(args.device), number)
             progress.advance(task, len(batch.labels) + len(batch.skipped))
     if len(skipped) == len(dataset):
         raise InputError(
             f"none of the {len(dataset)} images in {str(evaluation.data)!r} could be read, the first is {skipped[0]}: check the files"
         )
-    rows = [_row(args, evaluation, score, len(skipped)) for score in running]
+    common = {
+        "batch_size": evaluation.batch_size,
+        "device": args.device,
+        "dtype": args.dtype,
+        "torch": torch.__version__,
+    }
+    rows = [{**score.row(args.model, len(skipped)), **common, "skipped_files": skipped} for score in running]
     _print(report, args, rows, skipped)
     report.write(rows)
     return 1 if skipped and evaluation.strict else 0
@@ -159,30 +193,6 @@ def _guarded(loader: Any) -> Any:
         yield batch
 
 
-def _to_device(batch: Batch, args: ModelArgs) -> tuple[Tensor, Tensor]:
-    images = batch.images.to(args.device, DTYPES[args.dtype])
-    if args.channels_last:
-        images = images.contiguous(memory_format=torch.channels_last)
-    return images, batch.labels.to(args.device)
-
-
-def _row(args: ModelArgs, evaluation: EvalArgs, score: Score, skipped: int) -> Row:
-    return {
-        "model": args.model,
-        "r": score.setting.label,
-        "top1": 100 * score.top1 / score.images,
-        "top5": 100 * score.top5 / score.images,
-        "images_per_second": score.images / score.seconds,
-        "gflops": score.gflops,
-        "images": score.images,
-        "skipped": skipped,
-        "batch_size": evaluation.batch_size,
-        "device": args.device,
-        "dtype": args.dtype,
-        "torch": torch.__version__,
-    }
-
-
 def _print(report: Report, args: ModelArgs, rows: Sequence[Row], skipped: Sequence[str]) -> None:
     report.table(
         f"{args.model}, {rows[0]['images']} images",
@@ -203,4 +213,4 @@ def _print(report: Report, args: ModelArgs, rows: Sequence[Row], skipped: Sequen
         for problem in skipped[:20]:
             report.warn(f"  {problem}")
         if len(skipped) > 20:
-            report.warn(f"  … and {len(skipped) - 20} more")
+            report.warn(f"  … and {len(skipped) - 20} more; --json FILE names all")

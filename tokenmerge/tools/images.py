@@ -51,11 +51,15 @@ class ImageFolder(Dataset[tuple[Tensor | None, int, str]]):
     ) -> None:
         from timm.data.readers.reader_image_folder import find_images_and_targets
 
+        if root.is_file():
+            raise InputError(
+                f"{str(root)!r} is a file, but a folder with one folder of images per class was expected: check --data"
+            )
         if not root.is_dir():
             raise InputError(
                 f"the data folder {str(root)!r} does not exist, but one folder per class was expected there: check --data"
             )
-        samples, classes = find_images_and_targets(str(root), class_to_idx=_class_map(class_map, root))
+        samples, classes = find_images_and_targets(str(root))
         if not samples:
             raise InputError(
                 f"the data folder {str(root)!r} holds no images, but one folder of images per class was expected: check --data"
@@ -66,9 +70,11 @@ class ImageFolder(Dataset[tuple[Tensor | None, int, str]]):
                 "move them into class folders, or give the folder above"
             )
         self.root, self.transform = root, transform
-        labels = (
-            classes if class_map else _labels(root, sorted(classes, key=classes.__getitem__), num_classes, label_names)
-        )
+        folders = sorted(classes, key=classes.__getitem__)
+        if class_map:
+            labels = _mapped(folders, class_map, root, num_classes)
+        else:
+            labels = _labels(root, folders, num_classes, label_names)
         names = {index: name for name, index in classes.items()}
         self.samples = [(Path(file), labels[names[target]]) for file, target in samples]
 
@@ -86,18 +92,26 @@ class ImageFolder(Dataset[tuple[Tensor | None, int, str]]):
             return None, label, f"{path.relative_to(self.root)}: {reason}"
 
 
-def _class_map(class_map: str | None, root: Path) -> dict[str, int] | None:
-    if not class_map:
-        return None
+def _mapped(folders: list[str], class_map: str, root: Path, num_classes: int) -> dict[str, int]:
+    """Folder name -> output of the model, by the file given as --class-map."""
     from timm.data.readers.class_map import load_class_map
 
     try:
-        loaded: dict[str, int] = load_class_map(class_map, str(root))
+        known: dict[str, int] = load_class_map(class_map, str(root))
     except Exception as error:  # assertion, pickle and file errors alike
         raise InputError(
             f"the class map {class_map!r} cannot be read ({error}): give a text file with one class per line"
         ) from None
-    return loaded
+    if len(known) != num_classes:
+        raise InputError(
+            f"the class map {class_map!r} lists {len(known)} classes, but the model has {num_classes} outputs: give one per output"
+        )
+    strange = [name for name in folders if name not in known]
+    if strange:
+        raise InputError(
+            f"{len(strange)} class folders such as {strange[0]!r} are not in the class map {class_map!r}: add them, or give another map"
+        )
+    return {name: known[name] for name in folders}
 
 
 def _labels(root: Path, classes: list[str], num_classes: int, label_names: Sequence[str] | None) -> dict[str, int]:

@@ -14,8 +14,7 @@ from torch import nn
 
 from tokenmerge.errors import InputError, TokenMergeError
 from tokenmerge.patching.target import find_target
-
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+from tokenmerge.tools.device import DTYPES, check_device
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -43,25 +42,6 @@ class ModelArgs:
     channels_last: bool = False
 
 
-def check_device(device: str) -> torch.device:
-    """The torch device of that name.
-
-    Raises:
-        InputError: if it is unknown or not there.
-    """
-    try:
-        found = torch.device(device)
-        if found.type == "meta":
-            raise RuntimeError("it holds no values")
-        torch.empty(0, device=found)
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
-        raise InputError(
-            f"device {device!r} cannot be used here ({reason}): choose another with --device, such as cpu"
-        ) from None
-    return found
-
-
 def _create(name: str, **kwargs: Any) -> Any:
     """`timm.create_model`, its many kinds of failure as one sentence."""
     try:
@@ -86,6 +66,8 @@ def _create(name: str, **kwargs: Any) -> Any:
             if known and name not in known
             else "check the name with timm.list_models()"
         )
+        if ":" in name:
+            hint = "check that it is there, whole, and in timm's hub format"
         if kwargs.get("pretrained"):
             hint = "check that the weights exist, are whole and can be reached, and that they fit the other options"
         raise InputError(f"the model {name!r} cannot be made ({type(error).__name__}: {reason}): {hint}") from None
@@ -118,6 +100,11 @@ def load_model(args: ModelArgs) -> Any:
     device = check_device(args.device)
     model = _create(args.model, pretrained=args.pretrained, **_model_kwargs(args))
     find_target(model)
+    if model.patch_embed.num_patches < 1:
+        raise InputError(
+            f"images of {args.img_size} pixels are smaller than one patch ({model.patch_embed.patch_size[0]} pixels): "
+            "give a larger --img-size"
+        )
     if args.checkpoint is not None:
         load_checkpoint(model, args.checkpoint)
     memory = {"memory_format": torch.channels_last} if args.channels_last else {}
@@ -149,6 +136,9 @@ def load_checkpoint(model: nn.Module, path: Path) -> None:
             f"the checkpoint {str(path)!r} cannot be read ({type(error).__name__}: {reason}): "
             "give a whole .safetensors or torch file that holds tensors only"
         ) from None
+    odd = next((name for name, value in state.items() if not isinstance(value, torch.Tensor)), None)
+    if odd is not None:
+        raise InputError(f"the checkpoint {str(path)!r} holds {odd!r}, which is no tensor: give a file of weights only")
     own = model.state_dict()
     missing, extra = sorted(own.keys() - state.keys()), sorted(state.keys() - own.keys())
     wrong = [name for name in own.keys() & state.keys() if own[name].shape != state[name].shape]

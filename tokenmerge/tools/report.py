@@ -25,12 +25,15 @@ class Report:
             standard error; `None` writes no JSON.
 
     Raises:
-        InputError: if the file's folder does not exist (found out before any work is done).
+        InputError: if it is a folder, or in none that exists (found out before any work is done).
     """
 
     def __init__(self, json_path: str | None = None) -> None:
         self._json_path = json_path
-        if json_path not in (None, "-") and not Path(str(json_path)).resolve().parent.is_dir():
+        path = None if json_path in (None, "-") else Path(str(json_path))
+        if path is not None and path.is_dir():
+            raise InputError(f"--json {json_path!r} is a folder, but a file was expected: add a name such as rows.json")
+        if path is not None and not path.resolve().parent.is_dir():
             raise InputError(f"the folder of --json {json_path!r} does not exist: make it first")
         self.out = Console(stderr=json_path == "-", highlight=False, soft_wrap=False)
         self.err = Console(stderr=True, highlight=False)

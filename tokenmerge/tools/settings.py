@@ -58,5 +58,8 @@ def _fields(text: str) -> dict[str, Any]:
         r, inflect = text.split(":")
         return {"r": (int(r), float(inflect))}
     if "," in text:
-        return {"r": [int(part) for part in text.split(",") if part.strip()]}
+        listed = [int(part) for part in text.split(",") if part.strip()]
+        if not listed:
+            raise ValueError(text)
+        return {"r": listed}
     return {"r": int(text)}

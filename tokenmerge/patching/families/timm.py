@@ -69,7 +69,10 @@ def _parallel_attention(block: Any, x: Tensor, bias: Tensor | None) -> Tensor:
 
 
 def _linear_weights(*modules: nn.Module) -> int:
-    return sum(m.weight.numel() for module in modules for m in module.modules() if isinstance(m, nn.Linear))
+    """Multiply-adds per token; quantized and other linear layers count by their shape."""
+    leaves: list[Any] = [m for module in modules for m in module.modules() if not any(True for _ in m.children())]
+    linear = [m for m in leaves if hasattr(m, "in_features") and hasattr(m, "out_features")]
+    return sum(int(m.in_features) * int(m.out_features) for m in linear)
 
 
 def _pair_cost(attn: Any) -> int:
@@ -172,21 +175,24 @@ class MergeVisionTransformer(MergeRoot):
         upstream: Any = super().pool  # type: ignore[misc]
         kind = _pool_kind(self, pool_type)
         state = state_of(x)
-        if kind in ("", "token", "max"):
+        if kind not in ("avg", "avgmax", "map", "prr"):
             return upstream(x, pool_type)  # type: ignore[no-any-return]
         if state is None and self._tokenmerge_patch.merges:
             raise PatchError(
                 f"{kind} pooling received tokens without their sizes, so it cannot weight them: give it the very "
-                "tensor that forward_features returned, or unmerge that first (handle.trace.unmerge)"
+                "tensor that forward_features returned (and if model.norm was replaced since, patch again)"
             )
+        prop_attn = self._tokenmerge_patch.prop_attn
+        if kind == "map" and not prop_attn and state is not None and state.merged is not None:
+            return upstream(state.one_of_each(x), pool_type)  # type: ignore[no-any-return]
         if state is None or state.size is None or state.merged is not None:
             return upstream(x, pool_type)  # type: ignore[no-any-return]
-        if kind == "prr":  # its attention takes no bias: on the unmerged tokens it needs none
+        if kind == "prr":  # its attention takes no bias; unmerged tokens need none, and so it is always proportional
             return upstream(state.unmerge(x), pool_type)  # type: ignore[no-any-return]
         first = 0 if self.pool_include_prefix else self.num_prefix_tokens
         tokens, size = x[:, first:], state.size[:, first:]
         if kind == "map":
-            bias = size_bias(size, tokens) if self._tokenmerge_patch.prop_attn else None
+            bias = size_bias(size, tokens) if prop_attn else None
             return self.attn_pool(tokens, attn_mask=bias)  # type: ignore[no-any-return]
         mean = weighted_mean(tokens, size)
         return mean if kind == "avg" else 0.5 * (tokens.amax(dim=1) + mean)
@@ -206,7 +212,7 @@ def _pool_kind(model: Any, pool_type: str | None = None) -> str:
 def _pooling(model: Any) -> str:
     kind = _pool_kind(model)
     words = {
-        "": "none",
+        "": "none: weigh tokens by tokenmerge.token_sizes",
         "avg": "avg, weighted by size",
         "avgmax": "avgmax, mean weighted by size",
         "map": "map, sizes as attention bias",
@@ -230,11 +236,16 @@ def _stem_cost(model: Any) -> int:
 def _model_cost(model: Any) -> tuple[int, int, int]:
     heads = [getattr(model, name, None) for name in ("head", "head_dist")]
     head = _linear_weights(*(m for m in heads if m is not None))
-    pool = getattr(model, "attn_pool", None)
-    if not isinstance(pool, AttentionPoolLatent):
+    pool, kind = getattr(model, "attn_pool", None), _pool_kind(model)
+    if kind == "prr":  # attention without weights, over the unmerged tokens
+        head += 2 * model.embed_dim * (model.patch_embed.num_patches + model.num_prefix_tokens) ** 2
+    if kind != "map" or pool is None:
         return _stem_cost(model), head, 0
     per_token = _linear_weights(pool.kv) + 2 * pool.latent_len * pool.num_heads * pool.head_dim
-    return _stem_cost(model), head + _linear_weights(pool) - _linear_weights(pool.kv), per_token
+    head += _linear_weights(pool) - _linear_weights(pool.kv)
+    if not model.pool_include_prefix:  # prefix tokens come out of the blocks, but are not pooled
+        head -= per_token * model.num_prefix_tokens
+    return _stem_cost(model), head, per_token
 
 
 def _is_mae(model: Any) -> bool:
@@ -255,7 +266,15 @@ def _refuse_model(model: Any) -> list[str]:
     return []
 
 
-_VIT_SEAMS = ("forward", "forward_features", "forward_head", "forward_intermediates", "get_intermediate_layers", "pool")
+_VIT_SEAMS = (
+    "forward",
+    "_pos_embed",
+    "forward_features",
+    "forward_head",
+    "forward_intermediates",
+    "get_intermediate_layers",
+    "pool",
+)
 
 
 def _vit_row(model: type[nn.Module]) -> ModelFamily:
@@ -268,6 +287,7 @@ def _vit_row(model: type[nn.Module]) -> ModelFamily:
         protected=lambda model: int(model.num_prefix_tokens),
         tokens=lambda model: int(model.patch_embed.num_patches + model.num_prefix_tokens),
         pooling=_pooling,
+        entry=lambda model: model.norm_pre,
         norms=lambda model: [model.norm],
         cost=_model_cost,
         mae=_is_mae,

@@ -7,13 +7,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from PIL import Image
 from torch import Tensor
 
 from tokenmerge.errors import InputError
 from tokenmerge.patching import patched
 from tokenmerge.tools.demo.digits import load_digits, load_model
 from tokenmerge.tools.demo.export import export_demo
-from tokenmerge.tools.evaluate import scores
+from tokenmerge.tools.evaluate import add_in_turns, scores
 from tokenmerge.tools.picture import contact_sheet, merged_pixels, to_image
 from tokenmerge.tools.report import Report, Row
 from tokenmerge.tools.settings import Setting
@@ -37,19 +38,24 @@ def run_demo(
         raise InputError(
             "scikit-learn is not installed, but the demo's digits come with it: pip install 'tokenmerge[demo]'"
         ) from None
+    if (
+        output.suffix.lower() not in Image.registered_extensions()
+        or output.is_dir()
+        or not output.resolve().parent.is_dir()
+    ):
+        raise InputError(
+            f"the picture {str(output)!r} cannot be written: choose an --output such as demo.png in a folder that exists"
+        )
     model = load_model()
     running = scores(model, settings, fields)
     with report.progress() as progress, torch.inference_mode():
-        for score in running:  # warm up
-            score.forward(images[:_BATCH])
         rounds = 2
         task = progress.add_task("evaluating", total=rounds * len(images))
-        for _ in range(rounds):
-            for start in range(0, len(images), _BATCH):
-                for score in running:
-                    score.add(images[start : start + _BATCH], labels[start : start + _BATCH])
-                progress.advance(task, _BATCH)
-    rows = [_row(score, len(images)) for score in running]
+        starts = [start for _ in range(rounds) for start in range(0, len(images), _BATCH)]
+        for number, start in enumerate(starts):
+            add_in_turns(running, images[start : start + _BATCH], labels[start : start + _BATCH], number)
+            progress.advance(task, _BATCH)
+    rows = [{**score.row(_NAME, 0), "images": len(images)} for score in running]
     _print(report, rows)
     merging = [setting for setting in settings if not setting.is_baseline]
     _save(_picture(model, images[list(_SHOWN)], merging, fields), output)
@@ -59,19 +65,6 @@ def run_demo(
         report.say(f"Model: {model_dir} (as local-dir:{model_dir}), images: {data_dir}")
     report.write(rows)
     return 0
-
-
-def _row(score: Any, images: int) -> Row:
-    return {
-        "model": _NAME,
-        "r": score.setting.label,
-        "top1": 100 * score.top1 / score.images,
-        "top5": 100 * score.top5 / score.images,
-        "images_per_second": score.images / score.seconds,
-        "gflops": score.gflops,
-        "images": images,
-        "skipped": 0,
-    }
 
 
 def _print(report: Report, rows: Sequence[Row]) -> None:
