@@ -7,6 +7,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import HealthCheck, settings
+
+# a busy machine is no failure: how long an example takes is not what these tests are about
+settings.register_profile("tokenmerge", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("tokenmerge")
 
 SHARED = Path(os.environ.get("TOKENMERGE_SHARED", Path(__file__).resolve().parents[2] / "shared"))
 
