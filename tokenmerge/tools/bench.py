@@ -183,7 +183,7 @@ def _row(
 ) -> Row:
     compare = min if bench.statistic == "min" else statistics.median
     ms = 1e3 * compare(times)
-    low, *_, high = statistics.quantiles(times, n=5) if len(times) > 1 else times * 2
+    low, *_, high = statistics.quantiles(times, n=5, method="inclusive") if len(times) > 1 else times * 2
     speedup = 1.0 if base is None else base["ms"] / ms
     flops_ratio = 1.0 if variant.summary is None else variant.summary.flops_ratio
     return {
@@ -215,7 +215,7 @@ def _row(
 def _print(report: Report, args: ModelArgs, bench: BenchArgs, rows: Sequence[Row]) -> None:
     report.table(
         f"{args.model}, batch {bench.batch_size}, {args.device}, {args.dtype}{', compiled' if bench.compile else ''}",
-        ("r", "ms", "p20-p80", "img/s", "speed-up", "FLOPs/", "realised", "overhead", "MiB"),
+        ("r", "ms", "p20-p80", "img/s", "speed-\nup", "FLOPs\nratio", "real-\nised", "over-\nhead", "MiB"),
         (
             (
                 str(row["r"]),

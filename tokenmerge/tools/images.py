@@ -117,7 +117,7 @@ def _mapped(folders: list[str], class_map: str, root: Path, num_classes: int) ->
 def _labels(root: Path, classes: list[str], num_classes: int, label_names: Sequence[str] | None) -> dict[str, int]:
     """Folder name -> output of the model: by name where the model knows its names, by order otherwise."""
     for names in (label_names, _imagenet_names() if num_classes == 1000 else None):
-        if names and set(classes) <= set(names):
+        if names and len(names) == num_classes and set(classes) <= set(names):
             return {name: list(names).index(name) for name in classes}
     if len(classes) != num_classes:
         raise InputError(

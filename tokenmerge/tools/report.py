@@ -11,6 +11,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
+from rich.text import Text
 
 from tokenmerge.errors import InputError
 
@@ -48,14 +49,14 @@ class Report:
 
     def table(self, title: str, columns: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
         """A table; all columns but the first are numbers."""
-        table = Table(title=title, title_justify="left", header_style="bold")
+        rows = list(rows)
+        # Text, because ":-1:" in a label would become an emoji and brackets would be read as markup
+        table = Table(title=Text(title), title_justify="left", header_style="bold")
         for i, column in enumerate(columns):
-            # only the first column, names, may wrap; numbers stay whole
-            table.add_column(
-                column, justify="right" if i else "left", no_wrap=i > 0, overflow="fold" if i == 0 else "ellipsis"
-            )
+            short = i > 0 or max((len(row[0]) for row in rows), default=0) <= 9  # only long names may wrap
+            table.add_column(Text(column), justify="right" if i else "left", no_wrap=short, overflow="fold")
         for row in rows:
-            table.add_row(*row)
+            table.add_row(*(Text(cell) for cell in row))
         self.out.print(table)
 
     def progress(self) -> Progress:
