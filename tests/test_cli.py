@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -178,6 +179,7 @@ def test_classes_follow_the_models_names(run: Run, model_dir: Path, data: Path) 
         ("classes", "holds 4 class folders, but the model has 3 outputs"),
         ("unreadable", "none of the 3 images"),
         ("headless", "has no classifier"),
+        ("twice", "holds the class 'ant' twice, in train/ant and val/ant"),
     ],
 )
 def test_data_that_cannot_be_evaluated(
@@ -188,6 +190,9 @@ def test_data_that_cannot_be_evaluated(
         folder.mkdir()
     if spoil == "flat":
         (folder / "a.png").write_bytes((data / "ant/0.png").read_bytes())
+    if spoil == "twice":  # the folder above train/ and val/
+        for part in ("train", "val"):
+            shutil.copytree(data, folder / part)
     if spoil in ("classes", "unreadable"):
         for name in (*CLASSES, "dog")[: 4 if spoil == "classes" else 3]:
             (folder / name).mkdir()
@@ -327,6 +332,7 @@ def test_demo_and_module_entry(tmp_path: Path) -> None:
     """In a process of its own, without the terminal: as somebody tries it first."""
     environment = {**os.environ, "COLUMNS": "80"}
     command = [sys.executable, "-m", "tokenmerge", "demo", "--json", "demo.json", "--output", "demo.png"]
+    command += ["--r", "8", "--r", "16", "24"]  # lists add up, and the baseline comes by itself
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert max(map(len, done.stdout.splitlines())) <= 80

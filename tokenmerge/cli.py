@@ -20,17 +20,16 @@ _R_HELP = (
     "tokens merged per block, one or more of: 8 (in every block), 16:-1 (r:inflect, falling to 0), 8,8,0 (one per "
     "block), keep=0.9 (of the tokens, per block), flops=0.5 (of the unmerged FLOPs); 0 is the unpatched model"
 )
-_MODEL_HELP = (
-    "timm model name, local-dir:PATH of a folder in timm's hub format, or hf_hub:ID (reads the hub); "
-    "weights are random unless --pretrained or --checkpoint is given"
-)
+_MODEL_HELP = "timm model name, local-dir:PATH of a folder in timm's hub format, or hf_hub:ID (reads the hub)"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command and return its exit code: 0, 1 (eval --strict with skipped images), 2 (bad input), 130."""
     args = _parser().parse_args(argv)
     try:
-        return int(args.run(args))
+        code = int(args.run(args))
+        sys.stdout.flush()  # here, where a reader that has left is caught
+        return code
     except TokenMergeError as error:
         print(f"tokenmerge: {error}", file=sys.stderr)
         return 2
@@ -161,11 +160,12 @@ def _add_merging(command: argparse.ArgumentParser, default: list[str] | None) ->
     command.add_argument(
         "--r",
         nargs="+",
-        default=default,
+        action="extend",  # --r 8 --r 16 is --r 8 16
         required=default is None,
         metavar="R",
         help=_R_HELP + (f" (default: {' '.join(default)})" if default else ""),
     )
+    command.set_defaults(default_r=default)
     command.add_argument(
         "--prop-attn",
         choices=("auto", "on", "off"),
@@ -177,10 +177,12 @@ def _add_merging(command: argparse.ArgumentParser, default: list[str] | None) ->
 
 def _add_running(command: argparse.ArgumentParser, batch_size: int) -> None:
     command.add_argument(
-        "--pretrained", action="store_true", help="load the weights that MODEL stands for (may download)"
+        "--pretrained",
+        action="store_true",
+        help="load the weights that MODEL stands for (may download); without it they are random",
     )
     command.add_argument(
-        "--checkpoint", type=Path, metavar="FILE", help="load weights from a safetensors or torch file"
+        "--checkpoint", type=Path, metavar="FILE", help="load weights from a safetensors or torch file instead"
     )
     command.add_argument("--batch-size", "-b", type=_count(1), default=batch_size, help="images per pass (%(default)s)")
     command.add_argument("--device", default="cpu", help="torch device (%(default)s)")
@@ -234,7 +236,7 @@ def _prepare(args: argparse.Namespace) -> tuple[Any, list[Any], dict[str, Any]]:
     prop_attn = {"auto": "auto", "on": True, "off": False}[args.prop_attn]
     return (
         Report(args.json),
-        [parse_setting(text) for text in args.r],
+        [parse_setting(text) for text in args.r or args.default_r],
         {"prop_attn": prop_attn, "matcher": args.matcher},
     )
 

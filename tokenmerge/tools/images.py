@@ -69,6 +69,7 @@ class ImageFolder(Dataset[tuple[Tensor | None, int, str]]):
                 f"images lie directly in {str(root)!r} instead of in one folder per class, so they have no labels: "
                 "move them into class folders, or give the folder above"
             )
+        _check_one_place(root, [Path(file).parent for file, _ in samples])
         self.root, self.transform = root, transform
         folders = sorted(classes, key=classes.__getitem__)
         if class_map:
@@ -88,8 +89,20 @@ class ImageFolder(Dataset[tuple[Tensor | None, int, str]]):
             with Image.open(path) as image:
                 return self.transform(image.convert("RGB")), label, ""
         except _UNREADABLE as error:
-            reason = str(error).replace(str(path), "").strip() or type(error).__name__
+            reason = str(error).replace(str(path), path.name).strip() or type(error).__name__
             return None, label, f"{path.relative_to(self.root)}: {reason}"
+
+
+def _check_one_place(root: Path, parents: list[Path]) -> None:
+    """Raise if two folders have the name of one class, as in `train/cat` and `val/cat`: they would be mixed."""
+    place: dict[str, Path] = {}
+    for parent in dict.fromkeys(parents):
+        first = place.setdefault(parent.name, parent)
+        if first != parent:
+            raise InputError(
+                f"{str(root)!r} holds the class {parent.name!r} twice, in {first.relative_to(root)} and "
+                f"{parent.relative_to(root)}, but one folder per class was expected: give one of the folders above them"
+            )
 
 
 def _mapped(folders: list[str], class_map: str, root: Path, num_classes: int) -> dict[str, int]:

@@ -76,7 +76,7 @@ def _row(model: str, setting: Setting, summary: Summary) -> Row:
 def _print(report: Report, model: str, setting: Setting, summary: Summary) -> None:
     cuts = any(asked != r for asked, r in zip(summary.requested, summary.r, strict=True))
     report.table(
-        f"{model}, r={setting.label}: supported",
+        f"{model}, {setting.title}: supported",
         ("block", "tokens in", "merged", "tokens out", "GFLOPs", *(("asked for",) if cuts else ())),
         (
             (

@@ -24,7 +24,7 @@ class ModelArgs:
     Attributes:
         model: a timm name, `local-dir:PATH`, or `hf_hub:ID`.
         pretrained: load the weights that the name stands for (may use the network for timm names and hub ids).
-        checkpoint: file with weights to load instead.
+        checkpoint: file with weights to load instead; nothing is then downloaded.
         num_classes: classes of the head; `None` keeps the model's own.
         img_size: side of the image in pixels; `None` keeps the model's own.
         device: torch device.
@@ -69,7 +69,10 @@ def _create(name: str, **kwargs: Any) -> Any:
         if ":" in name:
             hint = "check that it is there, whole, and in timm's hub format"
         if kwargs.get("pretrained"):
-            hint = "check that the weights exist, are whole and can be reached, and that they fit the other options"
+            hint = (
+                "check that the weights exist and are whole, that the network is there if they are to be downloaded, "
+                "and that they fit the other options"
+            )
         raise InputError(f"the model {name!r} cannot be made ({type(error).__name__}: {reason}): {hint}") from None
 
 
@@ -98,7 +101,8 @@ def load_model(args: ModelArgs) -> Any:
         UnsupportedModelError: if it cannot be patched.
     """
     device = check_device(args.device)
-    model = _create(args.model, pretrained=args.pretrained, **_model_kwargs(args))
+    pretrained = args.pretrained and args.checkpoint is None  # nothing is downloaded only to be overwritten
+    model = _create(args.model, pretrained=pretrained, **_model_kwargs(args))
     find_target(model)
     if model.patch_embed.num_patches < 1:
         raise InputError(

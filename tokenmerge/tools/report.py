@@ -18,6 +18,13 @@ from tokenmerge.errors import InputError
 Row = dict[str, Any]
 
 
+class _Console(Console):
+    """rich's, except that a reader who has left a pipe is the caller's business (rich would exit with 1)."""
+
+    def on_broken_pipe(self) -> None:
+        raise BrokenPipeError
+
+
 class Report:
     """Where a command's results go.
 
@@ -36,7 +43,7 @@ class Report:
             raise InputError(f"--json {json_path!r} is a folder, but a file was expected: add a name such as rows.json")
         if path is not None and not path.resolve().parent.is_dir():
             raise InputError(f"the folder of --json {json_path!r} does not exist: make it first")
-        self.out = Console(stderr=json_path == "-", highlight=False, soft_wrap=False)
+        self.out = _Console(stderr=json_path == "-", highlight=False, soft_wrap=False)
         self.err = Console(stderr=True, highlight=False)
 
     def say(self, text: str, style: str | None = None) -> None:

@@ -24,6 +24,11 @@ class Setting:
     fields: dict[str, Any]
 
     @property
+    def title(self) -> str:
+        """The label as people read it: "r=8", "flops=0.5"."""
+        return f"r={self.label}" if set(self.fields) == {"r"} else str(self.label)
+
+    @property
     def is_baseline(self) -> bool:
         """Whether this is r=0: the unpatched model."""
         return self.label == 0

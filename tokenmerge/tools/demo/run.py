@@ -46,6 +46,8 @@ def run_demo(
         raise InputError(
             f"the picture {str(output)!r} cannot be written: choose an --output such as demo.png in a folder that exists"
         )
+    if not any(setting.is_baseline for setting in settings):
+        settings = [Setting(0, {"r": 0}), *settings]  # nothing to compare with otherwise
     model = load_model()
     running = scores(model, settings, fields)
     with report.progress() as progress, torch.inference_mode():
@@ -83,7 +85,10 @@ def _print(report: Report, rows: Sequence[Row]) -> None:
             for row in rows
         ),
     )
-    report.say("r = tokens merged away in each of the 6 blocks; the weights are the same in every row")
+    report.say(
+        "r = tokens merged away in each of the 6 blocks; the weights are the same in every row. "
+        "The model is tiny: expect more of larger ones"
+    )
 
 
 def _picture(model: Any, images: Tensor, settings: Sequence[Setting], fields: dict[str, Any]) -> Any:
@@ -97,7 +102,7 @@ def _picture(model: Any, images: Tensor, settings: Sequence[Setting], fields: di
             trace = handle.trace
         source = trace.source()[:, trace.protected :]
         columns.append([to_image(merged_pixels(one, to, grid), 2) for one, to in zip(shown, source, strict=True)])
-        titles.append(f"r={setting.label}: {trace.size().shape[1] - trace.protected}")
+        titles.append(f"{setting.title}: {trace.size().shape[1] - trace.protected}")
     return contact_sheet([list(row) for row in zip(*columns, strict=True)], titles)
 
 
