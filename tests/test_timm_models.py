@@ -12,9 +12,17 @@ from timm.models import vision_transformer
 
 import tokenmerge
 from tests.oracle import oracle
+from tests.timm_oracle import forget_overrides, timm_oracle
 from tests.tiny import images_for, tiny
 
-NAMES = [name for module in ("vision_transformer", "deit") for name in timm.list_models(module=module)]
+PLAIN = ("vision_transformer", "deit", "vision_transformer_hybrid")
+NAMES = [name for module in PLAIN for name in timm.list_models(module=module) if name != "vit_base_mci_224"]
+REST = [
+    name
+    for module in ("eva", "beit", "cait", "vision_transformer_relpos", "naflexvit")
+    if module in timm.list_modules()
+    for name in timm.list_models(module=module)
+]
 SCHEDULE = (5, 0, 7)
 
 
@@ -36,6 +44,52 @@ def test_every_name(name: str) -> None:
         torch.testing.assert_close(merged, expected, rtol=1e-5, atol=1e-5 * float(expected.abs().max()))
         assert (expected - original).abs().max() > 1e-3 * original.abs().max()  # merging does matter here
         assert torch.equal(model(images), original)
+
+
+@pytest.mark.parametrize("name", REST)
+def test_every_other_flat_name(name: str) -> None:
+    model = tiny(name)
+    images = images_for(model)
+    with torch.no_grad():
+        original = model(images)
+        with tokenmerge.patched(model, r=0):
+            assert torch.equal(model(images), original)
+        with tokenmerge.patched(model, r=list(SCHEDULE), prop_attn=True, trace=True) as handle:
+            merged = model(images)
+            source = handle.trace.source()
+            protected = handle.summary().protected
+            assert handle.output_tokens == handle.summary().tokens[0]
+        assert torch.equal(model(images), original)
+        with timm_oracle(model, SCHEDULE, protected) as wanted:
+            expected = model(images)
+        forget_overrides(model)
+    assert torch.equal(source, wanted.source)
+    torch.testing.assert_close(merged, expected, rtol=1e-5, atol=1e-5 * float(expected.abs().max()))
+    assert (expected - original).abs().max() > 1e-3 * original.abs().max()
+
+
+_POSITIONS = [
+    "eva02_tiny_patch14_224",  # rotary, by index
+    "vit_small_patch16_dinov3",  # rotary, normalised coordinates
+    "vit_small_patch16_rope_mixed_224",  # rotary, learned frequencies
+    "beit_base_patch16_224",  # relative bias per block
+    "vit_relpos_small_patch16_224",  # relative bias by an MLP
+]
+
+
+@pytest.mark.parametrize("name", [name for name in _POSITIONS if name in REST])
+@torch.no_grad()
+def test_position_of_the_destination(name: str) -> None:
+    model = tiny(name)
+    images = images_for(model)
+    with tokenmerge.patched(model, r=list(SCHEDULE), prop_attn=True, positions="destination") as handle:
+        merged, protected = model(images), handle.summary().protected
+        handle.update(positions="mean")
+        assert not torch.allclose(model(images), merged, atol=1e-4)
+    with timm_oracle(model, SCHEDULE, protected, destination=True):
+        expected = model(images)
+    forget_overrides(model)
+    torch.testing.assert_close(merged, expected, rtol=1e-5, atol=1e-5 * float(expected.abs().max()))
 
 
 # one name per kind of block, head and token layout; older timms lack some

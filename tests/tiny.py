@@ -30,6 +30,14 @@ def tiny(name: str, **overrides: Any) -> Any:
     match = re.search(r"patch(\d+)", name)
     patch = int(match.group(1)) if match else 16
     kwargs: dict[str, Any] = {"embed_dim": 48, "depth": 3, "num_heads": 3, "img_size": GRID * patch, "num_classes": 7}
+    if "naflex" in name:
+        del kwargs["img_size"]
+    if name in timm.list_models(module="eva"):
+        kwargs["num_heads"] = 4  # rotary positions take a quarter of a head for each axis, twice
+    if "sapiens2" in name:
+        kwargs["num_kv_heads"] = (4, 2, 2)
+    if name in timm.list_models(module="vision_transformer_hybrid"):
+        kwargs["img_size"] = 96
     model = timm.create_model(name, **{**kwargs, **overrides}).eval()
     randomize(model)
     return model
@@ -37,6 +45,8 @@ def tiny(name: str, **overrides: Any) -> Any:
 
 def images_for(model: Any, batch: int = 2, seed: int = 1) -> Tensor:
     """Random images of the size that the model takes."""
+    if not hasattr(model, "patch_embed"):  # NaFlexViT takes any size
+        return torch.randn(batch, 3, 96, 96, generator=torch.Generator().manual_seed(seed))
     height, width = model.patch_embed.img_size
     channels = next(m for m in model.patch_embed.modules() if isinstance(m, nn.Conv2d | nn.Linear))
     count = channels.in_channels if isinstance(channels, nn.Conv2d) else 3

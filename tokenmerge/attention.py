@@ -1,66 +1,129 @@
 """Proportional attention: how token sizes reach upstream's own attention (paper, section 3).
 
 A token that stands for s patches must draw as much attention as s equal tokens would:
-`softmax(QKᵀ/√d + log s)`. Every attention that takes an additive mask can do that without being touched.
+`softmax(QKᵀ/√d + log s)`. Every attention that takes an additive mask can do that without being touched;
+for the others a row names the place inside where it can be put in (`inside`, below).
 """
 
 from __future__ import annotations
 
+import dataclasses
 import threading
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
+from tokenmerge.pairs import PairMap
 from tokenmerge.precision import autocast_dtype
 
 
-def size_bias(size: Tensor | None, x: Tensor) -> Tensor | None:
+def size_bias(size: Tensor | None, x: Tensor, prop_attn: bool = True) -> Tensor | None:
     """`log size` as an additive attention mask `[B, 1, 1, N]`; `None` while all sizes are 1.
+
+    Padding has size 0, hence −inf: nothing attends to it, with or without proportional attention.
 
     Args:
         size: `[B, N]` float32, or `None` for all ones.
         x: the tokens `[B, N, C]`; the mask takes the dtype in which attention will compute on them.
+        prop_attn: whether sizes weigh; without, only padding is masked.
     """
     if size is None:
         return None
-    return size.log().to(autocast_dtype(x.device.type) or x.dtype)[:, None, None, :]
+    weight = size if prop_attn else (size > 0).to(size.dtype)
+    return weight.log().to(autocast_dtype(x.device.type) or x.dtype)[:, None, None, :]
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Inside:
+    """What hooks and mix-ins inside upstream's attention may need while one block runs it.
+
+    Attributes:
+        bias: `[B, 1, 1, N]` additive mask of the sizes, or `None`.
+        pairs: brings biases between original tokens to the current ones, or `None` while none merged.
+        positions: `[B, N, P]`, coordinates of the current tokens, where attention makes its own rotation.
+    """
+
+    bias: Tensor | None = None
+    pairs: PairMap | None = None
+    positions: Tensor | None = None
 
 
 class _Tap(threading.local):
-    """Keys noted while one block runs its attention; one per thread, so that threads may share a model."""
+    """What one block's attention is given and shows; one per thread, so that threads may share a model."""
 
     keys: tuple[Tensor, ...] | None = None
+    inside: Inside | None = None
 
 
 _tap = _Tap()
 
 
-def open_tap() -> None:
-    """Start noting the keys of this thread's attention."""
-    _tap.keys = ()
+def open_tap(inside: Inside | None = None) -> None:
+    """Start noting the keys of this thread's attention, and offer it `inside`."""
+    _tap.keys, _tap.inside = (), inside
 
 
 def close_tap() -> tuple[Tensor, ...]:
-    """Stop noting; the keys since `open_tap`, each `[B, H, N, D]`."""
-    keys, _tap.keys = _tap.keys, None
+    """Stop noting; what was noted since `open_tap`."""
+    keys, _tap.keys, _tap.inside = _tap.keys, None, None
     return keys or ()
 
 
-def note_keys(module: torch.nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
-    """Forward hook of the module whose output is K as attention uses it (`[B, H, N, D]`)."""
+def inside() -> Inside:
+    """What the running block offers to hooks inside its attention; empty outside of one."""
+    return _tap.inside or Inside()
+
+
+def note_output(module: torch.nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
+    """Forward hook of a module whose output holds K as attention uses it."""
     if _tap.keys is not None:
         _tap.keys = (*_tap.keys, output)
 
 
-def note_untransposed_keys(module: torch.nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
-    """Like `note_keys`, for blocks that normalise K as `[B, N, H, D]`."""
+def note_input(module: torch.nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Any]) -> None:
+    """Forward pre-hook of an attention whose K is nowhere a module's output: notes the tokens it is made from."""
     if _tap.keys is not None:
-        _tap.keys = (*_tap.keys, output.transpose(1, 2))
+        first = args[0] if args else next(iter(kwargs.values()))
+        _tap.keys = (*_tap.keys, first)
 
 
-def head_mean(keys: tuple[Tensor, ...]) -> Tensor:
-    """The paper's metric: K averaged over all heads, `[B, N, D]`; several attentions count as more heads."""
-    mean = keys[0].mean(dim=1)
-    for more in keys[1:]:
-        mean = mean + more.mean(dim=1)
-    return mean / len(keys) if len(keys) > 1 else mean
+def head_mean(block: Any, keys: tuple[Tensor, ...]) -> Tensor:
+    """The paper's metric: K `[B, H, N, D]` averaged over all heads, `[B, N, D]`; more attentions are more heads."""
+    return _mean(tuple(key.mean(dim=1) for key in keys))
+
+
+def head_mean_untransposed(block: Any, keys: tuple[Tensor, ...]) -> Tensor:
+    """`head_mean` of K as `[B, N, H, D]`."""
+    return _mean(tuple(key.mean(dim=2) for key in keys))
+
+
+def _mean(parts: tuple[Tensor, ...]) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.stack(parts).sum(dim=0) / len(parts)
+
+
+def projected_metric(x: Tensor, weight: Tensor, bias: Tensor | None, heads: int) -> Tensor:
+    """The mean over heads of `K = x Wᵀ + b`, without making K: the mean commutes with the projection.
+
+    Args:
+        x: tokens `[B, N, C]`.
+        weight: `[H·D, C]`, the rows of the projection that make K.
+        bias: `[H·D]` or `None`.
+        heads: H.
+
+    Returns:
+        `[B, N, D]`.
+    """
+    mean_weight = weight.reshape(heads, -1, weight.shape[1]).mean(dim=0)
+    mean_bias = None if bias is None else bias.reshape(heads, -1).mean(dim=0)
+    return F.linear(x, mean_weight, mean_bias)
+
+
+def weigh_probabilities(module: torch.nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
+    """Forward pre-hook of the dropout after a softmax that takes no mask: `p·s / Σ p·s` is `softmax(… + log s)`."""
+    bias = inside().bias
+    if bias is None:
+        return None
+    weighted = args[0] * bias.exp()
+    return (weighted / weighted.sum(dim=-1, keepdim=True), *args[1:])

@@ -20,7 +20,10 @@ _R_HELP = (
     "tokens merged per block, one or more of: 8 (in every block), 16:-1 (r:inflect, falling to 0), 8,8,0 (one per "
     "block), keep=0.9 (of the tokens, per block), flops=0.5 (of the unmerged FLOPs); 0 is the unpatched model"
 )
-_MODEL_HELP = "timm model name, local-dir:PATH of a folder in timm's hub format, or hf_hub:ID (reads the hub)"
+_MODEL_HELP = (
+    "timm model name, local-dir:PATH of a folder in timm's hub format, or hf_hub:ID (reads the hub); hf:ID, hf:FOLDER or "
+    "hf:TYPE of transformers, such as hf:videomae; torchvision:NAME; open_clip:NAME or open_clip:NAME:TAG"
+)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

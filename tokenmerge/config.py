@@ -10,6 +10,11 @@ from tokenmerge.errors import ConfigError, UnknownFieldError
 from tokenmerge.schedule import RForm, validate_r
 
 SCHEDULE_FIELDS = ("r", "keep", "flops")
+_CHOICES = {
+    "order": ("partition", "keep"),
+    "positions": ("mean", "destination"),
+    "output": ("auto", "merged", "full"),
+}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -26,6 +31,12 @@ class MergeConfig:
         flops: FLOPs after merging ÷ before, in (0, 1]: the constant r that comes closest from below.
         prop_attn: proportional attention, `softmax(QKᵀ/√d + log size)` (paper, section 3). "auto" is off for
             weights pretrained by MAE and used off the shelf, where the family can tell, and on otherwise.
+        order: how the tokens that are left are ordered: "partition" is the paper's (those that could have
+            merged, then those that could have been joined), "keep" leaves them in ascending position.
+        positions: where a merged token stands for attention that knows positions (rotary, relative bias):
+            "mean" of the patches it stands for, weighted by size, or "destination", that of the token joined.
+        output: what leaves the last block: "merged" tokens; "full", spread back over the patches, so that
+            whatever reads them needs to know nothing of sizes; "auto" lets the family choose.
         matcher: name of a registered matching algorithm; "bipartite" is the paper's.
         trace: keep the plans of the latest forward pass for `Handle.trace`.
 
@@ -37,6 +48,9 @@ class MergeConfig:
     keep: float | None = None
     flops: float | None = None
     prop_attn: bool | Literal["auto"] = "auto"
+    order: Literal["partition", "keep"] = "partition"
+    positions: Literal["mean", "destination"] = "mean"
+    output: Literal["auto", "merged", "full"] = "auto"
     matcher: str = "bipartite"
     trace: bool = False
 
@@ -57,6 +71,9 @@ class MergeConfig:
             raise ConfigError(
                 f"prop_attn={self.prop_attn!r}, but it must be True, False or 'auto': use 'auto' if unsure"
             )
+        for name, choices in _CHOICES.items():
+            if getattr(self, name) not in choices:
+                raise ConfigError(f"{name}={getattr(self, name)!r}, but it must be one of {', '.join(choices)}")
         if not isinstance(self.matcher, str):
             raise ConfigError(
                 f"matcher={self.matcher!r}, but it must be the name of a registered matcher: try 'bipartite'"

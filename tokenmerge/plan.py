@@ -124,6 +124,11 @@ class MergePlan:
         source = is_source.argsort(dim=1, descending=True, stable=True)[:, : tokens - tokens_out]
         return cls(keep, source, assign.gather(1, source))
 
+    def in_order(self) -> MergePlan:
+        """The same merge with the tokens left in ascending position: spatial order is kept."""
+        keep, order = self.keep.sort(dim=1)
+        return MergePlan(keep, self.source, order.argsort(dim=1).gather(1, self.target))
+
     def compose(self, then: MergePlan) -> MergePlan:
         """This merge followed by `then`, as one plan.
 
@@ -172,7 +177,8 @@ class MergePlan:
         change = take_rows(x, self.source).to(wide)
         if reduce == "mean":
             # x_t + Σ sᵢ/S (xᵢ − x_t) is the weighted mean, and leaves every other row alone
-            share = joining.to(wide) / new_size.gather(1, self.target).to(wide)
+            # (clamped for padding, whose size is 0: it joins with weight 0, and gives way to what joins it)
+            share = joining.to(wide) / new_size.gather(1, self.target).to(wide).clamp_min(1e-12)
             change = (change - take_rows(kept, self.target)) * share.unsqueeze(2)
         elif reduce != "sum":
             raise InputError(f"reduce={reduce!r}, but only 'mean', 'sum' and 'max' are known")

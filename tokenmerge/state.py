@@ -11,6 +11,7 @@ import contextlib
 import dataclasses
 import threading
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -26,9 +27,14 @@ class TokenState:
     """Where the tokens of one activation tensor come from.
 
     Attributes:
-        size: patches per token, `[B, N]` float32; `None` while every token is one patch.
+        size: patches per token, `[B, N]` float32; `None` while every token is one patch. Padding has size 0, and
+            so weighs nothing wherever sizes weigh: in means, in attention (log 0 = −inf) and in coordinates.
         plans: one entry per block passed, `None` where it merged nothing; empty unless plans are kept.
         full_output: whether blocks shall hand on unmerged tokens, for readers that expect upstream's shapes.
+        padded: whether some tokens may be padding.
+        first_size: `[B, N0]` float32, 0 for padding and 1 for all others; `None` without padding.
+        positions: coordinates `[B, N, P]` float32 of the tokens, for attention that turns by position; `None`
+            while no token has moved.
         merged: set when the tensor that carries this state was unmerged for its reader: the real, merged
             activations `[B, N, C]`, which the next block goes on with.
     """
@@ -36,11 +42,22 @@ class TokenState:
     size: Tensor | None = None
     plans: tuple[MergePlan | None, ...] = ()
     full_output: bool = False
+    padded: bool = False
+    first_size: Tensor | None = None
+    positions: Tensor | None = None
     merged: Tensor | None = None
 
     def source(self) -> Tensor | None:
         """`[B, N0]`, int64: the current token of each token that entered block 0; `None` if none merged."""
         return source_map(plan for plan in self.plans if plan is not None)
+
+    def anchor(self) -> Tensor | None:
+        """`[B, N]`, int64: the original token at whose position each current token is; `None` if none merged."""
+        total: Tensor | None = None
+        for plan in self.plans:
+            if plan is not None:
+                total = plan.keep if total is None else total.gather(1, plan.keep)
+        return total
 
     def unmerge(self, x: Tensor) -> Tensor:
         """`[B, N, C]` -> `[B, N0, C]`: each original token gets the value of the token it became."""
@@ -68,9 +85,10 @@ def state_of(x: Tensor) -> TokenState | None:
 
 
 class _Wish(threading.local):
-    """Whether this thread is inside `wish_full_output`."""
+    """Whether this thread is inside `wish_full_output`, or inside a module that wishes it (`owner`)."""
 
     full_output = False
+    owner: torch.nn.Module | None = None
 
 
 _wish = _Wish()
@@ -86,10 +104,40 @@ def wish_full_output() -> Iterator[None]:
         _wish.full_output = before
 
 
-def note_wish(module: torch.nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
-    """Forward hook of the module before the first block: attaches the wish for full output."""
+def note_wish(module: torch.nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Any]) -> None:
+    """Forward pre-hook of the first block: attaches the wish for full output to what enters it."""
     if _wish.full_output:
-        carry(output, TokenState(full_output=True))
+        x = args[0] if args else next(iter(kwargs.values()))
+        carry(x, dataclasses.replace(state_of(x) or TokenState(), full_output=True))
+
+
+def wish_hidden_states(module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Forward pre-hook of modules that collect what their blocks put out (`output_hidden_states`)."""
+    wanted = kwargs.get("output_hidden_states")
+    if wanted is None:
+        wanted = getattr(getattr(module, "config", None), "output_hidden_states", False)
+    if wanted is not False and wanted is not None and not _wish.full_output:
+        _wish.full_output, _wish.owner = True, module
+
+
+def end_wish(module: torch.nn.Module, args: tuple[Any, ...], output: Any) -> None:
+    """Forward hook, called also after an error: the wish of `wish_hidden_states` ends with its module."""
+    if _wish.owner is module:
+        _wish.full_output, _wish.owner = False, None
+
+
+def wish_always(module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """`wish_hidden_states` for modules that always collect: backbones."""
+    if not _wish.full_output:
+        _wish.full_output, _wish.owner = True, module
+
+
+def unmerge_input(module: torch.nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
+    """Forward pre-hook of heads that read all tokens and know nothing of sizes: they get the unmerged ones."""
+    state = state_of(args[0])
+    if state is None or state.merged is not None:
+        return None
+    return (state.unmerge(args[0]), *args[1:])
 
 
 def carry_through(module: torch.nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
@@ -125,5 +173,5 @@ def token_sizes(features: Tensor) -> Tensor:
 def weighted_mean(x: Tensor, size: Tensor) -> Tensor:
     """`Σ size·x / Σ size` over the tokens: `[B, N, C]`, `[B, N]` -> `[B, C]`, accumulated in float32."""
     wide = torch.float64 if x.dtype == torch.float64 else torch.float32
-    weight = size.to(wide) / size.sum(dim=1, keepdim=True).to(wide)
+    weight = size.to(wide) / size.sum(dim=1, keepdim=True).to(wide).clamp_min(1)
     return (x.to(wide) * weight.unsqueeze(2)).sum(dim=1).to(x.dtype)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 
 import torch
 from torch import Tensor
@@ -23,6 +24,7 @@ class Trace:
         tokens: tokens per image that entered the first block (N0).
         batch: images in the pass (B).
         device: where the tokens were.
+        grid: patches along each axis, `(h, w)` or `(t, h, w)`, at the model's own input size; `None` if unknown.
     """
 
     plans: tuple[MergePlan | None, ...]
@@ -31,6 +33,7 @@ class Trace:
     tokens: int
     batch: int
     device: torch.device
+    grid: tuple[int, ...] | None = None
 
     def _until(self, block: int | None) -> tuple[MergePlan, ...]:
         count = len(self.plans)
@@ -74,3 +77,24 @@ class Trace:
         source = source_map(plans)
         full = features.clone() if source is None else take_rows(features, source.to(features.device))
         return carry(full, TokenState())  # one patch per token: pooling takes it as it is
+
+    def to_grid(self, features: Tensor, grid: tuple[int, ...] | None = None) -> Tensor:
+        """Dense maps: `[B, N, C]` merged, or `[B, N0, C]` unmerged, -> `[B, C, h, w]` or `[B, C, t, h, w]`.
+
+        Args:
+            features: tokens after the last block, or unmerged ones, prefix tokens included or already left out.
+            grid: patches along each axis, if they are not those of the model's own input size.
+
+        Raises:
+            InputError: if the grid is unknown, or does not hold as many patches as the pass had.
+        """
+        patches = self.tokens - self.protected
+        grid = grid or self.grid
+        if grid is None or math.prod(grid) != patches:
+            raise InputError(
+                f"the pass had {patches} patches, but the grid is {grid}: give grid=(h, w), or (t, h, w) for video"
+            )
+        if features.dim() != 3 or features.shape[1] not in (self.tokens, patches):
+            features = self.unmerge(features)
+        maps: Tensor = features[:, features.shape[1] - patches :].transpose(1, 2).unflatten(2, grid)
+        return maps

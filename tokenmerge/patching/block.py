@@ -8,11 +8,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tokenmerge.attention import close_tap, head_mean, open_tap, size_bias
+from tokenmerge.attention import Inside, close_tap, open_tap, size_bias
 from tokenmerge.errors import PatchError
 from tokenmerge.matching import get_matcher
+from tokenmerge.pairs import PairMap
 from tokenmerge.patching.family import BlockFamily
-from tokenmerge.plan import MergePlan
+from tokenmerge.patching.masks import apart_from_padding, padding_sizes
+from tokenmerge.plan import MergePlan, take_rows
+from tokenmerge.rotary import Rotary
 from tokenmerge.schedule import keep_step, max_merges
 from tokenmerge.state import TokenState, carry, state_of
 
@@ -29,9 +32,13 @@ class BlockSpec:
         protected: leading tokens that never merge.
         prop_attn: whether sizes weigh in attention.
         matcher: name of the matching algorithm.
+        in_order: whether the tokens that are left keep their order.
+        mean_positions: whether a merged token stands at the mean of its positions, not at its destination's.
+        rotary: how this block's table of rotary positions is read and written, if it takes one.
         merged_before: whether an earlier block merges, so that a state must arrive.
         merges_at_all: whether any block of the model merges.
         keep_plans: whether plans travel with the sizes.
+        full_output: whether this is the last block and hands on unmerged tokens.
         trace: whether to note the departing state for `Handle.trace`.
     """
 
@@ -42,9 +49,13 @@ class BlockSpec:
     protected: int
     prop_attn: bool
     matcher: str
+    in_order: bool
+    mean_positions: bool
+    rotary: Rotary | None
     merged_before: bool
     merges_at_all: bool
     keep_plans: bool
+    full_output: bool
     trace: bool
 
 
@@ -74,54 +85,50 @@ class MergeBlock:
     _tokenmerge_spec: BlockSpec
     _tokenmerge_seen: Seen
 
-    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
         """Upstream's block with tokens merged between attention and MLP (paper, figure 2).
 
         Raises:
-            PatchError: if the sizes were lost on the way, or a mask was given while merging.
+            PatchError: if the sizes were lost on the way, or an argument cannot be obeyed while merging.
         """
         spec = self._tokenmerge_spec
         family = spec.family
-        if any(value is not None and value is not False for value in (*args, *kwargs.values())):
-            return self._masked(x, *args, **kwargs)
-        state = _arriving(x, spec)
+        given = {**dict(zip(family.arguments, args, strict=False)), **kwargs}
+        if not spec.merges_at_all and (not spec.trace or (family.mask and given.get(family.mask) is not None)):
+            return self._untouched(x, *args, **kwargs)
+        state, given = _arriving(self, x, given)
         if state.merged is not None:
             x = state.merged
         batch, tokens, _ = x.shape
         wanted = spec.r if spec.keep is None else keep_step(spec.keep, tokens, spec.protected)
         r = min(wanted, max_merges(tokens, spec.protected))
-        bias = size_bias(state.size, x) if spec.prop_attn else None
 
-        if r == 0:
-            x = family.attention(self, x, bias)
-            plan, size = None, state.size
-        else:
-            open_tap()
-            x = family.attention(self, x, bias)
-            plan = _plan(self, close_tap(), r, batch)
-            x, size = plan.merge(x, state.size)
+        bias, given, inside = _what_attention_sees(self, x, state, given)
+        open_tap(inside)
+        x = family.attention(self, x, bias, **given)
+        keys = close_tap()
+        plan = None
+        if r:
+            plan = _plan(self, keys, r, batch, state)
+            x, state = _merge(plan, x, state, spec)
         if family.mlp is not None:
             x = family.mlp(self, x)
 
-        plans = (*state.plans, plan) if spec.keep_plans or state.full_output else ()
-        state = TokenState(size, plans, state.full_output)
+        keeps = spec.keep_plans or state.full_output
+        state = dataclasses.replace(state, plans=(*state.plans, plan) if keeps else (), merged=None)
         if spec.trace and not torch.compiler.is_exporting():
             self._tokenmerge_seen = Seen(state, batch, tokens, x.device)
-        full = state.unmerge(x) if state.full_output else x
-        if full is not x:
-            return carry(full, dataclasses.replace(state, merged=x))
-        return carry(x, state)
+        if state.full_output or spec.full_output:
+            full = state.unmerge(x)
+            out = carry(full, dataclasses.replace(state, merged=x) if full is not x else state)
+        else:
+            out = carry(x, state)
+        return out if family.wrap is None else family.wrap(out)
 
-    def _masked(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """A mask speaks of the tokens before any merge: fine as long as none happens."""
-        if self._tokenmerge_spec.merges_at_all:
-            raise PatchError(
-                "an attention mask (or is_causal) was given to a model that merges tokens, but a mask over the "
-                "original tokens does not fit merged ones: call the model without it, or handle.update(r=0) first"
-            )
+    def _untouched(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+        """Upstream's own forward: nothing merges anywhere, so any argument may be given."""
         vars(self).pop("_tokenmerge_seen", None)  # no older pass may be taken for this one
-        out: Tensor = super().forward(x, *args, **kwargs)  # type: ignore[misc]  # upstream's block comes next
-        return out
+        return super().forward(x, *args, **kwargs)  # type: ignore[misc]  # upstream's block comes next
 
     def _get_name(self) -> str:
         return f"Merge{type(self).__name__}"
@@ -131,32 +138,118 @@ class MergeBlock:
         return f"r={self._tokenmerge_spec.r}"
 
 
-def _plan(block: MergeBlock, keys: tuple[Tensor, ...], r: int, batch: int) -> MergePlan:
+def _what_attention_sees(
+    block: Any, x: Tensor, state: TokenState, given: dict[str, Any]
+) -> tuple[Tensor | None, dict[str, Any], Inside]:
+    """Sizes, pair biases and positions of the current tokens, as this block's attention takes them."""
+    spec: BlockSpec = block._tokenmerge_spec
+    family = spec.family
+    bias = size_bias(state.size, x, spec.prop_attn)
+    pairs = _pair_map(state, spec) if family.needs_source else None
+    if family.pair_bias is not None:
+        between = given.pop(family.pair_bias, None)
+        if between is not None:
+            between = pairs(between) if pairs is not None else between
+            bias = between if bias is None else between + bias
+    if family.rope is not None and given.get(family.rope) is not None and state.positions is not None:
+        if spec.rotary is None:
+            raise PatchError(
+                f"block {spec.index} was given rotary positions, but the model had none when it was patched: patch it again"
+            )
+        given[family.rope] = spec.rotary.table(state.positions[:, spec.protected :], given[family.rope])
+    return bias, given, Inside(bias, pairs, state.positions)
+
+
+def _pair_map(state: TokenState, spec: BlockSpec) -> PairMap | None:
+    source = state.source()
+    if source is None or state.size is None:
+        return None
+    anchor = state.anchor()
+    assert anchor is not None
+    return PairMap(source, anchor, state.first_size, spec.mean_positions)
+
+
+def _merge(plan: MergePlan, x: Tensor, state: TokenState, spec: BlockSpec) -> tuple[Tensor, TokenState]:
+    positions = state.positions
+    if positions is not None:
+        positions = plan.merge(positions, state.size)[0] if spec.mean_positions else take_rows(positions, plan.keep)
+    x, size = plan.merge(x, state.size)
+    return x, dataclasses.replace(state, size=size, positions=positions)
+
+
+def _plan(block: Any, keys: tuple[Tensor, ...], r: int, batch: int, state: TokenState) -> MergePlan:
     """The matcher's plan, made sure to be what every shape after it relies on."""
-    spec = block._tokenmerge_spec
+    spec: BlockSpec = block._tokenmerge_spec
     if not keys:
         raise PatchError(
             f"block {spec.index} noted no keys, so the module that gives them was replaced since the model was patched: "
             "unpatch before changing modules, and patch again"
         )
-    plan = get_matcher(spec.matcher)(head_mean(keys), r, spec.protected)
+    metric = spec.family.metric(block, keys)
+    if state.padded and state.size is not None:
+        metric = apart_from_padding(metric, state.size)
+    plan = get_matcher(spec.matcher)(metric, r, spec.protected)
     if plan.r != r or plan.keep.shape[0] != batch:
         raise PatchError(
             f"matcher {spec.matcher!r} merged {plan.r} tokens in {plan.keep.shape[0]} images, but block {spec.index} "
             f"asked for {r} in {batch}: a matcher must merge exactly r"
         )
-    return plan
+    return plan.in_order() if spec.in_order else plan
 
 
-def _arriving(x: Tensor, spec: BlockSpec) -> TokenState:
-    """The state that came with `x`; a fresh one at the start of the network."""
+def _arriving(block: Any, x: Tensor, given: dict[str, Any]) -> tuple[TokenState, dict[str, Any]]:
+    """The state that came with `x`, or a fresh one at the start of the network; and the arguments but the mask."""
+    spec: BlockSpec = block._tokenmerge_spec
+    family = spec.family
+    mask = given.pop(family.mask, None) if family.mask else None
+    if not family.passes:
+        known = {name: given.pop(name, None) for name in (family.rope, family.pair_bias) if name}
+        strange = [name for name, value in given.items() if value is not None and value is not False]
+        if strange:
+            raise PatchError(
+                f"{strange[0]} was given to a model that merges tokens, but merged tokens cannot obey it: "
+                "call the model without it, or handle.update(r=0) first"
+            )
+        given = known
     state = state_of(x)
     if state is None or spec.index == 0:
-        if spec.merged_before:
-            raise PatchError(
-                f"block {spec.index} received tokens without their sizes although earlier blocks merge, so "
-                "something between the blocks made a new tensor (reentrant checkpointing and FSDP2 do): use "
-                "use_reentrant=False, do not shard single blocks, and do not change activations between blocks"
-            )
-        return TokenState(full_output=state is not None and state.full_output)
-    return state
+        state = _fresh(x, spec, mask, state)
+    return _with_positions(block, x, state, given), given
+
+
+def _fresh(x: Tensor, spec: BlockSpec, mask: Tensor | None, wish: TokenState | None) -> TokenState:
+    """The state of tokens that nothing has merged yet."""
+    if spec.merged_before:
+        raise PatchError(
+            f"block {spec.index} received tokens without their sizes although earlier blocks merge, so "
+            "something between the blocks made a new tensor (reentrant checkpointing and FSDP2 do): use "
+            "use_reentrant=False, do not shard single blocks, and do not change activations between blocks"
+        )
+    size = padding_sizes(mask, x.shape[0], x.shape[1])
+    full = wish is not None and wish.full_output
+    return TokenState(size, full_output=full, padded=size is not None, first_size=size)
+
+
+def _with_positions(block: Any, x: Tensor, state: TokenState, given: dict[str, Any]) -> TokenState:
+    """The state with the coordinates of its tokens, from the first block that needs to move them."""
+    spec: BlockSpec = block._tokenmerge_spec
+    family = spec.family
+    moves = spec.r > 0 or spec.keep is not None
+    if state.positions is not None or not moves:
+        return state
+    if family.positions is not None:
+        positions = family.positions(block, x)
+    elif family.rope is not None and spec.rotary is not None and given.get(family.rope) is not None:
+        positions = spec.rotary.positions(given[family.rope])
+    else:
+        return state
+    batch, tokens, _ = x.shape
+    prefix = tokens - positions.shape[1]
+    if prefix != spec.protected:
+        raise PatchError(
+            f"block {spec.index} received {tokens} tokens with positions for {positions.shape[1]}, but "
+            f"{tokens - spec.protected} were expected (all but the {spec.protected} prefix tokens): do not drop tokens "
+            "or change the image size of this model while it merges"
+        )
+    positions = torch.nn.functional.pad(positions.expand(batch, -1, -1), (0, 0, prefix, 0))
+    return dataclasses.replace(state, positions=positions)

@@ -15,9 +15,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tokenmerge.attention import close_tap, open_tap, size_bias
+from tokenmerge.attention import Inside, close_tap, open_tap, size_bias
 from tokenmerge.errors import UnsupportedModelError
 from tokenmerge.patching.family import BlockFamily
+from tokenmerge.patching.install import install_inside
+from tokenmerge.patching.target import Target
 from tokenmerge.precision import no_autocast
 
 _COPIES = 9  # equal tokens that one token stands for in the third test
@@ -68,39 +70,80 @@ def check_block(family: BlockFamily, block: Any, channels: int, name: str, libra
         )
 
 
-def _fault(family: BlockFamily, block: Any, channels: int) -> str | None:
-    """What differs from the row, in words; `None` when all three facts hold."""
-    x = _tokens(channels, 7)
-    hooks = [module.register_forward_hook(family.tap) for module in family.keys(block)]
+def _attend(family: BlockFamily, block: Any, x: Tensor, size: Tensor | None) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """The attention branch of a block with its hooks in place, and what the tap noted."""
+    bias = size_bias(size, x)
+    open_tap(Inside(bias))
     try:
-        open_tap()
-        ours = family.attention(block, x, None)
-        keys = close_tap()
+        return family.attention(block, x, bias, **family.example(block).arguments), close_tap()
     finally:
         close_tap()
-        for hook in hooks:
-            hook.remove()
+
+
+def _fault(family: BlockFamily, block: Any, channels: int) -> str | None:
+    """What differs from the row, in words; `None` when all three facts hold."""
+    example = family.example(block)
+    x = _tokens(channels, example.tokens)
+    no_mask = {family.mask: None} if family.mask else {}
+    theirs = type(block).forward(block, x, **no_mask, **example.arguments)
+    if isinstance(theirs, tuple):
+        theirs = theirs[0]
+    install_inside(family, block)
+    ours, keys = _attend(family, block, x, None)
     if family.mlp is not None:
         ours = family.mlp(block, ours)
-    theirs = type(block).forward(block, x)
     if not torch.equal(ours.nan_to_num(), theirs.nan_to_num()):
         return f"its parts differ from the whole block by {_gap(ours, theirs):.1e} although nothing is merged"
-    if len(keys) != len(hooks) or any(key.dim() != 4 or key.shape[0] != 1 or key.shape[2] != 7 for key in keys):
-        return f"its keys were expected as [1, heads, 7, head dim], but came as {[tuple(key.shape) for key in keys]}"
-    return _fault_of_bias(family, block, x)
+    if len(keys) != len(family.keys(block)):
+        return f"{len(family.keys(block))} modules were expected to show keys, but {len(keys)} did"
+    metric = family.metric(block, keys)
+    if metric.dim() != 3 or metric.shape[:2] != x.shape[:2]:
+        return f"its keys were expected as [1, {x.shape[1]}, head dim], but came as {tuple(metric.shape)}"
+    return None if family.needs_source else _fault_of_bias(family, block, x)
 
 
 def _fault_of_bias(family: BlockFamily, block: Any, x: Tensor) -> str | None:
     """One token of size 9 must act on the others exactly like 9 equal tokens."""
+    if family.positions is not None:
+        return None  # equal tokens would stand at different positions: the tests check these rows
     crowd = torch.cat([x, x[:, -1:].expand(-1, _COPIES - 1, -1)], dim=1)
     size = torch.ones(x.shape[:2], device=x.device)
     size[:, -1] = _COPIES
-    wanted = family.attention(block, crowd, None)[:, : x.shape[1]]
-    plain = family.attention(block, x, None)
-    ours = family.attention(block, x, size_bias(size, x))
+    wanted = _attend(family, block, crowd, None)[0][:, : x.shape[1]]
+    plain = _attend(family, block, x, None)[0]
+    ours = _attend(family, block, x, size)[0]
     effect, error = (wanted - plain).abs().max(), (ours - wanted).abs().max()
     if not torch.isfinite(effect) or effect <= 1e4 * torch.finfo(x.dtype).eps * wanted.abs().max():
         return None  # attention moves nothing in this block (LayerScale 0, say): there is nothing to check
     if error > 0.1 * effect:
         return f"token sizes change its attention wrongly (off by {float(error / effect):.2f} of the effect they should have)"
     return None
+
+
+def check_rotary(target: Target) -> None:
+    """Raise unless the coordinates read off upstream's rotary table give that table again.
+
+    Raises:
+        UnsupportedModelError: if they do not, or the table cannot be read.
+    """
+    model, family = target.model, target.family
+    if family.rotary_example is None or any(p.is_meta for p in model.parameters()):
+        return
+    for index in {0, len(target.blocks) - 1}:
+        rotary = family.rotary(model, index)
+        if rotary is None:
+            continue
+        with torch.no_grad():
+            table = family.rotary_example(model, index)
+            again = rotary.table(rotary.positions(table), table)
+        gap = max(float((a - b).abs().max()) for a, b in zip(_tensors(again), _tensors(table), strict=True))
+        # in half precision the table itself is known to three digits only
+        if gap > 8 * max(1e-5, *(torch.finfo(part.dtype).eps for part in _tensors(table))):
+            fault = f"the coordinates read off its rotary positions give other positions (off by {gap:.1e})"
+            raise UnsupportedModelError(
+                f"{type(model).__name__} cannot be patched: {fault}; use the library's own rotary embedding", (fault,)
+            )
+
+
+def _tensors(table: Any) -> tuple[Tensor, ...]:
+    return table if isinstance(table, tuple) else (table,)

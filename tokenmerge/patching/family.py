@@ -1,24 +1,41 @@
 """What the patch has to know about a class of blocks and about a class of models: rows, not functions per model.
 
 A row names seams of upstream's own modules; it never copies an attention forward. Rows live in
-`families/`, one file per library, and are imported only when a model of that library is patched.
+`families/`, one module per library, and are imported only when a model of that library is patched.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import inspect
 from collections.abc import Callable, Sequence
+from functools import cached_property
 from typing import Any
 
 from torch import Tensor, nn
 
-from tokenmerge.attention import note_keys
+from tokenmerge.attention import head_mean, note_output
 from tokenmerge.flops import BlockCost
+from tokenmerge.rotary import Rotary
+
+Hook = Callable[..., Any]
 
 
 def no_reasons(module: Any) -> list[str]:
     """The `refuse` of a row that has nothing to object to."""
     return []
+
+
+def _nothing(module: Any) -> Sequence[Any]:
+    return ()
+
+
+@dataclasses.dataclass(frozen=True)
+class Example:
+    """What a block is tried with at patch time: this many tokens, and further arguments."""
+
+    tokens: int = 7
+    arguments: dict[str, Any] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,22 +44,56 @@ class BlockFamily:
 
     Attributes:
         block: upstream's exact class; a subclass fits only if it inherits `forward` unchanged.
-        attention: `(block, x, bias) -> x + attention branch`; bias is `[B, 1, 1, N]` or `None`.
+        attention: `(block, x, bias, **arguments) -> x + attention branch`; bias is `[B, 1 or H, 1 or N, N]` or
+            `None`, arguments are those that the caller gave and that are not the mask.
         mlp: `(block, x) -> x + MLP branch`, or `None` where attention and MLP run side by side; tokens then
             merge after both.
-        keys: the modules whose outputs are K as attention uses it.
-        tap: the forward hook that notes those outputs as `[B, H, N, D]`.
+        keys: the modules that `tap` is hooked to.
         cost: multiply-adds of a block.
         refuse: reasons why this very block cannot be patched right.
+        tap: `note_output` (a forward hook) or `note_input` (a forward pre-hook).
+        metric: `(block, what was noted) -> [B, N, D]`: K averaged over its heads.
+        mask: name of the argument that masks padding, if the block takes one.
+        pair_bias: name of the argument that holds a bias `[1, H, N0, N0]` between original tokens.
+        rope: name of the argument that holds the table of rotary positions.
+        passes: whether further arguments go on to upstream's attention; otherwise they are refused.
+        hooks: `(block) -> (module, forward pre-hook)` pairs that put the sizes into attention without a mask.
+        mixins: `(block) -> (module, mix-in)` pairs put before the classes of modules inside attention.
+        positions: `(block, x) -> [1, N0, P]`: coordinates, where attention makes them itself.
+        own_pairs: whether attention makes a bias between original tokens itself (reached by `mixins`).
+        wrap: what upstream's forward puts around x.
+        example: what the block is tried with.
     """
 
     block: type[nn.Module]
-    attention: Callable[[Any, Tensor, Tensor | None], Tensor]
+    attention: Callable[..., Tensor]
     mlp: Callable[[Any, Tensor], Tensor] | None
     keys: Callable[[Any], Sequence[nn.Module]]
     cost: Callable[[Any], BlockCost]
     refuse: Callable[[Any], list[str]] = no_reasons
-    tap: Callable[[nn.Module, tuple[Tensor, ...], Tensor], None] = note_keys
+    tap: Hook = note_output
+    metric: Callable[[Any, tuple[Tensor, ...]], Tensor] = head_mean
+    mask: str | None = None
+    pair_bias: str | None = None
+    rope: str | None = None
+    passes: bool = False
+    hooks: Callable[[Any], Sequence[tuple[nn.Module, Hook]]] = _nothing
+    mixins: Callable[[Any], Sequence[tuple[nn.Module, type]]] = _nothing
+    positions: Callable[[Any, Tensor], Tensor] | None = None
+    own_pairs: bool = False
+    wrap: Callable[[Tensor], Any] | None = None
+    example: Callable[[Any], Example] = lambda block: Example()
+
+    @cached_property
+    def arguments(self) -> tuple[str, ...]:
+        """Names of what upstream's forward takes after the tokens, in order."""
+        parameters = list(inspect.signature(self.block.forward).parameters.values())[2:]
+        return tuple(p.name for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD)
+
+    @property
+    def needs_source(self) -> bool:
+        """Whether attention reads a bias between original tokens, so that their map must travel."""
+        return self.pair_bias is not None or self.own_pairs
 
     def __reduce__(self) -> tuple[Any, ...]:
         # patched blocks hold their row; a copied or unpickled block finds it again by its class
@@ -59,14 +110,23 @@ class ModelFamily:
         library: import name of the library.
         model: upstream's class; a subclass fits only if it inherits every method in `seams` unchanged.
         seams: methods whose behaviour the patch relies on.
-        swap: mix-in put before the model's class while it is patched, for seams only methods can reach.
         blocks: the blocks in the order in which they run.
+        channels: C of the tokens.
         protected: number of prefix tokens.
         tokens: tokens that enter the first block, prefix included, at the model's own input size.
+        grid: patches along each axis at that size; `None` if there is no such size.
+        input_shape: shape of one input without the batch, or `None` if the model takes several.
         pooling: how the head reads the tokens, in words.
-        entry: the module whose output enters the first block.
-        norms: modules between the last block and the pooling that map tokens one by one.
         cost: multiply-adds of the patch embedding, of the head, and of the head per token it reads.
+        swap: mix-in put before the model's class while it is patched, for seams only methods can reach.
+        norms: modules after the blocks that map tokens one by one; sizes pass through them.
+        output: what leaves the last block unless the user chooses: "merged" or "full".
+        merged_output: reasons why this very model cannot do with merged output.
+        readers: modules that must get unmerged tokens, when merged ones leave the last block.
+        collectors: modules whose forward may be asked for the hidden states of all blocks.
+        always_collects: whether they always are.
+        rotary: `(model, index of the block) -> Rotary`, for models whose attention turns by position.
+        rotary_example: `(model, index) -> table`: upstream's table at the model's own size, to try `rotary` on.
         mae: whether the weights are known to come from MAE pretraining.
         needs_plans: whether the head needs the map from patches to tokens, not only sizes.
         refuse: reasons why this very model cannot be patched right.
@@ -75,14 +135,23 @@ class ModelFamily:
     library: str
     model: type[nn.Module]
     seams: tuple[str, ...]
-    swap: type | None
     blocks: Callable[[Any], Sequence[nn.Module]]
+    channels: Callable[[Any], int]
     protected: Callable[[Any], int]
     tokens: Callable[[Any], int]
+    grid: Callable[[Any], tuple[int, ...] | None]
+    input_shape: Callable[[Any], tuple[int, ...] | None]
     pooling: Callable[[Any], str]
-    entry: Callable[[Any], nn.Module]
-    norms: Callable[[Any], Sequence[nn.Module]]
     cost: Callable[[Any], tuple[int, int, int]]
-    mae: Callable[[Any], bool]
-    needs_plans: Callable[[Any], bool]
+    swap: type | None = None
+    norms: Callable[[Any], Sequence[nn.Module]] = _nothing
+    output: str = "full"
+    merged_output: Callable[[Any], list[str]] = no_reasons
+    readers: Callable[[Any], Sequence[nn.Module]] = _nothing
+    collectors: Callable[[Any], Sequence[nn.Module]] = _nothing
+    always_collects: bool = False
+    rotary: Callable[[Any, int], Rotary | None] = lambda model, index: None
+    rotary_example: Callable[[Any, int], Any] | None = None
+    mae: Callable[[Any], bool] = lambda model: False
+    needs_plans: Callable[[Any], bool] = lambda model: False
     refuse: Callable[[Any], list[str]] = no_reasons

@@ -3,24 +3,23 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 from torch import nn
 
-from tokenmerge.attention import note_keys, note_untransposed_keys
 from tokenmerge.config import MergeConfig
 from tokenmerge.errors import ConfigError, PatchError
 from tokenmerge.flops import ModelCost
 from tokenmerge.matching import get_matcher
-from tokenmerge.patching.block import BlockSpec, MergeBlock
-from tokenmerge.patching.check import check_block
+from tokenmerge.patching.block import BlockSpec
+from tokenmerge.patching.check import check_block, check_rotary
+from tokenmerge.patching.install import install_block, install_model, remove_hooks
 from tokenmerge.patching.root import Patch, merge_blocks
 from tokenmerge.patching.summary import Summary, summarize
-from tokenmerge.patching.swap import Swapped, check_restorable, original_class, restore_class, swap_class
+from tokenmerge.patching.swap import Swapped, check_restorable, original_class, restore_class
 from tokenmerge.patching.target import Target, check_is_module, find_target, patch_of, patched_inside, refuse_if_patched
-from tokenmerge.schedule import Schedule, expand, flops_target, keep_ratio, max_merges
-from tokenmerge.state import carry_through, note_wish
+from tokenmerge.schedule import Schedule, expand, flops_target, keep_ratio, max_merges, token_counts
 from tokenmerge.tracing import Trace
 
 
@@ -62,7 +61,8 @@ class Handle:
         config = MergeConfig.create(config or patch.config, **fields)
         target = find_target(model)
         new = _plan_patch(target, config)
-        patch.config, patch.schedule, patch.prop_attn = new.config, new.schedule, new.prop_attn
+        patch.config, patch.schedule = new.config, new.schedule
+        patch.prop_attn, patch.full_output = new.prop_attn, new.full_output
         _set_specs(target, patch)
 
     def remove(self) -> None:
@@ -92,6 +92,20 @@ class Handle:
         )
 
     @property
+    def output_tokens(self) -> int:
+        """Tokens per image that leave the last block, prefix included, at the model's own input size.
+
+        Known before any forward pass runs: what a language model must reserve for an image whose vision tower
+        is patched with `output="merged"`.
+        """
+        model, patch = self._live()
+        target = find_target(model)
+        tokens = target.family.tokens(model)
+        if patch.full_output:
+            return tokens
+        return token_counts(self.schedule, tokens, patch.protected)[-1]
+
+    @property
     def trace(self) -> Trace:
         """The plans of the latest forward pass.
 
@@ -107,7 +121,8 @@ class Handle:
         if not seen:
             raise PatchError("no forward pass has run since tracing was turned on: call the model first")
         sizes = tuple(one.state.size for one in seen)
-        return Trace(seen[-1].state.plans, sizes, patch.protected, seen[0].tokens, seen[0].batch, seen[0].device)
+        grid = find_target(model).family.grid(model)
+        return Trace(seen[-1].state.plans, sizes, patch.protected, seen[0].tokens, seen[0].batch, seen[0].device, grid)
 
     def __repr__(self) -> str:
         name = original_class(self._model).__name__
@@ -140,6 +155,7 @@ def patch(model: nn.Module, config: MergeConfig | None = None, **fields: Any) ->
     record = _plan_patch(target, config)
     block, row = target.blocks[0]
     check_block(row, block, target.channels, "block 0", target.family.library)
+    check_rotary(target)
 
     try:
         _apply(target, record)
@@ -151,17 +167,10 @@ def patch(model: nn.Module, config: MergeConfig | None = None, **fields: Any) ->
 
 def _apply(target: Target, record: Patch) -> None:
     """Everything that `_restore` undoes."""
-    model, family = target.model, target.family
-    model._tokenmerge_patch = record
-    if family.swap is not None:
-        swap_class(model, family.swap)
-    family.entry(model).register_forward_hook(note_wish)
-    for norm in family.norms(model):
-        norm.register_forward_hook(carry_through)
+    target.model._tokenmerge_patch = record
+    install_model(target.family, target.model)
     for block, row in target.blocks:
-        for module in row.keys(block):
-            module.register_forward_hook(row.tap)
-        swap_class(block, MergeBlock)
+        install_block(row, block)
     _set_specs(target, record)
 
 
@@ -234,7 +243,14 @@ def _plan_patch(target: Target, config: MergeConfig) -> Patch:
     get_matcher(config.matcher)
     protected = target.family.protected(target.model)
     prop_attn = not target.family.mae(target.model) if config.prop_attn == "auto" else config.prop_attn
-    return Patch(config, _schedule(target, config), bool(prop_attn), protected)
+    output = target.family.output if config.output == "auto" else config.output
+    reasons = target.family.merged_output(target.model) if output == "merged" else []
+    if reasons:
+        raise ConfigError(
+            f"output='merged' would be silently wrong for {original_class(target.model).__name__} ({'; '.join(reasons)}): "
+            "use output='full'"
+        )
+    return Patch(config, _schedule(target, config), bool(prop_attn), protected, output == "full")
 
 
 def _schedule(target: Target, config: MergeConfig) -> Schedule:
@@ -253,21 +269,27 @@ def _schedule(target: Target, config: MergeConfig) -> Schedule:
 
 
 def _set_specs(target: Target, record: Patch) -> None:
-    keeps_less = (record.config.keep or 1) < 1
+    config = record.config
+    keeps_less = (config.keep or 1) < 1
+    needs_plans = target.family.needs_plans(target.model) or any(row.needs_source for _, row in target.blocks)
     for index, (block, row) in enumerate(target.blocks):
         vars(block).pop("_tokenmerge_seen", None)
         block._tokenmerge_spec = BlockSpec(
             family=row,
             index=index,
             r=record.schedule[index],
-            keep=record.config.keep,
+            keep=config.keep,
             protected=record.protected,
             prop_attn=record.prop_attn,
-            matcher=record.config.matcher,
+            matcher=config.matcher,
+            in_order=config.order == "keep",
+            mean_positions=config.positions == "mean",
+            rotary=target.family.rotary(target.model, index) if row.rope else None,
             merged_before=any(record.schedule[:index]) or (index > 0 and keeps_less),
             merges_at_all=record.merges or keeps_less,
-            keep_plans=record.config.trace or target.family.needs_plans(target.model),
-            trace=record.config.trace,
+            keep_plans=config.trace or needs_plans or record.full_output,
+            full_output=record.full_output and index == len(target.blocks) - 1,
+            trace=config.trace,
         )
 
 
@@ -281,11 +303,4 @@ def _restore(model: Any) -> None:
     for module in model.modules():
         for name in ("_tokenmerge_spec", "_tokenmerge_seen", "_tokenmerge_patch"):
             vars(module).pop(name, None)
-        _remove_hooks(module, note_keys, note_untransposed_keys, carry_through, note_wish)
-
-
-def _remove_hooks(module: nn.Module, *functions: Callable[..., Any]) -> None:
-    """Remove our forward hooks; found by function, because a deep copy has no `RemovableHandle`s."""
-    for key, hook in list(module._forward_hooks.items()):
-        if hook in functions:
-            del module._forward_hooks[key]
+        remove_hooks(module)

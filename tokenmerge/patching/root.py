@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 from collections.abc import Iterator
-from typing import TypeGuard
+from typing import Any, TypeGuard
 
 from torch import nn
 
@@ -23,6 +23,7 @@ class Patch:
         config: what the user asked for.
         schedule: r per block as asked for, before it is cut to what is possible.
         prop_attn: `config.prop_attn` with "auto" resolved.
+        full_output: `config.output`, likewise: whether unmerged tokens leave the last block.
         protected: number of prefix tokens.
     """
 
@@ -30,6 +31,7 @@ class Patch:
     schedule: Schedule
     prop_attn: bool
     protected: int
+    full_output: bool = False
 
     @property
     def merges(self) -> bool:
@@ -61,3 +63,18 @@ class MergeRoot:
             vars(block).pop("_tokenmerge_seen", None)
         with wish_full_output():
             yield
+
+    def forward_intermediates(self, *args: Any, **kwargs: Any) -> Any:
+        """timm's `forward_intermediates`; every map has upstream's shape, merged tokens spread back."""
+        with self._tokenmerge_full_output():
+            return super().forward_intermediates(*args, **kwargs)  # type: ignore[misc]
+
+    def prune_intermediate_layers(self, *args: Any, **kwargs: Any) -> Any:
+        """timm's; what is now the last block takes over what the last one did."""
+        taken = super().prune_intermediate_layers(*args, **kwargs)  # type: ignore[misc]
+        assert isinstance(self, nn.Module)
+        blocks = merge_blocks(self)
+        if blocks:
+            full = self._tokenmerge_patch.full_output
+            blocks[-1]._tokenmerge_spec = dataclasses.replace(blocks[-1]._tokenmerge_spec, full_output=full)
+        return taken

@@ -9,7 +9,7 @@ from torch import nn
 
 from tokenmerge.errors import PatchError, UnsupportedModelError
 from tokenmerge.flops import ModelCost
-from tokenmerge.patching.families import block_family, model_family, supported_models
+from tokenmerge.patching.families import block_family, model_family, supported_models, why_not
 from tokenmerge.patching.family import BlockFamily, ModelFamily
 from tokenmerge.patching.root import Patch
 from tokenmerge.patching.swap import original_class
@@ -26,7 +26,7 @@ class Target:
     @property
     def channels(self) -> int:
         """C of the tokens."""
-        return int(self.model.embed_dim)
+        return self.family.channels(self.model)
 
     def cost(self) -> ModelCost:
         """What the unmerged model costs for one image at its own input size."""
@@ -85,10 +85,11 @@ def find_target(model: nn.Module) -> Target:
     check_is_module(model)
     found = [(name, module) for name, module in model.named_modules() if model_family(original_class(module))]
     if not found:
+        reason = why_not(original_class(model)) or "its class is not in the table of supported models"
         raise UnsupportedModelError(
-            f"{_name(model)} holds no model that tokenmerge supports, which are {supported_models()}: patch one of "
-            "those, or merge in your own forward with tokenmerge.bipartite_matching",
-            ("its class is not in the table of supported models",),
+            f"{_name(model)} holds no model that tokenmerge supports ({reason}): patch one of {supported_models()}, or "
+            "merge in your own forward with tokenmerge.bipartite_matching",
+            (reason,),
         )
     if len(found) > 1:
         names = ", ".join(name or "the model itself" for name, _ in found)

@@ -114,7 +114,8 @@ def _variants(model: Any, settings: Sequence[Setting], fields: dict[str, Any], c
         copy = share_weights(model)
         handle = patch(copy, setting.config(**fields))
         yardstick = sliced(model, handle.schedule)
-        variants.append(_Variant(setting, handle.summary(), prepare(copy), prepare(yardstick)))
+        forward = None if yardstick is None else prepare(yardstick)
+        variants.append(_Variant(setting, handle.summary(), prepare(copy), forward))
     return variants
 
 
@@ -139,7 +140,7 @@ def measure(
     rows: list[Row] = []
     for variant in variants:
         times = next(seconds)
-        yardstick = times if variant.yardstick is None else next(seconds)
+        yardstick = next(seconds) if variant.yardstick is not None else times if variant.summary is None else None
         memory = peak_memory(variant.merged, images)
         rows.append(_row(args, bench, variant, times, yardstick, rows[0] if rows else None, memory))
     return rows
@@ -177,7 +178,7 @@ def _row(
     bench: BenchArgs,
     variant: _Variant,
     times: list[float],
-    yardstick: list[float],
+    yardstick: list[float] | None,
     base: Row | None,
     memory: int,
 ) -> Row:
@@ -207,7 +208,7 @@ def _row(
         "speedup": speedup,
         "flops_ratio": flops_ratio,
         "realised": speedup / flops_ratio,
-        "overhead": compare(times) / compare(yardstick),
+        "overhead": None if yardstick is None else compare(times) / compare(yardstick),
         "peak_memory_mb": memory / 2**20,
     }
 
@@ -225,7 +226,7 @@ def _print(report: Report, args: ModelArgs, bench: BenchArgs, rows: Sequence[Row
                 f"{row['speedup']:.2f}x",
                 f"{row['flops_ratio']:.2f}",
                 f"{row['realised']:.2f}",
-                f"{row['overhead']:.2f}",
+                "-" if row["overhead"] is None else f"{row['overhead']:.2f}",
                 f"{row['peak_memory_mb']:.0f}",
             )
             for row in rows

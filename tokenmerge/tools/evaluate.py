@@ -112,6 +112,10 @@ def _dataset(model: Any, args: EvalArgs) -> ImageFolder:
     from timm.data.config import resolve_data_config
     from timm.data.transforms_factory import create_transform
 
+    if not hasattr(model, "pretrained_cfg"):
+        raise InputError(
+            f"{type(model).__name__} is not a timm model, but eval takes the preprocessing from timm: use bench or inspect"
+        )
     channels, height, width = input_shape(model)
     if channels != 3 or not model.num_classes:
         found = f"takes {channels}-channel images" if channels != 3 else "has no classifier"

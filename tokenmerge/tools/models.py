@@ -1,4 +1,4 @@
-"""MODEL on the command line -> a timm model, ready to run."""
+"""MODEL on the command line -> a model, ready to run."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from torch import nn
 from tokenmerge.errors import InputError, TokenMergeError
 from tokenmerge.patching.target import find_target
 from tokenmerge.tools.device import DTYPES, check_device
+from tokenmerge.tools.sources import SOURCES, create
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -22,7 +23,7 @@ class ModelArgs:
     """Which model, and how to hold it.
 
     Attributes:
-        model: a timm name, `local-dir:PATH`, or `hf_hub:ID`.
+        model: a timm name, `local-dir:PATH`, `hf_hub:ID`; or `hf:…`, `torchvision:…`, `open_clip:…`.
         pretrained: load the weights that the name stands for (may use the network for timm names and hub ids).
         checkpoint: file with weights to load instead; nothing is then downloaded.
         num_classes: classes of the head; `None` keeps the model's own.
@@ -42,7 +43,13 @@ class ModelArgs:
     channels_last: bool = False
 
 
-def _create(name: str, **kwargs: Any) -> Any:
+def _create(args: ModelArgs, pretrained: bool) -> Any:
+    if args.model.partition(":")[0] in SOURCES and ":" in args.model:
+        return create(args.model, pretrained, args.img_size, args.num_classes)
+    return _create_timm(args.model, pretrained=pretrained, **_model_kwargs(args))
+
+
+def _create_timm(name: str, **kwargs: Any) -> Any:
     """`timm.create_model`, its many kinds of failure as one sentence."""
     try:
         import timm
@@ -102,13 +109,10 @@ def load_model(args: ModelArgs) -> Any:
     """
     device = check_device(args.device)
     pretrained = args.pretrained and args.checkpoint is None  # nothing is downloaded only to be overwritten
-    model = _create(args.model, pretrained=pretrained, **_model_kwargs(args))
-    find_target(model)
-    if model.patch_embed.num_patches < 1:
-        raise InputError(
-            f"images of {args.img_size} pixels are smaller than one patch ({model.patch_embed.patch_size[0]} pixels): "
-            "give a larger --img-size"
-        )
+    model = _create(args, pretrained)
+    target = find_target(model)
+    if target.family.tokens(target.model) <= target.family.protected(target.model):
+        raise InputError(f"images of {args.img_size} pixels are smaller than one patch: give a larger --img-size")
     if args.checkpoint is not None:
         load_checkpoint(model, args.checkpoint)
     memory = {"memory_format": torch.channels_last} if args.channels_last else {}
@@ -118,7 +122,7 @@ def load_model(args: ModelArgs) -> Any:
 def skeleton(args: ModelArgs) -> Any:
     """The model without values, on the meta device: enough to look at, however large it is."""
     with torch.device("meta"):
-        return _create(args.model, pretrained=False, **_model_kwargs(args))
+        return _create(args, pretrained=False)
 
 
 def load_checkpoint(model: nn.Module, path: Path) -> None:
@@ -159,8 +163,17 @@ def load_checkpoint(model: nn.Module, path: Path) -> None:
     model.load_state_dict(state)
 
 
-def input_shape(model: Any) -> tuple[int, int, int]:
-    """Channels, height and width of the images that a timm ViT takes."""
-    height, width = model.patch_embed.img_size
-    first = next(module for module in model.patch_embed.modules() if isinstance(module, nn.Conv2d))  # the stem's
-    return first.in_channels, int(height), int(width)
+def input_shape(model: Any) -> tuple[int, ...]:
+    """Shape of one input, without the batch: `(C, H, W)` for images.
+
+    Raises:
+        InputError: if the model takes more than one tensor.
+    """
+    target = find_target(model)
+    shape = target.family.input_shape(target.model)
+    if shape is None:
+        raise InputError(
+            f"{type(model).__name__} takes several inputs, and the command can make only images, videos or spectra: "
+            "measure it in your own code with tokenmerge.patch"
+        )
+    return shape

@@ -38,18 +38,39 @@ class SliceBlock:
 
     _slice_spec: SliceSpec
 
-    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
         """`x [B, N, C]` -> `[B, N − r, C]`."""
         spec = self._slice_spec
-        x = spec.family.attention(self, x, None)
+        family = spec.family
+        given = {**dict(zip(family.arguments, args, strict=False)), **kwargs}
+        given.pop(family.mask, None)
+        rope = given.pop(family.rope, None)
+        if not family.passes:
+            given = {}
+        if rope is not None:
+            given[str(family.rope)] = _first_rows(rope, x.shape[1] - spec.protected)
+        x = family.attention(self, x, None, **given)
         r = min(spec.r, max_merges(x.shape[1], spec.protected))
         if r:
             x = x[:, : x.shape[1] - r]
-        return x if spec.family.mlp is None else spec.family.mlp(self, x)
+        x = x if family.mlp is None else family.mlp(self, x)
+        return x if family.wrap is None else family.wrap(x)
 
 
-def sliced(model: nn.Module, schedule: Schedule) -> Any:
-    """A copy of an unpatched model, sharing its weights, that slices tokens off by `schedule`."""
+def _first_rows(table: Any, rows: int) -> Any:
+    if isinstance(table, tuple | list):
+        return type(table)(_first_rows(part, rows) for part in table)
+    return table[..., :rows, :]
+
+
+def sliced(model: nn.Module, schedule: Schedule) -> Any | None:
+    """A copy of an unpatched model, sharing its weights, that slices tokens off by `schedule`.
+
+    `None` for models whose attention is made for the full grid of patches (relative positions, V-JEPA 2).
+    """
+    target = find_target(model)
+    if any(row.needs_source or row.positions is not None for _, row in target.blocks):
+        return None
     model = share_weights(model)
     target = find_target(model)
     for (block, family), r in zip(target.blocks, schedule, strict=True):

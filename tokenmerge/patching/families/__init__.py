@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import importlib
-from collections.abc import Sequence
+import importlib.util
 from functools import cache
 from typing import Protocol, cast
 
@@ -13,12 +12,28 @@ from torch import nn
 from tokenmerge.errors import UnsupportedModelError
 from tokenmerge.patching.family import BlockFamily, ModelFamily
 
-LIBRARIES = {"timm": "tokenmerge.patching.families.timm"}
+LIBRARIES = {
+    name: f"tokenmerge.patching.families.{name}" for name in ("timm", "transformers", "torchvision", "open_clip")
+}
 
 
 class _Rows(Protocol):
-    MODELS: Sequence[ModelFamily]
-    BLOCKS: Sequence[BlockFamily]
+    """What a library's module offers; every function answers for one exact class, not for its bases."""
+
+    NAMES: str
+    """The supported models in words."""
+
+    def model_row(self, cls: type[nn.Module]) -> ModelFamily | None:
+        """The row of a model class."""
+        ...
+
+    def block_row(self, cls: type[nn.Module]) -> BlockFamily | None:
+        """The row of a block class."""
+        ...
+
+    def why_not(self, cls: type[nn.Module]) -> str | None:
+        """Why a model class that has no row has none, where that is known."""
+        ...
 
 
 @cache
@@ -34,28 +49,43 @@ def _rows(library: str) -> _Rows:
         ) from None
 
 
-def _libraries_of(cls: type) -> list[str]:
-    """Supported libraries that a class or one of its bases comes from, nearest first."""
-    roots = (base.__module__.split(".")[0] for base in cls.__mro__)
-    return [root for root in dict.fromkeys(roots) if root in LIBRARIES]
+def _library_of(cls: type) -> str | None:
+    """The supported library that a class comes from."""
+    root = cls.__module__.split(".")[0]
+    return root if root in LIBRARIES else None
 
 
 def model_family(cls: type[nn.Module]) -> ModelFamily | None:
     """The row of the nearest supported base of a model class, or `None`."""
-    rows = {row.model: row for library in _libraries_of(cls) for row in _rows(library).MODELS}
-    return next((rows[base] for base in cls.__mro__ if base in rows), None)
+    for base in cls.__mro__:
+        library = _library_of(base)
+        row = _rows(library).model_row(base) if library else None
+        if row is not None:
+            return row
+    return None
 
 
 def block_family(cls: type[nn.Module]) -> BlockFamily | None:
     """The row of the nearest supported base of a block class, or `None`."""
-    rows = {row.block: row for library in _libraries_of(cls) for row in _rows(library).BLOCKS}
-    return next((rows[base] for base in cls.__mro__ if base in rows), None)
+    for base in cls.__mro__:
+        library = _library_of(base)
+        row = _rows(library).block_row(base) if library else None
+        if row is not None:
+            return row
+    return None
+
+
+def why_not(cls: type[nn.Module]) -> str | None:
+    """Why a model class has no row, where that is known."""
+    for base in cls.__mro__:
+        library = _library_of(base)
+        reason = _rows(library).why_not(base) if library else None
+        if reason is not None:
+            return reason
+    return None
 
 
 def supported_models() -> str:
-    """The supported model classes of every installed library, for messages."""
-    names = []
-    for library in LIBRARIES:
-        with contextlib.suppress(ImportError, UnsupportedModelError):
-            names += [f"{library}'s {row.model.__name__}" for row in _rows(library).MODELS]
-    return " and ".join(names) or f"those of {', '.join(LIBRARIES)} (not installed here)"
+    """The supported models of every installed library, for messages."""
+    names = [_rows(library).NAMES for library in LIBRARIES if importlib.util.find_spec(library) is not None]
+    return " or ".join(names) or f"those of {', '.join(LIBRARIES)} (not installed here)"

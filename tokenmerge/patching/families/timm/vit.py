@@ -1,4 +1,4 @@
-"""timm: `vision_transformer` and `deit`.
+"""timm: `vision_transformer`, `deit` and `vision_transformer_hybrid`.
 
 Needs a timm whose blocks take `attn_mask` (see `extras` in pyproject.toml); the check at patch time says so otherwise.
 """
@@ -17,10 +17,11 @@ from timm.models import deit, vision_transformer
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from tokenmerge.attention import note_untransposed_keys, size_bias
+from tokenmerge.attention import head_mean_untransposed, size_bias
 from tokenmerge.errors import PatchError
 from tokenmerge.flops import BlockCost
 from tokenmerge.patching.family import BlockFamily, ModelFamily
+from tokenmerge.patching.linear import linear_weights
 from tokenmerge.patching.root import MergeRoot
 from tokenmerge.patching.swap import original_class
 from tokenmerge.state import state_of, weighted_mean
@@ -68,13 +69,6 @@ def _parallel_attention(block: Any, x: Tensor, bias: Tensor | None) -> Tensor:
     return out
 
 
-def _linear_weights(*modules: nn.Module) -> int:
-    """Multiply-adds per token; quantized and other linear layers count by their shape."""
-    leaves: list[Any] = [m for module in modules for m in module.modules() if not any(True for _ in m.children())]
-    linear = [m for m in leaves if hasattr(m, "in_features") and hasattr(m, "out_features")]
-    return sum(int(m.in_features) * int(m.out_features) for m in linear)
-
-
 def _pair_cost(attn: Any) -> int:
     dim: int = attn.num_heads * attn.head_dim
     if "Diff" not in original_class(attn).__name__:
@@ -84,16 +78,16 @@ def _pair_cost(attn: Any) -> int:
 
 
 def _block_cost(block: Any) -> BlockCost:
-    return BlockCost(_linear_weights(block.attn), _linear_weights(block.mlp), _pair_cost(block.attn))
+    return BlockCost(linear_weights(block.attn), linear_weights(block.mlp), _pair_cost(block.attn))
 
 
 def _things_cost(block: Any) -> BlockCost:
     pair = sum(_pair_cost(one.attn) for one in block.attns)
-    return BlockCost(_linear_weights(block.attns), _linear_weights(block.ffns), pair)
+    return BlockCost(linear_weights(block.attns), linear_weights(block.ffns), pair)
 
 
 def _parallel_cost(block: Any) -> BlockCost:
-    return BlockCost(_linear_weights(block), 0, _pair_cost(block))
+    return BlockCost(linear_weights(block), 0, _pair_cost(block))
 
 
 def _refuse_attention(*attentions: Any) -> list[str]:
@@ -101,7 +95,7 @@ def _refuse_attention(*attentions: Any) -> list[str]:
     reasons = []
     for attn in attentions:
         known = next((cls for cls in _ATTENTION if isinstance(attn, cls)), None)
-        if known is None or type(attn).forward is not known.forward or "forward" in vars(attn):
+        if known is None or original_class(attn).forward is not known.forward or "forward" in vars(attn):
             names = " and ".join(cls.__name__ for cls in _ATTENTION)
             reasons.append(
                 f"its attention is {type(attn).__module__}.{type(attn).__qualname__}, but only timm's own "
@@ -124,6 +118,7 @@ BLOCKS: Sequence[BlockFamily] = (
         mlp=_block_mlp,
         keys=lambda block: [block.attn.k_norm],
         cost=_block_cost,
+        mask="attn_mask",
         refuse=lambda block: _refuse_attention(block.attn),
     ),
     *_block_row(
@@ -132,6 +127,7 @@ BLOCKS: Sequence[BlockFamily] = (
         mlp=_res_post_mlp,
         keys=lambda block: [block.attn.k_norm],
         cost=_block_cost,
+        mask="attn_mask",
         refuse=lambda block: _refuse_attention(block.attn),
     ),
     *_block_row(
@@ -140,6 +136,7 @@ BLOCKS: Sequence[BlockFamily] = (
         mlp=_things_mlp,
         keys=lambda block: [one.attn.k_norm for one in block.attns],
         cost=_things_cost,
+        mask="attn_mask",
         refuse=lambda block: _refuse_attention(*(one.attn for one in block.attns)),
     ),
     *_block_row(
@@ -147,8 +144,9 @@ BLOCKS: Sequence[BlockFamily] = (
         attention=_parallel_attention,
         mlp=None,
         keys=lambda block: [block.k_norm],
-        tap=note_untransposed_keys,
+        metric=head_mean_untransposed,
         cost=_parallel_cost,
+        mask="attn_mask",
     ),
     *_block_row(
         "DiffParallelScalingBlock",
@@ -156,6 +154,7 @@ BLOCKS: Sequence[BlockFamily] = (
         mlp=None,
         keys=lambda block: [block.k_norm],
         cost=_parallel_cost,
+        mask="attn_mask",
     ),
 )
 
@@ -197,11 +196,6 @@ class MergeVisionTransformer(MergeRoot):
         mean = weighted_mean(tokens, size)
         return mean if kind == "avg" else 0.5 * (tokens.amax(dim=1) + mean)
 
-    def forward_intermediates(self: Any, *args: Any, **kwargs: Any) -> Any:
-        """timm's `forward_intermediates`; every map has upstream's shape, merged tokens spread back."""
-        with self._tokenmerge_full_output():
-            return super().forward_intermediates(*args, **kwargs)  # type: ignore[misc]
-
 
 def _pool_kind(model: Any, pool_type: str | None = None) -> str:
     if getattr(model, "attn_pool", None) is not None:
@@ -221,7 +215,8 @@ def _pooling(model: Any) -> str:
     return words.get(kind, kind)
 
 
-def _stem_cost(model: Any) -> int:
+def stem_cost(model: Any) -> int:
+    """Multiply-adds of the patch embedding."""
     embed = model.patch_embed
     if type(embed) is PatchEmbed:
         return int(embed.proj.weight.numel() * embed.num_patches)
@@ -233,19 +228,26 @@ def _stem_cost(model: Any) -> int:
     return int(counter.get_total_flops()) // 2
 
 
+def image_shape(model: Any) -> tuple[int, int, int]:
+    """Channels, height and width of the images that the model takes."""
+    height, width = model.patch_embed.img_size
+    first = next(module for module in model.patch_embed.modules() if isinstance(module, nn.Conv2d))  # the stem's
+    return first.in_channels, int(height), int(width)
+
+
 def _model_cost(model: Any) -> tuple[int, int, int]:
     heads = [getattr(model, name, None) for name in ("head", "head_dist")]
-    head = _linear_weights(*(m for m in heads if m is not None))
+    head = linear_weights(*(m for m in heads if m is not None))
     pool, kind = getattr(model, "attn_pool", None), _pool_kind(model)
     if kind == "prr":  # attention without weights, over the unmerged tokens
         head += 2 * model.embed_dim * (model.patch_embed.num_patches + model.num_prefix_tokens) ** 2
     if kind != "map" or pool is None:
-        return _stem_cost(model), head, 0
-    per_token = _linear_weights(pool.kv) + 2 * pool.latent_len * pool.num_heads * pool.head_dim
-    head += _linear_weights(pool) - _linear_weights(pool.kv)
+        return stem_cost(model), head, 0
+    per_token = linear_weights(pool.kv) + 2 * pool.latent_len * pool.num_heads * pool.head_dim
+    head += linear_weights(pool) - linear_weights(pool.kv)
     if not model.pool_include_prefix:  # prefix tokens come out of the blocks, but are not pooled
         head -= per_token * model.num_prefix_tokens
-    return _stem_cost(model), head, per_token
+    return stem_cost(model), head, per_token
 
 
 def _is_mae(model: Any) -> bool:
@@ -287,7 +289,10 @@ def _vit_row(model: type[nn.Module]) -> ModelFamily:
         protected=lambda model: int(model.num_prefix_tokens),
         tokens=lambda model: int(model.patch_embed.num_patches + model.num_prefix_tokens),
         pooling=_pooling,
-        entry=lambda model: model.norm_pre,
+        channels=lambda model: int(model.embed_dim),
+        grid=lambda model: tuple(model.patch_embed.grid_size),
+        input_shape=image_shape,
+        output="merged",
         norms=lambda model: [model.norm],
         cost=_model_cost,
         mae=_is_mae,

@@ -1,0 +1,126 @@
+"""open_clip: its own `VisionTransformer`, with both of its attention kinds. Towers that wrap timm are timm's."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from open_clip import transformer
+from torch import Tensor, nn
+
+from tokenmerge.attention import note_input
+from tokenmerge.flops import BlockCost
+from tokenmerge.patching import multihead
+from tokenmerge.patching.family import BlockFamily, ModelFamily
+from tokenmerge.patching.linear import linear_weights
+from tokenmerge.patching.root import MergeRoot
+
+NAMES = "open_clip's VisionTransformer"
+
+
+def _attention(block: Any, x: Tensor, bias: Tensor | None, **given: Any) -> Tensor:
+    out: Tensor = x + block.ls_1(multihead.attend(block.attn, block.ln_1(x), bias))
+    return out
+
+
+def _custom_attention(block: Any, x: Tensor, bias: Tensor | None, **given: Any) -> Tensor:
+    out: Tensor = x + block.ls_1(block.ln_attn(block.attn(block.ln_1(x), attn_mask=bias)))
+    return out
+
+
+def _mlp(block: Any, x: Tensor) -> Tensor:
+    out: Tensor = x + block.ls_2(block.mlp(block.ln_2(x)))
+    return out
+
+
+def _cost(block: Any) -> BlockCost:
+    width = int(block.attn.out_proj.in_features)
+    return BlockCost(4 * width * width, linear_weights(block.mlp), 2 * width)
+
+
+def _refuse(block: Any) -> list[str]:
+    reasons = multihead.refuse(block.attn)
+    if hasattr(block, "ln_1_kv"):
+        reasons.append("it attends to another sequence (cross-attention)")
+    return reasons
+
+
+def _refuse_custom(block: Any) -> list[str]:
+    if type(block.attn).forward is not transformer.Attention.forward:
+        return [f"its attention is {type(block.attn).__qualname__}, not open_clip's own"]
+    if block.attn.logit_scale is not None:
+        return ["its attention is scaled cosine, whose own code takes no batch of heads"]
+    return []
+
+
+def _pooling(model: Any) -> str:
+    if model.attn_pool is not None:
+        return "attention pooling over unmerged tokens"
+    return {"tok": "class token", "avg": "mean of unmerged tokens"}.get(model.pool_type, "none")
+
+
+def _merged_output(model: Any) -> list[str]:
+    if model.attn_pool is None and model.pool_type != "avg":
+        return []
+    return [f"it reads its tokens by {_pooling(model).replace(' unmerged', '')}, without sizes"]
+
+
+def _model_cost(model: Any) -> tuple[int, int, int]:
+    grid = model.grid_size[0] * model.grid_size[1]
+    pool = 0 if model.attn_pool is None else linear_weights(model.attn_pool)
+    return int(model.conv1.weight.numel() * grid), int(model.proj.numel()) + pool, 0
+
+
+_MODEL = ModelFamily(
+    library="open_clip",
+    model=transformer.VisionTransformer,
+    seams=("forward", "forward_intermediates", "_embeds", "_pool", "_global_pool"),
+    swap=MergeRoot,
+    blocks=lambda model: list(model.transformer.resblocks),
+    channels=lambda model: int(model.conv1.out_channels),
+    protected=lambda model: 1,
+    tokens=lambda model: int(model.grid_size[0] * model.grid_size[1] + 1),
+    grid=lambda model: tuple(model.grid_size),
+    input_shape=lambda model: (3, *model.image_size),
+    pooling=_pooling,
+    cost=_model_cost,
+    norms=lambda model: [model.ln_post],
+    merged_output=_merged_output,
+)
+
+_BLOCKS = {
+    transformer.ResidualAttentionBlock: BlockFamily(
+        block=transformer.ResidualAttentionBlock,
+        attention=_attention,
+        mlp=_mlp,
+        keys=lambda block: [block.attn],
+        tap=note_input,
+        metric=lambda block, noted: multihead.metric(block.attn, noted),
+        cost=_cost,
+        refuse=_refuse,
+    ),
+    transformer.CustomResidualAttentionBlock: BlockFamily(
+        block=transformer.CustomResidualAttentionBlock,
+        attention=_custom_attention,
+        mlp=_mlp,
+        keys=lambda block: [block.attn.ln_k],
+        cost=_cost,
+        refuse=_refuse_custom,
+    ),
+}
+
+
+def model_row(cls: type[nn.Module]) -> ModelFamily | None:
+    """The row of a model class."""
+    return _MODEL if cls is transformer.VisionTransformer else None
+
+
+def block_row(cls: type[nn.Module]) -> BlockFamily | None:
+    """The row of a block class."""
+    return _BLOCKS.get(cls)
+
+
+def why_not(cls: type[nn.Module]) -> str | None:
+    """Why a model class that has no row has none, where that is known."""
+    if cls.__name__ in ("ModifiedResNet",):
+        return "it is a convolutional network"
+    return None

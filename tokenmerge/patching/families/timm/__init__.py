@@ -1,0 +1,37 @@
+"""timm's models, one module per kind of block."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+
+from torch import nn
+
+from tokenmerge.patching.families.timm import vit
+from tokenmerge.patching.families.timm.refused import REFUSED
+from tokenmerge.patching.family import BlockFamily, ModelFamily
+
+NAMES = "timm's plain vision transformers"
+
+_MODULES = [vit]
+for _name in ("eva", "relative", "cait", "naflex"):
+    with contextlib.suppress(ImportError, AttributeError):  # an older timm may lack one
+        _MODULES.append(importlib.import_module(f"{__name__}.{_name}"))
+
+_MODELS = {row.model: row for module in _MODULES for row in module.MODELS}
+_BLOCKS = {row.block: row for module in _MODULES for row in module.BLOCKS}
+
+
+def model_row(cls: type[nn.Module]) -> ModelFamily | None:
+    """The row of a model class."""
+    return _MODELS.get(cls)
+
+
+def block_row(cls: type[nn.Module]) -> BlockFamily | None:
+    """The row of a block class."""
+    return _BLOCKS.get(cls)
+
+
+def why_not(cls: type[nn.Module]) -> str | None:
+    """Why a model class that has no row has none, where that is known."""
+    return REFUSED.get(cls.__module__.rpartition(".")[2])

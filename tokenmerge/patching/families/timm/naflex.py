@@ -1,0 +1,57 @@
+"""timm: `naflexvit`: native aspect ratio, padded batches, blocks of `vision_transformer` or `eva`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from timm.models import naflexvit
+
+from tokenmerge.patching.families.timm.eva import rotary
+from tokenmerge.patching.families.timm.seams import isotropic
+from tokenmerge.patching.family import BlockFamily, ModelFamily
+from tokenmerge.patching.linear import linear_weights
+from tokenmerge.rotary import Rotary
+
+
+def _grid(model: Any) -> tuple[int, int]:
+    """Patches of a square image of the size that the weights were made with."""
+    side = (getattr(model, "pretrained_cfg", None) or {}).get("input_size", (3, 224, 224))[1:]
+    patch = model.embeds.patch_size
+    down, right = patch if isinstance(patch, tuple | list) else (patch, patch)
+    return int(side[0]) // int(down), int(side[1]) // int(right)
+
+
+def _image(model: Any) -> tuple[int, int, int]:
+    size = (getattr(model, "pretrained_cfg", None) or {}).get("input_size", (3, 224, 224))
+    return int(size[0]), int(size[1]), int(size[2])
+
+
+def _tokens(model: Any) -> int:
+    grid = _grid(model)
+    return grid[0] * grid[1] + int(model.num_prefix_tokens)
+
+
+def _cost(model: Any) -> tuple[int, int, int]:
+    grid = _grid(model)
+    stem = int(model.embeds.proj.weight.numel()) * grid[0] * grid[1]
+    heads = [getattr(model, name, None) for name in ("attn_pool", "head")]
+    return stem, linear_weights(*(head for head in heads if head is not None)), 0
+
+
+def _rotary(model: Any, index: int) -> Rotary | None:
+    return None if model.rope is None else rotary(model, index)
+
+
+def _refuse(model: Any) -> list[str]:
+    if getattr(model, "rope_is_mixed", False) or type(getattr(model, "rope", None)).__name__ == "RotaryEmbeddingMixed":
+        return ["its mixed rotary embedding is made for a new grid in every pass"]
+    return []
+
+
+BLOCKS: Sequence[BlockFamily] = ()
+MODELS: Sequence[ModelFamily] = (
+    isotropic(
+        naflexvit.NaFlexVit, input_shape=_image, tokens=_tokens, grid=_grid, cost=_cost, rotary=_rotary, refuse=_refuse
+    ),
+)

@@ -1,0 +1,82 @@
+"""What timm's other isotropic transformers share: full output, so that any head reads upstream's shapes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, nn
+
+from tokenmerge.attention import inside
+from tokenmerge.patching.families.timm.vit import image_shape, stem_cost
+from tokenmerge.patching.family import ModelFamily
+from tokenmerge.patching.linear import linear_weights
+from tokenmerge.patching.root import MergeRoot
+
+WORDS = {
+    "": "none",
+    "token": "class token",
+    "avg": "mean of unmerged tokens",
+    "avgmax": "mean and maximum of unmerged tokens",
+    "max": "maximum",
+    "map": "attention pooling over unmerged tokens",
+}
+
+
+class MergeHook(MergeRoot):
+    """Mix-in before models whose heads read unmerged tokens."""
+
+
+def pool_kind(model: Any) -> str:
+    """How the head pools, as timm names it."""
+    return "map" if getattr(model, "attn_pool", None) is not None else str(getattr(model, "global_pool", "token"))
+
+
+def _merged_output(model: Any) -> list[str]:
+    kind = pool_kind(model)
+    return [] if kind in ("", "token", "max") else [f"its {kind} pooling would not weigh tokens by their sizes"]
+
+
+def _cost(model: Any) -> tuple[int, int, int]:
+    heads = [getattr(model, name, None) for name in ("attn_pool", "head")]
+    return stem_cost(model), linear_weights(*(head for head in heads if head is not None)), 0
+
+
+def isotropic(model: type[nn.Module], **seams: Any) -> ModelFamily:
+    """The row of a model with `patch_embed`, `blocks`, `norm` and timm's usual names for the rest."""
+    common: dict[str, Any] = {
+        "blocks": lambda model: list(model.blocks),
+        "channels": lambda model: int(model.embed_dim),
+        "protected": lambda model: int(model.num_prefix_tokens),
+        "tokens": lambda model: int(model.patch_embed.num_patches + model.num_prefix_tokens),
+        "grid": lambda model: tuple(model.patch_embed.grid_size),
+        "input_shape": image_shape,
+        "pooling": lambda model: WORDS.get(pool_kind(model), pool_kind(model)),
+        "cost": _cost,
+        "norms": lambda model: [model.norm],
+        "merged_output": _merged_output,
+    }
+    methods = ("forward", "forward_features", "forward_head", "forward_intermediates", "pool", "_pos_embed")
+    return ModelFamily(
+        library="timm",
+        model=model,
+        seams=tuple(name for name in methods if hasattr(model, name)),
+        swap=MergeHook,
+        **{**common, **seams},
+    )
+
+
+class FollowsTokens:
+    """Mix-in before modules that make a bias between original tokens: rows and columns follow the merge."""
+
+    def _get_rel_pos_bias(self) -> Tensor:
+        return _moved(super()._get_rel_pos_bias())  # type: ignore[misc]
+
+    def get_bias(self) -> Tensor:
+        """Upstream's bias `[1, H, N0, N0]`, for the current tokens, plus the bias of their sizes."""
+        bias, sizes = _moved(super().get_bias()), inside().bias  # type: ignore[misc]
+        return bias if sizes is None else bias + sizes
+
+
+def _moved(bias: Tensor) -> Tensor:
+    pairs = inside().pairs
+    return bias if pairs is None else pairs(bias)

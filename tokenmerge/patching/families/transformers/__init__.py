@@ -1,0 +1,37 @@
+"""transformers' vision, video and audio towers; a row is made when a class of that name is met.
+
+No modelling file is imported for it: transformers has hundreds, and a user holds one.
+"""
+
+from __future__ import annotations
+
+from torch import nn
+
+from tokenmerge.patching.families.transformers.blocks import LAYERS
+from tokenmerge.patching.families.transformers.models import TOWERS
+from tokenmerge.patching.families.transformers.refused import REFUSED
+from tokenmerge.patching.family import BlockFamily, ModelFamily
+
+NAMES = "transformers' plain vision, video and audio transformers"
+
+
+def _key(cls: type) -> str:
+    """`vit.ViTModel` for `transformers.models.vit.modeling_vit.ViTModel`."""
+    return f"{cls.__module__.rpartition('.modeling_')[2]}.{cls.__name__}"
+
+
+def model_row(cls: type[nn.Module]) -> ModelFamily | None:
+    """The row of a model class."""
+    seams = TOWERS.get(_key(cls))
+    return None if seams is None else ModelFamily(library="transformers", model=cls, seams=("forward",), **seams)
+
+
+def block_row(cls: type[nn.Module]) -> BlockFamily | None:
+    """The row of a layer class."""
+    seams = LAYERS.get(_key(cls))
+    return None if seams is None else BlockFamily(block=cls, **seams)
+
+
+def why_not(cls: type[nn.Module]) -> str | None:
+    """Why a model class that has no row has none, where that is known."""
+    return REFUSED.get(_key(cls).partition(".")[0])

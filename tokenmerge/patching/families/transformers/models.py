@@ -1,0 +1,346 @@
+"""transformers: one row per tower; heads and language models around it stay as they are.
+
+Unmerged tokens leave the last layer unless the user asks for merged ones. So every head, decoder, pooler or
+language model reads what it would read without merging, in upstream's shapes, and none needs to know of sizes.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from operator import attrgetter
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tokenmerge.rotary import Rotary, axial_rotary
+
+Grid = tuple[int, ...] | None
+
+
+def _pair(value: Any) -> tuple[int, int]:
+    return (int(value[0]), int(value[1])) if isinstance(value, list | tuple) else (int(value), int(value))
+
+
+# --- how many tokens ---------------------------------------------------------------------------------------
+
+
+def _image(config: Any) -> Grid:
+    (height, width), (down, right) = _pair(config.image_size), _pair(config.patch_size)
+    return height // down, width // right
+
+
+def _masked_image(config: Any) -> Grid:
+    return _image(config) if config.mask_ratio == 0 else None
+
+
+def _video(config: Any) -> Grid:
+    height, width = _pair(config.image_size)
+    if isinstance(config.tubelet_size, list | tuple):  # ViViT: frames, rows, columns
+        frames, down, right = config.tubelet_size
+    else:
+        frames, (down, right) = config.tubelet_size, _pair(config.patch_size)
+    return int(config.num_frames) // int(frames), height // int(down), width // int(right)
+
+
+def _clip(config: Any) -> Grid:
+    side = config.crop_size // config.patch_size
+    return config.frames_per_clip // config.tubelet_size, side, side
+
+
+def _spectrogram(config: Any) -> Grid:
+    rows = (config.num_mel_bins - config.patch_size) // config.frequency_stride + 1
+    columns = (config.max_length - config.patch_size) // config.time_stride + 1
+    return rows, columns
+
+
+def _sound(config: Any) -> Grid:
+    return (int(config.max_source_positions),)
+
+
+def _frames(config: Any) -> tuple[int, ...]:
+    return (int(config.num_frames), int(config.num_channels), *_pair(config.image_size))
+
+
+def _clip_frames(config: Any) -> tuple[int, ...]:
+    return int(config.frames_per_clip), int(config.in_chans), int(config.crop_size), int(config.crop_size)
+
+
+def _spectrum(config: Any) -> tuple[int, ...]:
+    return int(config.max_length), int(config.num_mel_bins)
+
+
+def _mel(config: Any) -> tuple[int, ...]:
+    return int(config.num_mel_bins), 2 * int(config.max_source_positions)
+
+
+def _several(config: Any) -> None:
+    return None
+
+
+def _any_shape(config: Any) -> Grid:
+    return None
+
+
+def _with_registers(config: Any) -> int:
+    return 1 + int(config.num_register_tokens)
+
+
+# --- rotary positions ----------------------------------------------------------------------------------------
+
+
+def _halves(table: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    """(cos, sin), each angle twice -> sin, cos, each angle once."""
+    cos, sin = table
+    return sin[..., : sin.shape[-1] // 2], cos[..., : cos.shape[-1] // 2]
+
+
+def _pack_per_head(sin: Tensor, cos: Tensor, like: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    """`[B, N, F]` each -> (cos, sin) `[B, 1, N, 2F]`: the same for every head."""
+    return tuple(torch.cat([part, part], dim=-1).unsqueeze(1).to(like[0].dtype) for part in (cos, sin))  # type: ignore[return-value]
+
+
+def _pack_packed(sin: Tensor, cos: Tensor, like: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    """`[1, N, F]` each -> (cos, sin) `[N, 2F]`: a batch that is one packed sequence."""
+    return tuple(torch.cat([part, part], dim=-1)[0].to(like[0].dtype) for part in (cos, sin))  # type: ignore[return-value]
+
+
+def _on_two_axes(rows: Tensor, columns: Tensor) -> Tensor:
+    """Frequencies `[2, F]` whose first channels turn by the row and whose others turn by the column."""
+    zeros = torch.zeros_like
+    return torch.stack([torch.cat([rows, zeros(columns)]), torch.cat([zeros(rows), columns])])
+
+
+def _dinov3_frequencies(rope: Any) -> Tensor:
+    speeds = 2 * math.pi * rope.inv_freq.float()
+    return _on_two_axes(speeds, speeds)
+
+
+def _dinov3_rotary(model: Any, index: int) -> Rotary:
+    return axial_rotary(model.rope_embeddings, _dinov3_frequencies, _halves, _pack_per_head)
+
+
+def _dinov3_table(model: Any, index: int) -> Any:
+    (down, right), (height, width) = _pair(model.config.patch_size), _pair(model.config.image_size)
+    weight = next(model.parameters())
+    image = torch.empty(1, 1, height // down * down, width // right * right, device=weight.device, dtype=weight.dtype)
+    return model.rope_embeddings(image)
+
+
+def _pixtral_frequencies(rope: Any) -> Tensor:
+    config = rope.config
+    base = (getattr(config, "rope_parameters", None) or {}).get("rope_theta") or config.rope_theta
+    dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    speeds = 1.0 / base ** (torch.arange(0, dim, 2, dtype=torch.float32, device=rope.inv_freq.device) / dim)
+    return _on_two_axes(speeds[0::2], speeds[1::2])
+
+
+def _pixtral_rotary(model: Any, index: int) -> Rotary:
+    return axial_rotary(model.patch_positional_embedding, _pixtral_frequencies, _halves, _pack_packed)
+
+
+def _pixtral_table(model: Any, index: int) -> Any:
+    grid = _image(model.config)
+    assert grid is not None
+    weight = next(model.parameters())
+    ids = torch.cartesian_prod(*(torch.arange(side, device=weight.device) for side in grid))
+    return model.patch_positional_embedding(weight.new_empty(1, 1), ids)
+
+
+# --- rows --------------------------------------------------------------------------------------------------
+
+
+def _stem_cost(model: Any, grid: Grid) -> int:
+    """Multiply-adds of the embeddings' convolutions."""
+    if hasattr(model, "conv1"):  # Whisper: the second convolution halves the length
+        frames = int(model.config.max_source_positions)
+        return int(model.conv1.weight.numel() * 2 * frames + model.conv2.weight.numel() * frames)
+    blocks = [m for layer in model.modules() if isinstance(layer, nn.ModuleList) for m in layer.modules()]
+    inside_blocks = {id(m) for m in blocks}
+    convolutions = [
+        m for m in model.modules() if isinstance(m, nn.Conv1d | nn.Conv2d | nn.Conv3d) and id(m) not in inside_blocks
+    ]
+    return int(sum(m.weight.numel() for m in convolutions[:1]) * math.prod(grid or (0,)))
+
+
+def tower(
+    blocks: str = "layers",
+    prefix: int | Callable[[Any], int] = 1,
+    grid: Callable[[Any], Grid] = _image,
+    inputs: Callable[[Any], tuple[int, ...] | None] = lambda config: (config.num_channels, *_pair(config.image_size)),
+    pooling: str = "class token",
+    tokens: Callable[[Any], int] | None = None,
+    readers: Sequence[str] = (),
+    merged_output: Sequence[str] = (),
+    norm: str = "",
+    **seams: Any,
+) -> dict[str, Any]:
+    """The seams of a model that holds its layers in the list `blocks` and reads everything else from its config.
+
+    Args:
+        blocks: path to the list of layers.
+        prefix: number of prefix tokens, or how the config says it.
+        grid: patches along each axis at the config's own size.
+        inputs: shape of one input without the batch; `None` for several inputs.
+        pooling: how heads read the tokens, in words.
+        tokens: patches at the config's own size, where there is no grid.
+        readers: modules that must get unmerged tokens when merged ones leave the last layer.
+        merged_output: why merged tokens may not leave the last layer.
+        norm: the module after the last layer, through which sizes pass on.
+        seams: further fields of `ModelFamily`.
+    """
+
+    def protected(model: Any) -> int:
+        return prefix if isinstance(prefix, int) else prefix(model.config)
+
+    def patches(model: Any) -> int:
+        return tokens(model.config) if tokens is not None else math.prod(grid(model.config) or (0,))
+
+    def collectors(model: Any) -> list[nn.Module]:
+        parts = blocks.split(".")[:-1]
+        return [model, *(attrgetter(".".join(parts[: i + 1]))(model) for i in range(len(parts)))]
+
+    def present(model: Any, names: Sequence[str]) -> list[nn.Module]:
+        found = [getattr(model, name, None) for name in names if name]
+        return [module for module in found if module is not None]
+
+    return {
+        "blocks": lambda model: list(attrgetter(blocks)(model)),
+        "channels": lambda model: int(getattr(model.config, "hidden_size", 0) or model.config.d_model),
+        "protected": protected,
+        "tokens": lambda model: patches(model) + protected(model),
+        "grid": lambda model: grid(model.config),
+        "input_shape": lambda model: inputs(model.config),
+        "pooling": lambda model: pooling,
+        "cost": lambda model: (_stem_cost(model, (patches(model),)), 0, 0),
+        "collectors": collectors,
+        "readers": lambda model: present(model, readers),
+        "norms": lambda model: present(model, [norm]),
+        "merged_output": lambda model: list(merged_output),
+        **seams,
+    }
+
+
+_MEAN = "heads on top of it average its tokens without sizes"
+_POOLER: dict[str, Any] = {"norm": "layernorm"}
+_CLIP: dict[str, Any] = {"blocks": "encoder.layers", "norm": "post_layernorm"}
+_SIGLIP: dict[str, Any] = {
+    **_CLIP,
+    "prefix": 0,
+    "pooling": "attention pooling over unmerged tokens",
+    "readers": ("head",),
+}
+_DINO: dict[str, Any] = {
+    "merged_output": [_MEAN],
+    "pooling": "class token, and mean of unmerged tokens",
+    "norm": "layernorm",
+}
+
+TOWERS: dict[str, dict[str, Any]] = {
+    "vit.ViTModel": tower(**_POOLER),
+    "deit.DeiTModel": tower(prefix=2, **_POOLER),
+    "vit_msn.ViTMSNModel": tower(**_POOLER),
+    "vit_mae.ViTMAEModel": tower(
+        grid=_masked_image,
+        tokens=lambda config: int(math.prod(_image(config) or (0,)) * (1 - config.mask_ratio)),
+        merged_output=["its decoder puts the tokens back in place"],
+        mae=lambda model: True,
+        **_POOLER,
+    ),
+    "ijepa.IJepaModel": tower(prefix=0, pooling="mean of unmerged tokens", merged_output=[_MEAN], **_POOLER),
+    "dinov2.Dinov2Model": tower(blocks="encoder.layer", **_DINO),
+    "dinov2.Dinov2Backbone": tower(blocks="encoder.layer", always_collects=True, **_DINO),
+    "dinov2_with_registers.Dinov2WithRegistersModel": tower(blocks="encoder.layer", prefix=_with_registers, **_DINO),
+    "dinov2_with_registers.Dinov2WithRegistersBackbone": tower(
+        blocks="encoder.layer", prefix=_with_registers, always_collects=True, **_DINO
+    ),
+    "dinov3_vit.DINOv3ViTModel": tower(
+        blocks="model.layer",
+        prefix=_with_registers,
+        rotary=_dinov3_rotary,
+        rotary_example=_dinov3_table,
+        **{**_DINO, "norm": "norm"},
+    ),
+    "dinov3_vit.DINOv3ViTBackbone": tower(
+        blocks="model.layer",
+        prefix=_with_registers,
+        rotary=_dinov3_rotary,
+        rotary_example=_dinov3_table,
+        always_collects=True,
+        **{**_DINO, "norm": "norm"},
+    ),
+    "beit.BeitModel": tower(
+        pooling="class token or mean of unmerged tokens",
+        merged_output=["its pooler averages its tokens without sizes"],
+        **_POOLER,
+    ),
+    "data2vec_vision.Data2VecVisionModel": tower(
+        blocks="encoder.layer",
+        pooling="class token or mean of unmerged tokens",
+        merged_output=["its pooler averages its tokens without sizes"],
+        **_POOLER,
+    ),
+    "clip.CLIPVisionModel": tower(**_CLIP),
+    "metaclip_2.MetaClip2VisionModel": tower(**_CLIP),
+    "chinese_clip.ChineseCLIPVisionModel": tower(**_CLIP),
+    "altclip.AltCLIPVisionModel": tower(**_CLIP),
+    "git.GitVisionTransformer": tower(**_CLIP),
+    "siglip.SiglipVisionModel": tower(**_SIGLIP),
+    "siglip2.Siglip2VisionModel": tower(
+        **{**_SIGLIP, "readers": ()},
+        grid=_any_shape,
+        inputs=_several,
+        tokens=lambda config: int(config.num_patches),
+        merged_output=["its head masks padding by position"],
+    ),
+    "idefics2.Idefics2VisionTransformer": tower(**{**_CLIP, "prefix": 0, "pooling": "none"}),
+    "idefics3.Idefics3VisionTransformer": tower(**{**_CLIP, "prefix": 0, "pooling": "none"}),
+    "smolvlm.SmolVLMVisionTransformer": tower(**{**_CLIP, "prefix": 0, "pooling": "none"}),
+    "janus.JanusVisionModel": tower(**{**_CLIP, "prefix": 0, "pooling": "class token"}),
+    "blip.BlipVisionModel": tower(**_CLIP),
+    "blip_2.Blip2VisionModel": tower(**_CLIP),
+    "instructblip.InstructBlipVisionModel": tower(**_CLIP),
+    "aimv2.Aimv2VisionModel": tower(**{**_SIGLIP, "norm": "rms_norm"}),
+    "pixtral.PixtralVisionModel": tower(
+        blocks="transformer.layers",
+        prefix=0,
+        pooling="none",
+        rotary=_pixtral_rotary,
+        rotary_example=_pixtral_table,
+        merged_output=["what reads it splits its tokens by the sizes of the images"],
+    ),
+    "internvl.InternVLVisionModel": tower(
+        blocks="encoder.layer", pooling="none", merged_output=["what reads it shuffles its tokens on their grid"]
+    ),
+    "vivit.VivitModel": tower(grid=_video, inputs=_frames, **_POOLER),
+    "videomae.VideoMAEModel": tower(
+        blocks="encoder.layer",
+        prefix=0,
+        grid=_video,
+        inputs=_frames,
+        pooling="mean of unmerged tokens",
+        merged_output=[_MEAN],
+        mae=lambda model: True,
+        **_POOLER,
+    ),
+    "vjepa2.VJEPA2Model": tower(
+        blocks="encoder.layer",
+        prefix=0,
+        grid=_clip,
+        inputs=_clip_frames,
+        pooling="attention pooling over unmerged tokens",
+        merged_output=["its predictor and its pooler read all tokens"],
+    ),
+    "audio_spectrogram_transformer.ASTModel": tower(
+        prefix=2, grid=_spectrogram, inputs=_spectrum, pooling="mean of class and distillation token", **_POOLER
+    ),
+    "whisper.WhisperEncoder": tower(
+        prefix=0,
+        grid=_sound,
+        inputs=_mel,
+        pooling="the decoder's cross-attention over unmerged tokens",
+        merged_output=["the decoder's cross-attention would not know the sizes"],
+    ),
+}
+"""Model class, as `module.Class` below `transformers.models`, to its seams."""

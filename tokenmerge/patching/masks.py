@@ -1,0 +1,55 @@
+"""Attention masks given by the caller, read as padding."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from tokenmerge.errors import PatchError
+
+_MASKED = -1e4  # additive masks use −inf or the smallest number of their dtype
+
+
+def padding_sizes(mask: Tensor | None, batch: int, tokens: int) -> Tensor | None:
+    """`[B, N]` float32 with 1 for tokens and 0 for padding; `None` without a mask.
+
+    Args:
+        mask: boolean (true = attend) or additive (0 = attend), `[B or 1, 1, 1 or N, N]`; every query that is
+            no padding must see the same tokens.
+        batch: B.
+        tokens: N.
+
+    Raises:
+        PatchError: if the mask is anything but padding: then merged tokens cannot obey it.
+    """
+    if mask is None:
+        return None
+    if mask.dim() != 4 or mask.shape[1] != 1 or mask.shape[3] != tokens or mask.shape[2] not in (1, tokens):
+        raise PatchError(
+            f"an attention mask of shape {tuple(mask.shape)} was given to a model that merges tokens, but only padding "
+            f"masks [B, 1, 1, {tokens}] fit merged tokens: call the model without it, or handle.update(r=0) first"
+        )
+    seen = (mask if mask.dtype == torch.bool else mask > _MASKED)[:, 0]
+    valid = seen.any(dim=1)  # what any query sees; queries that are padding may see anything
+    if not torch.compiler.is_compiling():  # compiled code cannot look at values
+        plain = mask.dtype == torch.bool or bool(((mask == 0) | (mask <= _MASKED)).all())
+        asks = valid.unsqueeze(2) if mask.shape[2] == tokens else torch.ones_like(seen[:, :, :1])
+        if not plain or not bool(((seen == valid.unsqueeze(1)) | ~asks).all()):
+            raise PatchError(
+                "the attention mask given to a model that merges tokens is more than padding (its queries see different "
+                "tokens, or it holds a bias): merged tokens cannot obey it; run the images one by one or without it"
+            )
+    return valid.to(torch.float32).expand(batch, -1)
+
+
+def apart_from_padding(metric: Tensor, size: Tensor) -> Tensor:
+    """The metric with one more axis, so that padding is like padding and unlike every token.
+
+    Cosine similarity of two tokens becomes (1 + cos)/2, the same order; of padding with padding 1, so that it
+    merges first; of a token with padding −1/√2, so that they meet only where a token has no other partner
+    (and then padding, having size 0, changes nothing).
+    """
+    metric = metric.detach().float()
+    unit = metric / torch.linalg.vector_norm(metric, dim=2, keepdim=True).clamp_min(1e-12)
+    real = (size > 0).unsqueeze(2)
+    return torch.cat([torch.where(real, unit, 0.0), torch.where(real, 1.0, -1.0)], dim=2)

@@ -1,0 +1,110 @@
+"""Where MODEL on the command line comes from besides timm: transformers, torchvision, open_clip."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import io
+import logging
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from tokenmerge.errors import InputError, TokenMergeError
+from tokenmerge.patching.target import find_target
+
+
+def _library(name: str) -> Any:
+    try:
+        return importlib.import_module(name)
+    except ImportError:
+        raise InputError(
+            f"{name} is not installed, but the model is one of its: pip install 'tokenmerge[{name}]'"
+        ) from None
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Libraries log what they load; the command says it in its own words."""
+    before = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        with contextlib.redirect_stderr(io.StringIO()):
+            yield
+    finally:
+        logging.disable(before)
+
+
+def _transformers(name: str, pretrained: bool, img_size: int | None) -> Any:
+    """`hf:` + a folder of save_pretrained, a hub id, or a model type such as `vit` with its default config."""
+    transformers = _library("transformers")
+    size = {} if img_size is None else {"image_size": img_size}
+    types = importlib.import_module("transformers.models.auto.configuration_auto").CONFIG_MAPPING
+    if name in types and not Path(name).exists():
+        if pretrained:
+            raise InputError(
+                f"hf:{name} is a model type without weights: give a folder or a hub id, or no --pretrained"
+            )
+        config = types[name](**size)
+    else:
+        offline = {"local_files_only": True} if Path(name).exists() else {}
+        config = transformers.AutoConfig.from_pretrained(name, **size, **offline)
+        if pretrained:
+            return transformers.AutoModel.from_pretrained(name, config=config, **offline)
+    return transformers.AutoModel.from_config(config)
+
+
+def _torchvision(name: str, pretrained: bool, img_size: int | None) -> Any:
+    models = _library("torchvision").models
+    size = {} if img_size is None else {"image_size": img_size}
+    return models.get_model(name, weights="DEFAULT" if pretrained else None, **size)
+
+
+def _open_clip(name: str, pretrained: bool, img_size: int | None) -> Any:
+    """`open_clip:NAME` or `open_clip:NAME:TAG`, the tag naming pretrained weights; the image tower of it."""
+    open_clip = _library("open_clip")
+    architecture, _, tag = name.partition(":")
+    if pretrained and not tag:
+        tag = next((tag for model, tag in open_clip.list_pretrained() if model == architecture), "")
+        if not tag:
+            raise InputError(
+                f"open_clip has no pretrained weights for {architecture!r}: check open_clip.list_pretrained()"
+            )
+    with torch.device("cpu"):  # it moves what it makes, which nothing on the meta device survives
+        model = open_clip.create_model(architecture, pretrained=tag if pretrained else None, force_image_size=img_size)
+    return model.visual
+
+
+SOURCES: dict[str, Callable[[str, bool, int | None], Any]] = {
+    "hf": _transformers,
+    "torchvision": _torchvision,
+    "open_clip": _open_clip,
+}
+
+
+def create(model: str, pretrained: bool, img_size: int | None, num_classes: int | None) -> Any:
+    """A model of one of `SOURCES`, as `prefix:name`; of a transformers model with several parts, the vision tower.
+
+    Raises:
+        InputError: if the library is missing, or the model cannot be made.
+    """
+    prefix, _, name = model.partition(":")
+    if num_classes is not None:
+        raise InputError(f"--num-classes is for timm models, but {model!r} was given: leave it out")
+    try:
+        with _quiet():
+            made = SOURCES[prefix](name, pretrained, img_size)
+    except TokenMergeError:
+        raise
+    except Exception as error:  # every library and hub client raises its own kinds
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise InputError(
+            f"the model {model!r} cannot be made ({type(error).__name__}: {reason[:200]}): check the name, and that the "
+            "network is there if it is to be downloaded"
+        ) from None
+    if prefix == "hf":
+        with contextlib.suppress(TokenMergeError):  # what holds no tower is refused, with reasons, by the caller
+            return find_target(made).model
+    return made
