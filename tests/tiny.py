@@ -36,8 +36,15 @@ def tiny(name: str, **overrides: Any) -> Any:
         kwargs["num_heads"] = 4  # rotary positions take a quarter of a head for each axis, twice
     if "sapiens2" in name:
         kwargs["num_kv_heads"] = (4, 2, 2)
+    if name.startswith(("qwen3", "deepseek")):
+        kwargs["num_heads"] = 4
+        kwargs["img_size"] = GRID * (14 if "deepseek" in name else 16)
+        if "_enc" in name or "_merge" in name or "_align" in name:
+            del kwargs["num_classes"]
     if name in timm.list_models(module="vision_transformer_hybrid"):
         kwargs["img_size"] = 96
+        if "mci" in name:  # its stem has a width of its own
+            kwargs.update(embed_dim=768, num_heads=12)
     model = timm.create_model(name, **{**kwargs, **overrides}).eval()
     randomize(model)
     return model
@@ -45,6 +52,7 @@ def tiny(name: str, **overrides: Any) -> Any:
 
 def images_for(model: Any, batch: int = 2, seed: int = 1) -> Tensor:
     """Random images of the size that the model takes."""
+    model = getattr(model, "encoder", model)
     if not hasattr(model, "patch_embed"):  # NaFlexViT takes any size
         return torch.randn(batch, 3, 96, 96, generator=torch.Generator().manual_seed(seed))
     height, width = model.patch_embed.img_size

@@ -47,7 +47,8 @@ class PairMap:
             rows = take_rows(rows.flatten(2), self.anchor).unflatten(2, rows.shape[2:])
             columns = rows.permute(0, 3, 2, 1)  # [B, N0, H, N]
             both = take_rows(columns.flatten(2), self.anchor).unflatten(2, columns.shape[2:])
-            return both.permute(0, 2, 3, 1)
+            chosen: Tensor = both.permute(0, 2, 3, 1)
+            return chosen
         member = torch.zeros(batch, tokens, self.source.shape[1], dtype=torch.float32, device=bias.device)
         one = torch.ones_like(self.source, dtype=torch.float32) if self.weight is None else self.weight
         member = member.scatter_(1, self.source.unsqueeze(1), one.unsqueeze(1))

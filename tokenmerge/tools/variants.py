@@ -43,8 +43,8 @@ class SliceBlock:
         spec = self._slice_spec
         family = spec.family
         given = {**dict(zip(family.arguments, args, strict=False)), **kwargs}
-        given.pop(family.mask, None)
-        rope = given.pop(family.rope, None)
+        given.pop(family.mask or "", None)
+        rope = given.pop(family.rope or "", None)
         if not family.passes:
             given = {}
         if rope is not None:

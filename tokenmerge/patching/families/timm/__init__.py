@@ -14,7 +14,7 @@ from tokenmerge.patching.family import BlockFamily, ModelFamily
 NAMES = "timm's plain vision transformers"
 
 _MODULES = [vit]
-for _name in ("eva", "relative", "cait", "naflex"):
+for _name in ("eva", "relative", "cait", "naflex", "encoders"):
     with contextlib.suppress(ImportError, AttributeError):  # an older timm may lack one
         _MODULES.append(importlib.import_module(f"{__name__}.{_name}"))
 

@@ -48,12 +48,14 @@ def _post_norm_mlp(block: Any, x: Tensor) -> Tensor:
     return out
 
 
-def _cost(block: Any) -> BlockCost:
+def cost(block: Any) -> BlockCost:
+    """Multiply-adds of a block."""
     width = int(block.attn.num_heads * block.attn.head_dim)
     return BlockCost(linear_weights(block.attn), linear_weights(block.mlp), 2 * width)
 
 
-def _refuse(block: Any) -> list[str]:
+def refuse(block: Any) -> list[str]:
+    """Reasons against an attention that is not known."""
     known = (eva.EvaAttention, AttentionRope)
     if original_class(block.attn).forward not in [cls.forward for cls in known]:
         return [f"its attention is {type(block.attn).__qualname__}, which is not known to carry token sizes"]
@@ -62,8 +64,8 @@ def _refuse(block: Any) -> list[str]:
 
 _COMMON: dict[str, Any] = {
     "keys": lambda block: [block.attn.k_norm],
-    "cost": _cost,
-    "refuse": _refuse,
+    "cost": cost,
+    "refuse": refuse,
     "mask": "attn_mask",
     "rope": "rope",
 }

@@ -7,7 +7,7 @@ _PYRAMID = "it is hierarchical: its stages shrink the grid by convolution or poo
 
 REFUSED: dict[str, str] = {
     **dict.fromkeys(("swin_transformer", "swin_transformer_v2", "swin_transformer_v2_cr"), _WINDOWS),
-    **dict.fromkeys(("vision_transformer_sam", "deepseek_vit", "gcvit", "maxxvit", "davit", "twins"), _WINDOWS),
+    **dict.fromkeys(("vision_transformer_sam", "gcvit", "maxxvit", "davit", "twins"), _WINDOWS),
     **dict.fromkeys(
         ("mvitv2", "hiera", "hieradet_sam2", "pvt_v2", "pit", "volo", "levit", "nest", "coat", "visformer", "vitamin",
          "tiny_vit", "efficientformer", "efficientformer_v2", "efficientvit_mit", "efficientvit_msra", "nextvit",
@@ -19,7 +19,6 @@ REFUSED: dict[str, str] = {
     "crossvit": "two branches of different patch size attend to each other",
     "tnt": "its inner blocks attend within each patch",
     "gemma4_vit": "its rotary positions and its pooler are made for the full grid of patches",
-    "qwen3_vit": "it merges patches of 2×2 on their grid, and reads out several layers that way",
     "mlp_mixer": "it mixes tokens by a matrix of fixed size",
 }  # fmt: skip
 """Module of `timm.models` to the reason."""

@@ -106,10 +106,10 @@ def _qkv_metric(block: Any, noted: tuple[Tensor, ...]) -> Tensor:
 def _cost(block: Any) -> BlockCost:
     attention = _attention_of(block)
     inside_attention = linear_weights(attention)
-    keys = _key_module(block)
+    keys: list[Any] = _key_module(block)
     width = next((int(m.out_features) for m in keys if hasattr(m, "out_features")), None)
     if width is None:
-        width = int(next(m for m in attention.modules() if isinstance(m, nn.Linear)).in_features)
+        width = next(int(m.in_features) for m in attention.modules() if isinstance(m, nn.Linear))
     return BlockCost(inside_attention, linear_weights(block) - inside_attention, 2 * width)
 
 
