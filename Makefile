@@ -24,7 +24,7 @@ check: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/python scripts/coverage_table.py --check
+	$(BIN)/python scripts/models_page.py --check
 	$(BIN)/python -m build --wheel --outdir dist
 
 overhead: $(STAMP)

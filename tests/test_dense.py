@@ -108,7 +108,7 @@ _NAFLEX = [name for name in ("naflexvit_base_patch16_gap", "naflexvit_base_patch
 @pytest.mark.parametrize("name", _NAFLEX)
 @torch.no_grad()
 def test_padding_changes_nothing_and_meets_nobody(name: str) -> None:
-    model = timm.create_model(name, embed_dim=48, depth=3, num_heads=4, num_classes=7).eval()
+    model: Any = timm.create_model(name, embed_dim=48, depth=3, num_heads=4, num_classes=7).eval()
     randomize(model)
     prefix = int(model.num_prefix_tokens)
     plain = _padded(model, 0.0)[0]
@@ -123,8 +123,6 @@ def test_padding_changes_nothing_and_meets_nobody(name: str) -> None:
         loud, _ = _padded(model, 50.0)
     torch.testing.assert_close(loud, quiet, rtol=1e-5, atol=1e-5)
     assert not torch.allclose(quiet, plain, atol=1e-4)
-    sizes = handle  # the trace is read above; the handle is spent here
-    assert sizes is handle
 
 
 @torch.no_grad()

@@ -11,18 +11,13 @@ from timm.layers.config import set_fused_attn
 from timm.models import vision_transformer
 
 import tokenmerge
+from tests import flat
 from tests.oracle import oracle
 from tests.timm_oracle import forget_overrides, timm_oracle
 from tests.tiny import images_for, tiny
 
-PLAIN = ("vision_transformer", "deit", "vision_transformer_hybrid")
-NAMES = [name for module in PLAIN for name in timm.list_models(module=module)]
-REST = [
-    name
-    for module in ("eva", "beit", "cait", "vision_transformer_relpos", "naflexvit", "qwen3_vit", "deepseek_vit")
-    if module in timm.list_modules()
-    for name in timm.list_models(module=module)
-]
+NAMES = flat.names(*flat.PLAIN)
+REST = flat.names(*flat.OTHERS)
 SCHEDULE = (5, 0, 7)
 
 
@@ -44,6 +39,13 @@ def test_every_name(name: str) -> None:
         torch.testing.assert_close(merged, expected, rtol=1e-5, atol=1e-5 * float(expected.abs().max()))
         assert (expected - original).abs().max() > 1e-3 * original.abs().max()  # merging does matter here
         assert torch.equal(model(images), original)
+
+
+@pytest.mark.parametrize("name", flat.names(*flat.REFUSED))
+def test_flat_names_that_are_refused(name: str) -> None:
+    kwargs: dict[str, Any] = {"embed_dim": 48, "depth": 2, "num_heads": 4}
+    with pytest.raises(tokenmerge.UnsupportedModelError, match="made for the full grid"):
+        tokenmerge.patch(timm.create_model(name, **kwargs), r=2)
 
 
 @pytest.mark.parametrize("name", REST)
@@ -187,7 +189,7 @@ def test_mae_weights_turn_proportional_attention_off() -> None:
         ("vit_base_patch16_224.augreg_in21k", True),
         ("vit_base_patch16_1024_128.audiomae_as2m", False),
     ):
-        if name.split(".")[0] not in timm.list_models():
+        if name.split(".")[0] not in NAMES:
             continue
         model = tiny(name, img_size=96)
         assert tokenmerge.patch(model, r=2).summary().prop_attn is wanted

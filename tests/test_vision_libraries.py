@@ -157,13 +157,14 @@ def test_zero_shot_classification_with_a_whole_clip() -> None:
     vision = {"image_size": 96, "patch_size": 16, "width": 64, "layers": 3, "head_width": 32}
     text = {"context_length": 16, "vocab_size": 100, "width": 64, "heads": 2, "layers": 2}
     torch.manual_seed(0)
-    model = open_clip.CLIP(embed_dim=32, vision_cfg=vision, text_cfg=text).eval()  # type: ignore[arg-type]
+    model = open_clip.CLIP(embed_dim=32, vision_cfg=vision, text_cfg=text).eval()
     tokens = torch.randint(1, 99, (3, 16))
     words = F.normalize(model.encode_text(tokens), dim=-1)
 
     def probabilities() -> Tensor:
         seen = F.normalize(model.encode_image(images()), dim=-1)
-        return (model.logit_scale.exp() * seen @ words.T).softmax(-1)
+        chances: Tensor = (model.logit_scale.exp() * seen @ words.T).softmax(-1)
+        return chances
 
     before = probabilities()
     handle = tokenmerge.patch(model, r=2)

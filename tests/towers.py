@@ -120,6 +120,25 @@ TOWERS = [
     _clip("siglip.SiglipVisionModel", "SiglipVisionConfig", 0),
     _clip("idefics2.Idefics2VisionTransformer", "Idefics2VisionConfig", 0),
     Tower(
+        "git.GitVisionModel",
+        "GitVisionConfig",
+        _IMAGE,
+        "vision_model.encoder.layers",
+        "layer_norm2",
+        "self_attn.k_proj",
+    ),
+    _clip("idefics3.Idefics3VisionTransformer", "Idefics3VisionConfig", 0),
+    _clip("smolvlm.SmolVLMVisionTransformer", "SmolVLMVisionConfig", 0),
+    _clip("janus.JanusVisionModel", "JanusVisionConfig", 0),
+    Tower(
+        "instructblip.InstructBlipVisionModel",
+        "InstructBlipVisionConfig",
+        _IMAGE,
+        "encoder.layers",
+        "layer_norm2",
+        "self_attn.qkv",
+    ),
+    Tower(
         "blip.BlipVisionModel", "BlipVisionConfig", _IMAGE, "encoder.layers", "layer_norm2", "self_attn.qkv"
     ),
     Tower(

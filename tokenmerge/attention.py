@@ -32,7 +32,8 @@ def size_bias(size: Tensor | None, x: Tensor, prop_attn: bool = True) -> Tensor 
     if size is None:
         return None
     weight = size if prop_attn else (size > 0).to(size.dtype)
-    return weight.log().to(autocast_dtype(x.device.type) or x.dtype)[:, None, None, :]
+    dtype = autocast_dtype(x.device.type) or x.dtype
+    return weight.log().to(dtype).clamp_min(torch.finfo(dtype).min)[:, None, None, :]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

@@ -13,7 +13,7 @@ from tokenmerge.errors import PatchError
 from tokenmerge.matching import get_matcher
 from tokenmerge.pairs import PairMap
 from tokenmerge.patching.family import BlockFamily
-from tokenmerge.patching.masks import apart_from_padding, padding_sizes
+from tokenmerge.patching.masks import apart_from_padding, padding_in_pairs, padding_sizes
 from tokenmerge.plan import MergePlan, take_rows
 from tokenmerge.rotary import Rotary
 from tokenmerge.schedule import keep_step, max_merges
@@ -39,6 +39,7 @@ class BlockSpec:
         merges_at_all: whether any block of the model merges.
         keep_plans: whether plans travel with the sizes.
         full_output: whether this is the last block and hands on unmerged tokens.
+        merged_states: whether hidden states that someone collects stay merged: the user asked for merged output.
         trace: whether to note the departing state for `Handle.trace`.
     """
 
@@ -56,6 +57,7 @@ class BlockSpec:
     merges_at_all: bool
     keep_plans: bool
     full_output: bool
+    merged_states: bool
     trace: bool
 
 
@@ -96,6 +98,7 @@ class MergeBlock:
         given = {**dict(zip(family.arguments, args, strict=False)), **kwargs}
         if not spec.merges_at_all and (not spec.trace or (family.mask and given.get(family.mask) is not None)):
             return self._untouched(x, *args, **kwargs)
+        family.ready(self)
         state, given = _arriving(self, x, given)
         if state.merged is not None:
             x = state.merged
@@ -118,7 +121,7 @@ class MergeBlock:
         state = dataclasses.replace(state, plans=(*state.plans, plan) if keeps else (), merged=None)
         if spec.trace and not torch.compiler.is_exporting():
             self._tokenmerge_seen = Seen(state, batch, tokens, x.device)
-        if state.full_output or spec.full_output:
+        if spec.full_output or (state.full_output and not spec.merged_states):
             full = state.unmerge(x)
             out = carry(full, dataclasses.replace(state, merged=x) if full is not x else state)
         else:
@@ -202,6 +205,8 @@ def _arriving(block: Any, x: Tensor, given: dict[str, Any]) -> tuple[TokenState,
     spec: BlockSpec = block._tokenmerge_spec
     family = spec.family
     mask = given.pop(family.mask, None) if family.mask else None
+    if family.pair_bias and padding_in_pairs(given.get(family.pair_bias), check=spec.index == 0):
+        mask = given.pop(family.pair_bias)
     if not family.passes:
         known = {name: given.pop(name, None) for name in (family.rope, family.pair_bias) if name}
         strange = [name for name, value in given.items() if value is not None and value is not False]

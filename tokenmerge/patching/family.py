@@ -63,6 +63,7 @@ class BlockFamily:
         own_pairs: whether attention makes a bias between original tokens itself (reached by `mixins`).
         wrap: what upstream's forward puts around x.
         example: what the block is tried with.
+        ready: raises if the block can no longer be run right: its attention was exchanged since, say.
     """
 
     block: type[nn.Module]
@@ -83,6 +84,7 @@ class BlockFamily:
     own_pairs: bool = False
     wrap: Callable[[Tensor], Any] | None = None
     example: Callable[[Any], Example] = lambda block: Example()
+    ready: Callable[[Any], None] = lambda block: None
 
     @cached_property
     def arguments(self) -> tuple[str, ...]:

@@ -18,7 +18,15 @@ from tokenmerge.patching.install import install_block, install_model, remove_hoo
 from tokenmerge.patching.root import Patch, merge_blocks
 from tokenmerge.patching.summary import Summary, summarize
 from tokenmerge.patching.swap import Swapped, check_restorable, original_class, restore_class
-from tokenmerge.patching.target import Target, check_is_module, find_target, patch_of, patched_inside, refuse_if_patched
+from tokenmerge.patching.target import (
+    Target,
+    check_is_module,
+    find_target,
+    misread_by,
+    patch_of,
+    patched_inside,
+    refuse_if_patched,
+)
 from tokenmerge.schedule import Schedule, expand, flops_target, keep_ratio, max_merges, token_counts
 from tokenmerge.tracing import Trace
 
@@ -60,7 +68,7 @@ class Handle:
         model, patch = self._live()
         config = MergeConfig.create(config or patch.config, **fields)
         target = find_target(model)
-        new = _plan_patch(target, config)
+        new = _plan_patch(target, config, patch.misread)
         patch.config, patch.schedule = new.config, new.schedule
         patch.prop_attn, patch.full_output = new.prop_attn, new.full_output
         _set_specs(target, patch)
@@ -152,7 +160,7 @@ def patch(model: nn.Module, config: MergeConfig | None = None, **fields: Any) ->
     check_is_module(model)
     refuse_if_patched(model)
     target = find_target(model)
-    record = _plan_patch(target, config)
+    record = _plan_patch(target, config, misread_by(model))
     block, row = target.blocks[0]
     check_block(row, block, target.channels, "block 0", target.family.library)
     check_rotary(target)
@@ -238,19 +246,19 @@ def model_cost(model: nn.Module) -> ModelCost:
     return find_target(model).cost()
 
 
-def _plan_patch(target: Target, config: MergeConfig) -> Patch:
+def _plan_patch(target: Target, config: MergeConfig, misread: tuple[str, ...] = ()) -> Patch:
     """Everything a config means for this model; raises before anything is touched."""
     get_matcher(config.matcher)
     protected = target.family.protected(target.model)
     prop_attn = not target.family.mae(target.model) if config.prop_attn == "auto" else config.prop_attn
     output = target.family.output if config.output == "auto" else config.output
-    reasons = target.family.merged_output(target.model) if output == "merged" else []
+    reasons = [*target.family.merged_output(target.model), *misread] if output == "merged" else []
     if reasons:
         raise ConfigError(
             f"output='merged' would be silently wrong for {original_class(target.model).__name__} ({'; '.join(reasons)}): "
             "use output='full'"
         )
-    return Patch(config, _schedule(target, config), bool(prop_attn), protected, output == "full")
+    return Patch(config, _schedule(target, config), bool(prop_attn), protected, output == "full", misread)
 
 
 def _schedule(target: Target, config: MergeConfig) -> Schedule:
@@ -290,6 +298,7 @@ def _set_specs(target: Target, record: Patch) -> None:
             keep_plans=config.trace or needs_plans or record.full_output,
             full_output=record.full_output and index == len(target.blocks) - 1,
             trace=config.trace,
+            merged_states=bool(target.family.collectors(target.model)) and not record.full_output,
         )
 
 

@@ -42,6 +42,29 @@ def padding_sizes(mask: Tensor | None, batch: int, tokens: int) -> Tensor | None
     return valid.to(torch.float32).expand(batch, -1)
 
 
+def padding_in_pairs(bias: Tensor | None, check: bool) -> bool:
+    """Whether what came as a bias `[1, H, N0, N0]` between tokens is a padding mask `[B, 1, 1 or N, N]` instead.
+
+    Args:
+        bias: what was given, or `None`.
+        check: whether to look at its values, too.
+
+    Raises:
+        PatchError: if it is both in one, which cannot be taken apart.
+    """
+    if bias is None:
+        return False
+    if bias.shape[1] == 1:  # the same for every head: padding, not relative positions
+        return True
+    padded = check and not torch.compiler.is_compiling() and bool((bias <= _MASKED).any())
+    if bias.shape[0] > 1 or padded:
+        raise PatchError(
+            "the mask given holds relative positions and padding in one, and merged tokens cannot obey it: "
+            "run the images one by one, or without the mask"
+        )
+    return False
+
+
 def apart_from_padding(metric: Tensor, size: Tensor) -> Tensor:
     """The metric with one more axis, so that padding is like padding and unlike every token.
 

@@ -25,6 +25,7 @@ class Patch:
         prop_attn: `config.prop_attn` with "auto" resolved.
         full_output: `config.output`, likewise: whether unmerged tokens leave the last block.
         protected: number of prefix tokens.
+        misread: who around the model would misread merged tokens, and why.
     """
 
     config: MergeConfig
@@ -32,6 +33,7 @@ class Patch:
     prop_attn: bool
     protected: int
     full_output: bool = False
+    misread: tuple[str, ...] = ()
 
     @property
     def merges(self) -> bool:

@@ -9,10 +9,12 @@ from torch import nn
 
 from tokenmerge.errors import PatchError, UnsupportedModelError
 from tokenmerge.flops import ModelCost
-from tokenmerge.patching.families import block_family, model_family, supported_models, why_not
+from tokenmerge.patching.families import block_family, misread, model_family, supported_models, why_not
 from tokenmerge.patching.family import BlockFamily, ModelFamily
 from tokenmerge.patching.root import Patch
 from tokenmerge.patching.swap import original_class
+
+_WRAPPERS = "transformers.modeling_layers"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,13 +59,26 @@ def _name(module: nn.Module) -> str:
     return f"{cls.__module__}.{cls.__qualname__}"
 
 
+def misread_by(model: nn.Module) -> tuple[str, ...]:
+    """Modules around a tower that would misread merged tokens, and why."""
+    reasons = (misread(original_class(module)) for module in model.modules())
+    return tuple(reason for reason in reasons if reason is not None)
+
+
+def _own(method: Any) -> Any:
+    """A method without the wrapper that transformers puts around the forward of every subclass of a layer."""
+    while hasattr(method, "__wrapped__") and getattr(method, "__globals__", {}).get("__name__", "").endswith(_WRAPPERS):
+        method = method.__wrapped__
+    return method
+
+
 def _overridden(module: nn.Module, base: type, methods: tuple[str, ...]) -> list[str]:
     """Which of `base`'s methods the module's class or the module itself has replaced."""
     cls = original_class(module)
     return [
         name
         for name in methods
-        if hasattr(base, name) and (getattr(cls, name) is not getattr(base, name) or name in vars(module))
+        if hasattr(base, name) and (_own(getattr(cls, name)) is not _own(getattr(base, name)) or name in vars(module))
     ]
 
 

@@ -85,6 +85,13 @@ def why_not(cls: type[nn.Module]) -> str | None:
     return None
 
 
+def misread(cls: type[nn.Module]) -> str | None:
+    """Why a module around a tower would misread merged tokens, where that is known."""
+    library = _library_of(cls)
+    known = getattr(_rows(library), "misread", None) if library else None
+    return None if known is None else cast("str | None", known(cls))
+
+
 def supported_models() -> str:
     """The supported models of every installed library, for messages."""
     names = [_rows(library).NAMES for library in LIBRARIES if importlib.util.find_spec(library) is not None]

@@ -8,7 +8,7 @@ from __future__ import annotations
 from torch import nn
 
 from tokenmerge.patching.families.transformers.blocks import LAYERS
-from tokenmerge.patching.families.transformers.models import TOWERS
+from tokenmerge.patching.families.transformers.models import MISREADERS, TOWERS
 from tokenmerge.patching.families.transformers.refused import REFUSED
 from tokenmerge.patching.family import BlockFamily, ModelFamily
 
@@ -30,6 +30,11 @@ def block_row(cls: type[nn.Module]) -> BlockFamily | None:
     """The row of a layer class."""
     seams = LAYERS.get(_key(cls))
     return None if seams is None else BlockFamily(block=cls, **seams)
+
+
+def misread(cls: type[nn.Module]) -> str | None:
+    """Why a module around a tower would misread merged tokens, where that is known."""
+    return MISREADERS.get(_key(cls))
 
 
 def why_not(cls: type[nn.Module]) -> str | None:

@@ -40,13 +40,17 @@ def _apply(block: Any, names: Sequence[str], x: Tensor, attend: dict[str, Any]) 
 
 
 def _check_implementation(block: Any) -> None:
-    config = getattr(_attention_of(block), "config", None)
+    config = _config_of(block)
     chosen = getattr(config, "chosen_attention", None) or getattr(config, "_attn_implementation", "eager")
     if chosen not in (*CAN_CARRY, None):
         raise PatchError(
             f"the attention implementation was changed to {chosen!r} after patching, but it cannot carry token sizes: "
             "call model.set_attn_implementation('sdpa')"
         )
+
+
+def _config_of(block: Any) -> Any:
+    return next((m.config for m in _attention_of(block).modules() if hasattr(m, "config")), None)
 
 
 def _attention_of(block: Any) -> Any:
@@ -58,7 +62,6 @@ def _attention(chain: str, masked: bool = True) -> Callable[..., Tensor]:
     names = chain.split()
 
     def branch(block: Any, x: Tensor, bias: Tensor | None, **given: Any) -> Tensor:
-        _check_implementation(block)
         return _apply(block, names, x, {"attention_mask": bias, **given} if masked else given) + x
 
     return branch
@@ -114,7 +117,7 @@ def _cost(block: Any) -> BlockCost:
 
 
 def _refuse(block: Any) -> list[str]:
-    reasons = refuse_implementation(getattr(_attention_of(block), "config", None))
+    reasons = refuse_implementation(_config_of(block))
     if getattr(block, "chunk_size_feed_forward", 0) and hasattr(block, "seq_len_dim"):
         reasons.append("it runs its MLP in chunks (chunk_size_feed_forward)")
     return reasons
@@ -129,6 +132,7 @@ def pre_norm(attention: str, mlp: str, masked: bool = True, **seams: Any) -> dic
         "metric": _flat_metric,
         "cost": _cost,
         "refuse": _refuse,
+        "ready": _check_implementation,
         "mask": "attention_mask",
         "passes": True,
         **seams,
@@ -160,7 +164,6 @@ def _whisper_mlp(block: Any, x: Tensor) -> Tensor:
 
 
 def _whisper_attention(block: Any, x: Tensor, bias: Tensor | None, **given: Any) -> Tensor:
-    _check_implementation(block)
     y, _ = block.self_attn(hidden_states=block.self_attn_layer_norm(x), attention_mask=bias, **given)
     return x + nn.functional.dropout(y, p=block.dropout, training=block.training)
 
@@ -178,7 +181,6 @@ def _beit_attention(
         window = (resolution[0] // block.patch_size, resolution[1] // block.patch_size)
         between = own(window, interpolate_pos_encoding, dim_size=x.shape[1])
         bias = between if bias is None else between + bias
-    _check_implementation(block)
     y = _apply(block, ("layernorm_before", "attention"), x, {"attention_mask": bias, **given})
     return _apply(block, ("dropout", "lambda_1", "drop_path"), y, {}) + x
 
@@ -212,7 +214,6 @@ def _own_bias(block: Any) -> list[tuple[nn.Module, type]]:
 
 def _vjepa_attention(block: Any, x: Tensor, bias: Tensor | None, **given: Any) -> Tensor:
     """Upstream's layer passes on nothing that its caller gives."""
-    _check_implementation(block)
     return _apply(block, ("norm1", "attention", "drop_path"), x, {}) + x
 
 

@@ -223,6 +223,8 @@ def tower(
 
 
 _MEAN = "heads on top of it average its tokens without sizes"
+_SHUFFLED = "what reads it shuffles its tokens on their grid"
+_CROSS = "the cross-attention of what reads it would not know the sizes"
 _POOLER: dict[str, Any] = {"norm": "layernorm"}
 _CLIP: dict[str, Any] = {"blocks": "encoder.layers", "norm": "post_layernorm"}
 _SIGLIP: dict[str, Any] = {
@@ -295,12 +297,12 @@ TOWERS: dict[str, dict[str, Any]] = {
         merged_output=["its head masks padding by position"],
     ),
     "idefics2.Idefics2VisionTransformer": tower(**{**_CLIP, "prefix": 0, "pooling": "none"}),
-    "idefics3.Idefics3VisionTransformer": tower(**{**_CLIP, "prefix": 0, "pooling": "none"}),
-    "smolvlm.SmolVLMVisionTransformer": tower(**{**_CLIP, "prefix": 0, "pooling": "none"}),
+    "idefics3.Idefics3VisionTransformer": tower(**{**_CLIP, "prefix": 0, "pooling": "none"}, merged_output=[_SHUFFLED]),
+    "smolvlm.SmolVLMVisionTransformer": tower(**{**_CLIP, "prefix": 0, "pooling": "none"}, merged_output=[_SHUFFLED]),
     "janus.JanusVisionModel": tower(**{**_CLIP, "prefix": 0, "pooling": "class token"}),
-    "blip.BlipVisionModel": tower(**_CLIP),
-    "blip_2.Blip2VisionModel": tower(**_CLIP),
-    "instructblip.InstructBlipVisionModel": tower(**_CLIP),
+    "blip.BlipVisionModel": tower(**_CLIP, merged_output=[_CROSS]),
+    "blip_2.Blip2VisionModel": tower(**_CLIP, merged_output=[_CROSS]),
+    "instructblip.InstructBlipVisionModel": tower(**_CLIP, merged_output=[_CROSS]),
     "aimv2.Aimv2VisionModel": tower(**{**_SIGLIP, "norm": "rms_norm"}),
     "pixtral.PixtralVisionModel": tower(
         blocks="transformer.layers",
@@ -310,9 +312,7 @@ TOWERS: dict[str, dict[str, Any]] = {
         rotary_example=_pixtral_table,
         merged_output=["what reads it splits its tokens by the sizes of the images"],
     ),
-    "internvl.InternVLVisionModel": tower(
-        blocks="encoder.layer", pooling="none", merged_output=["what reads it shuffles its tokens on their grid"]
-    ),
+    "internvl.InternVLVisionModel": tower(blocks="encoder.layer", pooling="none", merged_output=[_SHUFFLED]),
     "vivit.VivitModel": tower(grid=_video, inputs=_frames, **_POOLER),
     "videomae.VideoMAEModel": tower(
         blocks="encoder.layer",
@@ -344,3 +344,17 @@ TOWERS: dict[str, dict[str, Any]] = {
     ),
 }
 """Model class, as `module.Class` below `transformers.models`, to its seams."""
+
+_AVERAGES, _GRID = "averages its tokens without sizes", "puts its tokens on their grid"
+MISREADERS: dict[str, str] = {
+    name: f"{name.partition('.')[2]} {reason}"
+    for name, reason in {
+        "clip.CLIPForImageClassification": _AVERAGES,
+        "siglip.SiglipForImageClassification": _AVERAGES,
+        "siglip2.Siglip2ForImageClassification": _AVERAGES,
+        "metaclip_2.MetaClip2ForImageClassification": _AVERAGES,
+        "vit.ViTForMaskedImageModeling": _GRID,
+        "deit.DeiTForMaskedImageModeling": _GRID,
+    }.items()
+}
+"""Models around a tower that would misread merged tokens, and why."""

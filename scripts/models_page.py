@@ -1,0 +1,204 @@
+"""Write docs/models.md from the rows of the library and the models that the tests run, or check it.
+
+    python scripts/models_page.py [--check]
+
+Every timm name is built as the tests build it, patched and run; transformers' rows are those of the tests.
+"""
+
+from __future__ import annotations
+
+import argparse
+import collections
+import importlib
+import sys
+from pathlib import Path
+from typing import Any
+
+import open_clip
+import timm
+import torch
+import torchvision
+import transformers
+
+import tokenmerge
+from tests import flat
+from tests.tiny import images_for, tiny
+from tests.towers import TOWERS as TESTED
+from tokenmerge.patching.families.timm.refused import REFUSED as TIMM_REFUSED
+from tokenmerge.patching.families.transformers.models import TOWERS
+from tokenmerge.patching.families.transformers.refused import REFUSED as HF_REFUSED
+from tokenmerge.patching.target import find_target
+
+PAGE = Path(__file__).parents[1] / "docs" / "models.md"
+
+HEAD = """# Models
+
+Written by `python scripts/models_page.py` from the library's rows and the models that the tests run; do not edit.
+Tested with timm {timm}, transformers {transformers}, torchvision {torchvision} and open_clip {open_clip}; the oldest
+versions that pass (`make test-oldest`) are torch 2.11, timm 1.0.26, transformers 5.17, torchvision 0.26, open_clip 3.3.
+
+```python
+import tokenmerge, torch
+from transformers import Dinov2Config, Dinov2ForImageClassification
+
+model = Dinov2ForImageClassification(Dinov2Config(num_hidden_layers=2, hidden_size=96, num_attention_heads=3)).eval()
+handle = tokenmerge.patch(model, r=16)  # finds the tower inside, and patches only it
+print(handle.output_tokens)  # 257: unmerged tokens leave the tower, so the head averages what it should
+model(torch.randn(1, 3, 224, 224)).logits
+```
+
+What every row passes: r = 0 is upstream to the bit; r > 0 equals an oracle made of hooks alone to 1e-5, positions and
+relative biases recomputed from the map; undone to the bit; deep copies; gradients of two checkpointed views; compiled
+blocks; single images; bfloat16.
+
+**Output.** Where heads are not told of sizes (everywhere but timm's `vision_transformer` and `deit`, and torchvision),
+unmerged tokens leave the last block: heads, decoders and language models then read what they would read without
+merging, in upstream's shapes. `output="merged"` hands on the merged ones where that can be right; "full only" says
+where it cannot, and is refused.
+
+**Positions.** `positions="mean"` (the default) puts a merged token at the size-weighted mean of its patches'
+coordinates, or gives it the mean relative bias of their pairs; `positions="destination"` takes those of the one token
+that the others joined. Prefix tokens have none. Matching compares keys before they are rotated.
+
+**Padding.** Boolean or additive masks `[B, 1, 1 or N, N]` that mask padding are obeyed: padding has size 0, is merged
+with padding, and changes nothing. Any other mask is refused while tokens merge."""
+
+
+def kind(model: Any) -> tuple[str, str]:
+    """Block class (with the attention where that is unusual) and how attention knows positions."""
+    tower = getattr(model, "encoder", model)
+    block = type(tower.blocks[0]).__name__
+    attention = type(getattr(tower.blocks[0], "attn", None)).__name__
+    rope = getattr(tower, "rope", None)
+    if rope is not None:
+        where = "rotary, " + type(rope).__name__.replace("RotaryEmbedding", "")
+    elif type(tower).__name__ in ("Beit", "VisionTransformerRelPos"):
+        where = "relative bias"
+    else:
+        where = "absolute"
+    return (f"{block}, {attention}" if attention == "DiffAttention" else block), where
+
+
+def timm_rows() -> tuple[dict[tuple[str, str, str, str], list[str]], list[str]]:
+    """Patched names by (module, block, positions, output), and "name: reasons" for refused ones."""
+    patched: dict[tuple[str, str, str, str], list[str]] = collections.defaultdict(list)
+    refused = []
+    for module in (*flat.PLAIN, *flat.OTHERS):
+        for name in flat.names(module):
+            model = tiny(name)
+            try:
+                with tokenmerge.patched(model, r=5), torch.no_grad():
+                    model(images_for(model))
+            except tokenmerge.UnsupportedModelError as error:
+                refused.append(f"`{name}`: {'; '.join(error.reasons)}")
+                continue
+            patched[module, *kind(model), find_target(model).family.output].append(name)
+    for name in flat.names(*flat.REFUSED):
+        module = next(m for m in flat.REFUSED if name in timm.list_models(module=m))
+        refused.append(f"`{name}`: {TIMM_REFUSED[module]}")
+    return patched, refused
+
+
+def timm_part() -> list[str]:
+    """The section on timm."""
+    patched, refused = timm_rows()
+    count = sum(map(len, patched.values()))
+    lines = [
+        "## timm",
+        "",
+        f"{count} of the {count + len(refused)} names whose blocks see one flat sequence with global self-attention "
+        f"are patched ({100 * count / (count + len(refused)):.1f} %).",
+        "",
+        "| module | blocks | positions in attention | output | names | for example |",
+        "|---|---|---|---|---|---|",
+    ]
+    for (module, block, where, output), names in sorted(patched.items(), key=lambda item: -len(item[1])):
+        lines.append(f"| `{module}` | {block} | {where} | {output} | {len(names)} | `{names[len(names) // 2]}` |")
+    lines += ["", "Flat, but refused:", "", *(f"* {line}" for line in refused), ""]
+    return [*lines, "Refused as not flat:", "", *_reasons(TIMM_REFUSED, flat.REFUSED)]
+
+
+def _reasons(table: dict[str, str], without: tuple[str, ...] = ()) -> list[str]:
+    """One line per reason, with the modules that it holds for."""
+    by_reason: dict[str, list[str]] = collections.defaultdict(list)
+    for module, reason in table.items():
+        if module not in without:
+            by_reason[reason].append(f"`{module}`")
+    return [f"* {', '.join(sorted(modules))}: {reason}" for reason, modules in by_reason.items()]
+
+
+def transformers_part() -> list[str]:
+    """The section on transformers."""
+    tested = {tower.name: tower for tower in TESTED}
+    lines = [
+        "## transformers",
+        "",
+        "The tower is found inside classifiers, CLIP-like pairs, language models and backbones, and only it is patched. "
+        "Attention implementations `eager` and `sdpa` carry the sizes; others are refused with that advice.",
+        "",
+        "| tower | layer | how it is read | positions in attention | output |",
+        "|---|---|---|---|---|",
+    ]
+    for name in TOWERS:
+        tower = tested.get(name)
+        if tower is None:
+            lines.append(
+                f"| `{name.partition('.')[2]}` | like its model's | like its model's | like its model's | full |"
+            )
+            continue
+        model = tower.build()
+        target = find_target(model)
+        where = {"": "absolute"}.get(tower.rope or tower.bias, "rotary" if tower.rope else "relative bias")
+        output = "full only" if target.family.merged_output(model) else "full, or merged"
+        layer = type(target.blocks[0][0]).__name__
+        lines.append(f"| `{type(model).__name__}` | {layer} | {target.family.pooling(model)} | {where} | {output} |")
+    return [*lines, "", "Refused:", "", *_reasons(HF_REFUSED)]
+
+
+def other_part() -> list[str]:
+    """The sections on torchvision and open_clip."""
+    vit = importlib.import_module("torchvision.models").list_models(include="vit_*")
+    return [
+        "## torchvision",
+        "",
+        f"`VisionTransformer` with `nn.MultiheadAttention`: {', '.join(f'`{name}`' for name in vit)}; class token, "
+        "absolute positions, output merged. Swin and MaxViT are refused.",
+        "",
+        "## open_clip",
+        "",
+        "`VisionTransformer` with both of its block kinds (`ResidualAttentionBlock` on `nn.MultiheadAttention`, and "
+        "`CustomResidualAttentionBlock`); class token, average and attention pooling; `forward_intermediates`; output "
+        "full, or merged where the class token is read. Towers that wrap a timm model are timm's. Refused: scaled cosine "
+        "attention, `batch_first=False`, `ModifiedResNet`.",
+    ]
+
+
+def page() -> str:
+    """The whole page."""
+    versions = {
+        "timm": timm.__version__,
+        "transformers": transformers.__version__,
+        "torchvision": torchvision.__version__.partition("+")[0],
+        "open_clip": open_clip.__version__,
+    }
+    parts = [HEAD.format(**versions), "", *timm_part(), "", *transformers_part(), "", *other_part()]
+    return "\n".join(parts) + "\n"
+
+
+def main() -> int:
+    """Write or check; 1 if the page differs."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", action="store_true", help="only say whether the page is up to date")
+    args = parser.parse_args()
+    new = page()
+    if args.check:
+        old = PAGE.read_text() if PAGE.exists() else ""
+        if new != old:
+            print("docs/models.md is out of date: run python scripts/models_page.py", file=sys.stderr)
+        return int(new != old)
+    PAGE.write_text(new)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
