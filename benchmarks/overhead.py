@@ -32,6 +32,7 @@ CONFIGURATIONS = (
     ("vit_base_patch16_384", 384, 45, 2),
     ("vit_large_patch16_224", 512, 40, 1),
 )
+VIDEO = ("hf:videomae-large", None, 65, 1)  # 1,568 tokens; slow, so only with --video
 
 
 def cpu_name() -> str:
@@ -67,6 +68,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=21)
     parser.add_argument("--only", default="", help="only models whose name contains this")
+    parser.add_argument("--video", action="store_true", help="VideoMAE-L instead")
     parser.add_argument("--compile", action="store_true")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", default="float32")
@@ -81,7 +83,7 @@ def main() -> None:
         "timm": timm.__version__,
     }
     table = []
-    for name, size, r, batch in CONFIGURATIONS:
+    for name, size, r, batch in (VIDEO,) if args.video else CONFIGURATIONS:
         if args.only not in name:
             continue
         model = ModelArgs(model=name, img_size=size, device=args.device, dtype=args.dtype)
