@@ -96,6 +96,7 @@ def test_upstream_at_r0_and_the_oracle_above(name: str) -> None:
     assert all(torch.equal(a, b) for a, b in zip(outputs(model, x), original, strict=True))
     with tower_oracle(blocks(model), "ln_2", keys, SCHEDULE, 1) as wanted:
         expected = outputs(model, x)
+    assert wanted.source is not None
     assert torch.equal(source, wanted.source)
     for a, b, o in zip(merged, expected, original, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5 * float(b.abs().max()))

@@ -183,7 +183,8 @@ class MergePlan:
         elif reduce != "sum":
             raise InputError(f"reduce={reduce!r}, but only 'mean', 'sum' and 'max' are known")
         flat = kept.reshape(batch * self.tokens_out, x.shape[2])
-        flat = flat.index_add(0, flat_rows(self.target, self.tokens_out), change.reshape(-1, x.shape[2]))
+        # in place: the rows were gathered just now, and a second buffer of this size costs page faults at every block
+        flat = flat.index_add_(0, flat_rows(self.target, self.tokens_out), change.reshape(-1, x.shape[2]))
         return flat.reshape(kept.shape).to(x.dtype), new_size
 
     def _sizes(self, size: Tensor | None) -> tuple[Tensor, Tensor]:

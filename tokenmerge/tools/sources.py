@@ -37,17 +37,24 @@ def _quiet() -> Iterator[None]:
         logging.disable(before)
 
 
+_SCALES: dict[str, dict[str, int]] = {
+    "large": {"hidden_size": 1024, "num_hidden_layers": 24, "num_attention_heads": 16, "intermediate_size": 4096}
+}
+"""Sizes that a model type may be asked for, beyond its default config (`hf:videomae-large`)."""
+
+
 def _transformers(name: str, pretrained: bool, img_size: int | None) -> Any:
-    """`hf:` + a folder of save_pretrained, a hub id, or a model type such as `vit` with its default config."""
+    """`hf:` + a folder of save_pretrained, a hub id, or a model type such as `vit` or `videomae-large`, random weights."""
     transformers = _library("transformers")
     size = {} if img_size is None else {"image_size": img_size}
     types = importlib.import_module("transformers.models.auto.configuration_auto").CONFIG_MAPPING
-    if name in types and not Path(name).exists():
+    kind, _, scale = name.rpartition("-") if name.rpartition("-")[2] in _SCALES else (name, "", "")
+    if kind in types and not Path(name).exists():
         if pretrained:
             raise InputError(
                 f"hf:{name} is a model type without weights: give a folder or a hub id, or no --pretrained"
             )
-        config = types[name](**size)
+        config = types[kind](**size, **_SCALES.get(scale, {}))
     else:
         offline = {"local_files_only": True} if Path(name).exists() else {}
         config = transformers.AutoConfig.from_pretrained(name, **size, **offline)
