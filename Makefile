@@ -8,7 +8,11 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test test-fast check overhead clean
+# the oldest versions that pass, in an environment of their own
+OLD := .venv-oldest
+OLDEST := torch==2.11.0 torchvision==0.26.0 timm==1.0.26 transformers==5.17.0 open_clip_torch==3.3.0
+
+.PHONY: demo test test-fast test-oldest check overhead clean
 
 demo: $(STAMP)
 	$(BIN)/tokenmerge demo
@@ -19,6 +23,15 @@ test: demo
 
 test-fast: $(STAMP)
 	$(BIN)/python -m pytest -n 2 -m "not slow"
+
+test-oldest: $(OLD)/.installed
+	$(OLD)/bin/python -m pytest -n 2 -m "not slow"
+
+$(OLD)/.installed: pyproject.toml Makefile
+	$(PYTHON) -m venv $(OLD)
+	$(OLD)/bin/python -m pip install --quiet --upgrade pip
+	$(OLD)/bin/python -m pip install --quiet $(OLDEST) --editable ".[dev]"
+	touch $@
 
 check: $(STAMP)
 	$(BIN)/ruff check .
@@ -37,4 +50,4 @@ $(STAMP): pyproject.toml constraints.txt
 	touch $(STAMP)
 
 clean:
-	rm -rf $(VENV) dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(OLD) dist .pytest_cache .mypy_cache .ruff_cache .hypothesis

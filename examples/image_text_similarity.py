@@ -24,13 +24,14 @@ from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPProcesso
 import tokenmerge
 
 
-def load(pretrained: str | None) -> CLIPModel:
+def load(pretrained: str | None) -> Any:
     """The model of a hub id or folder, or the default architecture (ViT-B/32) with random weights."""
     if pretrained:
-        model: CLIPModel = CLIPModel.from_pretrained(pretrained)
-        return model.eval()
-    torch.manual_seed(0)
-    return CLIPModel(CLIPConfig()).eval()
+        model: Any = CLIPModel.from_pretrained(pretrained)
+    else:
+        torch.manual_seed(0)
+        model = CLIPModel(CLIPConfig())
+    return model.eval()
 
 
 def prepare(pretrained: str | None, images: list[Image.Image], texts: list[str]) -> dict[str, Tensor]:
