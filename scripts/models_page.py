@@ -2,7 +2,7 @@
 
     python scripts/models_page.py [--check]
 
-Every timm name is built as the tests build it, patched and run; transformers' rows are those of the tests.
+Every timm name is built as the tests build it, and patched; transformers' rows are those of the tests.
 """
 
 from __future__ import annotations
@@ -16,13 +16,12 @@ from typing import Any
 
 import open_clip
 import timm
-import torch
 import torchvision
 import transformers
 
 import tokenmerge
 from tests import flat
-from tests.tiny import images_for, tiny
+from tests.tiny import tiny
 from tests.towers import TOWERS as TESTED
 from tokenmerge.patching.families.timm.refused import REFUSED as TIMM_REFUSED
 from tokenmerge.patching.families.transformers.models import TOWERS
@@ -87,8 +86,7 @@ def timm_rows() -> tuple[dict[tuple[str, str, str, str], list[str]], list[str]]:
         for name in flat.names(module):
             model = tiny(name)
             try:
-                with tokenmerge.patched(model, r=5), torch.no_grad():
-                    model(images_for(model))
+                tokenmerge.patch(model, r=5).remove()
             except tokenmerge.UnsupportedModelError as error:
                 refused.append(f"`{name}`: {'; '.join(error.reasons)}")
                 continue
@@ -129,7 +127,7 @@ def _reasons(table: dict[str, str], without: tuple[str, ...] = ()) -> list[str]:
 
 def transformers_part() -> list[str]:
     """The section on transformers."""
-    tested = {tower.name: tower for tower in TESTED}
+    tested = {tower.name.replace("git.GitVisionModel", "git.GitVisionTransformer"): tower for tower in TESTED}
     lines = [
         "## transformers",
         "",
@@ -149,9 +147,11 @@ def transformers_part() -> list[str]:
         model = tower.build()
         target = find_target(model)
         where = {"": "absolute"}.get(tower.rope or tower.bias, "rotary" if tower.rope else "relative bias")
-        output = "full only" if target.family.merged_output(model) else "full, or merged"
+        output = "full only" if target.family.merged_output(target.model) else "full, or merged"
         layer = type(target.blocks[0][0]).__name__
-        lines.append(f"| `{type(model).__name__}` | {layer} | {target.family.pooling(model)} | {where} | {output} |")
+        lines.append(
+            f"| `{type(target.model).__name__}` | {layer} | {target.family.pooling(target.model)} | {where} | {output} |"
+        )
     return [*lines, "", "Refused:", "", *_reasons(HF_REFUSED)]
 
 
