@@ -92,7 +92,9 @@ def main() -> None:
         append([{**common, **row} for row in rows])
         merged = rows[-1]
         columns = ("speedup", "flops_ratio", "realised", "overhead")
-        table.append([f"{name}@{size}" if size else name, str(r), str(batch), *(f"{merged[column]:.2f}" for column in columns)])
+        table.append(
+            [f"{name}@{size}" if size else name, str(r), str(batch), *(f"{merged[column]:.2f}" for column in columns)]
+        )
         report.say(" ".join(table[-1]))
     average = sum(float(row[-1]) for row in table) / len(table)
     report.table("overhead", ("model", "r", "batch", "speed-up", "FLOPs/", "realised", "overhead"), table)
