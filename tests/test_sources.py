@@ -31,9 +31,7 @@ def test_inspect(model: str, cls: str, blocks: int, tokens: int, capsys: pytest.
 
 
 def test_bench_of_a_saved_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    config = ViTConfig(
-        hidden_size=48, num_hidden_layers=2, num_attention_heads=4, intermediate_size=96, image_size=96, num_labels=3
-    )
+    config = ViTConfig(hidden_size=48, num_hidden_layers=2, num_attention_heads=4, intermediate_size=96, image_size=96)
     model = ViTForImageClassification(config)
     randomize(model)
     model.save_pretrained(tmp_path)
