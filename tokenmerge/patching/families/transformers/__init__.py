@@ -5,9 +5,11 @@ No modelling file is imported for it: transformers has hundreds, and a user hold
 
 from __future__ import annotations
 
+import inspect
+
 from torch import nn
 
-from tokenmerge.patching.families.transformers.blocks import LAYERS
+from tokenmerge.patching.families.transformers.blocks import LAYERS, WITHOUT_MASK
 from tokenmerge.patching.families.transformers.models import MISREADERS, TOWERS
 from tokenmerge.patching.families.transformers.refused import REFUSED
 from tokenmerge.patching.family import BlockFamily, ModelFamily
@@ -20,6 +22,11 @@ def _key(cls: type) -> str:
     return f"{cls.__module__.rpartition('.modeling_')[2]}.{cls.__name__}"
 
 
+def _takes_no_mask(cls: type[nn.Module]) -> bool:
+    """Whether this version's layer passes no mask on, as later ones do."""
+    return "attention_mask" not in inspect.signature(cls.forward).parameters
+
+
 def model_row(cls: type[nn.Module]) -> ModelFamily | None:
     """The row of a model class."""
     seams = TOWERS.get(_key(cls))
@@ -29,6 +36,8 @@ def model_row(cls: type[nn.Module]) -> ModelFamily | None:
 def block_row(cls: type[nn.Module]) -> BlockFamily | None:
     """The row of a layer class."""
     seams = LAYERS.get(_key(cls))
+    if seams is not None and seams.get("mask") == "attention_mask" and _takes_no_mask(cls):
+        seams = {**seams, **WITHOUT_MASK.get(_key(cls), {})}
     return None if seams is None else BlockFamily(block=cls, **seams)
 
 

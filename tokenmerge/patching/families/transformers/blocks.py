@@ -315,3 +315,14 @@ LAYERS: dict[str, dict[str, Any]] = {
     },
 }
 """Layer class, as `module.Class` below `transformers.models`, to its seams."""
+
+_OLD_DINO: dict[str, Any] = {
+    "attention": _attention("norm1 attention layer_scale1 drop_path", masked=False),
+    "mixins": _routed(lambda block: block.attention.attention),
+    "mask": None,
+}
+WITHOUT_MASK: dict[str, dict[str, Any]] = {
+    "dinov2.Dinov2Layer": _OLD_DINO,
+    "dinov2_with_registers.Dinov2WithRegistersLayer": _OLD_DINO,
+}
+"""Seams of layers whose older versions (transformers 5.17) pass no mask on."""
