@@ -121,6 +121,13 @@ def projected_metric(x: Tensor, weight: Tensor, bias: Tensor | None, heads: int)
     return F.linear(x, mean_weight, mean_bias)
 
 
+def fused_metric(x: Tensor, weight: Tensor, bias: Tensor | None, heads: int) -> Tensor:
+    """`projected_metric` for a projection `[3·H·D, C]` that makes Q, K and V at once: its middle third makes K."""
+    width = weight.shape[0] // 3
+    rows = slice(width, 2 * width)
+    return projected_metric(x, weight[rows], None if bias is None else bias[rows], heads)
+
+
 def weigh_probabilities(module: torch.nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
     """Forward pre-hook of the dropout after a softmax that takes no mask: `p·s / Σ p·s` is `softmax(… + log s)`."""
     bias = inside().bias

@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from tokenmerge.attention import projected_metric
+from tokenmerge.attention import fused_metric
 
 
 def attend(attention: Any, x: Tensor, bias: Tensor | None) -> Tensor:
@@ -18,11 +18,7 @@ def attend(attention: Any, x: Tensor, bias: Tensor | None) -> Tensor:
 
 def metric(attention: Any, noted: tuple[Tensor, ...]) -> Tensor:
     """The mean over heads of K `[B, N, D]`, from the tokens that K is made of."""
-    width, bias = attention.embed_dim, attention.in_proj_bias
-    rows = slice(width, 2 * width)
-    return projected_metric(
-        noted[0], attention.in_proj_weight[rows], None if bias is None else bias[rows], attention.num_heads
-    )
+    return fused_metric(noted[0], attention.in_proj_weight, attention.in_proj_bias, attention.num_heads)
 
 
 def refuse(attention: Any) -> list[str]:

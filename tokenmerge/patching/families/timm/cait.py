@@ -8,7 +8,7 @@ from typing import Any
 from timm.models import cait
 from torch import Tensor
 
-from tokenmerge.attention import inside, note_input, projected_metric
+from tokenmerge.attention import fused_metric, inside, note_input
 from tokenmerge.flops import BlockCost
 from tokenmerge.patching.families.timm.seams import isotropic
 from tokenmerge.patching.families.timm.vit import stem_cost
@@ -53,9 +53,7 @@ def _mlp(block: Any, x: Tensor) -> Tensor:
 
 def _metric(block: Any, noted: tuple[Tensor, ...]) -> Tensor:
     qkv = block.attn.qkv
-    width = qkv.weight.shape[0] // 3
-    bias = None if qkv.bias is None else qkv.bias[width : 2 * width]
-    return projected_metric(noted[0], qkv.weight[width : 2 * width], bias, block.attn.num_heads)
+    return fused_metric(noted[0], qkv.weight, qkv.bias, block.attn.num_heads)
 
 
 def _cost(block: Any) -> BlockCost:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tokenmerge.attention import note_input, projected_metric, weigh_probabilities
+from tokenmerge.attention import fused_metric, note_input, weigh_probabilities
 from tokenmerge.errors import PatchError
 from tokenmerge.flops import BlockCost
 from tokenmerge.patching.families.transformers.attention import (
@@ -100,10 +100,8 @@ def _flat_metric(block: Any, keys: tuple[Tensor, ...]) -> Tensor:
 
 def _qkv_metric(block: Any, noted: tuple[Tensor, ...]) -> Tensor:
     """The same from a projection that makes Q, K and V at once."""
-    qkv, heads = _attention_of(block).qkv, _heads(block)
-    width = qkv.weight.shape[0] // 3
-    bias = None if qkv.bias is None else qkv.bias[width : 2 * width]
-    return projected_metric(noted[0], qkv.weight[width : 2 * width], bias, heads)
+    qkv = _attention_of(block).qkv
+    return fused_metric(noted[0], qkv.weight, qkv.bias, _heads(block))
 
 
 def _cost(block: Any) -> BlockCost:
