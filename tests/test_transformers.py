@@ -124,17 +124,20 @@ def test_two_views_with_checkpointing_give_exact_gradients(tower: Tower) -> None
 @EVERY
 @torch.no_grad()
 def test_bfloat16(tower: Tower) -> None:
-    model = tower.build()
-    feed = tower.feed(2)
+    model, feed = tower.build(), tower.feed(2)
+    rough_feed = {k: v.bfloat16() if v.is_floating_point() else v for k, v in feed.items()}
+    unmerged = model(**feed).last_hidden_state
     with tokenmerge.patched(model, r=list(SCHEDULE)):
         exact = model(**feed).last_hidden_state
     model = model.bfloat16()
+    upstream = (model(**rough_feed).last_hidden_state.float() - unmerged).abs().median()
     with tokenmerge.patched(model, r=list(SCHEDULE)):
-        rough = model(**{k: v.bfloat16() if v.is_floating_point() else v for k, v in feed.items()}).last_hidden_state
+        rough = model(**rough_feed).last_hidden_state
     assert rough.dtype == torch.bfloat16
     assert rough.isfinite().all()
     # other pairs may be chosen in bfloat16, so only the bulk of the tokens is compared
-    assert (rough.float() - exact).abs().median() < 0.1 * exact.abs().mean()
+    # (transformers 5.17 finds the positions of Idefics and SmolVLM in bfloat16, and so is far off unmerged)
+    assert (rough.float() - exact).abs().median() < max(0.1 * exact.abs().mean(), 2 * upstream)
 
 
 @EVERY

@@ -7,7 +7,6 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from timm.layers import pos_embed_sincos
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -35,11 +34,27 @@ def keys(block: Any, note: Callable[[Tensor], None]) -> list[Any]:
     return [attn.register_forward_pre_hook(from_input)]
 
 
+def _grid(shape: list[int], swapped: bool, offset: float = 0.0, reference: Any = None, centred: bool = False) -> Tensor:
+    """Coordinates `[N, 2]` of patches in reading order: (row, column), or (column, row) where `swapped`.
+
+    EVA scales indices to the grid of pre-training; DINOv3 spreads patch centres over [-1, 1].
+    """
+    places = []
+    for axis, side in enumerate(shape):
+        if centred:
+            places.append(2 * (torch.arange(0.5, side) + offset) / side - 1)
+        else:
+            place = torch.arange(side) + offset
+            places.append(place if reference is None else place / side * list(reference)[axis])
+    grid = torch.stack(torch.meshgrid(*places, indexing="ij"), dim=-1).reshape(-1, 2)
+    return grid.flip(-1) if swapped else grid
+
+
 def _grid_and_frequencies(model: Any, index: int) -> tuple[Tensor, Tensor]:
     """Coordinates `[N, 2]` of the patches and frequencies `[2, F]` or `[2, H, F]`, as timm documents them."""
     rope, shape = model.rope, list(model.patch_embed.grid_size)
     kind = type(rope).__name__
-    build = pos_embed_sincos._build_grid
+    swapped, offset = getattr(rope, "grid_indexing", "ij") == "xy", float(getattr(rope, "grid_offset", 0.0))
     quarter = rope.dim // 4 if kind != "RotaryEmbeddingMixed" else 0
     zeros = torch.zeros(quarter)
 
@@ -47,23 +62,16 @@ def _grid_and_frequencies(model: Any, index: int) -> tuple[Tensor, Tensor]:
         return torch.stack([torch.cat([speeds, zeros]), torch.cat([zeros, speeds])])
 
     if kind == "RotaryEmbeddingMixed":
-        return build(shape, grid_indexing=rope.grid_indexing).reshape(-1, 2).float(), rope.freqs[:, index]
+        return _grid(shape, swapped), rope.freqs[:, index]
     if kind == "RotaryEmbeddingDinoV3":
-        grid = build(shape, grid_type="centered", grid_offset=rope.grid_offset, grid_indexing=rope.grid_indexing)
-        return grid.reshape(-1, 2), axes(2 * math.pi / rope.periods)
+        return _grid(shape, swapped, offset, centred=True), axes(2 * math.pi / rope.periods)
     if kind == "RotaryEmbeddingMRope":
         channel = rope.axis
-        return build(shape).reshape(-1, 2).float(), torch.stack(
+        return _grid(shape, swapped=False), torch.stack(
             [torch.where(channel == 1 + axis, rope.inv_freq, 0.0) for axis in range(2)]
         )
-    grid = build(
-        shape,
-        grid_type="index",
-        ref_feat_shape=rope.ref_feat_shape,
-        grid_offset=rope.grid_offset,
-        grid_indexing=rope.grid_indexing,
-    )
-    return grid.reshape(-1, 2), axes(1 / rope.temperature ** (torch.arange(quarter) / quarter))
+    speeds = 1 / rope.temperature ** (torch.arange(quarter) / quarter)
+    return _grid(shape, swapped, offset, rope.ref_feat_shape), axes(speeds)
 
 
 def _turn(model: Any, prefix: int) -> Callable[..., Any]:

@@ -17,7 +17,11 @@ from tokenmerge.errors import PatchError
 
 
 class Swapped:
-    """Marks classes made by `swapped_class`."""
+    """Marks classes made by `swapped_class`.
+
+    A mix-in that makes a property of an instance's attribute names it in `_tokenmerge_moved`, with the name under
+    which the value lies meanwhile: Dynamo of torch 2.11 reads `vars(self)[name]` as the property, without end.
+    """
 
     _tokenmerge_mixin: type
     _tokenmerge_original: type[nn.Module]
@@ -53,6 +57,8 @@ def _rebuild(mixin: type, original: Any) -> Any:
 def swap_class(module: nn.Module, mixin: type) -> None:
     """Put `mixin` in front of the module's class."""
     cls: Any = type(module)
+    for name, place in getattr(mixin, "_tokenmerge_moved", {}).items():
+        vars(module)[place] = vars(module).pop(name)
     module.__class__ = swapped_class(mixin, cls)
 
 
@@ -75,6 +81,8 @@ def restore_class(module: nn.Module) -> None:
     check_restorable(module)
     cls: Any = type(module)
     module.__class__ = cls._tokenmerge_original
+    for name, place in getattr(cls._tokenmerge_mixin, "_tokenmerge_moved", {}).items():
+        vars(module)[name] = vars(module).pop(place)
 
 
 def original_class(module: nn.Module) -> type[nn.Module]:

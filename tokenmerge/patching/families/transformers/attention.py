@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor
 from torch.nn import functional as F
@@ -60,15 +60,17 @@ class TakesSizes:
     Such an attention looks its implementation up by `self.config`; while sizes are to be carried, that names ours.
     """
 
+    _tokenmerge_moved: ClassVar = {"config": "_tokenmerge_config"}
+
     @property
     def config(self: Any) -> Any:
         """The model's config, or one that routes attention through the sizes."""
-        own = vars(self)["config"]
+        own = self._tokenmerge_config
         return own if inside().bias is None else _WithSizes(own)
 
     @config.setter
     def config(self: Any, value: Any) -> None:
-        vars(self)["config"] = value
+        self._tokenmerge_config = value
 
 
 class TurnsByPosition(TakesSizes):
