@@ -6,8 +6,13 @@ import os
 from pathlib import Path
 
 import pytest
-import timm
 import torch
+
+if not torch.cuda.is_available():
+    # read by Triton when it is imported, so before anything that imports it: test_ops.py needs the interpreter then
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
+import timm
 from hypothesis import HealthCheck, settings
 
 from tests import flat

@@ -100,3 +100,16 @@ def test_the_registry() -> None:
         get_matcher("nope")
     with pytest.raises(ConfigError, match="registered already"):
         register_matcher("bipartite")(lambda metric, r, protected=0: bipartite_matching(metric, r, protected))
+
+
+def test_many_tokens_hold_only_a_tile_of_scores(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same plan as with all scores at once, and memory that does not grow with N²."""
+    metric = torch.eye(64)[torch.randint(64, (1, 6000), generator=torch.Generator().manual_seed(0))]
+    metric = metric + 0.25 * metric.roll(1, dims=2)  # exact in float32, so ties are ties however it is computed
+    with torch.profiler.profile(profile_memory=True) as profile:
+        plan = bipartite_matching(metric, 1500, 1)
+    monkeypatch.setattr("tokenmerge.matching.bipartite._SCORES", 2**30)
+    whole = bipartite_matching(metric, 1500, 1)
+    assert torch.equal(plan.assign, whole.assign)
+    largest = max(event.cpu_memory_usage for event in profile.events() or [])
+    assert 8e6 < largest < 9e6  # all scores would be 36 MB

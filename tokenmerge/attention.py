@@ -100,6 +100,13 @@ def head_mean_untransposed(block: Any, keys: tuple[Tensor, ...]) -> Tensor:
     return _mean(tuple(key.mean(dim=2) for key in keys))
 
 
+def keys_per_head(metric: Any, keys: tuple[Tensor, ...]) -> Tensor | None:
+    """K as `[B, H, N, D]`, a view, where `metric` is the mean over its heads; else `None`."""
+    if len(keys) != 1 or metric not in (head_mean, head_mean_untransposed):
+        return None
+    return keys[0] if metric is head_mean else keys[0].transpose(1, 2)
+
+
 def _mean(parts: tuple[Tensor, ...]) -> Tensor:
     return parts[0] if len(parts) == 1 else torch.stack(parts).sum(dim=0) / len(parts)
 

@@ -176,6 +176,12 @@ def _add_merging(command: argparse.ArgumentParser, default: list[str] | None) ->
         help="proportional attention; auto is off for MAE-pretrained weights, else on (%(default)s)",
     )
     command.add_argument("--matcher", default="bipartite", help="matching algorithm (%(default)s)")
+    command.add_argument(
+        "--backend",
+        choices=("auto", "torch", "triton"),
+        default="auto",
+        help="what matches and merges; auto is Triton's kernels on a GPU (%(default)s)",
+    )
 
 
 def _add_running(command: argparse.ArgumentParser, batch_size: int) -> None:
@@ -240,7 +246,7 @@ def _prepare(args: argparse.Namespace) -> tuple[Any, list[Any], dict[str, Any]]:
     return (
         Report(args.json),
         [parse_setting(text) for text in args.r or args.default_r],
-        {"prop_attn": prop_attn, "matcher": args.matcher},
+        {"prop_attn": prop_attn, "matcher": args.matcher, "backend": args.backend},
     )
 
 

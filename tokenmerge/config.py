@@ -7,6 +7,7 @@ import json
 from typing import Any, Literal
 
 from tokenmerge.errors import ConfigError, UnknownFieldError
+from tokenmerge.ops import BACKENDS, Backend
 from tokenmerge.schedule import RForm, validate_r
 
 SCHEDULE_FIELDS = ("r", "keep", "flops")
@@ -14,6 +15,7 @@ _CHOICES = {
     "order": ("partition", "keep"),
     "positions": ("mean", "destination"),
     "output": ("auto", "merged", "full"),
+    "backend": BACKENDS,
 }
 
 
@@ -38,6 +40,7 @@ class MergeConfig:
         output: what leaves the last block: "merged" tokens; "full", spread back over the patches, so that
             whatever reads them needs to know nothing of sizes; "auto" lets the family choose.
         matcher: name of a registered matching algorithm; "bipartite" is the paper's.
+        backend: what matches and merges: "triton" kernels, plain "torch", or "auto", Triton on a GPU.
         trace: keep the plans of the latest forward pass for `Handle.trace`.
 
     Raises:
@@ -52,6 +55,7 @@ class MergeConfig:
     positions: Literal["mean", "destination"] = "mean"
     output: Literal["auto", "merged", "full"] = "auto"
     matcher: str = "bipartite"
+    backend: Backend = "auto"
     trace: bool = False
 
     def __post_init__(self) -> None:

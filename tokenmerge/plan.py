@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from tokenmerge.errors import InputError
+from tokenmerge.ops import Backend, takes_triton
 
 _INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 Reduce = Literal["mean", "sum", "max"]
@@ -144,13 +145,16 @@ class MergePlan:
         assert plan is not None  # a plan never grows
         return plan
 
-    def merge(self, x: Tensor, size: Tensor | None = None, reduce: Reduce = "mean") -> tuple[Tensor, Tensor]:
+    def merge(
+        self, x: Tensor, size: Tensor | None = None, reduce: Reduce = "mean", backend: Backend = "auto"
+    ) -> tuple[Tensor, Tensor]:
         """Merge tokens.
 
         Args:
             x: tokens `[B, N, C]`, any floating dtype.
             size: how many patches each token stands for, `[B, N]`; `None` means all ones.
             reduce: "mean" is the paper's, weighted by size; "sum" and "max" ignore the sizes.
+            backend: "triton" for one fused kernel (mean only), "torch", or "auto": Triton on a GPU.
 
         Returns:
             The merged tokens `[B, N', C]` in the dtype of x, accumulated in float32 (float64 for float64),
@@ -158,6 +162,7 @@ class MergePlan:
 
         Raises:
             InputError: if a shape does not fit the plan, or `reduce` is unknown.
+            ConfigError: if `backend` is "triton" and cannot run, with the reasons.
         """
         batch, tokens = self.keep.shape[0], self.tokens_in
         if x.dim() != 3 or x.shape[:2] != (batch, tokens) or not x.is_floating_point():
@@ -167,6 +172,12 @@ class MergePlan:
             )
         if size is not None and size.shape != (batch, tokens):
             raise InputError(f"size is {tuple(size.shape)}, but this plan merges sizes of shape [{batch}, {tokens}]")
+        if reduce == "mean" and takes_triton(backend, x):
+            from tokenmerge.ops import launch
+
+            size = None if size is None else size.to(torch.float32)
+            merged: tuple[Tensor, Tensor] = launch.merge(x, size, self.keep, self.source, self.target)
+            return merged
         kept = take_rows(x, self.keep)
         new_size, joining = self._sizes(size)
         if reduce == "max":

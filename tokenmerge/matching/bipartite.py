@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
 from tokenmerge.matching.registry import check_matching_input, register_matcher
+from tokenmerge.ops import Backend, takes_triton
 from tokenmerge.plan import MergePlan, take_rows
 from tokenmerge.precision import no_autocast
 from tokenmerge.schedule import max_merges
 
+_SCORES = 2**21
+"""Similarities per image that are held at once, 8 MB: memory then grows with N, not with N²."""
+
 
 @register_matcher("bipartite")
-def bipartite_matching(metric: Tensor, r: int, protected: int = 0) -> MergePlan:
+def bipartite_matching(metric: Tensor, r: int, protected: int = 0, backend: Backend = "auto") -> MergePlan:
     """Pair every second token with its most similar partner and merge the `r` most similar pairs.
 
     Tokens at even positions form set A, those at odd positions set B. Each A token draws one edge to the B
@@ -23,36 +29,75 @@ def bipartite_matching(metric: Tensor, r: int, protected: int = 0) -> MergePlan:
     Args:
         metric: `[B, N, D]`, what similarity is measured on (the paper: keys averaged over heads), any
             floating dtype; compared in float32. A vector of norm 0 is similar to nothing (cosine 0).
+            Keys `[B, H, N, D]` are averaged over the heads first.
         r: tokens to merge away per image; cut to `(N − protected) // 2`.
         protected: leading tokens that neither merge nor are merged into: class, distillation, registers.
+        backend: "triton" for two fused kernels, "torch", or "auto": Triton on a GPU where it is installed.
 
     Raises:
-        InputError: if `metric` is not `[B, N, D]` floating point, or `r` or `protected` is negative.
+        InputError: if `metric` has another shape or is not floating point, or `r` or `protected` is negative.
+        ConfigError: if `backend` is "triton" and cannot run, with the reasons.
     """
-    check_matching_input(metric, r, protected)
-    batch, tokens, _ = metric.shape
+    check_matching_input(metric, r, protected, per_head=True)
+    batch, tokens = metric.shape[0], metric.shape[-2]
     r = min(r, max_merges(tokens, protected))
     if r == 0:
         return MergePlan.identity(batch, tokens, metric.device)
+    metric = metric.detach()
+    if takes_triton(backend, metric):
+        from tokenmerge.ops import launch
 
-    scores, first_a, first_b = _edge_scores(metric, protected)
-    # amax first, argmax only for the chosen rows: finding positions costs far more than finding values
-    order = scores.amax(dim=2).argsort(dim=1, descending=True, stable=True)
-    chosen, rest = order[:, :r], order[:, r:].sort(dim=1).values
-    partner = take_rows(scores, chosen).argmax(dim=2)
+        best, partner = launch.edges(metric if metric.dim() == 4 else metric.unsqueeze(1), protected)
+        return MergePlan(*launch.plan(best, partner, tokens, r, protected))
 
+    first_a = protected + protected % 2
+    first_b = protected + 1 - protected % 2
+    # autocast would round the similarities to half precision and so pick other pairs
+    with no_autocast(metric.device.type):
+        unit = _unit(metric)
+        chosen, rest, partner = _best_edges(unit[:, first_a::2], unit[:, first_b::2], r)
     position = torch.arange(tokens, device=metric.device)
     prefix, b_tokens = position[:protected], position[first_b::2]
     keep = torch.cat([prefix.expand(batch, -1), rest * 2 + first_a, b_tokens.expand(batch, -1)], dim=1)
     return MergePlan(keep, chosen * 2 + first_a, partner + (protected + rest.shape[1]))
 
 
-def _edge_scores(metric: Tensor, protected: int) -> tuple[Tensor, int, int]:
-    """Cosine similarities `[B, |A|, |B|]` of the unprotected tokens, and the first position of A and of B."""
-    first_a = protected + protected % 2
-    first_b = protected + 1 - protected % 2
-    # autocast would round the similarities to half precision and so pick other pairs
-    with no_autocast(metric.device.type):
-        metric = metric.detach().to(torch.float32)
-        unit = metric / torch.linalg.vector_norm(metric, dim=2, keepdim=True).clamp_min(1e-12)
-        return unit[:, first_a::2] @ unit[:, first_b::2].transpose(1, 2), first_a, first_b
+def _unit(metric: Tensor) -> Tensor:
+    """The metric in float32, averaged over heads and divided by its norm; `[B, N, D]`."""
+    metric = metric.to(torch.float32)
+    if metric.dim() == 4:
+        metric = metric.mean(dim=1)
+    unit: Tensor = metric / torch.linalg.vector_norm(metric, dim=2, keepdim=True).clamp_min(1e-12)
+    return unit
+
+
+def _best_edges(a: Tensor, b: Tensor, r: int) -> tuple[Tensor, Tensor, Tensor]:
+    """The A tokens `[B, r]` of the best edges, best first, the others ascending, and the B token of each edge.
+
+    The largest value first, and its position only for the chosen rows: positions cost far more than values.
+    """
+    columns = b.transpose(1, 2)
+    if a.shape[1] * b.shape[1] <= _SCORES:
+        scores = a @ columns
+        order = scores.amax(dim=2).argsort(dim=1, descending=True, stable=True)
+        chosen, rest = order[:, :r], order[:, r:].sort(dim=1).values
+        return chosen, rest, take_rows(scores, chosen).argmax(dim=2)
+    best = torch.cat([scores.amax(dim=2) for scores in _score_tiles(a, columns)], dim=1)
+    order = best.argsort(dim=1, descending=True, stable=True)
+    chosen, rest = order[:, :r], order[:, r:].sort(dim=1).values
+    partner = torch.cat([scores.argmax(dim=2) for scores in _score_tiles(take_rows(a, chosen), columns)], dim=1)
+    return chosen, rest, partner
+
+
+def _score_tiles(a: Tensor, columns: Tensor) -> Iterator[Tensor]:
+    """`a @ columns`, some rows at a time, each in the place of the one before: new memory costs page faults."""
+    batch, _, count_b = columns.shape
+    rows = max(1, _SCORES // count_b)
+    parts = a.split(rows, dim=1)
+    if torch.compiler.is_compiling():  # which plans memory itself
+        yield from (part @ columns for part in parts)
+        return
+    buffer = a.new_empty(batch * parts[0].shape[1] * count_b)
+    for part in parts:
+        scores = buffer[: batch * part.shape[1] * count_b].view(batch, part.shape[1], count_b)
+        yield torch.bmm(part, columns, out=scores)

@@ -8,9 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tokenmerge.attention import Inside, close_tap, open_tap, size_bias
+from tokenmerge.attention import Inside, close_tap, keys_per_head, open_tap, size_bias
 from tokenmerge.errors import PatchError
-from tokenmerge.matching import get_matcher
+from tokenmerge.matching import has_backends, run_matcher
+from tokenmerge.ops import Backend, takes_triton
 from tokenmerge.pairs import PairMap
 from tokenmerge.patching.family import BlockFamily
 from tokenmerge.patching.masks import apart_from_padding, padding_in_pairs, padding_sizes
@@ -32,6 +33,7 @@ class BlockSpec:
         protected: leading tokens that never merge.
         prop_attn: whether sizes weigh in attention.
         matcher: name of the matching algorithm.
+        backend: what runs it, and the merge.
         in_order: whether the tokens that are left keep their order.
         mean_positions: whether a merged token stands at the mean of its positions, not at its destination's.
         rotary: how this block's table of rotary positions is read and written, if it takes one.
@@ -50,6 +52,7 @@ class BlockSpec:
     protected: int
     prop_attn: bool
     matcher: str
+    backend: Backend
     in_order: bool
     mean_positions: bool
     rotary: Rotary | None
@@ -175,8 +178,12 @@ def _pair_map(state: TokenState, spec: BlockSpec) -> PairMap | None:
 def _merge(plan: MergePlan, x: Tensor, state: TokenState, spec: BlockSpec) -> tuple[Tensor, TokenState]:
     positions = state.positions
     if positions is not None:
-        positions = plan.merge(positions, state.size)[0] if spec.mean_positions else take_rows(positions, plan.keep)
-    x, size = plan.merge(x, state.size)
+        positions = (
+            plan.merge(positions, state.size, backend=spec.backend)[0]
+            if spec.mean_positions
+            else take_rows(positions, plan.keep)
+        )
+    x, size = plan.merge(x, state.size, backend=spec.backend)
     return x, dataclasses.replace(state, size=size, positions=positions)
 
 
@@ -188,10 +195,14 @@ def _plan(block: Any, keys: tuple[Tensor, ...], r: int, batch: int, state: Token
             f"block {spec.index} noted no keys, so the module that gives them was replaced since the model was patched: "
             "unpatch before changing modules, and patch again"
         )
-    metric = spec.family.metric(block, keys)
+    metric = None
+    if has_backends(spec.matcher) and not state.padded and takes_triton(spec.backend, keys[0]):
+        metric = keys_per_head(spec.family.metric, keys)  # the kernel averages them
+    if metric is None:
+        metric = spec.family.metric(block, keys)
     if state.padded and state.size is not None:
         metric = apart_from_padding(metric, state.size)
-    plan = get_matcher(spec.matcher)(metric, r, spec.protected)
+    plan = run_matcher(spec.matcher, metric, r, spec.protected, spec.backend)
     if plan.r != r or plan.keep.shape[0] != batch:
         raise PatchError(
             f"matcher {spec.matcher!r} merged {plan.r} tokens in {plan.keep.shape[0]} images, but block {spec.index} "

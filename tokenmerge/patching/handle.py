@@ -290,6 +290,7 @@ def _set_specs(target: Target, record: Patch) -> None:
             protected=record.protected,
             prop_attn=record.prop_attn,
             matcher=config.matcher,
+            backend=config.backend,
             in_order=config.order == "keep",
             mean_positions=config.positions == "mean",
             rotary=target.family.rotary(target.model, index) if row.rope else None,
