@@ -24,8 +24,8 @@ Reduce = Literal["mean", "sum", "max"]
 
 def flat_rows(index: Tensor, rows: int) -> Tensor:
     """Row numbers into `[B·rows, C]` for an index `[B, M]` into `[B, rows, C]`; `[B·M]`, int64."""
-    offset = torch.arange(index.shape[0], device=index.device).unsqueeze(1) * rows
-    return (index + offset).reshape(-1)
+    offset = torch.arange(0, index.shape[0] * rows, rows, device=index.device)
+    return (index + offset.unsqueeze(1)).reshape(-1)
 
 
 def take_rows(x: Tensor, index: Tensor) -> Tensor:
@@ -178,35 +178,44 @@ class MergePlan:
             size = None if size is None else size.to(torch.float32)
             merged: tuple[Tensor, Tensor] = launch.merge(x, size, self.keep, self.source, self.target)
             return merged
-        kept = take_rows(x, self.keep)
-        new_size, joining = self._sizes(size)
-        if reduce == "max":
-            index = self.target.unsqueeze(2).expand(-1, -1, x.shape[2])
-            return kept.scatter_reduce(1, index, take_rows(x, self.source), "amax", include_self=True), new_size
-        wide = torch.float64 if x.dtype == torch.float64 else torch.float32
-        kept = kept.to(wide)
-        change = take_rows(x, self.source).to(wide)
-        if reduce == "mean":
-            # x_t + Σ sᵢ/S (xᵢ − x_t) is the weighted mean, and leaves every other row alone
-            # (clamped for padding, whose size is 0: it joins with weight 0, and gives way to what joins it)
-            share = joining.to(wide) / new_size.gather(1, self.target).to(wide).clamp_min(1e-12)
-            change = (change - take_rows(kept, self.target)) * share.unsqueeze(2)
-        elif reduce != "sum":
-            raise InputError(f"reduce={reduce!r}, but only 'mean', 'sum' and 'max' are known")
-        flat = kept.reshape(batch * self.tokens_out, x.shape[2])
-        # in place: the rows were gathered just now, and a second buffer of this size costs page faults at every block
-        flat = flat.index_add_(0, flat_rows(self.target, self.tokens_out), change.reshape(-1, x.shape[2]))
-        return flat.reshape(kept.shape).to(x.dtype), new_size
+        return self._merge_flat(x, size, reduce)
 
-    def _sizes(self, size: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Sizes after the merge `[B, N']`, and those of the tokens merged away `[B, r]`; float32."""
-        if size is None:
-            kept = torch.ones_like(self.keep, dtype=torch.float32)
-            joining = torch.ones_like(self.source, dtype=torch.float32)
+    def _merge_flat(self, x: Tensor, size: Tensor | None, reduce: Reduce) -> tuple[Tensor, Tensor]:
+        """`merge` in plain torch, on whole rows of `[B·N, C]`: few operations, and in place where memory is fresh.
+
+        A second buffer of the size of the tokens would cost page faults at every block.
+        """
+        if reduce not in ("mean", "sum", "max"):
+            raise InputError(f"reduce={reduce!r}, but only 'mean', 'sum' and 'max' are known")
+        channels = x.shape[2]
+        keep, source = flat_rows(self.keep, self.tokens_in), flat_rows(self.source, self.tokens_in)
+        target = flat_rows(self.target, self.tokens_out)
+        rows = x.reshape(-1, channels)
+        kept, joining = rows.index_select(0, keep), rows.index_select(0, source)
+        new_size, weight = self._sizes(size, keep, source, target)
+        if reduce == "max":
+            index = target.unsqueeze(1).expand(-1, channels)
+            kept = kept.scatter_reduce(0, index, joining, "amax", include_self=True)
         else:
-            size = size.to(torch.float32)
-            kept, joining = size.gather(1, self.keep), size.gather(1, self.source)
-        return kept.scatter_add(1, self.target, joining), joining
+            wide = torch.float64 if x.dtype == torch.float64 else torch.float32
+            kept, joining = kept.to(wide), joining.to(wide)
+            if reduce == "mean":
+                # x_t + Σ sᵢ/S (xᵢ − x_t) is the weighted mean, and leaves every other row alone
+                # (clamped for padding, whose size is 0: it joins with weight 0, and gives way to what joins it)
+                share = weight.to(wide) / new_size.index_select(0, target).to(wide).clamp_min(1e-12)
+                joining = joining.sub_(kept.index_select(0, target)).mul_(share.unsqueeze(1))
+            kept = kept.index_add_(0, target, joining)
+        return kept.view(*self.keep.shape, channels).to(x.dtype), new_size.view_as(self.keep)
+
+    def _sizes(self, size: Tensor | None, keep: Tensor, source: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+        """Sizes after the merge `[B·N']`, and those of the tokens merged away `[B·r]`; float32."""
+        if size is None:
+            kept = torch.ones_like(keep, dtype=torch.float32)
+            joining = torch.ones_like(source, dtype=torch.float32)
+        else:
+            size = size.to(torch.float32).reshape(-1)
+            kept, joining = size.index_select(0, keep), size.index_select(0, source)
+        return kept.index_add_(0, target, joining), joining
 
     def unmerge(self, x: Tensor) -> Tensor:
         """Give every token before the merge the value of the token it became: `[B, N', C]` -> `[B, N, C]`.

@@ -113,9 +113,9 @@ class MergeBlock:
         open_tap(inside)
         x = family.attention(self, x, bias, **given)
         keys = close_tap()
-        plan = None
-        if r:
-            plan = _plan(self, keys, r, batch, state)
+        plan = _plan(self, keys, r, batch, state) if r else None
+        del keys  # views of Q, K and V, which would stay in memory during the MLP
+        if plan is not None:
             x, state = _merge(plan, x, state, spec)
         if family.mlp is not None:
             x = family.mlp(self, x)
