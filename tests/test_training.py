@@ -151,6 +151,20 @@ def test_compiles_without_graph_breaks(backend: str, whole: bool) -> None:
     gradients(compiled, images)
 
 
+def test_a_model_that_never_ran_compiles() -> None:
+    """Nothing is left to find out in the first pass that tracing could not; another model of its class ran before."""
+    torch._dynamo.reset()
+    model = tiny("vit_tiny_patch16_224")
+    images = images_for(model)
+    dense: Any = torch.compile(model, backend="eager")
+    dense(images)
+    merged = copy.deepcopy(model)
+    tokenmerge.patch(merged, r=5)
+    compiled: Any = torch.compile(merged, fullgraph=True, backend="eager")
+    found = compiled(images)
+    assert torch.equal(found, merged(images))
+
+
 def test_a_model_compiled_before_it_is_patched_merges() -> None:
     torch._dynamo.reset()
     model = tiny("vit_tiny_patch16_224")

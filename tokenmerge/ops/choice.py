@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import importlib.util
 import os
 from typing import Literal
@@ -17,11 +16,7 @@ BACKENDS = ("auto", "torch", "triton")
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 
-@functools.cache
-def _no_triton() -> str | None:
-    if importlib.util.find_spec("triton") is None:
-        return "Triton is not installed"
-    return None
+_MISSING = importlib.util.find_spec("triton") is None  # asked once: Dynamo cannot trace the question
 
 
 def interpreted() -> bool:
@@ -32,9 +27,8 @@ def interpreted() -> bool:
 def triton_refusals(x: Tensor) -> list[str]:
     """Why Triton's kernels cannot run on a tensor like `x`; empty if they can."""
     reasons = []
-    missing = _no_triton()
-    if missing:
-        reasons.append(missing)
+    if _MISSING:
+        reasons.append("Triton is not installed")
     if not x.is_cuda and not interpreted():
         reasons.append(f"the tokens are on {x.device.type!r}, and the kernels need a CUDA or ROCm device")
     if x.dtype not in _DTYPES:

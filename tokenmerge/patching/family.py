@@ -9,7 +9,6 @@ from __future__ import annotations
 import dataclasses
 import inspect
 from collections.abc import Callable, Sequence
-from functools import cached_property
 from typing import Any
 
 from torch import Tensor, nn
@@ -64,6 +63,7 @@ class BlockFamily:
         wrap: what upstream's forward puts around x.
         example: what the block is tried with.
         ready: raises if the block can no longer be run right: its attention was exchanged since, say.
+        arguments: names of what upstream's forward takes after the tokens, in order; read off `block`.
     """
 
     block: type[nn.Module]
@@ -86,11 +86,13 @@ class BlockFamily:
     example: Callable[[Any], Example] = lambda block: Example()
     ready: Callable[[Any], None] = lambda block: None
 
-    @cached_property
-    def arguments(self) -> tuple[str, ...]:
-        """Names of what upstream's forward takes after the tokens, in order."""
+    arguments: tuple[str, ...] = dataclasses.field(init=False)
+
+    def __post_init__(self) -> None:
+        # now, not when first asked for: that may be while Dynamo traces
         parameters = list(inspect.signature(self.block.forward).parameters.values())[2:]
-        return tuple(p.name for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD)
+        names = tuple(p.name for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD)
+        object.__setattr__(self, "arguments", names)
 
     @property
     def needs_source(self) -> bool:
