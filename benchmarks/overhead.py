@@ -54,13 +54,18 @@ def commit() -> str:
 
 
 def append(rows: list[dict[str, Any]]) -> None:
-    """Add rows to results.csv, which is only ever appended to."""
-    new = not RESULTS.exists()
-    with RESULTS.open("a", newline="") as file:
-        writer = csv.DictWriter(file, fieldnames=list(rows[0]))
-        if new:
-            writer.writeheader()
-        writer.writerows(rows)
+    """Add rows to results.csv, which is only ever appended to; a new column is left empty in older rows."""
+    older: list[dict[str, Any]] = []
+    columns: list[str] = []
+    if RESULTS.exists():
+        with RESULTS.open(newline="") as file:
+            reader = csv.DictReader(file)
+            columns, older = list(reader.fieldnames or []), list(reader)
+    columns += [name for name in rows[0] if name not in columns]
+    with RESULTS.open("w", newline="") as file:
+        writer = csv.DictWriter(file, fieldnames=columns)
+        writer.writeheader()
+        writer.writerows([*older, *rows])
 
 
 def main() -> None:
