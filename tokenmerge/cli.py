@@ -107,6 +107,25 @@ def _parser() -> argparse.ArgumentParser:
     )
     bench.add_argument("--compile", action="store_true", help="torch.compile the model, on both sides")
 
+    export = _command(commands, "export", _export, "write the merged model as one file for ONNX Runtime or torch")
+    _add_model(export)
+    _add_merging(export, None, backend=False)
+    _add_weights(export)
+    export.add_argument(
+        "--format",
+        choices=("onnx", "pt2", "aoti"),
+        default="onnx",
+        help="ONNX, torch.export, or compiled by AOTInductor for this processor (%(default)s)",
+    )
+    export.add_argument(
+        "--output", "-o", type=Path, metavar="FILE", help="file to write (named after MODEL and R in this folder)"
+    )
+    export.add_argument(
+        "--batch-size", "-b", type=_count(1), metavar="N", help="the only batch size to accept (default: any)"
+    )
+    export.add_argument("--opset", type=_count(18), default=18, help="ONNX operator set (%(default)s)")
+    export.add_argument("--no-verify", action="store_true", help="do not run the file and compare it with the model")
+
     evaluate = _command(commands, "eval", _eval, "top-1, top-5 and images/s for each r over a folder of images")
     _add_model(evaluate)
     evaluate.add_argument(
@@ -159,7 +178,7 @@ def _add_model(command: argparse.ArgumentParser) -> None:
     command.add_argument("--img-size", type=_count(1), help="side of the image in pixels, if not the model's own")
 
 
-def _add_merging(command: argparse.ArgumentParser, default: list[str] | None) -> None:
+def _add_merging(command: argparse.ArgumentParser, default: list[str] | None, backend: bool = True) -> None:
     command.add_argument(
         "--r",
         nargs="+",
@@ -176,6 +195,8 @@ def _add_merging(command: argparse.ArgumentParser, default: list[str] | None) ->
         help="proportional attention; auto is off for MAE-pretrained weights, else on (%(default)s)",
     )
     command.add_argument("--matcher", default="bipartite", help="matching algorithm (%(default)s)")
+    if not backend:
+        return
     command.add_argument(
         "--backend",
         choices=("auto", "torch", "triton"),
@@ -185,6 +206,11 @@ def _add_merging(command: argparse.ArgumentParser, default: list[str] | None) ->
 
 
 def _add_running(command: argparse.ArgumentParser, batch_size: int) -> None:
+    _add_weights(command)
+    command.add_argument("--batch-size", "-b", type=_count(1), default=batch_size, help="images per pass (%(default)s)")
+
+
+def _add_weights(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--pretrained",
         action="store_true",
@@ -193,7 +219,6 @@ def _add_running(command: argparse.ArgumentParser, batch_size: int) -> None:
     command.add_argument(
         "--checkpoint", type=Path, metavar="FILE", help="load weights from a safetensors or torch file instead"
     )
-    command.add_argument("--batch-size", "-b", type=_count(1), default=batch_size, help="images per pass (%(default)s)")
     command.add_argument("--device", default="cpu", help="torch device (%(default)s)")
     command.add_argument(
         "--dtype",
@@ -246,7 +271,7 @@ def _prepare(args: argparse.Namespace) -> tuple[Any, list[Any], dict[str, Any]]:
     return (
         Report(args.json),
         [parse_setting(text) for text in args.r or args.default_r],
-        {"prop_attn": prop_attn, "matcher": args.matcher, "backend": args.backend},
+        {"prop_attn": prop_attn, "matcher": args.matcher, **({"backend": args.backend} if "backend" in args else {})},
     )
 
 
@@ -283,6 +308,22 @@ def _bench(args: argparse.Namespace) -> int:
         compile=args.compile,
     )
     return run_bench(_model_args(args), bench, settings, fields, report)
+
+
+def _export(args: argparse.Namespace) -> int:
+    report, settings, fields = _prepare(args)
+    if len(settings) != 1:
+        raise InputError(f"{len(settings)} settings were given to --r, but one file holds one: give one")
+    from tokenmerge.tools.export import ExportArgs, run_export
+
+    export = ExportArgs(
+        format=args.format,
+        output=args.output,
+        batch_size=args.batch_size,
+        opset=args.opset,
+        verify=not args.no_verify,
+    )
+    return run_export(_model_args(args), export, settings[0], fields, report)
 
 
 def _eval(args: argparse.Namespace) -> int:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from tokenmerge.errors import InputError
-from tokenmerge.ops import Backend, takes_triton
+from tokenmerge.ops import Backend, descending_order, takes_triton
 
 _INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 Reduce = Literal["mean", "sum", "max"]
@@ -122,7 +122,7 @@ class MergePlan:
         keep = assign.new_full((batch, tokens_out), tokens - 1 if tokens else 0)
         keep = keep.scatter_reduce(1, assign, position, "amin", include_self=True)
         is_source = torch.ones_like(assign).scatter_(1, keep, 0)
-        source = is_source.argsort(dim=1, descending=True, stable=True)[:, : tokens - tokens_out]
+        source = descending_order(is_source)[:, : tokens - tokens_out]
         return cls(keep, source, assign.gather(1, source))
 
     def in_order(self) -> MergePlan:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from tokenmerge.matching.registry import check_matching_input, register_matcher
-from tokenmerge.ops import Backend, takes_triton
+from tokenmerge.ops import Backend, descending_order, takes_triton
 from tokenmerge.plan import MergePlan, take_rows
 from tokenmerge.precision import no_autocast
 from tokenmerge.schedule import max_merges
@@ -79,11 +79,11 @@ def _best_edges(a: Tensor, b: Tensor, r: int) -> tuple[Tensor, Tensor, Tensor]:
     columns = b.transpose(1, 2)
     if a.shape[1] * b.shape[1] <= _SCORES:
         scores = a @ columns
-        order = scores.amax(dim=2).argsort(dim=1, descending=True, stable=True)
+        order = descending_order(scores.amax(dim=2))
         chosen, rest = order[:, :r], order[:, r:].sort(dim=1).values
         return chosen, rest, take_rows(scores, chosen).argmax(dim=2)
     best = torch.cat([scores.amax(dim=2) for scores in _score_tiles(a, columns)], dim=1)
-    order = best.argsort(dim=1, descending=True, stable=True)
+    order = descending_order(best)
     chosen, rest = order[:, :r], order[:, r:].sort(dim=1).values
     partner = torch.cat([scores.argmax(dim=2) for scores in _score_tiles(take_rows(a, chosen), columns)], dim=1)
     return chosen, rest, partner

@@ -1,5 +1,6 @@
-"""The hot operations' Triton kernels, and which backend runs them; references are in `matching` and `plan`."""
+"""The few hot operations: Triton kernels beside their plain torch references, and what chooses between them."""
 
 from tokenmerge.ops.choice import BACKENDS, Backend, takes_triton, triton_refusals
+from tokenmerge.ops.ordering import descending_order
 
-__all__ = ["BACKENDS", "Backend", "takes_triton", "triton_refusals"]
+__all__ = ["BACKENDS", "Backend", "descending_order", "takes_triton", "triton_refusals"]

@@ -1,0 +1,153 @@
+"""`tokenmerge export`: files that ONNX Runtime, torch.export and AOTInductor run, equal to the model."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import tokenmerge
+from tests.tiny import images_for, tiny
+from tests.towers import TOWERS
+from tokenmerge.cli import main
+from tokenmerge.errors import InputError
+from tokenmerge.tools import export as tool
+from tokenmerge.tools.export import METADATA, SUFFIXES, ExportArgs, export_model
+
+# one of each kind of seam: class token, distillation, registers and LayerScale, map and average pooling, rotary
+# positions, relative biases, talking heads
+NAMES = [
+    "deit_tiny_patch16_224",
+    "deit_tiny_distilled_patch16_224",
+    "vit_small_patch14_reg4_dinov2",
+    "vit_base_patch16_siglip_224",
+    "vit_medium_patch16_gap_240",
+    "eva02_tiny_patch14_224",
+    "beit_base_patch16_224",
+    "cait_xxs24_224",
+    "vit_relpos_small_patch16_224",
+]
+
+
+def export(model: nn.Module, images: torch.Tensor, path: Path, format: str, **fields: Any) -> float | None:
+    return export_model(model, images, ExportArgs(format=format, **fields), path / f"model{SUFFIXES[format]}", {"a": 1})
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_torch_export(name: str, tmp_path: Path) -> None:
+    """Exported with a batch of 2; verified with 1, 2 and 3."""
+    model = tiny(name)
+    tokenmerge.patch(model, r=5, backend="torch")
+    gap = export(model, images_for(model), tmp_path, "pt2")
+    assert gap is not None
+    assert gap <= 2e-6
+    assert [file.name for file in tmp_path.iterdir()] == ["model.pt2"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", NAMES)
+def test_onnx(name: str, tmp_path: Path) -> None:
+    model = tiny(name)
+    tokenmerge.patch(model, r=5, backend="torch")
+    gap = export(model, images_for(model), tmp_path, "onnx")
+    assert gap is not None
+    assert gap <= 1e-4
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "format"),
+    [
+        ("vit.ViTModel", "onnx"),
+        ("vit.ViTModel", "pt2"),
+        ("vit.ViTModel", "aoti"),
+        ("videomae.VideoMAEModel", "onnx"),
+        ("videomae.VideoMAEModel", "pt2"),
+        ("dinov3_vit.DINOv3ViTModel", "onnx"),
+        ("dinov3_vit.DINOv3ViTModel", "pt2"),
+    ],
+)
+def test_transformers(name: str, format: str, tmp_path: Path) -> None:
+    tower = next(tower for tower in TOWERS if tower.name == name)
+    model = tower.build()
+    tokenmerge.patch(model, r=5, backend="torch")
+    (images,) = tower.feed(2).values()
+    gap = export(model, images, tmp_path, format)
+    assert gap is not None
+    assert gap <= 1e-4
+
+
+@pytest.mark.slow
+def test_what_an_onnx_file_holds(tmp_path: Path) -> None:
+    """Plain operators of the standard set, any batch size, and what made it."""
+    onnx = pytest.importorskip("onnx")
+    model = tiny(NAMES[0])
+    tokenmerge.patch(model, r=5, backend="torch")
+    export(model, images_for(model), tmp_path, "onnx")
+    written = onnx.load(tmp_path / "model.onnx")
+    assert [(opset.domain, opset.version) for opset in written.opset_import] == [("", 18)]
+    assert {node.domain for node in written.graph.node} == {""}
+    assert written.graph.input[0].type.tensor_type.shape.dim[0].dim_param
+    assert {p.key: json.loads(p.value) for p in written.metadata_props if p.key == METADATA} == {METADATA: {"a": 1}}
+
+
+def test_a_file_that_differs_is_not_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nor is an older file under that name lost."""
+    model = tiny(NAMES[0])
+    (tmp_path / "model.pt2").write_bytes(b"older")
+    monkeypatch.setitem(tool._RUNNERS, "pt2", lambda path: lambda images: [model(images) + 1])
+    with pytest.raises(InputError, match=r"differs from the model by .* nothing was written"):
+        export(model, images_for(model), tmp_path, "pt2")
+    assert (tmp_path / "model.pt2").read_bytes() == b"older"
+    assert len(list(tmp_path.iterdir())) == 1
+
+
+def test_a_model_that_cannot_be_exported(tmp_path: Path) -> None:
+    class Odd(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x if x.sum().item() > 0 else -x
+
+    with pytest.raises(InputError, match="cannot be exported as pt2"):
+        export(Odd(), torch.ones(2, 3), tmp_path, "pt2")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.slow
+def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    output, rows = tmp_path / "deit.pt2", tmp_path / "rows.json"
+    line = ["export", "deit_tiny_patch16_224", "--r", "8", "--format", "pt2", "-o", str(output), "--json", str(rows)]
+    assert main(line) == 0
+    assert "verified" in capsys.readouterr().out
+    (row,) = json.loads(rows.read_text())
+    assert row["config"]["r"] == 8
+    assert row["difference"] <= 1e-6
+    assert row["bytes"] == output.stat().st_size
+    extra = {METADATA: ""}
+    torch.export.load(output, extra_files=extra)
+    assert json.loads(extra[METADATA])["model"] == "deit_tiny_patch16_224"
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--r", "8", "13"], "one file holds one"),
+        (["--r", "8", "-o", "model.txt"], r"should end in \.onnx"),
+        (["--r", "8", "-o", "no/such/folder/model.onnx"], "does not exist"),
+        (["--r", "8", "--format", "aoti", "-o", "model.onnx"], r"should end in \.pt2"),
+        (["--r", "8", "--opset", "17"], "opset"),
+    ],
+)
+def test_bad_input(options: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    try:
+        code: Any = main(["export", "deit_tiny_patch16_224", *options])
+    except SystemExit as stopped:
+        code = stopped.code
+    assert code == 2
+    error = capsys.readouterr().err
+    assert len(error.splitlines()) == 1
+    assert re.search(message, error)

@@ -1,0 +1,265 @@
+"""`tokenmerge export`: the merged model as one file for ONNX Runtime, torch.export or AOTInductor.
+
+What is written is run before it is called done, on batches it was not exported with, against the model itself.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import importlib
+import io
+import json
+import logging
+import os
+import tempfile
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+import tokenmerge
+from tokenmerge.errors import InputError, TokenMergeError
+from tokenmerge.patching import patch
+from tokenmerge.tools.device import place
+from tokenmerge.tools.models import ModelArgs, input_shape, load_model
+from tokenmerge.tools.report import Report, Row
+from tokenmerge.tools.settings import Setting
+
+Run = Callable[[Tensor], list[Tensor]]
+SUFFIXES = {"onnx": ".onnx", "pt2": ".pt2", "aoti": ".pt2"}
+METADATA = "tokenmerge.json"
+"""Name of the model's description inside a .pt2 file, and key of it in the metadata of an .onnx file."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ExportArgs:
+    """What to write.
+
+    Attributes:
+        format: "onnx" (ONNX, opset `opset`), "pt2" (torch.export) or "aoti" (compiled by AOTInductor).
+        output: file to write; `None` names it after the model and r, in the current folder.
+        batch_size: the only batch that the file will take; `None` lets it take any.
+        opset: ONNX operator set, at least 18.
+        verify: whether to run the file and compare before it gets its name.
+    """
+
+    format: str = "onnx"
+    output: Path | None = None
+    batch_size: int | None = None
+    opset: int = 18
+    verify: bool = True
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Exporters log, warn and print page-long progress; what matters comes back as an error."""
+    before = logging.root.manager.disable
+    logging.disable(logging.ERROR)
+    try:
+        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(before)
+
+
+def _program(model: nn.Module, images: Tensor, any_batch: bool) -> torch.export.ExportedProgram:
+    shapes = ({0: torch.export.Dim.DYNAMIC},) if any_batch else None
+    return torch.export.export(model, (images,), dynamic_shapes=shapes, strict=False)
+
+
+def _write_pt2(model: nn.Module, images: Tensor, args: ExportArgs, about: str, path: Path) -> None:
+    program = _program(model, images, args.batch_size is None)
+    torch.export.save(program, path, extra_files={METADATA: about})
+
+
+def _run_pt2(path: Path) -> Run:
+    module = torch.export.load(path).module()
+    return lambda images: _tensors(module(images))
+
+
+def _write_aoti(model: nn.Module, images: Tensor, args: ExportArgs, about: str, path: Path) -> None:
+    from torch._inductor import aoti_compile_and_package
+
+    program = _program(model, images, args.batch_size is None)
+    aoti_compile_and_package(
+        program, package_path=str(path), inductor_configs={"aot_inductor.metadata": {METADATA: about}}
+    )
+
+
+def _run_aoti(path: Path) -> Run:
+    from torch._inductor import aoti_load_package
+
+    module = aoti_load_package(str(path))
+    return lambda images: _tensors(module(images))
+
+
+def _write_onnx(model: nn.Module, images: Tensor, args: ExportArgs, about: str, path: Path) -> None:
+    for name in ("onnx", "onnxscript"):
+        _needs(name)
+    shapes = ({0: torch.export.Dim.DYNAMIC},) if args.batch_size is None else None
+    program = torch.onnx.export(
+        model, (images,), dynamo=True, dynamic_shapes=shapes, opset_version=args.opset, verbose=False
+    )
+    assert program is not None
+    program.model.metadata_props[METADATA] = about
+    program.save(str(path))
+
+
+def _run_onnx(path: Path) -> Run:
+    session = _needs("onnxruntime").InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    name = session.get_inputs()[0].name
+    return lambda images: [torch.from_numpy(out) for out in session.run(None, {name: images.cpu().numpy()})]
+
+
+_WRITERS = {"onnx": _write_onnx, "pt2": _write_pt2, "aoti": _write_aoti}
+_RUNNERS = {"onnx": _run_onnx, "pt2": _run_pt2, "aoti": _run_aoti}
+
+
+def _needs(module: str) -> Any:
+    try:
+        return importlib.import_module(module)
+    except ImportError:
+        raise InputError(
+            f"{module} is not installed, but exporting to ONNX needs it: pip install 'tokenmerge[export]'"
+        ) from None
+
+
+def _tensors(output: Any) -> list[Tensor]:
+    """The tensors of any model output, in order."""
+    return [leaf for leaf in pytree.tree_leaves(output) if isinstance(leaf, Tensor)]
+
+
+def export_model(model: nn.Module, images: Tensor, args: ExportArgs, path: Path, about: dict[str, Any]) -> float | None:
+    """Write a patched model in evaluation mode; the file appears under its name only when it is whole and right.
+
+    Args:
+        model: the model, patched.
+        images: an example input, with at least 2 in the batch unless `args.batch_size` says otherwise.
+        args: format and options.
+        path: the file to write.
+        about: what the file should say of itself, stored as JSON.
+
+    Returns:
+        The largest difference between the file's outputs and the model's, relative to the largest output;
+        `None` if not verified.
+
+    Raises:
+        InputError: if a package is missing, the exporter fails, the file cannot be written, or its outputs differ.
+    """
+    try:
+        folder = Path(tempfile.mkdtemp(prefix=f".{path.stem}-", dir=path.resolve().parent))
+    except OSError as error:
+        raise InputError(f"{str(path)!r} cannot be written ({error.strerror}): choose another --output") from None
+    try:
+        new = folder / path.name
+        try:
+            with torch.no_grad(), _quiet():
+                _WRITERS[args.format](model, images, args, json.dumps(about), new)
+        except (TokenMergeError, MemoryError, KeyboardInterrupt):
+            raise
+        except Exception as error:  # every exporter raises its own kinds
+            reason = next((line for line in str(error).splitlines() if line.strip()), "no reason given")
+            raise InputError(
+                f"the model cannot be exported as {args.format} ({type(error).__name__}: {reason[:300]}): "
+                "try another --format, or another version of torch"
+            ) from None
+        gap = _verify(model, images, args, new) if args.verify else None
+        for part in sorted(folder.iterdir()):  # large ONNX models keep their weights in a file beside them
+            os.replace(part, path.resolve().parent / part.name)
+        return gap
+    finally:
+        for part in folder.iterdir():
+            part.unlink()
+        folder.rmdir()
+
+
+def _verify(model: nn.Module, images: Tensor, args: ExportArgs, path: Path) -> float:
+    """The largest relative difference, over a batch of the example's size and, if any will do, of 1 and one more."""
+    with _quiet():
+        run = _RUNNERS[args.format](path)
+    tolerance = 1e-4 if images.dtype == torch.float32 else 3e-2
+    batches = [args.batch_size] if args.batch_size else [1, images.shape[0], images.shape[0] + 1]
+    worst = 0.0
+    for batch in batches:
+        generator = torch.Generator().manual_seed(batch)
+        x = torch.randn(batch, *images.shape[1:], generator=generator).to(images)
+        with torch.no_grad():
+            wanted = _tensors(model(x))
+            found = run(x)
+        if [tuple(a.shape) for a in found] != [tuple(a.shape) for a in wanted]:
+            raise InputError(
+                f"the exported model gives other shapes than the model at batch {batch}: report this model"
+            )
+        for ours, theirs in zip(found, wanted, strict=True):
+            difference = (
+                (ours.to(theirs.device).double() - theirs.double()).abs().max() if ours.numel() else torch.zeros(())
+            )
+            worst = max(worst, float(difference / theirs.double().abs().max().clamp_min(1e-6)))
+    if not worst <= tolerance:
+        raise InputError(
+            f"the exported model differs from the model by {worst:.1e} of the largest output, but at most {tolerance:.0e} "
+            "was expected: nothing was written; try another --format, or --no-verify to look at the difference"
+        )
+    return worst
+
+
+def run_export(args: ModelArgs, export: ExportArgs, setting: Setting, fields: dict[str, Any], report: Report) -> int:
+    """Load, patch, export, verify; prints and writes one row. Returns 0."""
+    path = export.output or Path(f"{_file_name(args.model)}_r{_file_name(str(setting.label))}{SUFFIXES[export.format]}")
+    if path.suffix != SUFFIXES[export.format]:
+        raise InputError(
+            f"--output {str(path)!r} should end in {SUFFIXES[export.format]} for --format {export.format}: rename it"
+        )
+    if path.is_dir() or not path.resolve().parent.is_dir():
+        raise InputError(f"--output {str(path)!r} is a folder, or in one that does not exist: give a file name")
+    model = load_model(args)
+    shape = input_shape(model)
+    config = setting.config(**fields, backend="torch")  # exported programs hold plain operators only
+    handle = None if setting.is_baseline else patch(model, config)
+    images = torch.zeros(export.batch_size or 2, *shape)
+    images = place(images, args.device, args.dtype, args.channels_last)
+    about = {
+        "model": args.model,
+        "config": json.loads(config.to_json()),
+        "tokenmerge": tokenmerge.__version__,
+        "torch": torch.__version__,
+        "input": ["batch" if export.batch_size is None else export.batch_size, *shape],
+    }
+    start = time.perf_counter()
+    gap = export_model(model, images, export, path, about)
+    row: Row = {
+        **about,
+        "r": setting.label,
+        "format": export.format,
+        "opset": export.opset if export.format == "onnx" else None,
+        "file": str(path),
+        "bytes": sum(part.stat().st_size for part in path.resolve().parent.glob(path.name + "*")),
+        "difference": gap,
+        "flops_ratio": 1.0 if handle is None else handle.summary().flops_ratio,
+        "seconds": time.perf_counter() - start,
+    }
+    _print(report, row)
+    report.write([row])
+    return 0
+
+
+def _file_name(text: str) -> str:
+    """`text` with everything that is no letter, digit, dot or dash made an underscore."""
+    return "".join(c if c.isalnum() or c in ".-" else "_" for c in text).strip("_.")
+
+
+def _print(report: Report, row: Row) -> None:
+    batch, *shape = row["input"]
+    report.say(f"{row['file']}: {row['bytes'] / 2**20:.1f} MiB, input [{batch}, {', '.join(map(str, shape))}]")
+    report.say(f"{row['model']}, r={row['r']}, {row['flops_ratio']:.2f}x fewer FLOPs, {row['format']}")
+    if row["difference"] is None:
+        report.say("not verified: run without --no-verify to compare it with the model")
+    else:
+        report.say(f"verified: its outputs differ from the model's by at most {row['difference']:.1e} of the largest")
