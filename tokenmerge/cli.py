@@ -14,6 +14,7 @@ from typing import Any, NoReturn
 import torch
 
 import tokenmerge
+from tokenmerge.attention_forms import FORMS
 from tokenmerge.errors import InputError, TokenMergeError
 
 _R_HELP = (
@@ -198,6 +199,12 @@ def _add_merging(command: argparse.ArgumentParser, default: list[str] | None, ba
     if not backend:
         return
     command.add_argument(
+        "--attention",
+        choices=FORMS,
+        default="auto",
+        help="how sizes reach the attention kernel; auto goes by the device (%(default)s)",
+    )
+    command.add_argument(
         "--backend",
         choices=("auto", "torch", "triton"),
         default="auto",
@@ -271,7 +278,11 @@ def _prepare(args: argparse.Namespace) -> tuple[Any, list[Any], dict[str, Any]]:
     return (
         Report(args.json),
         [parse_setting(text) for text in args.r or args.default_r],
-        {"prop_attn": prop_attn, "matcher": args.matcher, **({"backend": args.backend} if "backend" in args else {})},
+        {
+            "prop_attn": prop_attn,
+            "matcher": args.matcher,
+            **{name: getattr(args, name) for name in ("attention", "backend") if name in args},
+        },
     )
 
 

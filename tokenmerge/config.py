@@ -6,6 +6,7 @@ import dataclasses
 import json
 from typing import Any, Literal
 
+from tokenmerge.attention_forms import FORMS, AttentionForm
 from tokenmerge.errors import ConfigError, UnknownFieldError
 from tokenmerge.ops import BACKENDS, Backend
 from tokenmerge.schedule import RForm, validate_r
@@ -15,6 +16,7 @@ _CHOICES = {
     "order": ("partition", "keep"),
     "positions": ("mean", "destination"),
     "output": ("auto", "merged", "full"),
+    "attention": FORMS,
     "backend": BACKENDS,
 }
 
@@ -33,6 +35,9 @@ class MergeConfig:
         flops: FLOPs after merging ÷ before, in (0, 1]: the constant r that comes closest from below.
         prop_attn: proportional attention, `softmax(QKᵀ/√d + log size)` (paper, section 3). "auto" is off for
             weights pretrained by MAE and used off the shelf, where the family can tell, and on otherwise.
+        attention: how sizes reach the attention kernel: as a "mask" that PyTorch finds a kernel for; on the "cudnn",
+            "efficient" or "math" kernel; by "flex" attention; or without a mask, as a "key_channel" or
+            "value_channel" more. "auto" goes by the device. All compute the same.
         order: how the tokens that are left are ordered: "partition" is the paper's (those that could have
             merged, then those that could have been joined), "keep" leaves them in ascending position.
         positions: where a merged token stands for attention that knows positions (rotary, relative bias):
@@ -51,6 +56,7 @@ class MergeConfig:
     keep: float | None = None
     flops: float | None = None
     prop_attn: bool | Literal["auto"] = "auto"
+    attention: AttentionForm = "auto"
     order: Literal["partition", "keep"] = "partition"
     positions: Literal["mean", "destination"] = "mean"
     output: Literal["auto", "merged", "full"] = "auto"

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from tokenmerge.attention import Inside, close_tap, keys_per_head, open_tap, size_bias
+from tokenmerge.attention_forms import with_form
 from tokenmerge.errors import PatchError
 from tokenmerge.matching import has_backends, run_matcher
 from tokenmerge.ops import Backend, takes_triton
@@ -32,6 +33,7 @@ class BlockSpec:
         keep: fraction of the unprotected tokens to keep here instead, whatever their number.
         protected: leading tokens that never merge.
         prop_attn: whether sizes weigh in attention.
+        attention: how they reach its kernel.
         matcher: name of the matching algorithm.
         backend: what runs it, and the merge.
         in_order: whether the tokens that are left keep their order.
@@ -51,6 +53,7 @@ class BlockSpec:
     keep: float | None
     protected: int
     prop_attn: bool
+    attention: str
     matcher: str
     backend: Backend
     in_order: bool
@@ -157,6 +160,8 @@ def _what_attention_sees(
         if between is not None:
             between = pairs(between) if pairs is not None else between
             bias = between if bias is None else between + bias
+    elif bias is not None:
+        bias = with_form(bias, spec.attention)
     if family.rope is not None and given.get(family.rope) is not None and state.positions is not None:
         if spec.rotary is None:
             raise PatchError(

@@ -16,11 +16,13 @@ import torch
 from torch import Tensor, nn
 
 from tokenmerge.attention import Inside, close_tap, open_tap, size_bias
-from tokenmerge.errors import UnsupportedModelError
+from tokenmerge.attention_forms import Choice, SizedMask, choice_for
+from tokenmerge.errors import ConfigError, UnsupportedModelError
 from tokenmerge.patching.family import BlockFamily
 from tokenmerge.patching.install import install_inside
+from tokenmerge.patching.swap import Swapped, restore_class
 from tokenmerge.patching.target import Target
-from tokenmerge.precision import no_autocast
+from tokenmerge.precision import autocast_dtype, no_autocast
 
 _COPIES = 9  # equal tokens that one token stands for in the third test
 
@@ -35,6 +37,8 @@ def _double(block: nn.Module) -> Any:
     for module in double.modules():
         module._forward_hooks.clear()
         module._forward_pre_hooks.clear()
+        if isinstance(module, Swapped):
+            restore_class(module)
     return double
 
 
@@ -70,9 +74,12 @@ def check_block(family: BlockFamily, block: Any, channels: int, name: str, libra
         )
 
 
-def _attend(family: BlockFamily, block: Any, x: Tensor, size: Tensor | None) -> tuple[Tensor, tuple[Tensor, ...]]:
+def _attend(
+    family: BlockFamily, block: Any, x: Tensor, size: Tensor | None, mask: type[Tensor] = Tensor
+) -> tuple[Tensor, tuple[Tensor, ...]]:
     """The attention branch of a block with its hooks in place, and what the tap noted."""
     bias = size_bias(size, x)
+    bias = None if bias is None else bias.as_subclass(mask)
     open_tap(Inside(bias))
     try:
         return family.attention(block, x, bias, **family.example(block).arguments), close_tap()
@@ -118,6 +125,52 @@ def _fault_of_bias(family: BlockFamily, block: Any, x: Tensor) -> str | None:
     if error > 0.1 * effect:
         return f"token sizes change its attention wrongly (off by {float(error / effect):.2f} of the effect they should have)"
     return None
+
+
+def reaches_sdpa(family: BlockFamily, block: Any, channels: int) -> bool:
+    """Whether this block's attention hands the sizes, as they are, to `scaled_dot_product_attention`.
+
+    Only there can their form be chosen; attention that adds the mask to its own scores, or takes it as padding, cannot
+    tell. Assumed on the meta device, where nothing can be tried.
+    """
+    if any(p.is_meta for p in block.parameters()):
+        return True
+    if family.needs_source:
+        return False
+    seen: list[bool] = []
+
+    class Probe(SizedMask):
+        form = "math"
+
+        @classmethod
+        def attend(cls, *args: Any, **kwargs: Any) -> Tensor:
+            seen.append(True)
+            return super().attend(*args, **kwargs)
+
+    with torch.no_grad(), no_autocast("cpu"):
+        double = _double(block)
+        install_inside(family, double)
+        x = _tokens(channels, family.example(double).tokens)
+        _attend(family, double, x, torch.full(x.shape[:2], 2.0), Probe)
+    return bool(seen)
+
+
+def attention_choice(target: Target, form: str) -> Choice:
+    """Which form of attention will run in the model as it is now, and why.
+
+    Raises:
+        ConfigError: if a form is asked for that cannot run there.
+    """
+    block, row = target.blocks[0]
+    if form == "mask":
+        return Choice(form, "as the config asks")
+    if not reaches_sdpa(row, block, target.channels):
+        reason = "its attention takes the sizes elsewhere than in PyTorch's scaled_dot_product_attention"
+        if form != "auto":
+            raise ConfigError(f"attention={form!r} cannot run here: {reason}; use attention='auto'")
+        return Choice("mask", reason)
+    tokens = next(target.model.parameters())
+    return choice_for(form, tokens, autocast_dtype(tokens.device.type))
 
 
 def check_rotary(target: Target) -> None:

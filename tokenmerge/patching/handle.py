@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from torch import nn
@@ -13,7 +13,7 @@ from tokenmerge.errors import ConfigError, PatchError
 from tokenmerge.flops import ModelCost
 from tokenmerge.matching import get_matcher
 from tokenmerge.patching.block import BlockSpec
-from tokenmerge.patching.check import check_block, check_rotary
+from tokenmerge.patching.check import attention_choice, check_block, check_rotary
 from tokenmerge.patching.install import install_block, install_model, remove_hooks
 from tokenmerge.patching.root import Patch, merge_blocks
 from tokenmerge.patching.summary import Summary, summarize
@@ -27,6 +27,7 @@ from tokenmerge.patching.target import (
     patched_inside,
     refuse_if_patched,
 )
+from tokenmerge.patching.tune import measure_forms
 from tokenmerge.schedule import Schedule, expand, flops_target, keep_ratio, max_merges, token_counts
 from tokenmerge.tracing import Trace
 
@@ -73,6 +74,37 @@ class Handle:
         patch.prop_attn, patch.full_output = new.prop_attn, new.full_output
         _set_specs(target, patch)
 
+    def tune(
+        self, *inputs: Any, forms: Sequence[str] | None = None, rounds: int = 7, **options: Any
+    ) -> dict[str, float]:
+        """Measure every form of attention on these inputs, and use the fastest one from now on.
+
+        All forms compute the same; which is fastest depends on device, shape and dtype, so give inputs like those
+        that will come. A compiled model must be tuned before it is compiled.
+
+        Args:
+            *inputs: positional arguments of a forward pass.
+            forms: which of `MergeConfig.attention` to try; by default all that can run here.
+            rounds: measured passes per form.
+            **options: keyword arguments of a forward pass.
+
+        Returns:
+            Median seconds of a pass with each form.
+
+        Raises:
+            ConfigError: if one of the given `forms` cannot run here.
+            InputError: if none is left to measure.
+        """
+        model, patch = self._live()
+        before = patch.config.attention
+        try:
+            seconds = measure_forms(model, lambda form: self.update(attention=form), inputs, options, forms, rounds)
+        except BaseException:
+            self.update(attention=before)
+            raise
+        self.update(attention=min(seconds, key=lambda form: seconds[form]))
+        return seconds
+
     def remove(self) -> None:
         """Give the model back exactly as it was.
 
@@ -94,6 +126,7 @@ class Handle:
             original_class(model).__name__,
             target.family.pooling(model),
             patch.prop_attn,
+            attention_choice(target, patch.config.attention),
             patch.config.matcher,
             self.schedule,
             target.cost(),
@@ -258,6 +291,8 @@ def _plan_patch(target: Target, config: MergeConfig, misread: tuple[str, ...] = 
             f"output='merged' would be silently wrong for {original_class(target.model).__name__} ({'; '.join(reasons)}): "
             "use output='full'"
         )
+    if config.attention not in ("auto", "mask"):
+        attention_choice(target, config.attention)
     return Patch(config, _schedule(target, config), bool(prop_attn), protected, output == "full", misread)
 
 
@@ -289,6 +324,7 @@ def _set_specs(target: Target, record: Patch) -> None:
             keep=config.keep,
             protected=record.protected,
             prop_attn=record.prop_attn,
+            attention=config.attention,
             matcher=config.matcher,
             backend=config.backend,
             in_order=config.order == "keep",

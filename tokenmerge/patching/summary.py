@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import textwrap
 
+from tokenmerge.attention_forms import Choice
 from tokenmerge.flops import ModelCost
 from tokenmerge.schedule import Schedule, cut, token_counts
 
@@ -18,6 +20,8 @@ class Summary:
         protected: prefix tokens that never merge.
         pooling: how the head reads the tokens.
         prop_attn: whether sizes weigh in attention.
+        attention: which form of attention runs with sizes (see `MergeConfig.attention`).
+        attention_reason: why, in words.
         matcher: name of the matching algorithm.
         requested: r per block as asked for.
         r: r per block after cutting it to what is possible at the model's own input size.
@@ -32,6 +36,8 @@ class Summary:
     protected: int
     pooling: str
     prop_attn: bool
+    attention: str
+    attention_reason: str
     matcher: str
     requested: Schedule
     r: Schedule
@@ -50,6 +56,7 @@ class Summary:
             f"{self.model}: {self.blocks} blocks patched, matcher {self.matcher}",
             f"  prefix tokens {self.protected}, pooling {self.pooling}",
             f"  proportional attention {'on' if self.prop_attn else 'off'}",
+            *textwrap.wrap(f"  attention form {self.attention}: {self.attention_reason}", 80, subsequent_indent="    "),
             f"  {self.flops_before / 1e9:.4g} -> {self.flops_after / 1e9:.4g} GFLOPs per image "
             f"({100 / self.flops_ratio:.1f} %)",
             "  block   tokens in   merged   tokens out   GFLOPs",
@@ -62,7 +69,9 @@ class Summary:
         return "\n".join(lines)
 
 
-def summarize(model: str, pooling: str, prop_attn: bool, matcher: str, schedule: Schedule, cost: ModelCost) -> Summary:
+def summarize(
+    model: str, pooling: str, prop_attn: bool, choice: Choice, matcher: str, schedule: Schedule, cost: ModelCost
+) -> Summary:
     """The summary of a model of that cost under `schedule`."""
     return Summary(
         model=model,
@@ -70,6 +79,8 @@ def summarize(model: str, pooling: str, prop_attn: bool, matcher: str, schedule:
         protected=cost.protected,
         pooling=pooling,
         prop_attn=prop_attn,
+        attention=choice.form,
+        attention_reason=choice.reason,
         matcher=matcher,
         requested=schedule,
         r=cut(schedule, cost.tokens, cost.protected),
