@@ -24,7 +24,8 @@ Reduce = Literal["mean", "sum", "max"]
 
 def flat_rows(index: Tensor, rows: int) -> Tensor:
     """Row numbers into `[B·rows, C]` for an index `[B, M]` into `[B, rows, C]`; `[B·M]`, int64."""
-    offset = torch.arange(0, index.shape[0] * rows, rows, device=index.device)
+    # not arange with a step: its length would be a quotient of symbols where N is dynamic, which Dynamo cannot print
+    offset = torch.arange(index.shape[0], device=index.device).mul_(rows)
     return (index + offset.unsqueeze(1)).reshape(-1)
 
 
