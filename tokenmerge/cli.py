@@ -92,7 +92,7 @@ def _parser() -> argparse.ArgumentParser:
 
     bench = _command(commands, "bench", _bench, "speed of a model with and without merging, interleaved in one run")
     _add_model(bench)
-    _add_merging(bench, None)
+    _add_merging(bench, None, required=False)
     _add_running(bench, batch_size=8)
     bench.add_argument(
         "--num-warm-iter", type=_count(0), default=3, metavar="N", help="passes before measuring (%(default)s)"
@@ -107,6 +107,12 @@ def _parser() -> argparse.ArgumentParser:
         help="what is compared: the median, or the minimum, steadier on shared machines (%(default)s)",
     )
     bench.add_argument("--compile", action="store_true", help="torch.compile the model, on both sides")
+
+    bench.add_argument(
+        "--break-even",
+        action="store_true",
+        help="find the smallest r that pays, for batches of 1, 2, 4, … up to --batch-size; without --r, try 1, 2, 4, …",
+    )
 
     export = _command(commands, "export", _export, "write the merged model as one file for ONNX Runtime or torch")
     _add_model(export)
@@ -179,12 +185,14 @@ def _add_model(command: argparse.ArgumentParser) -> None:
     command.add_argument("--img-size", type=_count(1), help="side of the image in pixels, if not the model's own")
 
 
-def _add_merging(command: argparse.ArgumentParser, default: list[str] | None, backend: bool = True) -> None:
+def _add_merging(
+    command: argparse.ArgumentParser, default: list[str] | None, backend: bool = True, required: bool = True
+) -> None:
     command.add_argument(
         "--r",
         nargs="+",
         action="extend",  # --r 8 --r 16 is --r 8 16
-        required=default is None,
+        required=required and default is None,
         metavar="R",
         help=_R_HELP + (f" (default: {' '.join(default)})" if default else ""),
     )
@@ -277,7 +285,7 @@ def _prepare(args: argparse.Namespace) -> tuple[Any, list[Any], dict[str, Any]]:
     prop_attn = {"auto": "auto", "on": True, "off": False}[args.prop_attn]
     return (
         Report(args.json),
-        [parse_setting(text) for text in args.r or args.default_r],
+        [parse_setting(text) for text in args.r or args.default_r or ()],
         {
             "prop_attn": prop_attn,
             "matcher": args.matcher,
@@ -318,6 +326,12 @@ def _bench(args: argparse.Namespace) -> int:
         statistic=args.statistic,
         compile=args.compile,
     )
+    if args.break_even:
+        from tokenmerge.tools.break_even import run_break_even
+
+        return run_break_even(_model_args(args), bench, settings, fields, report)
+    if not settings:
+        raise InputError("bench was given no r: give tokens per block to compare, such as --r 8 16, or --break-even")
     return run_bench(_model_args(args), bench, settings, fields, report)
 
 

@@ -100,22 +100,23 @@ class _Variant:
     yardstick: Forward | None
 
 
+def prepare(module: Any, compiled: bool) -> Forward:
+    """The module, compiled if asked for."""
+    forward: Forward = torch.compile(module) if compiled else module
+    return forward
+
+
 def _variants(model: Any, settings: Sequence[Setting], fields: dict[str, Any], compiled: bool) -> list[_Variant]:
     """The unmerged model first, then one entry per setting that merges."""
-
-    def prepare(module: Any) -> Forward:
-        forward: Forward = torch.compile(module) if compiled else module
-        return forward
-
-    variants = [_Variant(Setting(0, {"r": 0}), None, prepare(model), None)]
+    variants = [_Variant(Setting(0, {"r": 0}), None, prepare(model, compiled), None)]
     for setting in settings:
         if setting.is_baseline:
             continue
         copy = share_weights(model)
         handle = patch(copy, setting.config(**fields))
         yardstick = sliced(model, handle.schedule)
-        forward = None if yardstick is None else prepare(yardstick)
-        variants.append(_Variant(setting, handle.summary(), prepare(copy), forward))
+        forward = None if yardstick is None else prepare(yardstick, compiled)
+        variants.append(_Variant(setting, handle.summary(), prepare(copy, compiled), forward))
     return variants
 
 
@@ -134,7 +135,7 @@ def measure(
     variants = _variants(model, settings, fields, bench.compile)
     forwards = [f for v in variants for f in (v.merged, v.yardstick) if f is not None]
     if bench.compile:
-        _compile_now(forwards, images)
+        compile_now(forwards, images)
     with report.progress() as progress:
         seconds = iter(interleave(forwards, images, bench.warmup, bench.rounds, progress))
     rows: list[Row] = []
@@ -146,7 +147,7 @@ def measure(
     return rows
 
 
-def _compile_now(forwards: Sequence[Forward], images: Tensor) -> None:
+def compile_now(forwards: Sequence[Forward], images: Tensor) -> None:
     """Run each compiled model once.
 
     Raises:

@@ -1,0 +1,195 @@
+"""`tokenmerge bench --break-even`: from which r and batch on does merging pay on this device?
+
+For each batch size the unmerged model and one merged copy per r take turns. A setting pays if it is faster by 2 % in
+the middle of the paired rounds, and faster at all in four rounds of five. Where none pays, the same number of merges
+in a third of the blocks is tried as well: matching then runs a third as often.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import statistics
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from tokenmerge.config import MergeConfig
+from tokenmerge.patching import patch
+from tokenmerge.patching.target import find_target
+from tokenmerge.schedule import Schedule, max_merges
+from tokenmerge.tools.bench import BenchArgs, compile_now, interleave, prepare
+from tokenmerge.tools.device import place
+from tokenmerge.tools.models import ModelArgs, input_shape, load_model
+from tokenmerge.tools.report import Report, Row
+from tokenmerge.tools.settings import Setting
+from tokenmerge.tools.variants import share_weights
+
+_GAIN = 1.02
+_SPARSE = 3
+
+
+@dataclasses.dataclass(frozen=True)
+class Gain:
+    """How much faster than the unmerged model, over paired rounds."""
+
+    middle: float
+    low: float
+    high: float
+
+    @classmethod
+    def of(cls, dense: Sequence[float], merged: Sequence[float]) -> Gain:
+        """Median, 20th and 80th percentile of the paired ratios."""
+        ratios = [a / b for a, b in zip(dense, merged, strict=True)]
+        low, *_, high = statistics.quantiles(ratios, n=5, method="inclusive") if len(ratios) > 1 else ratios * 2
+        return cls(statistics.median(ratios), low, high)
+
+    @property
+    def pays(self) -> bool:
+        """Whether it is worth having."""
+        return self.middle >= _GAIN and self.low > 1.0
+
+
+def batches_up_to(largest: int) -> list[int]:
+    """1, 2, 4, … and `largest` itself."""
+    powers = [2**i for i in range(largest.bit_length()) if 2**i < largest]
+    return [*powers, largest]
+
+
+def ladder(model: Any) -> list[Setting]:
+    """Constant r from 1 on, doubling, up to what a third of the blocks could still take."""
+    target = find_target(model)
+    tokens, protected = target.family.tokens(target.model), target.family.protected(target.model)
+    most = max(1, max_merges(tokens, protected) * 2 // len(target.blocks))
+    return [Setting(r, {"r": r}) for r in (2**i for i in range(most.bit_length())) if r <= most]
+
+
+def sparse(schedule: Schedule) -> list[int]:
+    """As many merges in every third block as in three blocks before, the first of them included."""
+    total = [sum(schedule[i : i + _SPARSE]) for i in range(0, len(schedule), _SPARSE)]
+    return [total[i // _SPARSE] if i % _SPARSE == 0 else 0 for i in range(len(schedule))]
+
+
+def run_break_even(
+    args: ModelArgs, bench: BenchArgs, settings: Sequence[Setting], fields: dict[str, Any], report: Report
+) -> int:
+    """Measure, print and write one row per batch size and setting. Returns 0.
+
+    Args:
+        args: the model.
+        bench: how to measure; `batch_size` is the largest batch.
+        settings: which r to try; none means a ladder of them.
+        fields: further fields of `MergeConfig`.
+        report: where results go.
+    """
+    model = load_model(args)
+    wanted = [setting for setting in settings if not setting.is_baseline] or ladder(model)
+    rows: list[Row] = []
+    with report.progress() as progress:
+        task = progress.add_task("batch sizes", total=len(batches_up_to(bench.batch_size)))
+        for batch in batches_up_to(bench.batch_size):
+            rows += _measure(model, args, bench, batch, wanted, fields)
+            progress.advance(task)
+    _print(report, args, bench, rows)
+    report.write(rows)
+    return 0
+
+
+def _measure(
+    model: Any, args: ModelArgs, bench: BenchArgs, batch: int, settings: Sequence[Setting], fields: dict[str, Any]
+) -> list[Row]:
+    images = torch.randn(batch, *input_shape(model), generator=torch.Generator().manual_seed(0))
+    images = place(images, args.device, args.dtype, args.channels_last)
+    rows = _turns(model, args, bench, images, [(s, s.config(**fields)) for s in settings])
+    if not any(row["pays"] for row in rows):
+        schedule = sparse(rows[-1]["schedule"])
+        setting = Setting(",".join(map(str, schedule)), {"r": schedule})
+        rows += _turns(model, args, bench, images, [(setting, setting.config(**fields))])
+    return rows
+
+
+def _turns(
+    model: Any, args: ModelArgs, bench: BenchArgs, images: torch.Tensor, configs: Sequence[tuple[Setting, MergeConfig]]
+) -> list[Row]:
+    copies = [share_weights(model) for _ in configs]
+    summaries = [patch(copy, config).summary() for copy, (_, config) in zip(copies, configs, strict=True)]
+    if bench.compile:
+        torch.compiler.reset()  # or Dynamo would make the batch dynamic, which is another, slower model
+    forwards = [prepare(one, bench.compile) for one in (model, *copies)]
+    if bench.compile:
+        compile_now(forwards, images)
+    dense, *merged = interleave(forwards, images, bench.warmup, bench.rounds)
+    rows: list[Row] = []
+    for (setting, _), summary, times in zip(configs, summaries, merged, strict=True):
+        gain = Gain.of(dense, times)
+        rows.append(
+            {
+                "model": args.model,
+                "r": setting.label,
+                "schedule": list(summary.r),
+                "batch_size": images.shape[0],
+                "img_size": args.img_size,
+                "device": args.device,
+                "dtype": args.dtype,
+                "compile": bench.compile,
+                "torch": torch.__version__,
+                "threads": torch.get_num_threads(),
+                "rounds": bench.rounds,
+                "ms": 1e3 * statistics.median(times),
+                "dense_ms": 1e3 * statistics.median(dense),
+                "speedup": gain.middle,
+                "speedup_p20": gain.low,
+                "speedup_p80": gain.high,
+                "flops_ratio": summary.flops_ratio,
+                "pays": gain.pays,
+            }
+        )
+    return rows
+
+
+def _print(report: Report, args: ModelArgs, bench: BenchArgs, rows: Sequence[Row]) -> None:
+    by_batch: dict[int, list[Row]] = {}
+    for row in rows:
+        by_batch.setdefault(row["batch_size"], []).append(row)
+    table = []
+    for batch, group in by_batch.items():
+        paying = [row for row in group if row["pays"]]
+        best = max(group, key=lambda row: float(row["speedup"]))
+        first = f"{_short(paying[0])}: {paying[0]['speedup']:.2f}x" if paying else "none"
+        table.append(
+            (
+                str(batch),
+                first,
+                f"{_short(best)}: {best['speedup']:.2f}x",
+                f"{best['speedup_p20']:.2f}-{best['speedup_p80']:.2f}",
+            )
+        )
+    compiled = ", compiled" if bench.compile else ""
+    report.table(
+        f"{args.model}, {args.device}, {args.dtype}{compiled}",
+        ("batch", "smallest r that pays", "fastest r", "p20-p80"),
+        table,
+    )
+    tried = ", ".join(dict.fromkeys(_short(row) for row in rows))
+    report.say(f"tried r: {tried}; {bench.rounds} interleaved rounds; pays = 2 % faster, and faster in 4 rounds of 5")
+    for line in _advice(bench, by_batch):
+        report.say(line, style="bold yellow")
+
+
+def _short(row: Row) -> str:
+    return str(row["r"]) if "," not in str(row["r"]) else f"{row['schedule'][0]} every {_SPARSE}rd block"
+
+
+def _advice(bench: BenchArgs, by_batch: dict[int, list[Row]]) -> list[str]:
+    losing = [batch for batch, group in by_batch.items() if not any(row["pays"] for row in group)]
+    if not losing:
+        return []
+    winning = [batch for batch in by_batch if batch not in losing]
+    advice = [
+        f"use batches of {winning[0]} or more" if winning else "try larger batches or images (--batch-size, --img-size)"
+    ]
+    if not bench.compile:
+        advice.append("try --compile")
+    advice.append("or a larger r in fewer blocks (--r 24,0,0,24,0,0)")
+    listed = ", ".join(map(str, losing))
+    return [f"Merging does not pay at batch {listed} with any r that was tried: {'; '.join(advice)}."]
