@@ -13,7 +13,7 @@ OLD := .venv-oldest
 # (the interpreter of its Triton, 3.6, cannot run with a newer NumPy)
 OLDEST := torch==2.11.0 torchvision==0.26.0 timm==1.0.26 transformers==5.17.0 open_clip_torch==3.3.0 numpy==2.3.5
 
-.PHONY: demo test test-fast test-oldest check overhead clean
+.PHONY: demo test test-fast test-oldest check overhead benchmarks benchmarks-gpu clean
 
 demo: $(STAMP)
 	$(BIN)/tokenmerge demo
@@ -43,6 +43,15 @@ check: $(STAMP)
 
 overhead: $(STAMP)
 	$(BIN)/python benchmarks/overhead.py
+
+# every benchmark that a CPU can run, and the figures; about half an hour on two cores that do nothing else
+benchmarks: $(STAMP)
+	for script in overhead models scaling attention ops training; do $(BIN)/python benchmarks/$$script.py || exit 1; done
+	$(BIN)/python benchmarks/plot.py
+
+# the same on a GPU, kernels checked first; needs no installation beyond PyTorch, Triton, timm and pytest
+benchmarks-gpu:
+	$(PYTHON) benchmarks/gpu.py
 
 $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)

@@ -14,7 +14,7 @@ from tests.tiny import images_for, tiny
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
 
-import overhead
+import common
 import straightforward
 
 
@@ -30,9 +30,9 @@ def test_the_straightforward_version_is_the_same_computation(name: str) -> None:
 
 def test_rows_are_only_appended(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """A row with a new column leaves the older ones as they were, with that column empty."""
-    monkeypatch.setattr(overhead, "RESULTS", tmp_path / "results.csv")
-    overhead.append([{"model": "a", "ms": 1.5}, {"model": "b", "ms": 2}])
-    overhead.append([{"model": "c", "tokens": 7}])
-    with overhead.RESULTS.open(newline="") as file:
+    monkeypatch.setattr(common, "RESULTS", tmp_path / "results.csv")
+    common.append([{"model": "a", "ms": 1.5}, {"model": "b", "ms": 2}])
+    common.append([{"model": "c", "tokens": 7}])
+    with common.RESULTS.open(newline="") as file:
         rows = list(csv.reader(file))
     assert rows == [["model", "ms", "tokens"], ["a", "1.5", ""], ["b", "2", ""], ["c", "", "7"]]

@@ -10,8 +10,9 @@ import pytest
 
 from tests.tiny import tiny
 from tokenmerge.cli import main
+from tokenmerge.timing import Spread
 from tokenmerge.tools import break_even
-from tokenmerge.tools.break_even import Gain, batches_up_to, ladder, sparse
+from tokenmerge.tools.break_even import batches_up_to, ladder, pays, sparse
 
 
 def test_what_is_tried() -> None:
@@ -31,11 +32,10 @@ def test_fewer_blocks_merge_as_many_tokens(schedule: tuple[int, ...]) -> None:
 
 
 def test_when_merging_pays() -> None:
-    assert Gain.of([1.1] * 10, [1.0] * 10).pays
-    assert not Gain.of([1.01] * 10, [1.0] * 10).pays  # too little
-    assert not Gain.of([1.1, 1.1, 0.9, 0.9, 1.2], [1.0] * 5).pays  # too seldom
-    one = Gain.of([2.0], [1.0])
-    assert (one.middle, one.low, one.high) == (2.0, 2.0, 2.0)
+    assert pays(Spread.of_ratios([1.1] * 10, [1.0] * 10))
+    assert not pays(Spread.of_ratios([1.01] * 10, [1.0] * 10))  # too little
+    assert not pays(Spread.of_ratios([1.1, 1.1, 0.9, 0.9, 1.2], [1.0] * 5))  # too seldom
+    assert Spread.of([2.0]) == Spread(2.0, 2.0, 2.0)
 
 
 SMALL = [
@@ -53,7 +53,8 @@ SMALL = [
 
 def run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, seconds: Any, *options: str) -> list[dict[str, Any]]:
     """The rows, with times that are made up: what is measured is no matter of tests."""
-    monkeypatch.setattr(break_even, "interleave", seconds)
+    monkeypatch.setattr(break_even, "passes", lambda forwards, images: [images] * len(forwards))
+    monkeypatch.setattr(break_even, "take_turns", lambda calls, *_: seconds(len(calls), calls[0].shape[0]))
     rows = tmp_path / "rows.json"
     assert main(["bench", *SMALL, "--break-even", "--json", str(rows), *options]) == 0
     found: list[dict[str, Any]] = json.loads(rows.read_text())
@@ -65,8 +66,8 @@ def test_the_smallest_r_that_pays(
 ) -> None:
     """Here r = 1 costs and r = 2 gains from a batch of 2 on."""
 
-    def seconds(forwards: Any, images: Any, *_: Any) -> list[list[float]]:
-        return [[1.0 - 0.05 * i * (images.shape[0] - 1) + 0.06 * (i > 0)] * 2 for i in range(len(forwards))]
+    def seconds(models: int, batch: int) -> list[list[float]]:
+        return [[1.0 - 0.05 * i * (batch - 1) + 0.06 * (i > 0)] * 2 for i in range(models)]
 
     rows = run(monkeypatch, tmp_path, seconds, "--r", "0", "1", "2")
     assert [(row["batch_size"], row["r"], row["pays"]) for row in rows] == [
@@ -83,7 +84,7 @@ def test_the_smallest_r_that_pays(
 def test_where_everything_pays_nothing_is_advised(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    rows = run(monkeypatch, tmp_path, lambda forwards, *_: [[1.0 / (i + 1)] * 2 for i in range(len(forwards))])
+    rows = run(monkeypatch, tmp_path, lambda models, _: [[1.0 / (i + 1)] * 2 for i in range(models)])
     assert all(row["pays"] for row in rows)
     assert {row["batch_size"] for row in rows} == {1, 2}
     assert "does not pay" not in capsys.readouterr().out

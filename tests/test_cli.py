@@ -301,6 +301,8 @@ def test_bench(run: Run, model_dir: Path) -> None:
         2,
         "--num-bench-iter",
         2,
+        "--statistic",
+        "min",
         "--dtype",
         "bfloat16",
         "--json",
@@ -323,7 +325,7 @@ def test_it_says_so_when_merging_does_not_pay(run: Run, model_dir: Path, monkeyp
 
     command = ("bench", f"local-dir:{model_dir}", "--r", 4, "-b", 1, "--num-bench-iter", 2)
     for merged, pays in ((1.0, False), (0.5, True)):
-        monkeypatch.setattr(bench, "interleave", lambda *args, merged=merged: [[1.0, 1.0], [merged] * 2, [0.5, 0.5]])
+        monkeypatch.setattr(bench, "take_turns", lambda *args, merged=merged: [[1.0, 1.0], [merged] * 2, [0.5, 0.5]])
         _, out, _ = run(*command)
         assert ("Merging does not pay at this shape: r=4" in out) is not pays
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ import tokenmerge
 from tests.test_timm_models import KINDS
 from tests.tiny import images_for, tiny
 from tokenmerge.errors import ConfigError
-from tokenmerge.tools.bench import interleave, peak_memory
+from tokenmerge.timing import Spread, peak_memory, ratio, take_turns
 from tokenmerge.tools.picture import contact_sheet, merged_pixels, to_image
 from tokenmerge.tools.settings import parse_setting
 from tokenmerge.tools.variants import share_weights, sliced
@@ -73,23 +74,32 @@ def test_copies_share_weights_and_nothing_else() -> None:
     assert not tokenmerge.is_patched(model)
 
 
-def test_interleaving_gives_every_forward_its_rounds() -> None:
+def test_every_round_runs_everything_once_in_an_order_of_its_own() -> None:
     calls: list[str] = []
-    forwards = [lambda x, name=name: calls.append(name) for name in "abc"]
-    seconds = interleave(forwards, torch.zeros(1), warmup=1, rounds=4)
-    assert [len(times) for times in seconds] == [4, 4, 4]
-    assert "".join(calls) == "abcbcacababcbca"
+    seconds = take_turns([partial(calls.append, name) for name in "abc"], torch.device("cpu"), 1, 40)
+    assert [len(times) for times in seconds] == [40, 40, 40]
+    rounds = ["".join(calls[i : i + 3]) for i in range(0, len(calls), 3)]
+    assert {"".join(sorted(one)) for one in rounds} == {"abc"}
+    assert len(set(rounds)) == 6  # every order occurs
     assert all(time > 0 for times in seconds for time in times)
 
 
+def test_ratios_are_taken_within_a_round() -> None:
+    """A machine that gets slower round by round changes no ratio."""
+    above, below = [2.0, 4.0, 8.0, 16.0], [1.0, 2.0, 4.0, 8.0]
+    assert Spread.of_ratios(above, below) == Spread(2.0, 2.0, 2.0)
+    assert ratio(above, below, "median") == 2.0
+    assert ratio([3.0, 9.0], [2.0, 1.0], "min") == 3.0
+
+
 def test_peak_memory_is_what_a_pass_holds_at_once() -> None:
-    def forward(x: torch.Tensor) -> torch.Tensor:
+    def call() -> torch.Tensor:
         a = torch.ones(1024, 1024)  # 4 MiB
         b = a + 1  # another 4
         del a
         return (b * 2).sum()  # 8 at most at any time
 
-    assert peak_memory(forward, torch.zeros(1)) == pytest.approx(8 * 2**20, rel=0.05)
+    assert peak_memory(call, torch.device("cpu")) == pytest.approx(8 * 2**20, rel=0.05)
 
 
 def test_pictures_show_the_source_map_exactly() -> None:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import statistics
-import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -12,6 +10,7 @@ from torch import nn
 
 from tokenmerge.attention_forms import FORMS
 from tokenmerge.errors import ConfigError, InputError
+from tokenmerge.timing import Call, Spread, take_turns
 
 
 def measure_forms(
@@ -39,7 +38,7 @@ def measure_forms(
         raise InputError(f"rounds={rounds}, but at least one pass of each form must be measured: use 5 or more")
     device = next(model.parameters()).device
     wanted = [form for form in FORMS if form != "auto"] if forms is None else list(forms)
-    seconds: dict[str, list[float]] = {}
+    tried: list[str] = []
     for form in wanted:
         try:
             use(form)
@@ -49,23 +48,17 @@ def measure_forms(
             continue
         with torch.inference_mode():
             model(*inputs, **options)
-        seconds[form] = []
-    if not seconds:
+        tried.append(form)
+    if not tried:
         raise InputError(f"forms={list(wanted)}, but none of them can run here: use forms=None to try all")
-    order = list(seconds)
-    for turn in range(rounds):
-        for step in range(len(order)):
-            form = order[(turn + step) % len(order)]
+
+    def one(form: str) -> Call:
+        def call() -> None:
             use(form)
-            _synchronize(device)
-            start = time.perf_counter()
             with torch.inference_mode():
                 model(*inputs, **options)
-            _synchronize(device)
-            seconds[form].append(time.perf_counter() - start)
-    return {form: statistics.median(times) for form, times in seconds.items()}
 
+        return call
 
-def _synchronize(device: torch.device) -> None:
-    if device.type not in ("cpu", "meta"):
-        torch.accelerator.synchronize(device)
+    times = take_turns([one(form) for form in tried], device, warmup=0, rounds=rounds)
+    return {form: Spread.of(measured).p50 for form, measured in zip(tried, times, strict=True)}

@@ -1,27 +1,23 @@
 """`tokenmerge bench`: is the merged model really faster, and what does the merging itself cost?
 
-Three models that share their weights take turns in every round: the unmerged one, the merged ones, and for
-each of those the paper's yardstick, which drops the same number of tokens by slicing and so pays for no
-matching. Machines are noisy and drift; what is compared is compared within one run.
+Models that share their weights take turns in every round: the unmerged one, the merged ones, and for each of those
+the paper's yardstick, which drops the same number of tokens by slicing and so pays for no matching.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import os
-import statistics
-import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from rich.progress import Progress
 from torch import Tensor
 from torch._dynamo.exc import TorchDynamoException
 
 from tokenmerge.errors import InputError
 from tokenmerge.patching import Summary, patch
-from tokenmerge.tools.device import place, synchronize
+from tokenmerge.timing import Call, Spread, peak_memory, ratio, take_turns
+from tokenmerge.tools.device import place
 from tokenmerge.tools.models import ModelArgs, input_shape, load_model
 from tokenmerge.tools.report import Report, Row
 from tokenmerge.tools.settings import Setting
@@ -38,8 +34,7 @@ class BenchArgs:
         batch_size: images per forward pass.
         warmup: passes of each model before measuring.
         rounds: measured passes of each model, in turns.
-        statistic: "median" or "min", what speed-up and overhead compare; the minimum is steadier on a
-            machine that others use.
+        statistic: "median" of the paired rounds or ratio of the "min"ima: what speed-up and overhead are.
         compile: whether to `torch.compile` every model.
     """
 
@@ -50,46 +45,17 @@ class BenchArgs:
     compile: bool = False
 
 
-def interleave(
-    forwards: Sequence[Forward], images: Tensor, warmup: int, rounds: int, progress: Progress | None = None
-) -> list[list[float]]:
-    """Seconds of each measured pass, for each forward; they take turns, each round starting with another."""
-    task = progress.add_task("measuring", total=(warmup + rounds) * len(forwards)) if progress else None
-    seconds: list[list[float]] = [[] for _ in forwards]
-    with torch.inference_mode():
-        for turn in range(warmup + rounds):
-            for step in range(len(forwards)):
-                which = (turn + step) % len(forwards)
-                synchronize(images.device)
-                start = time.perf_counter()
-                forwards[which](images)
-                synchronize(images.device)
-                if turn >= warmup:
-                    seconds[which].append(time.perf_counter() - start)
-                if progress is not None and task is not None:
-                    progress.advance(task)
-    return seconds
+def passes(forwards: Sequence[Forward], images: Tensor) -> list[Call]:
+    """One inference pass of each, to be measured."""
 
+    def one(forward: Forward) -> Call:
+        def call() -> None:
+            with torch.inference_mode():
+                forward(images)
 
-def peak_memory(forward: Forward, images: Tensor) -> int:
-    """Bytes that one pass allocates at its peak, above what was allocated before it."""
-    device = images.device
-    with torch.inference_mode():
-        if device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats(device)
-            before = torch.cuda.memory_allocated(device)
-            forward(images)
-            synchronize(device)
-            return torch.cuda.max_memory_allocated(device) - before
-        os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # the profiler's own notes would run through the progress bar
-        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
-            forward(images)
-    events: Any = profile.profiler.kineto_results.events()
-    now = peak = 0
-    for event in sorted((e for e in events if e.name() == "[memory]"), key=lambda e: e.start_ns()):
-        now += event.nbytes()
-        peak = max(peak, now)
-    return peak
+        return call
+
+    return [one(forward) for forward in forwards]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -137,13 +103,18 @@ def measure(
     if bench.compile:
         compile_now(forwards, images)
     with report.progress() as progress:
-        seconds = iter(interleave(forwards, images, bench.warmup, bench.rounds, progress))
+        task = progress.add_task("measuring", total=(bench.warmup + bench.rounds) * len(forwards))
+        calls = passes(forwards, images)
+        times_of = take_turns(calls, images.device, bench.warmup, bench.rounds, lambda: progress.advance(task))
+    seconds = iter(times_of)
     rows: list[Row] = []
+    base: list[float] = []
     for variant in variants:
         times = next(seconds)
         yardstick = next(seconds) if variant.yardstick is not None else times if variant.summary is None else None
-        memory = peak_memory(variant.merged, images)
-        rows.append(_row(args, bench, variant, times, yardstick, rows[0] if rows else None, memory))
+        memory = peak_memory(passes([variant.merged], images)[0], images.device)
+        base = base or times
+        rows.append(_row(args, bench, variant, times, yardstick, base, memory))
     return rows
 
 
@@ -180,13 +151,12 @@ def _row(
     variant: _Variant,
     times: list[float],
     yardstick: list[float] | None,
-    base: Row | None,
+    base: list[float],
     memory: int,
 ) -> Row:
-    compare = min if bench.statistic == "min" else statistics.median
-    ms = 1e3 * compare(times)
-    low, *_, high = statistics.quantiles(times, n=5, method="inclusive") if len(times) > 1 else times * 2
-    speedup = 1.0 if base is None else base["ms"] / ms
+    spread = Spread.of(times)
+    ms = 1e3 * (min(times) if bench.statistic == "min" else spread.p50)
+    speedup = ratio(base, times, bench.statistic)
     flops_ratio = 1.0 if variant.summary is None else variant.summary.flops_ratio
     return {
         "model": args.model,
@@ -203,13 +173,14 @@ def _row(
         "rounds": bench.rounds,
         "ms": ms,
         "ms_min": 1e3 * min(times),
-        "ms_p20": 1e3 * low,
-        "ms_p80": 1e3 * high,
+        "ms_p20": 1e3 * spread.p20,
+        "ms_p50": 1e3 * spread.p50,
+        "ms_p80": 1e3 * spread.p80,
         "images_per_second": 1e3 * bench.batch_size / ms,
         "speedup": speedup,
         "flops_ratio": flops_ratio,
         "realised": speedup / flops_ratio,
-        "overhead": None if yardstick is None else compare(times) / compare(yardstick),
+        "overhead": None if yardstick is None else ratio(times, yardstick, bench.statistic),
         "peak_memory_mb": memory / 2**20,
     }
 

@@ -7,7 +7,6 @@ in a third of the blocks is tried as well: matching then runs a third as often.
 
 from __future__ import annotations
 
-import dataclasses
 import statistics
 from collections.abc import Sequence
 from typing import Any
@@ -18,7 +17,8 @@ from tokenmerge.config import MergeConfig
 from tokenmerge.patching import patch
 from tokenmerge.patching.target import find_target
 from tokenmerge.schedule import Schedule, max_merges
-from tokenmerge.tools.bench import BenchArgs, compile_now, interleave, prepare
+from tokenmerge.timing import Spread, take_turns
+from tokenmerge.tools.bench import BenchArgs, compile_now, passes, prepare
 from tokenmerge.tools.device import place
 from tokenmerge.tools.models import ModelArgs, input_shape, load_model
 from tokenmerge.tools.report import Report, Row
@@ -29,25 +29,9 @@ _GAIN = 1.02
 _SPARSE = 3
 
 
-@dataclasses.dataclass(frozen=True)
-class Gain:
-    """How much faster than the unmerged model, over paired rounds."""
-
-    middle: float
-    low: float
-    high: float
-
-    @classmethod
-    def of(cls, dense: Sequence[float], merged: Sequence[float]) -> Gain:
-        """Median, 20th and 80th percentile of the paired ratios."""
-        ratios = [a / b for a, b in zip(dense, merged, strict=True)]
-        low, *_, high = statistics.quantiles(ratios, n=5, method="inclusive") if len(ratios) > 1 else ratios * 2
-        return cls(statistics.median(ratios), low, high)
-
-    @property
-    def pays(self) -> bool:
-        """Whether it is worth having."""
-        return self.middle >= _GAIN and self.low > 1.0
+def pays(gain: Spread) -> bool:
+    """Whether it is worth having, by the speed-ups of the paired rounds."""
+    return gain.p50 >= _GAIN and gain.p20 > 1.0
 
 
 def batches_up_to(largest: int) -> list[int]:
@@ -118,10 +102,10 @@ def _turns(
     forwards = [prepare(one, bench.compile) for one in (model, *copies)]
     if bench.compile:
         compile_now(forwards, images)
-    dense, *merged = interleave(forwards, images, bench.warmup, bench.rounds)
+    dense, *merged = take_turns(passes(forwards, images), images.device, bench.warmup, bench.rounds)
     rows: list[Row] = []
     for (setting, _), summary, times in zip(configs, summaries, merged, strict=True):
-        gain = Gain.of(dense, times)
+        gain = Spread.of_ratios(dense, times)
         rows.append(
             {
                 "model": args.model,
@@ -137,11 +121,11 @@ def _turns(
                 "rounds": bench.rounds,
                 "ms": 1e3 * statistics.median(times),
                 "dense_ms": 1e3 * statistics.median(dense),
-                "speedup": gain.middle,
-                "speedup_p20": gain.low,
-                "speedup_p80": gain.high,
+                "speedup": gain.p50,
+                "speedup_p20": gain.p20,
+                "speedup_p80": gain.p80,
                 "flops_ratio": summary.flops_ratio,
-                "pays": gain.pays,
+                "pays": pays(gain),
             }
         )
     return rows

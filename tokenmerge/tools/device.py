@@ -29,12 +29,6 @@ def check_device(device: str) -> torch.device:
     return found
 
 
-def synchronize(device: torch.device) -> None:
-    """Wait until the device has done what it was given."""
-    if device.type != "cpu":
-        torch.accelerator.synchronize(device)
-
-
 def place(images: Tensor, device: str, dtype: str, channels_last: bool) -> Tensor:
     """Images as the model wants them."""
     images = images.to(device, DTYPES[dtype])

@@ -18,7 +18,8 @@ from torch import Tensor
 
 from tokenmerge.errors import InputError
 from tokenmerge.patching import model_cost, patch
-from tokenmerge.tools.device import place, synchronize
+from tokenmerge.timing import synchronize
+from tokenmerge.tools.device import place
 from tokenmerge.tools.images import ImageFolder, batches
 from tokenmerge.tools.models import ModelArgs, input_shape, load_model
 from tokenmerge.tools.report import Report, Row

@@ -1,0 +1,91 @@
+"""The forms of proportional attention side by side, forward and with backward, over sizes of real models.
+
+    python benchmarks/attention.py [--device cuda --dtype bfloat16]
+
+`speedup` is over PyTorch's attention without any sizes; `gap` is the largest difference from float64, relative to the
+largest output.
+"""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+import torch
+from common import Row, record
+from torch import Tensor
+from torch.nn import functional as F
+
+from tokenmerge.attention_forms import FORMS, MASKS
+from tokenmerge.timing import Call
+from tokenmerge.tools.device import DTYPES
+from tokenmerge.tools.report import Report
+
+SHAPES = {  # B, H, N, D
+    "cpu": [(16, 3, 119, 64), (8, 6, 197, 64), (4, 12, 101, 64), (2, 12, 577, 64), (1, 16, 585, 64), (1, 16, 1025, 64)],
+    "cuda": [
+        (256, 6, 197, 64),
+        (64, 12, 197, 64),
+        (64, 16, 577, 64),
+        (64, 16, 1025, 64),
+        (64, 16, 1370, 80),
+        (1, 16, 577, 64),
+    ],
+}
+
+
+def calls_for(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, forms: list[str], backward: bool) -> dict[str, Call]:
+    """One call per form, the one without sizes first."""
+
+    def one(bias: Tensor | None) -> Call:
+        def call() -> Any:
+            with torch.set_grad_enabled(backward):
+                out = F.scaled_dot_product_attention(q, k, v, bias)
+                return torch.autograd.grad(out, (q, k, v), v) if backward else out
+
+        return call
+
+    masks = {form: mask if form == "mask" else mask.as_subclass(MASKS[form]) for form in forms}
+    return {"no sizes": one(None), **{form: one(bias) for form, bias in masks.items()}}
+
+
+def gap(form: str, q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> float:
+    """How far a form is from float64, relative to the largest output; on one image."""
+    q, k, v, mask = (x[:1].detach() for x in (q, k, v, mask))
+    scores = q.double() @ k.double().transpose(2, 3) * q.shape[-1] ** -0.5 + mask.double()
+    wanted = scores.softmax(dim=-1) @ v.double()
+    bias = mask if form == "mask" else mask.as_subclass(MASKS[form])
+    found = F.scaled_dot_product_attention(q, k, v, bias)
+    return float((found.double() - wanted).abs().max() / wanted.abs().max())
+
+
+def main() -> None:
+    """Measure, append, print."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--dtype", default="float32", choices=DTYPES)
+    parser.add_argument("--rounds", type=int, default=30)
+    args = parser.parse_args()
+    report = Report()
+    on_cpu = args.device == "cpu"
+    forms = [f for f in FORMS if f != "auto" and not (on_cpu and f in ("cudnn", "efficient", "flex"))]
+    for batch, heads, tokens, dim in SHAPES["cpu" if on_cpu else "cuda"]:
+        qkv = torch.randn(batch, tokens, 3, heads, dim).to(args.device, DTYPES[args.dtype])
+        q, k, v = (
+            x.requires_grad_() for x in qkv.permute(2, 0, 3, 1, 4).unbind(0)
+        )  # as a fused projection leaves them
+        mask = torch.randint(1, 9, (batch, tokens)).float().log().to(v)[:, None, None, :]
+        gaps: dict[str, Row] = {form: {"gap": gap(form, q, k, v, mask)} for form in forms}
+        for backward in (False, True):
+            calls = calls_for(q, k, v, mask, forms, backward)
+            shape = {"batch_size": batch, "heads": heads, "tokens": tokens, "head_dim": dim, "dtype": args.dtype}
+            columns = {**shape, "backward": backward}
+            rows = record("attention", calls, args.device, columns, rounds=args.rounds, extra=gaps, warmup=5)
+            report.say(
+                f"B{batch} H{heads} N{tokens} D{dim}{' with backward' if backward else ''}, time / without sizes:"
+            )
+            report.say("  " + ", ".join(f"{name} {1 / row['speedup']:.2f}" for name, row in rows.items()))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,133 @@
+"""What all benchmarks share: calls that take turns, and one results.csv that is only ever appended to."""
+
+from __future__ import annotations
+
+import csv
+import datetime
+import importlib.metadata
+import platform
+import shlex
+import subprocess
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from tokenmerge.timing import Call, Spread, ratio, take_turns
+
+Row = dict[str, Any]
+RESULTS = Path(__file__).with_name("results.csv")
+CPU_MODELS = (  # model, image size, r, batch: the README's table
+    ("deit_tiny_patch16_224", 224, 13, 16),
+    ("vit_small_patch16_224", 224, 13, 8),
+    ("vit_base_patch16_224", 224, 16, 4),
+    ("vit_base_patch16_384", 384, 45, 2),
+    ("vit_large_patch16_224", 512, 40, 1),
+)
+GPU_MODELS = (  # model, image size, the r of the paper
+    ("vit_small_patch16_224", 224, 13),
+    ("vit_base_patch16_224", 224, 16),
+    ("vit_large_patch16_224", 224, 8),
+    ("vit_large_patch16_224", 384, 23),
+    ("vit_large_patch16_224", 512, 40),
+    ("vit_huge_patch14_224", 518, 40),
+)
+
+
+def processor(device: str) -> str:
+    """The processor that runs it, as the system calls it."""
+    if device.startswith("cuda"):
+        return str(torch.cuda.get_device_name())
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.is_file() else []
+    return next(
+        (line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.processor()
+    )
+
+
+def commit() -> str:
+    """Short hash of the commit that is checked out, with a + if files differ from it."""
+    here = Path(__file__).parent
+    described = subprocess.run(
+        ["git", "describe", "--always", "--dirty=+"], cwd=here, capture_output=True, text=True, check=False
+    )
+    return described.stdout.strip() or "unknown"
+
+
+def where(benchmark: str, device: str) -> Row:
+    """The columns that say what made a row."""
+    return {
+        "date": datetime.date.today().isoformat(),
+        "commit": commit(),
+        "benchmark": benchmark,
+        "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "processor": processor(device),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "timm": importlib.metadata.version("timm"),
+        "threads": torch.get_num_threads(),
+        "device": device,
+    }
+
+
+def append(rows: list[Row]) -> None:
+    """Add rows to results.csv; a new column is left empty in older rows."""
+    older: list[Row] = []
+    columns: list[str] = []
+    if RESULTS.exists():
+        with RESULTS.open(newline="") as file:
+            reader = csv.DictReader(file)
+            columns, older = list(reader.fieldnames or []), list(reader)
+    for row in rows:
+        columns += [name for name in row if name not in columns]
+    with RESULTS.open("w", newline="") as file:
+        writer = csv.DictWriter(file, fieldnames=columns)
+        writer.writeheader()
+        writer.writerows([*older, *rows])
+
+
+def record(
+    benchmark: str,
+    calls: Mapping[str, Call],
+    device: str,
+    columns: Row,
+    *,
+    rounds: int,
+    warmup: int = 2,
+    extra: Mapping[str, Row] | None = None,
+) -> dict[str, Row]:
+    """Measure calls that take turns, append a row for each, and return the rows by name.
+
+    Args:
+        benchmark: what is measured, the column `benchmark`.
+        calls: what to run, by the name that goes into the column `variant`; the first one is what the speed-up is over.
+        device: where it runs.
+        columns: further columns of every row.
+        rounds: measured rounds.
+        warmup: rounds before them.
+        extra: further columns of single rows.
+    """
+    times = take_turns(list(calls.values()), torch.device(device), warmup, rounds)
+    rows: dict[str, Row] = {}
+    for name, seconds in zip(calls, times, strict=True):
+        spread, gain = Spread.of(seconds), Spread.of_ratios(times[0], seconds)
+        rows[name] = {
+            **where(benchmark, device),
+            **columns,
+            "variant": name,
+            "statistic": "median",
+            "rounds": rounds,
+            "ms": 1e3 * spread.p50,
+            "ms_min": 1e3 * min(seconds),
+            "ms_p20": 1e3 * spread.p20,
+            "ms_p50": 1e3 * spread.p50,
+            "ms_p80": 1e3 * spread.p80,
+            "speedup": ratio(times[0], seconds, "median"),
+            "speedup_p20": gain.p20,
+            "speedup_p80": gain.p80,
+            **(extra or {}).get(name, {}),
+        }
+    append(list(rows.values()))
+    return rows

@@ -1,0 +1,110 @@
+"""End-to-end models: dense, a straightforward ToMe, this library; eager and compiled, and what slicing would take.
+
+    python benchmarks/models.py                                                   # the README's five models, CPU
+    python benchmarks/models.py --device cuda --dtype bfloat16 --batch-sizes 1 8 64 256   # the paper's models
+
+All variants share their weights and take turns in every round; `speedup` is over the eager dense model.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from typing import Any
+
+import timm
+import torch
+from common import CPU_MODELS, GPU_MODELS, Row, record
+from straightforward import straightforward
+from torch import Tensor
+
+import tokenmerge
+from tokenmerge.timing import Call, peak_memory
+from tokenmerge.tools.device import DTYPES
+from tokenmerge.tools.report import Report
+from tokenmerge.tools.variants import share_weights, sliced
+
+VARIANTS = ("dense", "straightforward", "sliced", "merged", "dense compiled", "sliced compiled", "merged compiled")
+
+
+def variants(
+    model: Any, r: int, wanted: list[str], mode: str | None
+) -> tuple[dict[str, Callable[[Tensor], Any]], float]:
+    """The models by name, and the FLOPs ratio of the merged one."""
+    merged = share_weights(model)
+    handle = tokenmerge.patch(merged, r=r)
+    eager = {"dense": model, "straightforward": straightforward(model, r), "merged": merged}
+    eager["sliced"] = sliced(model, handle.schedule)
+    found = {}
+    for name in wanted:
+        base = name.removesuffix(" compiled")
+        found[name] = torch.compile(share_weights(eager[base]), mode=mode) if base != name else eager[base]
+    return found, handle.summary().flops_ratio
+
+
+def compare(name: str, size: int, r: int, batch: int, args: argparse.Namespace) -> dict[str, Row]:
+    """Rows by variant."""
+    dtype = DTYPES[args.dtype]
+    model = timm.create_model(name, img_size=size).eval().to(args.device, dtype)
+    images = torch.randn(batch, 3, size, size, generator=torch.Generator().manual_seed(0)).to(args.device, dtype)
+    torch.compiler.reset()  # or Dynamo would make the batch dynamic, which is another, slower model
+    forwards, flops_ratio = variants(model, r, args.variants, args.mode)
+
+    def one(forward: Callable[[Tensor], Any]) -> Call:
+        def call() -> None:
+            with torch.inference_mode():
+                forward(images)
+
+        return call
+
+    calls = {variant: one(forward) for variant, forward in forwards.items()}
+    columns = {
+        "model": name,
+        "img_size": size,
+        "r": r,
+        "batch_size": batch,
+        "dtype": args.dtype,
+        "flops_ratio": flops_ratio,
+    }
+    for call in calls.values():  # compiles
+        call()
+    memory = {name: peak_memory(call, images.device) / 2**20 for name, call in calls.items()}
+    extra: dict[str, Row] = {
+        name: {"compile": name.endswith("compiled"), "compile_mode": args.mode, "peak_memory_mb": memory[name]}
+        for name in calls
+    }
+    return record("models", calls, args.device, columns, rounds=args.rounds, extra=extra)
+
+
+def main() -> None:
+    """Measure, append, print."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--dtype", default="float32", choices=DTYPES)
+    parser.add_argument("--batch-sizes", type=int, nargs="+", help="default: the table's own on a CPU, else 1 8 64")
+    parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS))
+    parser.add_argument("--mode", help="of torch.compile: max-autotune-no-cudagraphs, reduce-overhead, max-autotune")
+    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--only", default="", help="only models whose name@size contains this")
+    args = parser.parse_args()
+    report = Report()
+    jobs: list[tuple[str, int, int, int]] = []
+    if args.device == "cpu":
+        for name, size, r, batch in CPU_MODELS:
+            jobs += [(name, size, r, one) for one in args.batch_sizes or [batch]]
+    else:
+        jobs = [(*model, batch) for model in GPU_MODELS for batch in args.batch_sizes or (1, 8, 64)]
+    for name, size, r, batch in jobs:
+        if args.only not in f"{name}@{size}":
+            continue
+        try:
+            rows = compare(name, size, r, batch, args)
+        except torch.OutOfMemoryError:
+            report.say(f"{name}@{size} batch {batch}: memory ran out, left out")
+            continue
+        report.say(f"{name}@{size}, r={r}, batch {batch}, {next(iter(rows.values()))['flops_ratio']:.2f}x fewer FLOPs:")
+        report.say("  " + ", ".join(f"{variant} {row['speedup']:.2f}x" for variant, row in rows.items()))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,123 @@
+"""Matching and merging, each backend against the reference, over N from 196 to 16,384; time, memory and floors.
+
+    python benchmarks/ops.py [--device cuda --dtype bfloat16]
+
+The reference writes all N²/4 similarities and gathers over expanded indices (`straightforward.py`). `floor_ms` is what
+the arithmetic or the bytes would take at the rates measured in the same run, whichever is longer: for matching the product
+of A and B or reading K once, for merging reading and writing the tokens once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+from typing import Any
+
+import torch
+from common import Row, record
+from straightforward import merge as straightforward_merge
+from torch import Tensor
+
+from tokenmerge import bipartite_matching
+from tokenmerge.ops import triton_refusals
+from tokenmerge.timing import Call, peak_memory, take_turns
+from tokenmerge.tools.device import DTYPES
+from tokenmerge.tools.report import Report
+
+SIZES = {  # tokens: batch, chosen so that every size has work enough
+    "cpu": {197: 8, 577: 2, 1025: 1, 4097: 1, 16385: 1},
+    "cuda": {197: 256, 577: 64, 1025: 64, 1370: 64, 4097: 16, 16385: 4},
+}
+LARGEST_REFERENCE = 4097  # beyond, N²/4 similarities of a batch are gigabytes
+
+
+def ceilings(device: str, dtype: torch.dtype) -> tuple[float, float]:
+    """Bytes per second of a copy (read plus written) and multiply-adds per second of a matrix product, measured."""
+    numbers, side = (2**24, 1024) if device == "cpu" else (2**28, 8192)
+    source = torch.randn(numbers, device=device)
+    target = torch.empty_like(source)
+    a = torch.randn(side, side, device=device).to(dtype)
+
+    copy, product = take_turns([lambda: target.copy_(source), lambda: a @ a], torch.device(device), 3, 9)
+    return 8 * numbers / statistics.median(copy), side**3 / statistics.median(product)
+
+
+def matching_calls(keys: Tensor, r: int, backends: list[str]) -> dict[str, Call]:
+    """Head mean, similarities, plan."""
+
+    def reference() -> Any:
+        metric = keys.float().mean(dim=1)
+        unit = metric / metric.norm(dim=2, keepdim=True)
+        best, partner = (unit[:, ::2] @ unit[:, 1::2].transpose(1, 2)).max(dim=2)
+        order = best.argsort(dim=1, descending=True)
+        return order, partner.gather(1, order[:, :r])
+
+    calls: dict[str, Call] = {"reference": reference} if keys.shape[2] <= LARGEST_REFERENCE else {}
+    for backend in backends:
+        calls[backend] = lambda backend=backend: bipartite_matching(keys, r, 1, backend=backend)  # type: ignore[misc]
+    return calls
+
+
+def merge_calls(x: Tensor, keys: Tensor, r: int, backends: list[str], backward: bool) -> dict[str, Call]:
+    """Weighted mean of the tokens and their sizes; the reference matches as well, so it is shown with matching."""
+    size = torch.ones(x.shape[:2], device=x.device)
+    plan = bipartite_matching(keys, r, 1)
+    grad = torch.randn_like(plan.merge(x, size)[0])
+
+    def one(backend: Any) -> Call:
+        def call() -> Any:
+            with torch.set_grad_enabled(backward):
+                out = plan.merge(x, size, backend=backend)[0]
+                return torch.autograd.grad(out, x, grad) if backward else out
+
+        return call
+
+    def reference() -> Any:
+        with torch.set_grad_enabled(backward):
+            out = straightforward_merge(x, size.to(x.dtype), keys.float().mean(dim=1).to(x.dtype), r)[0]
+            return torch.autograd.grad(out, x, grad) if backward else out
+
+    first = {"reference with matching": reference} if x.shape[1] <= LARGEST_REFERENCE else {}
+    return {**first, **{backend: one(backend) for backend in backends}}
+
+
+def main() -> None:
+    """Measure, append, print."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--dtype", default="float32", choices=DTYPES)
+    parser.add_argument("--heads", type=int, default=12)
+    parser.add_argument("--rounds", type=int, default=15)
+    args = parser.parse_args()
+    report, dtype = Report(), DTYPES[args.dtype]
+    on_cpu = args.device == "cpu"
+    bandwidth, rate = ceilings(args.device, dtype)
+    report.say(f"copy {bandwidth / 1e9:.0f} GB/s, product {rate / 1e12:.2f} T multiply-adds/s")
+    channels = 64 * args.heads
+    for tokens, batch in SIZES["cpu" if on_cpu else "cuda"].items():
+        r = tokens // 12
+        qkv = torch.randn(batch, tokens, 3, args.heads, 64, device=args.device).to(dtype)
+        keys = qkv.permute(2, 0, 3, 1, 4)[1]
+        x = torch.randn(batch, tokens, channels, device=args.device).to(dtype).requires_grad_()
+        backends = ["torch"] if on_cpu or triton_refusals(x) else ["torch", "triton"]
+        itemsize = x.element_size()
+        read_keys = keys.numel() * itemsize / bandwidth
+        moved = (2 * tokens - r) * batch * channels * itemsize / bandwidth
+        work = {
+            "matching": (matching_calls(keys, r, backends), max(read_keys, batch * (tokens / 2) ** 2 * 64 / rate)),
+            "merge": (merge_calls(x, keys, r, backends, False), moved),
+            "merge, backward": (merge_calls(x, keys, r, backends, True), 2 * moved),
+        }
+        for op, (calls, floor) in work.items():
+            shape = {"op": op, "tokens": tokens, "batch_size": batch, "channels": channels, "r": r}
+            columns = {**shape, "dtype": args.dtype, "floor_ms": 1e3 * floor}
+            memory: dict[str, Row] = {
+                name: {"peak_memory_mb": peak_memory(call, x.device) / 2**20} for name, call in calls.items()
+            }
+            rows = record("ops", calls, args.device, columns, rounds=args.rounds, extra=memory)
+            times = ", ".join(f"{n} {row['ms']:.2f} ({row['peak_memory_mb']:.0f} MiB)" for n, row in rows.items())
+            report.say(f"{op}, N={tokens}, B={batch}: {times} ms; floor {1e3 * floor:.2f}")
+
+
+if __name__ == "__main__":
+    main()
