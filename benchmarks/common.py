@@ -48,12 +48,17 @@ def processor(device: str) -> str:
 
 
 def commit() -> str:
-    """Short hash of the commit that is checked out, with a + if files differ from it."""
-    here = Path(__file__).parent
-    described = subprocess.run(
-        ["git", "describe", "--always", "--dirty=+"], cwd=here, capture_output=True, text=True, check=False
-    )
-    return described.stdout.strip() or "unknown"
+    """Short hash of the commit that is checked out, with a + if files other than the results differ from it."""
+
+    def git(*words: str) -> str:
+        command = (
+            ["git", *words, "--", ".", f":!benchmarks/{RESULTS.name}"] if words[0] == "status" else ["git", *words]
+        )
+        done = subprocess.run(command, cwd=RESULTS.parents[1], capture_output=True, text=True, check=False)
+        return done.stdout.strip()
+
+    found = git("describe", "--always")
+    return found + ("+" if git("status", "--porcelain") else "") if found else "unknown"
 
 
 def where(benchmark: str, device: str) -> Row:
