@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from tokenmerge.ops import sum_over_heads
 from tokenmerge.pairs import PairMap
 from tokenmerge.precision import autocast_dtype
 
@@ -33,7 +34,10 @@ def size_bias(size: Tensor | None, x: Tensor, prop_attn: bool = True) -> Tensor 
         return None
     weight = size if prop_attn else (size > 0).to(size.dtype)
     dtype = autocast_dtype(x.device.type) or x.dtype
-    return weight.log().to(dtype).clamp_min(torch.finfo(dtype).min)[:, None, None, :]
+    log = weight.log()
+    if dtype != log.dtype:
+        log = log.to(dtype)
+    return log.clamp_min_(torch.finfo(dtype).min).view(size.shape[0], 1, 1, size.shape[1])
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -101,15 +105,8 @@ def head_mean_untransposed(block: Any, keys: tuple[Tensor, ...]) -> Tensor:
 
 
 def _over_heads(key: Tensor, dim: int) -> Tensor:
-    """`key.mean(dim)` without gradient; for few heads on a CPU by additions, which run twice as fast there."""
-    key, heads = key.detach(), key.shape[dim]
-    if key.device.type != "cpu" or not 1 < heads <= 6:
-        return key.mean(dim=dim)
-    first, second, *others = key.unbind(dim)
-    total = first + second
-    for other in others:
-        total += other
-    return total.mul_(1 / heads)
+    """The mean over heads without gradient, in float32 or wider."""
+    return sum_over_heads(key.detach(), dim).mul_(1 / key.shape[dim])
 
 
 def keys_per_head(metric: Any, keys: tuple[Tensor, ...]) -> Tensor | None:

@@ -184,39 +184,48 @@ class MergePlan:
     def _merge_flat(self, x: Tensor, size: Tensor | None, reduce: Reduce) -> tuple[Tensor, Tensor]:
         """`merge` in plain torch, on whole rows of `[B·N, C]`: few operations, and in place where memory is fresh.
 
-        A second buffer of the size of the tokens would cost page faults at every block.
+        A second buffer of the size of the tokens would cost page faults at every block, and every operation costs: after
+        the matrix products of a block, neither its code nor its few numbers are in a cache.
         """
         if reduce not in ("mean", "sum", "max"):
             raise InputError(f"reduce={reduce!r}, but only 'mean', 'sum' and 'max' are known")
         channels = x.shape[2]
-        keep, source = flat_rows(self.keep, self.tokens_in), flat_rows(self.source, self.tokens_in)
-        target = flat_rows(self.target, self.tokens_out)
+        keep, source, target = self._flat()
         rows = x.reshape(-1, channels)
         kept, joining = rows.index_select(0, keep), rows.index_select(0, source)
-        new_size, weight = self._sizes(size, keep, source, target)
+        if size is None:
+            weight = kept.new_ones(source.shape, dtype=torch.float32)
+            new_size = kept.new_ones(keep.shape, dtype=torch.float32)
+        else:
+            size = size.to(torch.float32).reshape(-1)
+            weight, new_size = size.index_select(0, source), size.index_select(0, keep)
+        new_size = new_size.index_add_(0, target, weight)
         if reduce == "max":
             index = target.unsqueeze(1).expand(-1, channels)
             kept = kept.scatter_reduce(0, index, joining, "amax", include_self=True)
         else:
             wide = torch.float64 if x.dtype == torch.float64 else torch.float32
-            kept, joining = kept.to(wide), joining.to(wide)
+            if x.dtype != wide:
+                kept, joining = kept.to(wide), joining.to(wide)
             if reduce == "mean":
                 # x_t + Σ sᵢ/S (xᵢ − x_t) is the weighted mean, and leaves every other row alone
                 # (clamped for padding, whose size is 0: it joins with weight 0, and gives way to what joins it)
-                share = weight.to(wide) / new_size.index_select(0, target).to(wide).clamp_min(1e-12)
+                share = weight.to(wide).div_(new_size.index_select(0, target).clamp_min_(1e-12))
                 joining = joining.sub_(kept.index_select(0, target)).mul_(share.unsqueeze(1))
             kept = kept.index_add_(0, target, joining)
-        return kept.view(*self.keep.shape, channels).to(x.dtype), new_size.view_as(self.keep)
+            if x.dtype != wide:
+                kept = kept.to(x.dtype)
+        return kept.view(*self.keep.shape, channels), new_size.view(self.keep.shape)
 
-    def _sizes(self, size: Tensor | None, keep: Tensor, source: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
-        """Sizes after the merge `[B·N']`, and those of the tokens merged away `[B·r]`; float32."""
-        if size is None:
-            kept = torch.ones_like(keep, dtype=torch.float32)
-            joining = torch.ones_like(source, dtype=torch.float32)
-        else:
-            size = size.to(torch.float32).reshape(-1)
-            kept, joining = size.index_select(0, keep), size.index_select(0, source)
-        return kept.index_add_(0, target, joining), joining
+    def _flat(self) -> tuple[Tensor, Tensor, Tensor]:
+        """`keep`, `source` and `target` as row numbers of the flattened tokens, `[B·N']`, `[B·r]` and `[B·r]`."""
+        batch = self.keep.shape[0]
+        if batch == 1:
+            return self.keep.view(-1), self.source.reshape(-1), self.target.reshape(-1)
+        image = torch.arange(batch, device=self.keep.device).unsqueeze(1)
+        first = image * self.tokens_in
+        target = self.target + image.mul_(self.tokens_out)
+        return (self.keep + first).view(-1), (self.source + first).view(-1), target.view(-1)
 
     def unmerge(self, x: Tensor) -> Tensor:
         """Give every token before the merge the value of the token it became: `[B, N', C]` -> `[B, N, C]`.

@@ -8,11 +8,13 @@ import torch
 from torch import Tensor
 
 from tokenmerge.matching.registry import check_matching_input, register_matcher
-from tokenmerge.ops import Backend, descending_order, takes_triton
+from tokenmerge.ops import Backend, descending_order, sum_over_heads, takes_triton
 from tokenmerge.plan import MergePlan, take_rows
 from tokenmerge.precision import no_autocast
 from tokenmerge.schedule import max_merges
 
+_FEW = 2**13
+"""Similarities per image up to which one operation for values and places beats two."""
 _SCORES = 2**21
 """Similarities per image that are held at once, 8 MB: memory then grows with N, not with N²."""
 
@@ -55,38 +57,42 @@ def bipartite_matching(metric: Tensor, r: int, protected: int = 0, backend: Back
     # autocast would round the similarities to half precision and so pick other pairs
     with no_autocast(metric.device.type):
         unit = _unit(metric)
-        chosen, rest, partner = _best_edges(unit[:, first_a::2], unit[:, first_b::2], r)
+        order, partner = _best_edges(unit[:, first_a::2], unit[:, first_b::2], r)
+    a_tokens = order.mul_(2).add_(first_a)
     position = torch.arange(tokens, device=metric.device)
-    prefix, b_tokens = position[:protected], position[first_b::2]
-    keep = torch.cat([prefix.expand(batch, -1), rest * 2 + first_a, b_tokens.expand(batch, -1)], dim=1)
-    return MergePlan(keep, chosen * 2 + first_a, partner + (protected + rest.shape[1]))
+    prefix, b_tokens = position[:protected].expand(batch, -1), position[first_b::2].expand(batch, -1)
+    keep = torch.cat([prefix, a_tokens[:, r:].sort(dim=1).values, b_tokens], dim=1)
+    return MergePlan(keep, a_tokens[:, :r], partner.add_(keep.shape[1] - b_tokens.shape[1]))
 
 
 def _unit(metric: Tensor) -> Tensor:
-    """The metric in float32, averaged over heads and divided by its norm; `[B, N, D]`."""
+    """The metric in float32, added up over heads and divided by its norm; `[B, N, D]`."""
+    metric = sum_over_heads(metric, 1) if metric.dim() == 4 else metric
     metric = metric.to(torch.float32)
-    if metric.dim() == 4:
-        metric = metric.mean(dim=1)
-    unit: Tensor = metric / torch.linalg.vector_norm(metric, dim=2, keepdim=True).clamp_min(1e-12)
+    unit: Tensor = metric / torch.linalg.vector_norm(metric, dim=2, keepdim=True).clamp_min_(1e-12)
     return unit
 
 
-def _best_edges(a: Tensor, b: Tensor, r: int) -> tuple[Tensor, Tensor, Tensor]:
-    """The A tokens `[B, r]` of the best edges, best first, the others ascending, and the B token of each edge.
+def _best_edges(a: Tensor, b: Tensor, r: int) -> tuple[Tensor, Tensor]:
+    """The A tokens `[B, |A|]` by their best edge, best first, and the B token `[B, r]` of the first r of those edges.
 
-    The largest value first, and its position only for the chosen rows: positions cost far more than values.
+    Where there are many similarities, the largest value of each row first, and its place only for the rows that merge:
+    places cost far more than values. Where there are few, operations are what costs.
     """
     columns = b.transpose(1, 2)
-    if a.shape[1] * b.shape[1] <= _SCORES:
-        scores = a @ columns
+    pairs = a.shape[1] * b.shape[1]
+    if pairs <= _FEW:
+        best, place = torch.bmm(a, columns).max(dim=2)
+        order = descending_order(best)
+        return order, place.gather(1, order[:, :r])
+    if pairs <= _SCORES:
+        scores = torch.bmm(a, columns)
         order = descending_order(scores.amax(dim=2))
-        chosen, rest = order[:, :r], order[:, r:].sort(dim=1).values
-        return chosen, rest, take_rows(scores, chosen).argmax(dim=2)
+        return order, take_rows(scores, order[:, :r]).argmax(dim=2)
     best = torch.cat([scores.amax(dim=2) for scores in _score_tiles(a, columns)], dim=1)
     order = descending_order(best)
-    chosen, rest = order[:, :r], order[:, r:].sort(dim=1).values
-    partner = torch.cat([scores.argmax(dim=2) for scores in _score_tiles(take_rows(a, chosen), columns)], dim=1)
-    return chosen, rest, partner
+    rows = take_rows(a, order[:, :r])
+    return order, torch.cat([scores.argmax(dim=2) for scores in _score_tiles(rows, columns)], dim=1)
 
 
 def _score_tiles(a: Tensor, columns: Tensor) -> Iterator[Tensor]:

@@ -12,7 +12,7 @@ from tokenmerge.attention import Inside, close_tap, keys_per_head, open_tap, siz
 from tokenmerge.attention_forms import with_form
 from tokenmerge.errors import PatchError
 from tokenmerge.matching import has_backends, run_matcher
-from tokenmerge.ops import Backend, takes_triton
+from tokenmerge.ops import Backend
 from tokenmerge.pairs import PairMap
 from tokenmerge.patching.family import BlockFamily
 from tokenmerge.patching.masks import apart_from_padding, padding_in_pairs, padding_sizes
@@ -201,8 +201,8 @@ def _plan(block: Any, keys: tuple[Tensor, ...], r: int, batch: int, state: Token
             "unpatch before changing modules, and patch again"
         )
     metric = None
-    if has_backends(spec.matcher) and not state.padded and takes_triton(spec.backend, keys[0]):
-        metric = keys_per_head(spec.family.metric, keys)  # the kernel averages them
+    if has_backends(spec.matcher) and not state.padded:
+        metric = keys_per_head(spec.family.metric, keys)  # the matcher averages them
     if metric is None:
         metric = spec.family.metric(block, keys)
     if state.padded and state.size is not None:
