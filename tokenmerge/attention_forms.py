@@ -7,8 +7,10 @@ the protocol PyTorch has for this), and a plain additive mask for everything els
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
+import threading
 from collections.abc import Callable
 from typing import Any, ClassVar, Literal
 
@@ -24,6 +26,10 @@ FORMS = ("auto", "mask", "cudnn", "efficient", "math", "flex", "key_channel", "v
 _NEED_CUDA = ("cudnn", "efficient", "flex")  # flex: on CPUs Inductor has it for inference only, and not for every N
 _LEAST_LOG = -1000.0
 """Stands for log 0 where −inf times 0 would be NaN; e to its power is 0 in every dtype."""
+_FLEX_CHANNELS = 16
+"""The least head size that PyTorch compiles flex attention for."""
+_kernel_choice = threading.Lock()
+"""Which kernels PyTorch may choose from is a setting of the process: two threads must not change it at once."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,6 +85,8 @@ def with_form(bias: Tensor, form: str) -> Tensor:
     Raises:
         ConfigError: if the form cannot run on its device.
     """
+    if form == "auto" and bias.device.type == "cpu":
+        return bias  # as choose_form says; said here at once, because it is asked in every block
     form = choice_for(form, bias).form
     if form == "mask" or torch.compiler.is_exporting():
         return bias
@@ -150,23 +158,31 @@ def _kernel(first: SDPBackend, *others: SDPBackend) -> Callable[..., Tensor]:
     order = [first, *others]
 
     def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, dropout_p: float, scale: float) -> Tensor:
-        with sdpa_kernel(order, set_priority=True):
+        alone = contextlib.nullcontext() if torch.compiler.is_compiling() else _kernel_choice
+        with alone, sdpa_kernel(order, set_priority=True):
             return F.scaled_dot_product_attention(query, key, value, mask, dropout_p, scale=scale)
 
     return attend
 
 
+def _widened(x: Tensor) -> Tensor:
+    return x if x.dtype == torch.float64 else x.float()
+
+
+def _padded(channels: int, more: int) -> int:
+    """How many channels to add for `more` of them to fit and the sum to be a multiple of 8, as fast kernels want it."""
+    return -(channels + more) % 8 + more
+
+
 def _key_channel(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, dropout_p: float, scale: float) -> Tensor:
     """`log size` as further channels of K where Q is 1: no mask, so that kernels without masks can run.
 
-    Kernels want heads of a multiple of 8 channels, so there is room for two: the second holds what rounding took
-    from the first.
+    There is room for two: the second holds what rounding took from the first.
     """
-    channels, dtype = query.shape[-1], query.dtype
-    more = -(channels + 2) % 8 + 2
-    log = (mask.squeeze(2).float() / scale).clamp_min(_LEAST_LOG / scale)
-    coarse = log.to(dtype)
-    fine = (log - coarse.float()).to(dtype)
+    dtype, more = query.dtype, _padded(query.shape[-1], 2)
+    log = _widened(mask.squeeze(2)).clamp_min(_LEAST_LOG) / scale
+    coarse = log.clamp_min(torch.finfo(dtype).min / 2).to(dtype)
+    fine = (log - _widened(coarse)).clamp_min(torch.finfo(dtype).min / 2).to(dtype)
     of_keys = F.pad(torch.stack([coarse, fine], dim=-1), (0, more - 2)).expand(*key.shape[:-1], more)
     of_queries = F.pad(query.new_ones(2), (0, more - 2)).expand(*query.shape[:-1], more)
     out = F.scaled_dot_product_attention(
@@ -180,12 +196,22 @@ def _key_channel(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, dropou
 
 
 def _value_channel(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, dropout_p: float, scale: float) -> Tensor:
-    """`softmax(QKᵀ) [s·V, s]`, its last channel dividing the others: the sizes leave the softmax altogether."""
-    size = mask.squeeze(2).unsqueeze(-1).exp().to(value.dtype)
-    weighted = torch.cat([value * size, size.expand(*value.shape[:-1], 1)], dim=-1)
-    out = F.scaled_dot_product_attention(query, key, weighted, dropout_p=dropout_p, scale=scale)
-    total = out[..., -1:].float().clamp_min(torch.finfo(torch.float32).tiny)
-    return (out[..., :-1].float() / total).to(value.dtype)
+    """`softmax(QKᵀ) [s·V, s]`, its last channel dividing the others: the sizes leave the softmax altogether.
+
+    Q, K and V get as many channels, since fused kernels want heads of one size. The largest size is taken out of all: it
+    cancels, and half precision does not overflow.
+    """
+    if dropout_p:  # it would drop from the divisor, too
+        return F.scaled_dot_product_attention(query, key, value, mask, dropout_p, scale=scale)
+    channels = value.shape[-1]
+    more = _padded(channels, 1)
+    log = _widened(mask.squeeze(2).unsqueeze(-1))
+    size = (log - log.amax(dim=-2, keepdim=True)).exp().to(value.dtype)
+    of_values = F.pad(size, (0, more - 1)).expand(*value.shape[:-1], more)
+    weighted = torch.cat([value * size, of_values], dim=-1)
+    out = F.scaled_dot_product_attention(F.pad(query, (0, more)), F.pad(key, (0, more)), weighted, scale=scale)
+    total = _widened(out[..., channels : channels + 1]).clamp_min(torch.finfo(torch.float32).tiny)
+    return (_widened(out[..., :channels]) / total).to(value.dtype)
 
 
 @functools.cache
@@ -196,8 +222,8 @@ def _compiled_flex() -> Any:
 
 
 def _flex(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, dropout_p: float, scale: float) -> Tensor:
-    """FlexAttention with `log size` added per key; PyTorch's own attention where it has dropout, which flex has not."""
-    if dropout_p:
+    """FlexAttention with `log size` added per key; the mask where flex cannot: with dropout, and for very small heads."""
+    if dropout_p or min(query.shape[-1], value.shape[-1]) < _FLEX_CHANNELS:
         return F.scaled_dot_product_attention(query, key, value, mask, dropout_p, scale=scale)
     from torch.nn.attention.flex_attention import flex_attention
 

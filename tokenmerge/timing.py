@@ -31,6 +31,7 @@ def take_turns(
     warmup: int,
     rounds: int,
     advance: Callable[[], Any] = lambda: None,
+    before: Callable[[int], Any] = lambda which: None,
 ) -> list[list[float]]:
     """Seconds of each measured call, for each of `calls`; the k-th entries belong to the same round.
 
@@ -40,12 +41,14 @@ def take_turns(
         warmup: rounds that are not measured.
         rounds: rounds that are.
         advance: called after each call, for a progress bar.
+        before: called with the number of each call ahead of it, outside of what is measured.
     """
     seconds: list[list[float]] = [[] for _ in calls]
     order, shuffled = list(range(len(calls))), random.Random(0)
     for turn in range(warmup + rounds):
         shuffled.shuffle(order)
         for which in order:
+            before(which)
             synchronize(device)
             start = time.perf_counter()
             calls[which]()

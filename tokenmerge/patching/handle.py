@@ -96,13 +96,14 @@ class Handle:
             InputError: if none is left to measure.
         """
         model, patch = self._live()
-        before = patch.config.attention
+        target = find_target(model)
+        best: str = patch.config.attention
         try:
-            seconds = measure_forms(model, lambda form: self.update(attention=form), inputs, options, forms, rounds)
-        except BaseException:
-            self.update(attention=before)
-            raise
-        self.update(attention=min(seconds, key=lambda form: seconds[form]))
+            seconds = measure_forms(target, inputs, options, forms, rounds)
+            best = min(seconds, key=lambda form: seconds[form])
+        finally:
+            patch.config = MergeConfig.create(patch.config, attention=best)
+            _set_specs(target, patch)
         return seconds
 
     def remove(self) -> None:

@@ -2,63 +2,65 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import nn
 
 from tokenmerge.attention_forms import FORMS
 from tokenmerge.errors import ConfigError, InputError
-from tokenmerge.timing import Call, Spread, take_turns
+from tokenmerge.patching.check import attention_choice
+from tokenmerge.patching.root import merge_blocks
+from tokenmerge.patching.target import Target
+from tokenmerge.timing import Spread, take_turns
+
+
+def use_form(model: Any, form: str) -> None:
+    """Make every block use a form, without any check."""
+    for block in merge_blocks(model):
+        block._tokenmerge_spec = dataclasses.replace(block._tokenmerge_spec, attention=form)
 
 
 def measure_forms(
-    model: nn.Module,
-    use: Callable[[str], None],
-    inputs: tuple[Any, ...],
-    options: dict[str, Any],
-    forms: Sequence[str] | None,
-    rounds: int,
+    target: Target, inputs: tuple[Any, ...], options: dict[str, Any], forms: Sequence[str] | None, rounds: int
 ) -> dict[str, float]:
-    """Median seconds of a forward pass with each form that can run; they take turns.
+    """Median seconds of a forward pass with each form that can run; they take turns. Leaves the last one in use.
 
     Args:
-        model: the patched model.
-        use: makes the model use a form; raises `ConfigError` if it cannot.
+        target: the patched model.
         inputs: positional arguments of a forward pass.
         options: its keyword arguments.
-        forms: which forms to try; `None` tries all.
+        forms: which forms to try; `None` tries all, and leaves out those that cannot run on these inputs.
         rounds: measured passes per form, after one that is not.
 
     Raises:
-        InputError: if no form is left, or `rounds` is not positive.
+        ConfigError: if one of the given `forms` cannot run here.
+        InputError: if no form is given, or `rounds` is not positive.
     """
     if rounds < 1:
         raise InputError(f"rounds={rounds}, but at least one pass of each form must be measured: use 5 or more")
-    device = next(model.parameters()).device
-    wanted = [form for form in FORMS if form != "auto"] if forms is None else list(forms)
+    if forms is not None and not forms:
+        raise InputError("forms is empty, but at least one form must be measured: use forms=None to try all")
+    model, device = target.model, next(target.model.parameters()).device
+
+    @torch.inference_mode()
+    def run() -> None:
+        model(*inputs, **options)
+
     tried: list[str] = []
-    for form in wanted:
+    for form in (form for form in FORMS if form != "auto") if forms is None else forms:
         try:
-            use(form)
-        except ConfigError:
-            if forms is not None:
+            attention_choice(target, form)
+            use_form(model, form)
+            run()  # compiles, and shows whether it can
+        except (
+            ConfigError,
+            RuntimeError,
+        ):  # kernels refuse shapes, and memory runs out, with RuntimeErrors of many kinds
+            if forms is not None or form == "mask":
                 raise
             continue
-        with torch.inference_mode():
-            model(*inputs, **options)
         tried.append(form)
-    if not tried:
-        raise InputError(f"forms={list(wanted)}, but none of them can run here: use forms=None to try all")
-
-    def one(form: str) -> Call:
-        def call() -> None:
-            use(form)
-            with torch.inference_mode():
-                model(*inputs, **options)
-
-        return call
-
-    times = take_turns([one(form) for form in tried], device, warmup=0, rounds=rounds)
+    times = take_turns([run] * len(tried), device, 0, rounds, before=lambda which: use_form(model, tried[which]))
     return {form: Spread.of(measured).p50 for form, measured in zip(tried, times, strict=True)}
