@@ -34,8 +34,13 @@ NAMES = [
 ]
 
 
-def export(model: nn.Module, images: torch.Tensor, path: Path, format: str, **fields: Any) -> float | None:
-    return export_model(model, images, ExportArgs(format=format, **fields), path / f"model{SUFFIXES[format]}", {"a": 1})
+def export(model: nn.Module, images: torch.Tensor, path: Path, format: str, **fields: Any) -> float:
+    """The relative difference that verifying found."""
+    args = ExportArgs(format=format, **fields)
+    written = export_model(model, images, args, path / f"model{SUFFIXES[format]}", {"a": 1})
+    assert written.difference is not None
+    assert written.bytes == sum(file.stat().st_size for file in path.iterdir())
+    return written.difference
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -44,7 +49,6 @@ def test_torch_export(name: str, tmp_path: Path) -> None:
     model = tiny(name)
     tokenmerge.patch(model, r=5, backend="torch")
     gap = export(model, images_for(model), tmp_path, "pt2")
-    assert gap is not None
     assert gap <= 2e-6
     assert [file.name for file in tmp_path.iterdir()] == ["model.pt2"]
 
@@ -55,7 +59,6 @@ def test_onnx(name: str, tmp_path: Path) -> None:
     model = tiny(name)
     tokenmerge.patch(model, r=5, backend="torch")
     gap = export(model, images_for(model), tmp_path, "onnx")
-    assert gap is not None
     assert gap <= 1e-4
 
 
@@ -78,7 +81,6 @@ def test_transformers(name: str, format: str, tmp_path: Path) -> None:
     tokenmerge.patch(model, r=5, backend="torch")
     (images,) = tower.feed(2).values()
     gap = export(model, images, tmp_path, format)
-    assert gap is not None
     assert gap <= 1e-4
 
 
@@ -96,15 +98,39 @@ def test_what_an_onnx_file_holds(tmp_path: Path) -> None:
     assert {p.key: json.loads(p.value) for p in written.metadata_props if p.key == METADATA} == {METADATA: {"a": 1}}
 
 
-def test_a_file_that_differs_is_not_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("error", [1.0, float("nan")])
+def test_a_file_that_differs_is_not_written(error: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Nor is an older file under that name lost."""
     model = tiny(NAMES[0])
     (tmp_path / "model.pt2").write_bytes(b"older")
-    monkeypatch.setitem(tool._RUNNERS, "pt2", lambda path: lambda images: [model(images) + 1])
+    monkeypatch.setitem(tool._RUNNERS, "pt2", lambda path: lambda images: [model(images) + error])
     with pytest.raises(InputError, match=r"differs from the model by .* nothing was written"):
         export(model, images_for(model), tmp_path, "pt2")
     assert (tmp_path / "model.pt2").read_bytes() == b"older"
     assert len(list(tmp_path.iterdir())) == 1
+
+
+def test_a_file_that_cannot_be_run_is_not_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(images: torch.Tensor) -> list[torch.Tensor]:
+        raise TypeError("no such kernel")
+
+    model = tiny(NAMES[0])
+    monkeypatch.setitem(tool._RUNNERS, "pt2", lambda path: broken)
+    with pytest.raises(InputError, match=r"cannot be run here \(TypeError: no such kernel\)"):
+        export(model, images_for(model), tmp_path, "pt2")
+    with pytest.raises(InputError, match="does not compute bfloat16"):
+        export(model.bfloat16(), images_for(model).bfloat16(), tmp_path, "onnx")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_link_is_followed(tmp_path: Path) -> None:
+    model = tiny(NAMES[0])
+    (tmp_path / "there").mkdir()
+    (tmp_path / "here").mkdir()
+    (tmp_path / "here" / "model.pt2").symlink_to(tmp_path / "there" / "real.pt2")
+    export_model(model, images_for(model), ExportArgs(format="pt2"), tmp_path / "here" / "model.pt2", {})
+    assert [file.name for file in (tmp_path / "there").iterdir()] == ["real.pt2"]
+    assert (tmp_path / "here" / "model.pt2").is_symlink()
 
 
 def test_a_model_that_cannot_be_exported(tmp_path: Path) -> None:

@@ -31,6 +31,21 @@ from tokenmerge.tools.models import ModelArgs, input_shape, load_model
 from tokenmerge.tools.report import Report, Row
 from tokenmerge.tools.settings import Setting
 
+
+@dataclasses.dataclass(frozen=True)
+class Written:
+    """What `export_model` did.
+
+    Attributes:
+        difference: the largest difference between the file's outputs and the model's, relative to the largest output;
+            `None` if not verified.
+        bytes: size of the file, and of the one with its weights beside it, if there is one.
+    """
+
+    difference: float | None
+    bytes: int
+
+
 Run = Callable[[Tensor], list[Tensor]]
 SUFFIXES = {"onnx": ".onnx", "pt2": ".pt2", "aoti": ".pt2"}
 METADATA = "tokenmerge.json"
@@ -136,7 +151,7 @@ def _tensors(output: Any) -> list[Tensor]:
     return [leaf for leaf in pytree.tree_leaves(output) if isinstance(leaf, Tensor)]
 
 
-def export_model(model: nn.Module, images: Tensor, args: ExportArgs, path: Path, about: dict[str, Any]) -> float | None:
+def export_model(model: nn.Module, images: Tensor, args: ExportArgs, path: Path, about: dict[str, Any]) -> Written:
     """Write a patched model in evaluation mode; the file appears under its name only when it is whole and right.
 
     Args:
@@ -146,15 +161,19 @@ def export_model(model: nn.Module, images: Tensor, args: ExportArgs, path: Path,
         path: the file to write.
         about: what the file should say of itself, stored as JSON.
 
-    Returns:
-        The largest difference between the file's outputs and the model's, relative to the largest output;
-        `None` if not verified.
-
     Raises:
-        InputError: if a package is missing, the exporter fails, the file cannot be written, or its outputs differ.
+        InputError: if a package is missing, the exporter fails, the file cannot be written or run, or its outputs differ.
     """
+    if args.format == "onnx" and args.verify:
+        _needs("onnxruntime")  # now, not after minutes of exporting
+        if images.dtype == torch.bfloat16:
+            raise InputError(
+                "ONNX Runtime does not compute bfloat16 on a CPU, so the file cannot be verified: export float32 or "
+                "float16, or give --no-verify"
+            )
+    path = path.resolve()  # a link is followed, so that what it points to is replaced
     try:
-        folder = Path(tempfile.mkdtemp(prefix=f".{path.stem}-", dir=path.resolve().parent))
+        folder = Path(tempfile.mkdtemp(prefix=f".{path.stem}-", dir=path.parent))
     except OSError as error:
         raise InputError(f"{str(path)!r} cannot be written ({error.strerror}): choose another --output") from None
     try:
@@ -162,18 +181,24 @@ def export_model(model: nn.Module, images: Tensor, args: ExportArgs, path: Path,
         try:
             with torch.no_grad(), _quiet():
                 _WRITERS[args.format](model, images, args, json.dumps(about), new)
-        except (TokenMergeError, MemoryError, KeyboardInterrupt):
+        except (TokenMergeError, MemoryError, torch.OutOfMemoryError):
             raise
+        except OSError as error:
+            raise InputError(
+                f"{str(path)!r} cannot be written ({error.strerror or error}): choose another --output"
+            ) from None
         except Exception as error:  # every exporter raises its own kinds
             reason = next((line for line in str(error).splitlines() if line.strip()), "no reason given")
             raise InputError(
                 f"the model cannot be exported as {args.format} ({type(error).__name__}: {reason[:300]}): "
                 "try another --format, or another version of torch"
             ) from None
-        gap = _verify(model, images, args, new) if args.verify else None
-        for part in sorted(folder.iterdir()):  # large ONNX models keep their weights in a file beside them
-            os.replace(part, path.resolve().parent / part.name)
-        return gap
+        difference = _verify(model, images, args, new) if args.verify else None
+        parts = sorted(folder.iterdir())  # large ONNX models keep their weights in a file beside them
+        written = Written(difference, sum(part.stat().st_size for part in parts))
+        for part in parts:
+            os.replace(part, path.parent / part.name)
+        return written
     finally:
         for part in folder.iterdir():
             part.unlink()
@@ -182,17 +207,27 @@ def export_model(model: nn.Module, images: Tensor, args: ExportArgs, path: Path,
 
 def _verify(model: nn.Module, images: Tensor, args: ExportArgs, path: Path) -> float:
     """The largest relative difference, over a batch of the example's size and, if any will do, of 1 and one more."""
-    with _quiet():
-        run = _RUNNERS[args.format](path)
+    try:
+        with _quiet():
+            run = _RUNNERS[args.format](path)
+    except TokenMergeError:
+        raise
+    except Exception as error:  # each runtime raises its own kinds
+        raise InputError(_cannot_run(args.format, error)) from None
     tolerance = 1e-4 if images.dtype == torch.float32 else 3e-2
     batches = [args.batch_size] if args.batch_size else [1, images.shape[0], images.shape[0] + 1]
     worst = 0.0
     for batch in batches:
         generator = torch.Generator().manual_seed(batch)
         x = torch.randn(batch, *images.shape[1:], generator=generator).to(images)
+        if images.dim() == 4 and images.is_contiguous(memory_format=torch.channels_last):
+            x = x.contiguous(memory_format=torch.channels_last)
         with torch.no_grad():
             wanted = _tensors(model(x))
-            found = run(x)
+            try:
+                found = run(x)
+            except Exception as error:
+                raise InputError(_cannot_run(args.format, error)) from None
         if [tuple(a.shape) for a in found] != [tuple(a.shape) for a in wanted]:
             raise InputError(
                 f"the exported model gives other shapes than the model at batch {batch}: report this model"
@@ -201,13 +236,22 @@ def _verify(model: nn.Module, images: Tensor, args: ExportArgs, path: Path) -> f
             difference = (
                 (ours.to(theirs.device).double() - theirs.double()).abs().max() if ours.numel() else torch.zeros(())
             )
-            worst = max(worst, float(difference / theirs.double().abs().max().clamp_min(1e-6)))
-    if not worst <= tolerance:
-        raise InputError(
-            f"the exported model differs from the model by {worst:.1e} of the largest output, but at most {tolerance:.0e} "
-            "was expected: nothing was written; try another --format, or --no-verify to look at the difference"
-        )
+            relative = float(difference / theirs.double().abs().max().clamp_min(1e-6))
+            if not relative <= tolerance:  # NaN is no agreement
+                raise InputError(
+                    f"the exported model differs from the model by {relative:.1e} of the largest output, but at most "
+                    f"{tolerance:.0e} was expected: nothing was written; try another --format, or --no-verify"
+                )
+            worst = max(worst, relative)
     return worst
+
+
+def _cannot_run(format: str, error: Exception) -> str:
+    reason = next((line for line in str(error).splitlines() if line.strip()), "no reason given")
+    return (
+        f"the {format} file was written but cannot be run here ({type(error).__name__}: {reason[:300]}), so it was not "
+        "kept: try another --dtype, --opset or --format, or --no-verify"
+    )
 
 
 def run_export(args: ModelArgs, export: ExportArgs, setting: Setting, fields: dict[str, Any], report: Report) -> int:
@@ -233,15 +277,15 @@ def run_export(args: ModelArgs, export: ExportArgs, setting: Setting, fields: di
         "input": ["batch" if export.batch_size is None else export.batch_size, *shape],
     }
     start = time.perf_counter()
-    gap = export_model(model, images, export, path, about)
+    written = export_model(model, images, export, path, about)
     row: Row = {
         **about,
         "r": setting.label,
         "format": export.format,
         "opset": export.opset if export.format == "onnx" else None,
         "file": str(path),
-        "bytes": sum(part.stat().st_size for part in path.resolve().parent.glob(path.name + "*")),
-        "difference": gap,
+        "bytes": written.bytes,
+        "difference": written.difference,
         "flops_ratio": 1.0 if handle is None else handle.summary().flops_ratio,
         "seconds": time.perf_counter() - start,
     }
