@@ -99,6 +99,17 @@ def test_really_measured(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
         assert row["ms"] > 0
 
 
+def test_typed_order_does_not_matter(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The smallest is the one that merges least, and a list that was typed is shown as typed."""
+    rows = run(monkeypatch, tmp_path, lambda models, _: [[1.0]] + [[0.5]] * (models - 1), "--r", "4", "3,2,0", "2")
+    assert [row["r"] for row in rows[:3]] == ["3,2,0", 2, 4]
+    assert "3,2,0: 2.00x" in capsys.readouterr().out
+
+
 def test_r_is_asked_for_without_it(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["bench", "deit_tiny_patch16_224", "--break-even", "--r", "0"]) == 2
+    assert "r=0 alone" in capsys.readouterr().err
     assert main(["bench", "deit_tiny_patch16_224"]) == 2
     assert "such as --r 8 16, or --break-even" in capsys.readouterr().err

@@ -119,12 +119,17 @@ def measure(
 
 
 def compile_now(forwards: Sequence[Forward], images: Tensor) -> None:
-    """Run each compiled model once.
+    """Run each compiled model once, from a clean slate.
+
+    Without a reset, sizes that changed since the last model would be compiled as any size, which is another, slower
+    program; and all copies of a model share one code object, whose versions count towards one limit.
 
     Raises:
         InputError: if it cannot be compiled here, for want of a C++ compiler, say.
     """
-    with torch.inference_mode():
+    torch.compiler.reset()
+    limit = torch._dynamo.config.patch(recompile_limit=4 * len(forwards) + 8, fail_on_recompile_limit_hit=True)
+    with torch.inference_mode(), limit:
         for forward in forwards:
             try:
                 forward(images)

@@ -1,8 +1,8 @@
 """`tokenmerge bench --break-even`: from which r and batch on does merging pay on this device?
 
 For each batch size the unmerged model and one merged copy per r take turns. A setting pays if it is faster by 2 % in
-the middle of the paired rounds, and faster at all in four rounds of five. Where none pays, the same number of merges
-in a third of the blocks is tried as well: matching then runs a third as often.
+the middle of the paired rounds, and faster at all in four rounds of five. Where none pays, three times the largest r in
+every third block is tried as well: matching then runs a third as often.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from tokenmerge.config import MergeConfig
+from tokenmerge.errors import InputError
 from tokenmerge.patching import patch
 from tokenmerge.patching.target import find_target
 from tokenmerge.schedule import Schedule, max_merges
@@ -67,7 +68,12 @@ def run_break_even(
         report: where results go.
     """
     model = load_model(args)
-    wanted = [setting for setting in settings if not setting.is_baseline] or ladder(model)
+    wanted = [setting for setting in settings if not setting.is_baseline]
+    if settings and not wanted:
+        raise InputError(
+            "--break-even was given r=0 alone, which is the unmerged model: give other r, or none for a ladder"
+        )
+    wanted = wanted or ladder(model)
     rows: list[Row] = []
     with report.progress() as progress:
         task = progress.add_task("batch sizes", total=len(batches_up_to(bench.batch_size)))
@@ -85,20 +91,24 @@ def _measure(
     images = torch.randn(batch, *input_shape(model), generator=torch.Generator().manual_seed(0))
     images = place(images, args.device, args.dtype, args.channels_last)
     rows = _turns(model, args, bench, images, [(s, s.config(**fields)) for s in settings])
+    rows.sort(key=lambda row: (sum(row["schedule"]), row["schedule"]))
     if not any(row["pays"] for row in rows):
         schedule = sparse(rows[-1]["schedule"])
         setting = Setting(",".join(map(str, schedule)), {"r": schedule})
-        rows += _turns(model, args, bench, images, [(setting, setting.config(**fields))])
+        rows += _turns(model, args, bench, images, [(setting, setting.config(**fields))], sparse=True)
     return rows
 
 
 def _turns(
-    model: Any, args: ModelArgs, bench: BenchArgs, images: torch.Tensor, configs: Sequence[tuple[Setting, MergeConfig]]
+    model: Any,
+    args: ModelArgs,
+    bench: BenchArgs,
+    images: torch.Tensor,
+    configs: Sequence[tuple[Setting, MergeConfig]],
+    sparse: bool = False,
 ) -> list[Row]:
     copies = [share_weights(model) for _ in configs]
     summaries = [patch(copy, config).summary() for copy, (_, config) in zip(copies, configs, strict=True)]
-    if bench.compile:
-        torch.compiler.reset()  # or Dynamo would make the batch dynamic, which is another, slower model
     forwards = [prepare(one, bench.compile) for one in (model, *copies)]
     if bench.compile:
         compile_now(forwards, images)
@@ -111,6 +121,7 @@ def _turns(
                 "model": args.model,
                 "r": setting.label,
                 "schedule": list(summary.r),
+                "sparse": sparse,
                 "batch_size": images.shape[0],
                 "img_size": args.img_size,
                 "device": args.device,
@@ -161,14 +172,14 @@ def _print(report: Report, args: ModelArgs, bench: BenchArgs, rows: Sequence[Row
 
 
 def _short(row: Row) -> str:
-    return str(row["r"]) if "," not in str(row["r"]) else f"{row['schedule'][0]} every {_SPARSE}rd block"
+    return f"{row['schedule'][0]} every {_SPARSE}rd block" if row["sparse"] else str(row["r"])
 
 
 def _advice(bench: BenchArgs, by_batch: dict[int, list[Row]]) -> list[str]:
     losing = [batch for batch, group in by_batch.items() if not any(row["pays"] for row in group)]
     if not losing:
         return []
-    winning = [batch for batch in by_batch if batch not in losing]
+    winning = [batch for batch in by_batch if batch > losing[-1]]
     advice = [
         f"use batches of {winning[0]} or more" if winning else "try larger batches or images (--batch-size, --img-size)"
     ]
