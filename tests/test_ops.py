@@ -161,6 +161,18 @@ def test_padding_merges_into_tokens_without_weight() -> None:
     torch.testing.assert_close(*grads)
 
 
+def test_infinite_tokens_stay_where_they_are() -> None:
+    """A row that nothing joins is copied, whatever stands in other rows or in its own."""
+    plan = bipartite_matching(draw(1, 20, 8), 4, backend="torch")
+    x = draw(1, 20, 16)
+    x[0, plan.source[0, 0]] = float("inf")
+    alone = torch.ones(plan.tokens_out, dtype=torch.bool, device=DEVICE)
+    alone[plan.target[0]] = False
+    x[0, plan.keep[0][alone][0]] = float("-inf")
+    merged = plan.merge(x, backend="triton")[0]
+    assert torch.equal(merged[0, alone], x[0, plan.keep[0][alone]])
+
+
 def test_strided_tokens_and_gradients() -> None:
     """Neither needs to be contiguous, and an expanded gradient (of a mean, say) is no special case."""
     plan = bipartite_matching(draw(2, 21, 8), 7, backend="torch")

@@ -196,6 +196,7 @@ def merge_kernel(
     total += joined
     # x + Σ sᵢ(xᵢ − x)/S, as in the reference; padding has size 0 and S may be 0
     mean = own + (change - own * joined[:, None]) / tl.maximum(total, 1e-12)[:, None]
+    mean = tl.where((joined > 0)[:, None], mean, own)  # to the bit, and infinities elsewhere in the tile stay there
     at = (image * kept + row)[:, None] * channels + column[None, :]
     tl.store(out + at, mean.to(out.dtype.element_ty), mask=mask)
     if tl.program_id(1) == 0:
