@@ -51,8 +51,10 @@ def test_battery(name: str) -> None:
         assert torch.equal(twin(one), wanted)
         torch._dynamo.reset()
         for block in getattr(twin, "encoder", twin).blocks:
-            block.compile(backend="aot_eager")
+            block.compile(fullgraph=True, backend="aot_eager")
         torch.testing.assert_close(twin(one), wanted, rtol=1e-4, atol=1e-4)
+        with torch._dynamo.config.patch(error_on_recompile=True):
+            twin(one)
         if runs_in_bfloat16(name):
             assert copy.deepcopy(model).bfloat16()(one.bfloat16()).isfinite().all()
 

@@ -148,6 +148,8 @@ def test_a_compiled_block(tower: Tower) -> None:
         wanted = model(**feed).last_hidden_state
         torch._dynamo.reset()
         for block in attrgetter(tower.blocks)(model):
-            block.compile(backend="aot_eager")
+            block.compile(fullgraph=True, backend="aot_eager")
         _close(model(**feed).last_hidden_state, wanted)
+        with torch._dynamo.config.patch(error_on_recompile=True):
+            model(**feed)
     torch._dynamo.reset()

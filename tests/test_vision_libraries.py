@@ -113,9 +113,11 @@ def test_copies_single_images_half_precision_and_compiled_blocks(name: str) -> N
         assert all(torch.equal(a, b) for a, b in zip(outputs(twin, x), wanted, strict=True))
         torch._dynamo.reset()
         for block in blocks(twin):
-            block.compile(backend="aot_eager")
+            block.compile(fullgraph=True, backend="aot_eager")
         for a, b in zip(outputs(twin, x), wanted, strict=True):
             torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+        with torch._dynamo.config.patch(error_on_recompile=True):
+            outputs(twin, x)
     half = build(name).bfloat16()
     tokenmerge.patch(half, r=list(SCHEDULE))
     assert all(out.isfinite().all() for out in outputs(half, x.bfloat16()))
