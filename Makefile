@@ -49,7 +49,7 @@ benchmarks: $(STAMP)
 	for script in overhead models scaling attention ops training; do $(BIN)/python benchmarks/$$script.py || exit 1; done
 	$(BIN)/python benchmarks/plot.py
 
-# the same on a GPU, kernels checked first; needs no installation beyond PyTorch, Triton, timm and pytest
+# the same on a GPU, kernels checked first; what it needs is said in benchmarks/gpu.py
 benchmarks-gpu:
 	$(PYTHON) benchmarks/gpu.py
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import datetime
 import importlib.metadata
+import os
 import platform
 import shlex
 import subprocess
@@ -14,6 +15,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run from a clone that is not installed, too
 
 from tokenmerge.timing import Call, Spread, ratio, take_turns
 
@@ -57,8 +60,12 @@ def commit() -> str:
         done = subprocess.run(command, cwd=RESULTS.parents[1], capture_output=True, text=True, check=False)
         return done.stdout.strip()
 
-    found = git("describe", "--always")
-    return found + ("+" if git("status", "--porcelain") else "") if found else "unknown"
+    try:
+        found = git("describe", "--always")
+    except OSError:  # no git here
+        return os.environ.get("TOKENMERGE_COMMIT", "unknown")
+    changed = "+" if found and git("status", "--porcelain") else ""
+    return found + changed or os.environ.get("TOKENMERGE_COMMIT", "unknown")
 
 
 def where(benchmark: str, device: str) -> Row:
@@ -87,10 +94,12 @@ def append(rows: list[Row]) -> None:
             columns, older = list(reader.fieldnames or []), list(reader)
     for row in rows:
         columns += [name for name in row if name not in columns]
-    with RESULTS.open("w", newline="") as file:
+    new = RESULTS.with_suffix(".new")
+    with new.open("w", newline="") as file:
         writer = csv.DictWriter(file, fieldnames=columns)
         writer.writeheader()
         writer.writerows([*older, *rows])
+    new.replace(RESULTS)  # a run that is killed loses no row
 
 
 def record(

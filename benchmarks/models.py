@@ -3,12 +3,14 @@
     python benchmarks/models.py                                                   # the README's five models, CPU
     python benchmarks/models.py --device cuda --dtype bfloat16 --batch-sizes 1 8 64 256   # the paper's models
 
-All variants share their weights and take turns in every round; `speedup` is over the eager dense model.
+All variants share their weights and take turns in every round; `speedup` is over the first of them, the eager dense model
+unless `--variants` says otherwise. Variants for which memory runs out are left out.
 """
 
 from __future__ import annotations
 
 import argparse
+import gc
 from collections.abc import Callable
 from typing import Any
 
@@ -47,7 +49,6 @@ def compare(name: str, size: int, r: int, batch: int, args: argparse.Namespace) 
     dtype = DTYPES[args.dtype]
     model = timm.create_model(name, img_size=size).eval().to(args.device, dtype)
     images = torch.randn(batch, 3, size, size, generator=torch.Generator().manual_seed(0)).to(args.device, dtype)
-    torch.compiler.reset()  # or Dynamo would make the batch dynamic, which is another, slower model
     forwards, flops_ratio = variants(model, r, args.variants, args.mode)
 
     def one(forward: Callable[[Tensor], Any]) -> Call:
@@ -66,9 +67,17 @@ def compare(name: str, size: int, r: int, batch: int, args: argparse.Namespace) 
         "dtype": args.dtype,
         "flops_ratio": flops_ratio,
     }
-    for call in calls.values():  # compiles
-        call()
-    memory = {name: peak_memory(call, images.device) / 2**20 for name, call in calls.items()}
+    memory = {}
+    torch.compiler.reset()  # or Dynamo would compile for any batch, which is another, slower program
+    for variant in list(calls):
+        try:
+            calls[variant]()  # compiles
+            memory[variant] = peak_memory(calls[variant], images.device) / 2**20
+        except torch.OutOfMemoryError:
+            print(f"{name}@{size} batch {batch}: memory ran out for {variant}, left out")
+            del calls[variant]
+            gc.collect()
+            torch.cuda.empty_cache()
     extra: dict[str, Row] = {
         name: {"compile": name.endswith("compiled"), "compile_mode": args.mode, "peak_memory_mb": memory[name]}
         for name in calls
@@ -97,11 +106,7 @@ def main() -> None:
     for name, size, r, batch in jobs:
         if args.only not in f"{name}@{size}":
             continue
-        try:
-            rows = compare(name, size, r, batch, args)
-        except torch.OutOfMemoryError:
-            report.say(f"{name}@{size} batch {batch}: memory ran out, left out")
-            continue
+        rows = compare(name, size, r, batch, args)
         report.say(f"{name}@{size}, r={r}, batch {batch}, {next(iter(rows.values()))['flops_ratio']:.2f}x fewer FLOPs:")
         report.say("  " + ", ".join(f"{variant} {row['speedup']:.2f}x" for variant, row in rows.items()))
 

@@ -13,9 +13,9 @@ import argparse
 import statistics
 from typing import Any
 
+import straightforward
 import torch
 from common import Row, record
-from straightforward import merge as straightforward_merge
 from torch import Tensor
 
 from tokenmerge import bipartite_matching
@@ -28,7 +28,6 @@ SIZES = {  # tokens: batch, chosen so that every size has work enough
     "cpu": {197: 8, 577: 2, 1025: 1, 4097: 1, 16385: 1},
     "cuda": {197: 256, 577: 64, 1025: 64, 1370: 64, 4097: 16, 16385: 4},
 }
-LARGEST_REFERENCE = 4097  # beyond, N²/4 similarities of a batch are gigabytes
 
 
 def ceilings(device: str, dtype: torch.dtype) -> tuple[float, float]:
@@ -46,20 +45,16 @@ def matching_calls(keys: Tensor, r: int, backends: list[str]) -> dict[str, Call]
     """Head mean, similarities, plan."""
 
     def reference() -> Any:
-        metric = keys.float().mean(dim=1)
-        unit = metric / metric.norm(dim=2, keepdim=True)
-        best, partner = (unit[:, ::2] @ unit[:, 1::2].transpose(1, 2)).max(dim=2)
-        order = best.argsort(dim=1, descending=True)
-        return order, partner.gather(1, order[:, :r])
+        return straightforward.match(keys.mean(dim=1), r)
 
-    calls: dict[str, Call] = {"reference": reference} if keys.shape[2] <= LARGEST_REFERENCE else {}
+    calls: dict[str, Call] = {"reference": reference}
     for backend in backends:
         calls[backend] = lambda backend=backend: bipartite_matching(keys, r, 1, backend=backend)  # type: ignore[misc]
     return calls
 
 
 def merge_calls(x: Tensor, keys: Tensor, r: int, backends: list[str], backward: bool) -> dict[str, Call]:
-    """Weighted mean of the tokens and their sizes; the reference matches as well, so it is shown with matching."""
+    """Weighted mean of the tokens and their sizes, by a plan that is there."""
     size = torch.ones(x.shape[:2], device=x.device)
     plan = bipartite_matching(keys, r, 1)
     grad = torch.randn_like(plan.merge(x, size)[0])
@@ -72,13 +67,14 @@ def merge_calls(x: Tensor, keys: Tensor, r: int, backends: list[str], backward: 
 
         return call
 
+    pairs, its_size = straightforward.match(keys.mean(dim=1), r), size.to(x.dtype)
+
     def reference() -> Any:
         with torch.set_grad_enabled(backward):
-            out = straightforward_merge(x, size.to(x.dtype), keys.float().mean(dim=1).to(x.dtype), r)[0]
+            out = straightforward.combine(x, its_size, *pairs)[0]
             return torch.autograd.grad(out, x, grad) if backward else out
 
-    first = {"reference with matching": reference} if x.shape[1] <= LARGEST_REFERENCE else {}
-    return {**first, **{backend: one(backend) for backend in backends}}
+    return {"reference": reference, **{backend: one(backend) for backend in backends}}
 
 
 def main() -> None:
@@ -110,7 +106,7 @@ def main() -> None:
         }
         for op, (calls, floor) in work.items():
             shape = {"op": op, "tokens": tokens, "batch_size": batch, "channels": channels, "r": r}
-            columns = {**shape, "dtype": args.dtype, "floor_ms": 1e3 * floor}
+            columns = {**shape, "dtype": args.dtype, "floor_ms": 1e3 * floor, "speedup_over": next(iter(calls))}
             memory: dict[str, Row] = {
                 name: {"peak_memory_mb": peak_memory(call, x.device) / 2**20} for name, call in calls.items()
             }

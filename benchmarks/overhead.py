@@ -51,6 +51,8 @@ def main() -> None:
             [f"{name}@{size}" if size else name, str(r), str(batch), *(f"{merged[column]:.2f}" for column in columns)]
         )
         report.say(" ".join(table[-1]))
+    if not table:
+        raise SystemExit(f"no model's name contains {args.only!r}")
     average = sum(float(row[-1]) for row in table) / len(table)
     report.table("overhead", ("model", "r", "batch", "speed-up", "FLOPs/", "realised", "overhead"), table)
     report.say(f"overhead on average {average:.3f}, at most {max(float(row[-1]) for row in table):.2f}")

@@ -57,7 +57,11 @@ def plot_models(processor: str | None) -> Path | None:
     latest: dict[tuple[str, str, str, str], dict[str, dict[str, str]]] = {}
     for row in rows:
         key = (row["model"], row["img_size"], row["r"], row["batch_size"])
-        latest.setdefault(key, {})[row["variant"]] = row
+        variants = latest.setdefault(key, {})
+        made_by = ("date", "commit", "command", "dtype")
+        if any(other[name] != row[name] for other in variants.values() for name in made_by):
+            variants.clear()  # what is drawn side by side took turns in one run
+        variants[row["variant"]] = row
     figure, axes = plt.subplots(figsize=(8, 3.2))
     width = 0.8 / len(COLOURS)
     for place, variants in enumerate(latest.values()):

@@ -23,16 +23,22 @@ def attention(attn: Any, x: Tensor, size: Tensor) -> tuple[Tensor, Tensor]:
     return attn.proj(mixed), k.mean(dim=1)
 
 
-def merge(x: Tensor, size: Tensor, metric: Tensor, r: int) -> tuple[Tensor, Tensor]:
-    """Bipartite soft matching (section 3 of the paper) with one class token, and the size-weighted mean."""
-    channels = x.shape[2]
+def match(metric: Tensor, r: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Bipartite soft matching (section 3 of the paper) with one class token.
+
+    Numbers of the A tokens that stay `[B, |A| − r]` and that merge `[B, r]`, and of the B token that each of those joins.
+    """
     metric = metric / metric.norm(dim=-1, keepdim=True)
     similarity = metric[:, ::2] @ metric[:, 1::2].transpose(1, 2)
     similarity[:, 0] = -torch.inf  # the class token stays alone
     best, partner = similarity.max(dim=-1)
     order = best.argsort(dim=-1, descending=True)
     merged, alone = order[:, :r], order[:, r:].sort(dim=-1).values
-    target = partner.gather(1, merged)
+    return alone, merged, partner.gather(1, merged)
+
+
+def combine(x: Tensor, size: Tensor, alone: Tensor, merged: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+    """The size-weighted mean of the tokens that become one, and their sizes."""
 
     def apply(values: Tensor) -> Tensor:
         def at(index: Tensor) -> Tensor:
@@ -43,7 +49,6 @@ def merge(x: Tensor, size: Tensor, metric: Tensor, r: int) -> tuple[Tensor, Tens
         return torch.cat([a.gather(1, at(alone)), b], dim=1)
 
     weighted, sizes = apply(x * size.unsqueeze(-1)), apply(size.unsqueeze(-1))
-    assert weighted.shape[2] == channels
     return weighted / sizes, sizes.squeeze(-1)
 
 
@@ -56,7 +61,7 @@ def straightforward(model: Any, r: int) -> Callable[[Tensor], Tensor]:
         for block in model.blocks:
             mixed, metric = attention(block.attn, block.norm1(x), size)
             x = x + mixed
-            x, size = merge(x, size, metric, min(r, (x.shape[1] - 1) // 2))
+            x, size = combine(x, size, *match(metric, min(r, (x.shape[1] - 1) // 2)))
             x = x + block.mlp(block.norm2(x))
         logits: Tensor = model.forward_head(model.norm(x))
         return logits

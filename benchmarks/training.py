@@ -56,6 +56,7 @@ def main() -> None:
     args = parser.parse_args()
     report = Report()
     for name, r, batch in MODELS["cpu" if args.device == "cpu" else "cuda"]:
+        torch.compiler.reset()  # or Dynamo would compile for any batch, which is another, slower program
         model = timm.create_model(name, drop_path_rate=0.1)
         merged = copy.deepcopy(model)
         ratio = tokenmerge.patch(merged, r=r).summary().flops_ratio
