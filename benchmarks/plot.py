@@ -80,7 +80,7 @@ def plot_models(processor: str | None) -> Path | None:
     axes.set_xticks(range(len(names)), names)
     axes.set_ylabel("speed-up over the dense model, eager")
     axes.set_ylim(
-        0, 1.25 * max(float(row["speedup"]) for v in latest.values() for row in v.values() if row["variant"] in COLOURS)
+        0, 1.4 * max(float(row["speedup"]) for v in latest.values() for row in v.values() if row["variant"] in COLOURS)
     )
     axes.legend(ncols=3, frameon=False, loc="upper left")
     row = rows[-1]
