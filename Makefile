@@ -11,7 +11,7 @@ STAMP := $(VENV)/.installed
 # the oldest versions that pass, in an environment of their own
 OLD := .venv-oldest
 # (the interpreter of its Triton, 3.6, cannot run with a newer NumPy)
-OLDEST := torch==2.11.0 torchvision==0.26.0 timm==1.0.26 transformers==5.17.0 open_clip_torch==3.3.0 numpy==2.3.5
+OLDEST := torch==2.11.0 torchvision==0.26.0 timm==1.0.26 transformers==5.17.0 open_clip_torch==3.3.0 accelerate==1.12.0 numpy==2.3.5
 
 .PHONY: demo test test-fast test-oldest check overhead benchmarks benchmarks-gpu clean
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import dataclasses
 import math
 import os
 import sys
@@ -16,6 +17,7 @@ import torch
 import tokenmerge
 from tokenmerge.attention_forms import FORMS
 from tokenmerge.errors import InputError, TokenMergeError
+from tokenmerge.tools.train.options import add_train_options
 
 _R_HELP = (
     "tokens merged per block, one or more of: 8 (in every block), 16:-1 (r:inflect, falling to 0), 8,8,0 (one per "
@@ -29,7 +31,9 @@ _MODEL_HELP = (
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command and return its exit code: 0, 1 (eval --strict with skipped images), 2 (bad input), 130."""
-    args = _parser().parse_args(argv)
+    words = list(sys.argv[1:] if argv is None else argv)
+    args = _parser().parse_args(words)
+    args.typed = words[1:]
     try:
         code = int(args.run(args))
         sys.stdout.flush()  # here, where a reader that has left is caught
@@ -167,6 +171,15 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--mean", type=float, nargs=3, help="override the model's own mean, per channel")
     evaluate.add_argument("--std", type=_between(0, 1e6), nargs=3, help="override the model's own standard deviation")
     evaluate.add_argument("--strict", action="store_true", help="exit with 1 if any image could not be read")
+
+    train = _command(commands, "train", _train, "train or fine-tune a model with merging, on one machine or many")
+    _add_model(train)
+    train.add_argument("--r", metavar="R", help="tokens merged per block, as in bench; 0 trains without (default: 0)")
+    _add_prop_attn(train)
+    _add_matcher(train)
+    _add_pretrained(train)
+    add_train_options(train)
+    train.set_defaults(parser=train)
     return parser
 
 
@@ -197,12 +210,20 @@ def _add_merging(
         help=_R_HELP + (f" (default: {' '.join(default)})" if default else ""),
     )
     command.set_defaults(default_r=default)
+    _add_prop_attn(command)
+    _add_matcher(command, backend)
+
+
+def _add_prop_attn(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--prop-attn",
         choices=("auto", "on", "off"),
         default="auto",
-        help="proportional attention; auto is off for MAE-pretrained weights, else on (%(default)s)",
+        help="proportional attention; auto is as the weights were trained, off for MAE-pretrained ones, else on (%(default)s)",
     )
+
+
+def _add_matcher(command: argparse.ArgumentParser, backend: bool = True) -> None:
     command.add_argument("--matcher", default="bipartite", help="matching algorithm (%(default)s)")
     if not backend:
         return
@@ -225,7 +246,7 @@ def _add_running(command: argparse.ArgumentParser, batch_size: int) -> None:
     command.add_argument("--batch-size", "-b", type=_count(1), default=batch_size, help="images per pass (%(default)s)")
 
 
-def _add_weights(command: argparse.ArgumentParser) -> None:
+def _add_pretrained(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--pretrained",
         action="store_true",
@@ -234,6 +255,10 @@ def _add_weights(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--checkpoint", type=Path, metavar="FILE", help="load weights from a safetensors or torch file instead"
     )
+
+
+def _add_weights(command: argparse.ArgumentParser) -> None:
+    _add_pretrained(command)
     command.add_argument("--device", default="cpu", help="torch device (%(default)s)")
     command.add_argument(
         "--dtype",
@@ -283,9 +308,10 @@ def _prepare(args: argparse.Namespace) -> tuple[Any, list[Any], dict[str, Any]]:
 
     get_matcher(args.matcher)
     prop_attn = {"auto": "auto", "on": True, "off": False}[args.prop_attn]
+    given = [args.r] if isinstance(args.r, str) else args.r or args.default_r or ()
     return (
         Report(args.json),
-        [parse_setting(text) for text in args.r or args.default_r or ()],
+        [parse_setting(text) for text in given],
         {
             "prop_attn": prop_attn,
             "matcher": args.matcher,
@@ -349,6 +375,19 @@ def _export(args: argparse.Namespace) -> int:
         verify=not args.no_verify,
     )
     return run_export(_model_args(args), export, settings[0], fields, report)
+
+
+def _train(args: argparse.Namespace) -> int:
+    from tokenmerge.tools.train.options import model_kwargs, train_args, with_config
+
+    if args.config is not None:
+        args = with_config(args.parser, args.config, args.typed)
+    args.r, args.default_r = args.r or "0", None
+    report, settings, fields = _prepare(args)
+    from tokenmerge.tools.train.run import run_train
+
+    base = dataclasses.replace(_model_args(args), device="cpu", model_kwargs=model_kwargs(args))
+    return run_train(base, train_args(args, settings[0], fields), report)
 
 
 def _eval(args: argparse.Namespace) -> int:

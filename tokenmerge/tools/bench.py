@@ -21,6 +21,7 @@ from tokenmerge.tools.device import place
 from tokenmerge.tools.models import ModelArgs, input_shape, load_model
 from tokenmerge.tools.report import Report, Row
 from tokenmerge.tools.settings import Setting
+from tokenmerge.tools.trained import as_trained
 from tokenmerge.tools.variants import share_weights, sliced
 
 Forward = Callable[[Tensor], Any]
@@ -144,6 +145,7 @@ def run_bench(
     args: ModelArgs, bench: BenchArgs, settings: Sequence[Setting], fields: dict[str, Any], report: Report
 ) -> int:
     """Measure, print and write one row per r; the unmerged model is always among them. Returns 0."""
+    fields = as_trained(args, fields)
     rows = measure(args, bench, settings, fields, report)
     _print(report, args, bench, rows)
     report.write(rows)

@@ -24,6 +24,7 @@ from tokenmerge.tools.device import place
 from tokenmerge.tools.models import ModelArgs, input_shape, load_model
 from tokenmerge.tools.report import Report, Row
 from tokenmerge.tools.settings import Setting
+from tokenmerge.tools.trained import as_trained
 from tokenmerge.tools.variants import share_weights
 
 _GAIN = 1.02
@@ -67,6 +68,7 @@ def run_break_even(
         fields: further fields of `MergeConfig`.
         report: where results go.
     """
+    fields = as_trained(args, fields)
     model = load_model(args)
     wanted = [setting for setting in settings if not setting.is_baseline]
     if settings and not wanted:

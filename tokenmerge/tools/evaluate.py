@@ -24,6 +24,7 @@ from tokenmerge.tools.images import ImageFolder, batches
 from tokenmerge.tools.models import ModelArgs, input_shape, load_model
 from tokenmerge.tools.report import Report, Row
 from tokenmerge.tools.settings import Setting
+from tokenmerge.tools.trained import as_trained
 from tokenmerge.tools.variants import share_weights
 
 
@@ -148,6 +149,7 @@ def run_eval(
     Raises:
         InputError: if the data or the model cannot be read, or not a single image could.
     """
+    fields = as_trained(args, fields)
     model = load_model(args)
     if not args.pretrained and args.checkpoint is None:
         report.warn(
@@ -159,7 +161,7 @@ def run_eval(
     loader = batches(dataset, evaluation.batch_size, evaluation.workers)
     with report.progress() as progress, torch.inference_mode():
         task = progress.add_task("evaluating", total=len(dataset))
-        for number, batch in enumerate(_guarded(loader)):
+        for number, batch in enumerate(guarded(loader)):
             skipped += batch.skipped
             if len(batch.labels):
                 images = place(batch.images, args.device, args.dtype, args.channels_last)
@@ -181,7 +183,7 @@ def run_eval(
     return 1 if skipped and evaluation.strict else 0
 
 
-def _guarded(loader: Any) -> Any:
+def guarded(loader: Any) -> Any:
     """The batches; a worker process that dies is one sentence."""
     iterator = iter(loader)
     while True:

@@ -30,6 +30,7 @@ from tokenmerge.tools.device import place
 from tokenmerge.tools.models import ModelArgs, input_shape, load_model
 from tokenmerge.tools.report import Report, Row
 from tokenmerge.tools.settings import Setting
+from tokenmerge.tools.trained import as_trained
 
 
 @dataclasses.dataclass(frozen=True)
@@ -256,6 +257,7 @@ def _cannot_run(format: str, error: Exception) -> str:
 
 def run_export(args: ModelArgs, export: ExportArgs, setting: Setting, fields: dict[str, Any], report: Report) -> int:
     """Load, patch, export, verify; prints and writes one row. Returns 0."""
+    fields = as_trained(args, fields)
     path = export.output or Path(f"{_file_name(args.model)}_r{_file_name(str(setting.label))}{SUFFIXES[export.format]}")
     if path.suffix != SUFFIXES[export.format]:
         raise InputError(

@@ -28,7 +28,7 @@ class Batch:
 
 
 class ImageFolder(Dataset[tuple[Tensor | None, int, str]]):
-    """Images in one folder per class, read by timm's reader.
+    """Images in one folder per class, read by timm's reader; `names` are the classes in the order of the outputs.
 
     Args:
         root: folder that holds a folder per class.
@@ -78,6 +78,9 @@ class ImageFolder(Dataset[tuple[Tensor | None, int, str]]):
             labels = _labels(root, folders, num_classes, label_names)
         names = {index: name for name, index in classes.items()}
         self.samples = [(Path(file), labels[names[target]]) for file, target in samples]
+        by_label = {label: name for name, label in labels.items()}
+        self.num_classes = num_classes
+        self.names = [by_label.get(label, str(label)) for label in range(num_classes)]
 
     def __len__(self) -> int:
         return len(self.samples)
@@ -89,7 +92,7 @@ class ImageFolder(Dataset[tuple[Tensor | None, int, str]]):
             with Image.open(path) as image:
                 return self.transform(image.convert("RGB")), label, ""
         except _UNREADABLE as error:
-            reason = str(error).replace(str(path), path.name).strip() or type(error).__name__
+            reason = " ".join(str(error).replace(str(path), path.name).split()) or type(error).__name__
             return None, label, f"{path.relative_to(self.root)}: {reason}"
 
 
@@ -146,13 +149,14 @@ def _imagenet_names() -> list[str]:
     return [str(name) for name in ImageNetInfo("imagenet-1k").label_names()]
 
 
-def _collate(samples: list[tuple[Tensor | None, int, str]]) -> Batch:
+def collate(samples: list[tuple[Tensor | None, int, str]]) -> Batch:
+    """Images, labels and problems (one per line) as one batch."""
     read = [(image, label) for image, label, _ in samples if image is not None]
     images = torch.stack([image for image, _ in read]) if read else torch.empty(0)
     labels = torch.tensor([label for _, label in read], dtype=torch.int64)
-    return Batch(images, labels, tuple(problem for image, _, problem in samples if image is None))
+    return Batch(images, labels, tuple(line for *_, problem in samples for line in problem.splitlines()))
 
 
 def batches(dataset: ImageFolder, batch_size: int, workers: int) -> DataLoader[Any]:
     """The data set in order, in batches."""
-    return DataLoader(dataset, batch_size=batch_size, num_workers=workers, collate_fn=_collate)
+    return DataLoader(dataset, batch_size=batch_size, num_workers=workers, collate_fn=collate)

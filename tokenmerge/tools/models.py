@@ -31,6 +31,7 @@ class ModelArgs:
         device: torch device.
         dtype: "float32", "bfloat16" or "float16".
         channels_last: memory format of model and images.
+        model_kwargs: further arguments of timm's model.
     """
 
     model: str
@@ -41,6 +42,7 @@ class ModelArgs:
     device: str = "cpu"
     dtype: str = "float32"
     channels_last: bool = False
+    model_kwargs: dict[str, Any] = dataclasses.field(default_factory=dict)
 
 
 def _create(args: ModelArgs, pretrained: bool) -> Any:
@@ -97,7 +99,7 @@ def _quiet_timm() -> Iterator[None]:
 
 def _model_kwargs(args: ModelArgs) -> dict[str, Any]:
     kwargs = {"num_classes": args.num_classes, "img_size": args.img_size}
-    return {name: value for name, value in kwargs.items() if value is not None}
+    return {**{name: value for name, value in kwargs.items() if value is not None}, **args.model_kwargs}
 
 
 def load_model(args: ModelArgs) -> Any:

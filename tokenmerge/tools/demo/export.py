@@ -1,4 +1,4 @@
-"""The demo's model and test images as files, to try the other commands on without downloading anything."""
+"""The demo's model and images as files, to try the other commands on without downloading anything."""
 
 from __future__ import annotations
 
@@ -15,29 +15,35 @@ from tokenmerge.tools.demo.digits import ARCHITECTURE, IMAGE_SIZE, load_digits, 
 
 
 def export_demo(folder: Path) -> tuple[Path, Path]:
-    """Write the model in timm's hub format, and the 360 test images in one folder per class.
+    """Write the model in timm's hub format, and the images, 1,437 to train on and 360 to test, a folder per class.
 
     The exported model takes RGB images, as timm's loaders give them; on grey ones it computes the same.
 
     Returns:
-        The model's folder, for `local-dir:`, and the images' folder, for `--data`.
+        The model's folder, for `local-dir:`, and the test images' folder, for `--data`.
 
     Raises:
         InputError: if the folder cannot be written.
     """
-    model_dir, data_dir = folder / "model", folder / "val"
     try:
-        _write_model(model_dir)
-        _, _, images, labels = load_digits()
-        for number, (image, label) in enumerate(zip(images, labels.tolist(), strict=True)):
-            pixels = ((image[0] + 1) * 127.5).round().to(torch.uint8)
-            (data_dir / str(label)).mkdir(parents=True, exist_ok=True)
-            Image.fromarray(pixels.numpy()).save(data_dir / str(label) / f"{number:03}.png")
+        _write_model(folder / "model")
+        export_images(folder)
     except OSError as error:
         raise InputError(
             f"{str(folder)!r} cannot be written ({error.strerror or error}): choose another folder"
         ) from None
-    return model_dir, data_dir
+    return folder / "model", folder / "val"
+
+
+def export_images(folder: Path) -> None:
+    """Write `folder/train/CLASS` and `folder/val/CLASS`."""
+    train, train_labels, test, test_labels = load_digits()
+    for split, images, labels in (("train", train, train_labels), ("val", test, test_labels)):
+        for number, (image, label) in enumerate(zip(images, labels.tolist(), strict=True)):
+            pixels = ((image[0] + 1) * 127.5).round().to(torch.uint8)
+            place = folder / split / str(label)
+            place.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(pixels.numpy()).save(place / f"{number:04}.png")
 
 
 def _write_model(folder: Path) -> None:

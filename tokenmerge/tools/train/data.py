@@ -1,0 +1,181 @@
+"""Images in an order and with augmentation that are functions of the seed, the epoch and the image alone.
+
+So a run that is killed goes on at any update without stored generators, whatever the number of workers, and one process
+sees in an update what two see together.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import random
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from tokenmerge.errors import InputError
+from tokenmerge.tools.images import ImageFolder, collate
+from tokenmerge.tools.train.args import TrainArgs
+
+Sample = tuple[int, int]
+"""Number of an image, and which of its repeats in the epoch this is."""
+_TRIES = 50
+
+
+def seed_all(*key: Any) -> None:
+    """Make what every generator of Python, NumPy and torch draws next a function of `key`."""
+    value = int.from_bytes(hashlib.sha256(repr(key).encode()).digest()[:8], "little") >> 1
+    random.seed(value)
+    np.random.seed(value % 2**32)
+    torch.manual_seed(value)
+
+
+class Augmented(Dataset[tuple[Tensor | None, int, str]]):
+    """Training images; one that cannot be read is replaced by the next and named.
+
+    Args:
+        folder: the images, with their transform.
+        seed: of the run.
+    """
+
+    def __init__(self, folder: ImageFolder, seed: int) -> None:
+        self.folder, self.seed, self.epoch = folder, seed, 0
+
+    def __len__(self) -> int:
+        return len(self.folder)
+
+    def __getitem__(self, sample: Sample) -> tuple[Tensor | None, int, str]:
+        """The image, its label, and "file: reason" of the ones before it that could not be read."""
+        index, repeat = sample
+        problems: list[str] = []
+        for _ in range(_TRIES):
+            seed_all(self.seed, "image", self.epoch, index, repeat)
+            image, label, problem = self.folder[index]
+            if image is not None:
+                return image, label, "\n".join(problems)
+            problems.append(problem)
+            index = (index + 1) % len(self.folder)
+        return None, 0, "\n".join(problems)
+
+
+class EpochBatches(Sampler[list[Sample]]):
+    """One process's micro-batches of an epoch, from any update on.
+
+    Args:
+        size: images in the data set.
+        args: batch sizes, repeats and seed.
+        rank: of this process.
+        processes: how many there are.
+
+    Raises:
+        InputError: if there are fewer images than one update takes.
+    """
+
+    def __init__(self, size: int, args: TrainArgs, rank: int, processes: int) -> None:
+        self.size, self.args, self.rank, self.processes = size, args, rank, processes
+        self.epoch, self.start = 0, 0
+        self.updates = size // args.global_batch(processes)
+        if not self.updates:
+            raise InputError(
+                f"{size} training images are fewer than the {args.global_batch(processes)} of one update "
+                f"(batch {args.batch_size} × {args.grad_accum_steps} steps × {processes} processes): give a smaller --batch-size"
+            )
+
+    def __len__(self) -> int:
+        return (self.updates - self.start) * self.args.grad_accum_steps
+
+    def samples(self) -> list[Sample]:
+        """All of this epoch, in order; with repeats an epoch keeps its length, and an image its copies side by side."""
+        generator = torch.Generator().manual_seed((self.args.seed << 20) + self.epoch)
+        order = torch.randperm(self.size, generator=generator).tolist()
+        repeats = self.args.aug_repeats
+        return [(order[place // repeats], place % repeats) for place in range(self.size)]
+
+    def __iter__(self) -> Iterator[list[Sample]]:
+        order, batch = self.samples(), self.args.batch_size
+        steps = self.args.grad_accum_steps
+        for step in range(self.start * steps, self.updates * steps):
+            first = (step * self.processes + self.rank) * batch
+            yield order[first : first + batch]
+
+
+class ShareOfBatches(Sampler[list[int]]):
+    """Every `processes`-th batch, in order; each image is in exactly one process."""
+
+    def __init__(self, size: int, batch: int, rank: int, processes: int) -> None:
+        self.starts = range(rank * batch, size, batch * processes)
+        self.size, self.batch = size, batch
+
+    def __len__(self) -> int:
+        return len(self.starts)
+
+    def __iter__(self) -> Iterator[list[int]]:
+        for start in self.starts:
+            yield list(range(start, min(start + self.batch, self.size)))
+
+
+def split_folder(data: Path, split: str, option: str) -> Path:
+    """The folder of a split; "val" and "validation" stand for each other, as in timm.
+
+    Raises:
+        InputError: if there is none.
+    """
+    names = {"val": ("val", "validation"), "validation": ("validation", "val")}.get(split, (split,))
+    found = next((data / name for name in names if (data / name).is_dir()), None)
+    if found is None:
+        raise InputError(
+            f"{str(data)!r} has no folder {' or '.join(map(repr, names))}, but training takes --data DIR with "
+            f"DIR/{split}/CLASS/IMAGE: check --data and {option}"
+        )
+    return found
+
+
+def make_transform(model: Any, args: TrainArgs, training: bool, size: tuple[int, int]) -> Any:
+    """timm's transform for the model.
+
+    Raises:
+        InputError: if timm refuses an option.
+    """
+    from timm.data.config import resolve_data_config
+    from timm.data.transforms_factory import create_transform
+
+    config = resolve_data_config({}, model=model)
+    config["input_size"] = (3, *size)
+    extra: dict[str, Any] = {}
+    if training:
+        extra = {"is_training": True, "no_aug": args.no_aug, "auto_augment": args.aa, "re_prob": args.reprob}
+        extra |= {"hflip": args.hflip, "vflip": args.vflip, "color_jitter": args.color_jitter}
+        extra |= {"scale": args.scale, "ratio": args.ratio, "interpolation": args.train_interpolation}
+    try:
+        transform = create_transform(**{**config, **extra})
+        transform(Image.new("RGB", (size[1], size[0])))
+    except Exception as error:  # timm and torchvision check these values in many ways, or not at all
+        raise InputError(
+            f"the augmentation does not work ({type(error).__name__}: {error}): check --aa, --scale, --ratio, --reprob, "
+            "--color-jitter and --train-interpolation"
+        ) from None
+    return transform
+
+
+def make_loader(dataset: Dataset[Any], sampler: Sampler[Any], workers: int) -> DataLoader[Any]:
+    """Batches; workers start anew every epoch, so that they know its number."""
+    return DataLoader(
+        dataset,
+        batch_sampler=sampler,
+        num_workers=workers,
+        collate_fn=collate,
+        pin_memory=torch.cuda.is_available(),
+    )
+
+
+def fingerprint(folder: ImageFolder) -> str:
+    """A hash of names, sizes and labels of the images: whether two runs had the same data."""
+    digest = hashlib.sha256()
+    for path, label in folder.samples:
+        digest.update(f"{path.relative_to(folder.root)}\0{path.stat().st_size}\0{label}\n".encode())
+    return digest.hexdigest()[:16]

@@ -1,0 +1,277 @@
+"""Epochs, updates, evaluation: what happens between a model and its trained weights."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import signal
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tokenmerge.patching import Handle
+from tokenmerge.tools.evaluate import Score, guarded
+from tokenmerge.tools.report import Report, Row
+from tokenmerge.tools.settings import Setting
+from tokenmerge.tools.train import merging
+from tokenmerge.tools.train.args import TrainArgs, TrainingError
+from tokenmerge.tools.train.checkpoints import Checkpoints
+from tokenmerge.tools.train.data import Augmented, EpochBatches, make_loader, seed_all
+from tokenmerge.tools.train.logbook import Logbook
+from tokenmerge.tools.train.objective import Objective
+from tokenmerge.tools.train.progress import TrainProgress
+
+
+class Stopped(Exception):  # noqa: N818 not an error
+    """The run was asked to end, and has saved itself."""
+
+
+@dataclasses.dataclass(kw_only=True)
+class Loop:
+    """A prepared run.
+
+    Attributes:
+        accelerator: Accelerate's.
+        args: what was asked for.
+        model: as prepared by Accelerate; `bare` is the patched model in it, `handle` its handle.
+        optimizer, schedule: prepared optimizer; timm's schedule of learning rates.
+        ema: timm's moving average, or `None`.
+        objective: the loss.
+        images, batches: training images and their order.
+        validation: an iterable of batches, or `None`.
+        checkpoints, logbook, report: where things are kept and told.
+    """
+
+    accelerator: Any
+    args: TrainArgs
+    model: nn.Module
+    bare: nn.Module
+    handle: Handle
+    optimizer: Any
+    schedule: Any
+    ema: Any
+    objective: Objective
+    images: Augmented
+    batches: EpochBatches
+    validation: Any
+    checkpoints: Checkpoints
+    logbook: Logbook | None
+    report: Report
+    update: int = 0
+    """Updates of the weights so far."""
+    _asked_to_stop: bool = False
+    _skipped: set[str] = dataclasses.field(default_factory=set)
+
+    def run(self) -> list[Row]:
+        """Train to the end; the rows of the last evaluation.
+
+        Raises:
+            Stopped: if SIGTERM arrived; the state is saved.
+            TrainingError: if the loss is not finite, or a checkpoint cannot be written.
+        """
+        before = signal.signal(signal.SIGTERM, self._ask_to_stop)
+        try:
+            rows: list[Row] = []
+            with TrainProgress(self.report, self.accelerator.is_main_process) as bars:
+                for epoch in range(self.update // self.batches.updates, self.args.epochs):
+                    self._epoch(epoch, bars)
+                    rows = self._evaluate(epoch, bars)
+                    self._save()
+                    if epoch + 1 < self.args.epochs and self._stop_everywhere():
+                        raise Stopped
+            return rows
+        finally:
+            signal.signal(signal.SIGTERM, before)
+
+    def _ask_to_stop(self, *_: Any) -> None:
+        self._asked_to_stop = True
+
+    def _epoch(self, epoch: int, bars: TrainProgress) -> None:
+        self.batches.epoch = self.images.epoch = epoch
+        self.batches.start = self.update - epoch * self.batches.updates
+        self.objective.set_epoch(epoch)
+        merging.set_epoch(self.handle, self.args, epoch)
+        self.model.train()
+        steps = self.args.grad_accum_steps
+        loader = iter(guarded(make_loader(self.images, self.batches, self.args.workers)))
+        bars.epoch(epoch, self.args.epochs, self.batches.updates, self.batches.start)
+        start, total, done = time.perf_counter(), 0.0, 0
+        for place in range(self.batches.start, self.batches.updates):
+            loss = sum(self._micro(next(loader), epoch, place, micro) for micro in range(steps)) / steps
+            self.update += 1
+            if self.schedule is not None:  # --sched none
+                self.schedule.step_update(self.update)
+            if self.ema is not None:
+                self.ema.update(self.bare, step=self.update)
+            total, done = total + loss, done + 1
+            rate = done * self.args.global_batch(self.accelerator.num_processes) / (time.perf_counter() - start)
+            bars.advance(loss, rate)
+            self._log(epoch, place, loss, rate)
+            if place + 1 < self.batches.updates:  # the last one is saved after its evaluation
+                self._between_updates()
+        if self.accelerator.is_main_process and done:
+            self.report.say(
+                f"epoch {epoch}: loss {total / done:.4f}, {rate:.1f} images/s, r {list(self.handle.schedule)}"
+            )
+
+    def _between_updates(self) -> None:
+        interval = self.args.recovery_interval
+        stop = self._stop_everywhere()
+        if stop or (interval and self.update % interval == 0):
+            self._save()
+        if stop:
+            raise Stopped
+
+    def _micro(self, batch: Any, epoch: int, place: int, micro: int) -> float:
+        """One forward and backward pass, and at the end of an update the optimizer's step; the loss over all processes."""
+        accelerator = self.accelerator
+        self._name(batch.skipped)
+        if len(batch.labels) < self.args.batch_size:
+            raise TrainingError(
+                f"no image could be read in 50 in a row (the first is {batch.skipped[0]}): check the files in {str(self.args.data)!r}"
+            )
+        images, labels = batch.images.to(accelerator.device), batch.labels.to(accelerator.device)
+        with accelerator.accumulate(self.model):
+            seed_all(self.args.seed, "step", self.update, micro, accelerator.process_index)
+            loss = self.objective(self.model, images, labels)
+            value = float(accelerator.reduce(loss.detach(), "mean"))
+            if not math.isfinite(value):
+                self._stop_at(value, "loss", epoch, place, micro)
+            accelerator.backward(loss)
+            if accelerator.sync_gradients:
+                limit = math.inf if self.args.clip_grad is None else self.args.clip_grad
+                norm = float(accelerator.clip_grad_norm_(self.model.parameters(), limit))
+                if not math.isfinite(norm) and accelerator.scaler is None:  # a scaler skips such steps by itself
+                    self._stop_at(norm, "gradient", epoch, place, micro)
+            self.optimizer.step()
+            self.optimizer.zero_grad()
+        return value
+
+    def _stop_at(self, value: float, what: str, epoch: int, place: int, micro: int) -> None:
+        """Save what is still good, and say where it ended."""
+        order, step = self.batches.samples(), place * self.args.grad_accum_steps + micro
+        size = self.args.batch_size * self.accelerator.num_processes
+        files = [self.images.folder.samples[index][0].name for index, _ in order[step * size : (step + 1) * size]]
+        self.optimizer.zero_grad()
+        whole = all(bool(p.isfinite().all()) for p in self.bare.parameters())
+        kept = "the weights were already damaged; go on from an earlier checkpoint"
+        if whole:
+            self._save()
+            kept = "the weights before it are saved"
+        raise TrainingError(
+            f"the {what} became {value} at update {self.update} (epoch {epoch}, batch {step}: {', '.join(files[:3])} …); {kept}: "
+            "lower --lr, give --clip-grad 1 or, with --amp, --amp-dtype bfloat16, in a new --output, or mend the images"
+        )
+
+    def _stop_everywhere(self) -> bool:
+        """Whether any process was asked to stop, so that all stop at the same update."""
+        if self.accelerator.num_processes == 1:
+            return self._asked_to_stop
+        flag = torch.tensor(float(self._asked_to_stop), device=self.accelerator.device)
+        return float(self.accelerator.reduce(flag, "sum")) > 0
+
+    def _name(self, problems: tuple[str, ...]) -> None:
+        for problem in problems:
+            if problem not in self._skipped:
+                self._skipped.add(problem)
+                self.report.warn(f"{problem} (the next image stands in for it)")
+
+    def _log(self, epoch: int, place: int, loss: float, rate: float) -> None:
+        last = place + 1 == self.batches.updates
+        if self.logbook is None or not (last or self.update % self.args.log_interval == 0):
+            return
+        row: Row = {
+            "kind": "train",
+            "update": self.update,
+            "epoch": epoch + (place + 1) / self.batches.updates,
+            "loss": loss,
+        }
+        row |= {
+            "lr": self.optimizer.param_groups[0]["lr"],
+            "images_per_second": rate,
+            "schedule": list(self.handle.schedule),
+        }
+        if self.accelerator.device.type == "cuda":
+            row["peak_memory_mb"] = torch.cuda.max_memory_allocated() / 2**20
+        self.logbook.add(row)
+
+    def _save(self) -> Path:
+        return self.checkpoints.save(
+            self.accelerator, {"update": self.update, "processes": self.accelerator.num_processes}
+        )
+
+    @property
+    def result(self) -> nn.Module:
+        """The model that is kept: the moving average if there is one."""
+        return self.bare if self.ema is None else self.ema.module
+
+    def _evaluate(self, epoch: int, bars: TrainProgress) -> list[Row]:
+        """Rows for each setting of `eval_r` over the validation images of all processes."""
+        if self.validation is None:
+            return []
+        import tokenmerge
+
+        model, handle = self.result, tokenmerge.handle(self.result)
+        settings = self.args.eval_r or (merging.setting_at(self.args, epoch),)
+        model.eval()
+        bars.evaluation(len(self.validation))
+        scores = evaluate_settings(
+            model, handle, settings, guarded(self.validation), self.accelerator, bars.tick, self._name
+        )
+        totals = torch.tensor([[s.top1, s.top5, s.images] for s in scores], dtype=torch.float64, device="cpu")
+        totals = self.accelerator.reduce(totals.to(self.accelerator.device, torch.float32), "sum").cpu()
+        rows: list[Row] = []
+        for score, (top1, top5, images) in zip(scores, totals.tolist(), strict=True):
+            row: Row = {"kind": "eval", "update": self.update, "epoch": float(epoch + 1), "r": score.setting.label}
+            row |= {
+                "top1": 100 * top1 / images,
+                "top5": 100 * top5 / images,
+                "images": int(images),
+                "gflops": score.gflops,
+            }
+            rows.append(row)
+        if self.logbook is not None:
+            for row in rows:
+                self.logbook.add(row)
+            self.logbook.draw()
+            self.report.say("  " + ", ".join(f"r={row['r']}: top-1 {row['top1']:.2f}" for row in rows))
+        return rows
+
+
+def evaluate_settings(
+    model: nn.Module,
+    handle: Handle,
+    settings: tuple[Setting, ...],
+    batches: Iterator[Any],
+    accelerator: Any,
+    tick: Callable[[], None],
+    name: Callable[[tuple[str, ...]], None],
+) -> list[Score]:
+    """One score per setting over this process's batches; each batch is decoded once. Leaves the last setting in use."""
+
+    def forward(setting: Setting) -> Callable[[Tensor], Tensor]:
+        def call(images: Tensor) -> Tensor:
+            merging.apply(handle, setting)
+            with accelerator.autocast():
+                logits: Tensor = model(images)
+            return logits
+
+        return call
+
+    scores = []
+    for setting in settings:
+        merging.apply(handle, setting)
+        scores.append(Score(setting, forward(setting), handle.summary().flops_after / 1e9))
+    with torch.inference_mode(), torch.compiler.set_stance("force_eager"):  # every r would be compiled
+        for batch in batches:
+            name(batch.skipped)
+            if len(batch.labels):
+                images, labels = batch.images.to(accelerator.device), batch.labels.to(accelerator.device)
+                for score in scores:
+                    score.add(images, labels)
+            tick()
+    return scores

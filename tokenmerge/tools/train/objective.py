@@ -1,0 +1,75 @@
+"""The loss: labels, mixed or smoothed, and if wanted the logits of the unmerged model."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from tokenmerge.tools.train.args import TrainArgs
+
+
+class Objective:
+    """Images and labels -> loss.
+
+    Args:
+        args: mixup, smoothing, kind of loss, distillation.
+        num_classes: outputs of the model.
+        teacher: an unmerged model whose logits count `distill_weight`; `None` without distillation.
+    """
+
+    def __init__(self, args: TrainArgs, num_classes: int, teacher: nn.Module | None) -> None:
+        self.args, self.teacher = args, teacher
+        self.mixup = None
+        if args.mixup > 0 or args.cutmix > 0:
+            from timm.data.mixup import Mixup
+
+            self.mixup = Mixup(
+                mixup_alpha=args.mixup,
+                cutmix_alpha=args.cutmix,
+                prob=args.mixup_prob,
+                switch_prob=args.mixup_switch_prob,
+                label_smoothing=args.smoothing,
+                num_classes=num_classes,
+            )
+        smoothing = 0.0 if self.mixup else args.smoothing  # mixed targets are smoothed already
+        if args.bce_loss:
+            from timm.loss import BinaryCrossEntropy
+
+            self.criterion: nn.Module = BinaryCrossEntropy(smoothing=smoothing)
+        else:
+            self.criterion = nn.CrossEntropyLoss(label_smoothing=smoothing)
+
+    def set_epoch(self, epoch: int) -> None:
+        """Mixing ends with `mixup_off_epoch`."""
+        if self.mixup is not None and self.args.mixup_off_epoch:
+            self.mixup.mixup_enabled = epoch < self.args.mixup_off_epoch
+
+    def __call__(self, model: nn.Module, images: Tensor, labels: Tensor) -> Tensor:
+        """The mean loss of a batch, float32."""
+        targets = labels
+        if self.mixup is not None:
+            images, targets = self.mixup(images.clone(), labels)
+        logits = model(images).float()
+        loss: Tensor = self.criterion(logits, targets)
+        if self.teacher is None:
+            return loss
+        with torch.no_grad():
+            wanted = self.teacher(images).float()
+        heat, share = self.args.distill_temp, self.args.distill_weight
+        gap = F.kl_div(
+            F.log_softmax(logits / heat, dim=1),
+            F.log_softmax(wanted / heat, dim=1),
+            reduction="batchmean",
+            log_target=True,
+        )
+        return (1 - share) * loss + share * heat**2 * gap
+
+
+def teacher_of(model: nn.Module) -> Any:
+    """A frozen copy of the unpatched model."""
+    teacher = copy.deepcopy(model).eval()
+    return teacher.requires_grad_(False)

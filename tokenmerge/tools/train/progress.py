@@ -1,0 +1,64 @@
+"""Progress bars of a run: epochs, and the updates of this one with loss, speed, time left and memory."""
+
+from __future__ import annotations
+
+import contextlib
+from types import TracebackType
+
+import torch
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from tokenmerge.tools.report import Report
+
+
+class TrainProgress:
+    """A context manager; does nothing in other processes than the main one.
+
+    Args:
+        report: where bars go: its standard error.
+        shown: whether this process shows any.
+    """
+
+    def __init__(self, report: Report, shown: bool) -> None:
+        self._bars = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=16),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[note]}"),
+            console=report.err,
+            transient=True,
+            disable=not shown,
+        )
+        self._stack = contextlib.ExitStack()
+        self._epochs = self._bars.add_task("epochs", total=None, note="")
+        self._steps = self._bars.add_task("updates", total=None, note="")
+
+    def __enter__(self) -> TrainProgress:
+        self._stack.enter_context(self._bars)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._stack.close()
+
+    def epoch(self, epoch: int, epochs: int, updates: int, start: int) -> None:
+        """A new epoch."""
+        self._bars.update(self._epochs, completed=epoch, total=epochs)
+        self._bars.reset(self._steps, description="updates", total=updates, completed=start, note="")
+
+    def advance(self, loss: float, rate: float) -> None:
+        """An update is done."""
+        memory = f", {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB" if torch.cuda.is_available() else ""
+        self._bars.update(self._steps, advance=1, note=f"loss {loss:.3f}, {rate:.0f} images/s{memory}")
+
+    def evaluation(self, batches: int) -> None:
+        """The epoch is done, and is evaluated."""
+        self._bars.advance(self._epochs)
+        self._bars.reset(self._steps, description="evaluating", total=batches, note="")
+
+    def tick(self) -> None:
+        """A batch was evaluated."""
+        self._bars.advance(self._steps)

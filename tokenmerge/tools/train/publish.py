@@ -1,0 +1,87 @@
+"""The trained model as a folder in timm's hub format, with how it was merged."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+import tokenmerge
+from tokenmerge.tools.images import ImageFolder
+from tokenmerge.tools.models import ModelArgs, input_shape
+from tokenmerge.tools.train.args import TrainArgs
+from tokenmerge.tools.train.checkpoints import write_atomically
+from tokenmerge.tools.trained import KEY
+
+_ORIGIN = (
+    "tag",
+    "hf_hub_id",
+    "url",
+    "file",
+    "source",
+    "custom_load",
+    "license",
+    "paper_ids",
+    "paper_name",
+    "origin_url",
+)
+
+
+def publish(model: nn.Module, base: ModelArgs, args: TrainArgs, images: ImageFolder, folder: Path) -> None:
+    """Write `config.json` and `model.safetensors`, each at once.
+
+    `timm.create_model("local-dir:FOLDER", pretrained=True)` reads them without this library; `tokenmerge eval` finds in
+    them whether attention is to be proportional.
+    """
+    from safetensors.torch import save_file
+
+    folder.mkdir(parents=True, exist_ok=True)
+    about = {
+        "version": tokenmerge.__version__,
+        "r": args.setting.label,
+        "prop_attn": args.merging["prop_attn"],
+    }
+    state = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
+    beside = folder / ".model.safetensors.new"
+    save_file(state, beside, metadata={"format": "pt", KEY: json.dumps(about)})
+    os.replace(beside, folder / "model.safetensors")
+    config = {**_source(base), "num_classes": images.num_classes, "num_features": getattr(model, "num_features", None)}
+    pretrained = {name: value for name, value in _pretrained(model).items() if name not in _ORIGIN}
+    pretrained |= {"num_classes": images.num_classes, "input_size": [3, *_size(model)]}
+    config |= {"label_names": images.names, "pretrained_cfg": pretrained, KEY: about}
+    write_atomically(folder / "config.json", json.dumps(config, indent=2, default=list) + "\n")
+
+
+def _source(base: ModelArgs) -> dict[str, Any]:
+    """Architecture and arguments: those the model was made with."""
+    # dropout is how it was trained, not what it is
+    arguments = {
+        name: value for name, value in base.model_kwargs.items() if name not in ("drop_rate", "drop_path_rate")
+    }
+    if base.img_size is not None:
+        arguments["img_size"] = base.img_size
+    kind, _, place = base.model.partition(":")
+    if kind == "local-dir":
+        config = json.loads(Path(place, "config.json").read_text(encoding="utf-8"))
+    elif kind in ("hf_hub", "hf-hub"):
+        from timm.models import load_model_config_from_hf
+
+        pretrained, architecture, inner = load_model_config_from_hf(place)
+        config = {"architecture": architecture, "model_args": inner or {}, "pretrained_cfg": pretrained}
+    else:
+        config = {"architecture": base.model.split(".")[0], "model_args": {}}
+    found = {name: config[name] for name in ("architecture", "global_pool") if name in config}
+    return {**found, "model_args": {**config.get("model_args", {}), **arguments}}
+
+
+def _pretrained(model: nn.Module) -> dict[str, Any]:
+    found = getattr(model, "pretrained_cfg", None) or {}
+    return dict(found)
+
+
+def _size(model: nn.Module) -> tuple[int, int]:
+    _, height, width = input_shape(model)
+    return height, width

@@ -1,0 +1,60 @@
+"""How a model was merged in training: written into its folder and weights, and read from there again."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from tokenmerge.tools.models import ModelArgs
+
+KEY = "tokenmerge"
+"""Name of the entry in config.json and in the metadata of safetensors files."""
+
+
+def as_trained(args: ModelArgs, fields: dict[str, Any]) -> dict[str, Any]:
+    """Merging as asked for; proportional attention, if left to `"auto"`, as the weights were trained."""
+    if fields.get("prop_attn", "auto") != "auto":
+        return fields
+    stored = trained_with(args).get("prop_attn")
+    return {**fields, "prop_attn": stored} if isinstance(stored, bool) else fields
+
+
+def trained_with(args: ModelArgs) -> dict[str, Any]:
+    """What `publish` stored with the weights that `args` names; empty if they come from elsewhere."""
+    kind, _, place = args.model.partition(":")
+    if args.checkpoint is not None:
+        return _from_weights(args.checkpoint)
+    if not args.pretrained:
+        return {}
+    if kind == "local-dir":
+        return _from_config(Path(place, "config.json"))
+    if kind in ("hf_hub", "hf-hub"):
+        try:
+            from timm.models._hub import download_from_hf
+
+            return _from_config(Path(download_from_hf(place, "config.json")))
+        except Exception:  # loading the weights says what is wrong
+            return {}
+    return {}
+
+
+def _from_config(path: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(path.read_text(encoding="utf-8")).get(KEY)
+    except (OSError, ValueError, AttributeError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def _from_weights(path: Path) -> dict[str, Any]:
+    from safetensors import SafetensorError, safe_open
+
+    if path.suffix != ".safetensors" or not path.is_file():
+        return {}
+    try:
+        with safe_open(path, framework="pt") as file:
+            found = json.loads((file.metadata() or {}).get(KEY, "{}"))
+    except (SafetensorError, OSError, ValueError):  # loading the weights says what is wrong
+        return {}
+    return found if isinstance(found, dict) else {}
