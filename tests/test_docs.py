@@ -33,7 +33,16 @@ def test_every_command_of_the_readme_runs(monkeypatch: pytest.MonkeyPatch, tmp_p
     monkeypatch.chdir(tmp_path)
     lines = [line for block in blocks(ROOT / "README.md", "sh") for line in block.splitlines()]
     commands = [shlex.split(line, comments=True)[1:] for line in lines if line.startswith("tokenmerge ")]
-    assert [command[0] for command in commands] == ["demo", "inspect", "inspect", "bench", "bench", "export", "eval"]
+    assert [command[0] for command in commands] == [
+        "demo",
+        "inspect",
+        "inspect",
+        "bench",
+        "bench",
+        "export",
+        "eval",
+        "train",
+    ]
     for command in commands:
         assert main(command) == 0, command
 

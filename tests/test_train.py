@@ -19,9 +19,10 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from tokenmerge.cli import main
+from tokenmerge.tools.images import ShareOfBatches
 from tokenmerge.tools.settings import parse_setting
 from tokenmerge.tools.train.args import TrainArgs
-from tokenmerge.tools.train.data import EpochBatches, ShareOfBatches
+from tokenmerge.tools.train.data import EpochBatches
 
 MODEL = "vit_tiny_patch16_224"
 KWARGS = ("--model-kwargs", "img_size=32", "patch_size=8", "embed_dim=32", "depth=2", "num_heads=2")
@@ -283,6 +284,41 @@ def test_damaged_images_are_named_and_replaced(train: Run, data: Path, tmp_path:
     assert "no image could be read" in err
 
 
+def test_a_worker_that_dies_loses_no_update(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The state at that update is saved; without workers the run then ends as if nothing had happened."""
+    from tokenmerge.tools.train.data import Augmented
+
+    common = [
+        "train",
+        MODEL,
+        *KWARGS,
+        "--data",
+        data,
+        *FULL,
+        "--batch-size",
+        "4",
+        "--warmup-epochs",
+        "0",
+        "--device",
+        "cpu",
+    ]
+    assert main([str(word) for word in (*common, "--output", tmp_path / "whole", "--workers", "0")]) == 0
+    get = Augmented.__getitem__
+
+    def dies(self: Augmented, sample: tuple[int, int]) -> Any:
+        if self.epoch == 1:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return get(self, sample)
+
+    words = [str(word) for word in (*common, "--output", tmp_path / "run")]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Augmented, "__getitem__", dies)
+        assert main([*words, "--workers", "1"]) == 2
+    assert "a process that decodes images died" in capsys.readouterr().err
+    assert main([*words, "--workers", "0", "--resume", "auto"]) == 0
+    assert same(weights(tmp_path / "run"), weights(tmp_path / "whole"))
+
+
 @pytest.mark.parametrize(
     ("args", "message"),
     [
@@ -447,3 +483,21 @@ def test_two_processes_learn_what_one_does(data: Path, tmp_path: Path) -> None:
             assert all(right[name] == pytest.approx(left[name], rel=1e-4) for name in names)
     first, second = weights(tmp_path / "one"), weights(tmp_path / "two")
     assert all(torch.allclose(first[name], second[name], atol=1e-4) for name in first)
+
+
+@pytest.mark.slow
+def test_evaluation_on_two_processes_counts_every_image_once(data: Path, tmp_path: Path) -> None:
+    subprocess.run(
+        [sys.executable, *command(data, tmp_path / "run", "--r", "3", "--epochs", "1", "-b", "4")], check=True
+    )
+    words = ["eval", f"local-dir:{tmp_path / 'run' / 'model'}", "--pretrained", "--data", str(data / "val")]
+    words += ["--r", "0", "8", "--workers", "0", "--batch-size", "4"]
+    found = []
+    for launcher in ([], ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]):
+        file = tmp_path / f"{len(launcher)}.json"
+        start = [*launcher, "-m", "--", "tokenmerge"] if launcher else ["-m", "tokenmerge"]
+        done = subprocess.run([sys.executable, *start, *words, "--json", str(file)], check=False, capture_output=True)
+        assert done.returncode == 0, done.stderr.decode()
+        found.append([(row["r"], row["images"], row["top1"], row["skipped"]) for row in json.loads(file.read_text())])
+    assert found[0] == found[1]
+    assert [row[1] for row in found[0]] == [6, 6]

@@ -6,6 +6,7 @@ and take turns in time.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import time
 from collections.abc import Callable, Sequence
@@ -22,6 +23,7 @@ from tokenmerge.timing import synchronize
 from tokenmerge.tools.device import place
 from tokenmerge.tools.images import ImageFolder, batches
 from tokenmerge.tools.models import ModelArgs, input_shape, load_model
+from tokenmerge.tools.processes import Processes, launched
 from tokenmerge.tools.report import Report, Row
 from tokenmerge.tools.settings import Setting
 from tokenmerge.tools.trained import as_trained
@@ -73,6 +75,12 @@ class Score:
         self.top1 += int(best[:, 0].sum())
         self.top5 += int(best.sum())
         self.images += len(labels)
+
+    def join(self, processes: Processes) -> None:
+        """Add what the other processes counted; they ran at the same time, so the longest time counts."""
+        totals = processes.gather([(self.top1, self.top5, self.images, self.seconds)])
+        self.top1, self.top5, self.images = (sum(one[i] for one in totals) for i in range(3))
+        self.seconds = max(one[3] for one in totals)
 
     def row(self, model: str, skipped: int) -> Row:
         """What every command that evaluates writes for a setting."""
@@ -150,23 +158,29 @@ def run_eval(
         InputError: if the data or the model cannot be read, or not a single image could.
     """
     fields = as_trained(args, fields)
+    processes = launched(args.device)
+    args = dataclasses.replace(args, device=processes.device)
     model = load_model(args)
-    if not args.pretrained and args.checkpoint is None:
+    if not args.pretrained and args.checkpoint is None and processes.is_main:
         report.warn(
             "the model has random weights, so its accuracy means nothing: give --pretrained or --checkpoint FILE"
         )
     dataset = _dataset(model, evaluation)
     running = scores(model, settings, fields)
     skipped: list[str] = []
-    loader = batches(dataset, evaluation.batch_size, evaluation.workers)
-    with report.progress() as progress, torch.inference_mode():
-        task = progress.add_task("evaluating", total=len(dataset))
+    loader = batches(dataset, evaluation.batch_size, evaluation.workers, processes.rank, processes.count)
+    with report.progress() if processes.is_main else contextlib.nullcontext() as progress, torch.inference_mode():
+        task = progress.add_task("evaluating", total=len(dataset)) if progress else None
         for number, batch in enumerate(guarded(loader)):
             skipped += batch.skipped
             if len(batch.labels):
                 images = place(batch.images, args.device, args.dtype, args.channels_last)
                 add_in_turns(running, images, batch.labels.to(args.device), number)
-            progress.advance(task, len(batch.labels) + len(batch.skipped))
+            if progress and task is not None:
+                progress.advance(task, (len(batch.labels) + len(batch.skipped)) * processes.count)
+    skipped = processes.gather(skipped)
+    for score in running:
+        score.join(processes)
     if len(skipped) == len(dataset):
         raise InputError(
             f"none of the {len(dataset)} images in {str(evaluation.data)!r} could be read, the first is {skipped[0]}: check the files"
@@ -178,8 +192,9 @@ def run_eval(
         "torch": torch.__version__,
     }
     rows = [{**score.row(args.model, len(skipped)), **common, "skipped_files": skipped} for score in running]
-    _print(report, args, rows, skipped)
-    report.write(rows)
+    if processes.is_main:
+        _print(report, args, rows, skipped)
+        report.write(rows)
     return 1 if skipped and evaluation.strict else 0
 
 

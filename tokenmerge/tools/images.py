@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from PIL import Image
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, Sampler
 
 from tokenmerge.errors import InputError
 
@@ -157,6 +157,28 @@ def collate(samples: list[tuple[Tensor | None, int, str]]) -> Batch:
     return Batch(images, labels, tuple(line for *_, problem in samples for line in problem.splitlines()))
 
 
-def batches(dataset: ImageFolder, batch_size: int, workers: int) -> DataLoader[Any]:
-    """The data set in order, in batches."""
-    return DataLoader(dataset, batch_size=batch_size, num_workers=workers, collate_fn=collate)
+class ShareOfBatches(Sampler[list[int]]):
+    """Every `processes`-th batch, in order; each image is in exactly one process."""
+
+    def __init__(self, size: int, batch: int, rank: int, processes: int) -> None:
+        self.starts = range(rank * batch, size, batch * processes)
+        self.size, self.batch = size, batch
+
+    def __len__(self) -> int:
+        return len(self.starts)
+
+    def __iter__(self) -> Iterator[list[int]]:
+        for start in self.starts:
+            yield list(range(start, min(start + self.batch, self.size)))
+
+
+def batches(dataset: ImageFolder, batch_size: int, workers: int, rank: int = 0, processes: int = 1) -> DataLoader[Any]:
+    """This process's share of the data set, in order, in batches."""
+    share = ShareOfBatches(len(dataset), batch_size, rank, processes)
+    return DataLoader(
+        dataset,
+        batch_sampler=share,
+        num_workers=workers,
+        collate_fn=collate,
+        pin_memory=torch.cuda.is_available(),
+    )

@@ -104,21 +104,6 @@ class EpochBatches(Sampler[list[Sample]]):
             yield order[first : first + batch]
 
 
-class ShareOfBatches(Sampler[list[int]]):
-    """Every `processes`-th batch, in order; each image is in exactly one process."""
-
-    def __init__(self, size: int, batch: int, rank: int, processes: int) -> None:
-        self.starts = range(rank * batch, size, batch * processes)
-        self.size, self.batch = size, batch
-
-    def __len__(self) -> int:
-        return len(self.starts)
-
-    def __iter__(self) -> Iterator[list[int]]:
-        for start in self.starts:
-            yield list(range(start, min(start + self.batch, self.size)))
-
-
 def split_folder(data: Path, split: str, option: str) -> Path:
     """The folder of a split; "val" and "validation" stand for each other, as in timm.
 

@@ -13,8 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from tokenmerge.errors import InputError
 from tokenmerge.patching import Handle
 from tokenmerge.tools.evaluate import Score, guarded
+from tokenmerge.tools.processes import Processes
 from tokenmerge.tools.report import Report, Row
 from tokenmerge.tools.settings import Setting
 from tokenmerge.tools.train import merging
@@ -101,7 +103,7 @@ class Loop:
         bars.epoch(epoch, self.args.epochs, self.batches.updates, self.batches.start)
         start, total, done = time.perf_counter(), 0.0, 0
         for place in range(self.batches.start, self.batches.updates):
-            loss = sum(self._micro(next(loader), epoch, place, micro) for micro in range(steps)) / steps
+            loss = sum(self._micro(self._next(loader), epoch, place, micro) for micro in range(steps)) / steps
             self.update += 1
             if self.schedule is not None:  # --sched none
                 self.schedule.step_update(self.update)
@@ -117,6 +119,14 @@ class Loop:
             self.report.say(
                 f"epoch {epoch}: loss {total / done:.4f}, {rate:.1f} images/s, r {list(self.handle.schedule)}"
             )
+
+    def _next(self, loader: Iterator[Any]) -> Any:
+        try:
+            return next(loader)
+        except InputError:  # a process that decodes died
+            if self.accelerator.num_processes == 1:  # others would wait for this one
+                self._save()
+            raise
 
     def _between_updates(self) -> None:
         interval = self.args.recovery_interval
@@ -222,18 +232,12 @@ class Loop:
         scores = evaluate_settings(
             model, handle, settings, guarded(self.validation), self.accelerator, bars.tick, self._name
         )
-        totals = torch.tensor([[s.top1, s.top5, s.images] for s in scores], dtype=torch.float64, device="cpu")
-        totals = self.accelerator.reduce(totals.to(self.accelerator.device, torch.float32), "sum").cpu()
         rows: list[Row] = []
-        for score, (top1, top5, images) in zip(scores, totals.tolist(), strict=True):
+        for score in scores:
+            score.join(Processes(self.accelerator.process_index, self.accelerator.num_processes, ""))
             row: Row = {"kind": "eval", "update": self.update, "epoch": float(epoch + 1), "r": score.setting.label}
-            row |= {
-                "top1": 100 * top1 / images,
-                "top5": 100 * top5 / images,
-                "images": int(images),
-                "gflops": score.gflops,
-            }
-            rows.append(row)
+            row |= {"top1": 100 * score.top1 / score.images, "top5": 100 * score.top5 / score.images}
+            rows.append({**row, "images": score.images, "gflops": score.gflops})
         if self.logbook is not None:
             for row in rows:
                 self.logbook.add(row)

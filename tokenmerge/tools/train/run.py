@@ -12,6 +12,7 @@ from torch import nn
 import tokenmerge
 from tokenmerge.errors import InputError
 from tokenmerge.tools.images import ImageFolder
+from tokenmerge.tools.images import batches as evaluation_batches
 from tokenmerge.tools.models import ModelArgs, input_shape, load_model
 from tokenmerge.tools.report import Report
 from tokenmerge.tools.train import merging
@@ -20,9 +21,7 @@ from tokenmerge.tools.train.checkpoints import Checkpoints, progress_of
 from tokenmerge.tools.train.data import (
     Augmented,
     EpochBatches,
-    ShareOfBatches,
     fingerprint,
-    make_loader,
     make_transform,
     seed_all,
     split_folder,
@@ -140,9 +139,7 @@ def build(
     prepared, optimizer = accelerator.prepare(model, optimizer)
     shares = None
     if validation is not None:
-        shares = make_loader(
-            validation, ShareOfBatches(len(validation), args.batch_size, rank, processes), args.workers
-        )
+        shares = evaluation_batches(validation, args.batch_size, args.workers, rank, processes)
     loop = Loop(
         accelerator=accelerator,
         args=args,
