@@ -2,7 +2,7 @@
 
     python benchmarks/plot.py [--processor "AMD EPYC"]
 
-Of rows that measure the same thing the latest counts. Writes docs/images/speed.svg and docs/images/scaling.svg.
+Of rows that measure the same thing the latest counts. Writes speed.svg, scaling.svg and finetune.svg in docs/images.
 """
 
 from __future__ import annotations
@@ -120,12 +120,37 @@ def plot_scaling(processor: str | None) -> Path | None:
     return save(figure, "scaling.svg")
 
 
+def plot_finetuning(processor: str | None) -> Path | None:
+    """Top-1 merged, for the model off the shelf and fine-tuned with and without merging; unmerged as lines."""
+    rows = rows_of("finetune", processor)
+    if not rows:
+        return None
+    last = [row for row in rows if all(row[name] == rows[-1][name] for name in ("date", "commit", "command"))]
+    variants = list(dict.fromkeys(row["variant"] for row in last))
+    top1 = {(row["variant"], row["r"] == "0"): float(row["top1"]) for row in last}
+    figure, axes = plt.subplots(figsize=(8, 1.9))
+    for place, variant in enumerate(variants):
+        merged, unmerged = top1[variant, False], top1[variant, True]
+        label = {"merged": "merged", "unmerged": "the same, unmerged"} if not place else {}
+        axes.plot([unmerged, merged], [place] * 2, color=COLOURS["dense"], lw=1)
+        axes.plot(unmerged, place, "o", color=COLOURS["dense compiled"], label=label.get("unmerged"))
+        axes.plot(merged, place, "o", color=COLOURS["merged compiled"], label=label.get("merged"))
+        axes.annotate(f"{merged:.2f}", (merged, place), (0, 6), textcoords="offset points", ha="center")
+        axes.annotate(f"{unmerged:.2f}", (unmerged, place), (0, 6), textcoords="offset points", ha="center")
+    axes.set_yticks(range(len(variants)), variants)
+    axes.set_ylim(len(variants) - 0.6, -0.6)
+    r = next(row["r"] for row in last if row["r"] != "0")
+    axes.set_xlabel(f"top-1 in %, merged with r={r} and unmerged")
+    axes.legend(frameon=False, loc="lower left", bbox_to_anchor=(0, 1), ncols=2)
+    return save(figure, "finetune.svg")
+
+
 def main() -> None:
     """Draw what there are rows for."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--processor", help="rows of this processor (default: that of the latest row)")
     args = parser.parse_args()
-    for draw in (plot_models, plot_scaling):
+    for draw in (plot_models, plot_scaling, plot_finetuning):
         path = draw(args.processor)
         print(f"wrote {path}" if path else f"{draw.__name__}: no rows")
 

@@ -132,8 +132,12 @@ def test_figures_come_from_rows_alone(results: Path, monkeypatch: pytest.MonkeyP
     common.append([row("models", "merged", 9.0), row("models", "dense", 1.0), row("models", "merged", 1.6)])
     common.append([row("models", "merged", 30.0, processor="another")])
     common.append([row("scaling", "merged", 1.0 + n / 1000, tokens=n, batch_size=1) for n in (197, 577)])
+    for variant, unmerged, merged in (("off the shelf", 70.25, 61.5), ("fine-tuned with merging", 72.0, 69.75)):
+        common.append([row("finetune", variant, 0, r=r, top1=top1) for r, top1 in ((0, unmerged), (16, merged))])
     monkeypatch.setattr(sys, "argv", ["plot.py", "--processor", "this one"])
     plot.main()
+    tuned = (plot.IMAGES / "finetune.svg").read_text()
+    assert all(text in tuned for text in ("70.25", "61.50", "72.00", "69.75", "fine-tuned with merging", "r=16"))
     first = [(plot.IMAGES / name).read_text() for name in ("speed.svg", "scaling.svg")]
     assert "deit_tiny@224" in first[0]
     assert "577" in first[1]
