@@ -98,6 +98,7 @@ def test_every_script_runs(results: Path, monkeypatch: pytest.MonkeyPatch, capsy
     assert {row["benchmark"] for row in rows} == {"overhead", "models", "attention", "ops"}
     assert {row["variant"] for row in rows if row["benchmark"] == "models"} == set(variants)
     assert all(float(row["gap"]) < 1e-5 for row in rows if row["benchmark"] == "attention" and row["gap"])
+    monkeypatch.setattr(sys, "argv", ["plot.py"])
     plot.main()
     assert "plot_scaling: no rows" in capsys.readouterr().out
     assert (plot.IMAGES / "speed.svg").read_text().startswith("<?xml")

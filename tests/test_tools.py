@@ -137,5 +137,5 @@ def test_the_exported_demo_is_the_demo(tmp_path: Path) -> None:
         )
     files = sorted(data_dir.rglob("*.png"))
     assert len(files) == len(images) == 360
-    with Image.open(data_dir / str(int(labels[0])) / "000.png") as first:
+    with Image.open(data_dir / str(int(labels[0])) / "0000.png") as first:
         assert first.size == (56, 56)
