@@ -140,14 +140,19 @@ def unmerge_input(module: torch.nn.Module, args: tuple[Any, ...]) -> tuple[Any, 
     return (state.unmerge(args[0]), *args[1:])
 
 
-def carry_through(module: torch.nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
-    """Forward hook for modules that map tokens one by one (the final norm): the state passes through.
+class CarryThrough:
+    """Mix-in before modules that map tokens one by one (the final norm): the state passes through.
 
-    A module-level function, because a closure would still point at the original after `copy.deepcopy`.
+    Not a hook, because hooks that ran before it may have put another tensor in place of what came in: FSDP2's do.
     """
-    state = state_of(args[0])
-    if state is not None and state_of(output) is None:
-        carry(output, state)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """The module's call."""
+        output = super().__call__(*args, **kwargs)  # type: ignore[misc]  # nn.Module's
+        state = state_of(args[0]) if args else None
+        if state is not None and state_of(output) is None:
+            carry(output, state)
+        return output
 
 
 def token_sizes(features: Tensor) -> Tensor:

@@ -21,6 +21,9 @@ from tokenmerge.rotary import Rotary
 from tokenmerge.schedule import keep_step, max_merges
 from tokenmerge.state import TokenState, carry, state_of
 
+STATE = "_tokenmerge_state"
+"""Name of the argument by which a block's call hands the state of its input to its forward."""
+
 
 @dataclasses.dataclass(frozen=True)
 class BlockSpec:
@@ -93,6 +96,15 @@ class MergeBlock:
     _tokenmerge_spec: BlockSpec
     _tokenmerge_seen: Seen
 
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """The module's call. Hooks may put new tensors in place of what comes in (FSDP2's do, to learn when its gradient
+        is there; those of device maps, to move it), so the state passes them as an argument.
+        """
+        state = state_of(args[0]) if args else None
+        if state is not None and state.merged is None:
+            kwargs[STATE] = state
+        return super().__call__(*args, **kwargs)  # type: ignore[misc]  # nn.Module's
+
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
         """Upstream's block with tokens merged between attention and MLP (paper, figure 2).
 
@@ -101,6 +113,9 @@ class MergeBlock:
         """
         spec = self._tokenmerge_spec
         family = spec.family
+        kept = kwargs.pop(STATE, None)
+        if kept is not None and state_of(x) is None:
+            carry(x, kept)
         given = {**dict(zip(family.arguments, args, strict=False)), **kwargs}
         if not spec.merges_at_all and (not spec.trace or (family.mask and given.get(family.mask) is not None)):
             return self._untouched(x, *args, **kwargs)
@@ -243,8 +258,8 @@ def _fresh(x: Tensor, spec: BlockSpec, mask: Tensor | None, wish: TokenState | N
     if spec.merged_before:
         raise PatchError(
             f"block {spec.index} received tokens without their sizes although earlier blocks merge, so "
-            "something between the blocks made a new tensor (reentrant checkpointing and FSDP2 do): use "
-            "use_reentrant=False, do not shard single blocks, and do not change activations between blocks"
+            "something between the blocks made a new tensor (reentrant checkpointing does): use "
+            "use_reentrant=False, and do not change activations between blocks"
         )
     size = padding_sizes(mask, x.shape[0], x.shape[1])
     full = wish is not None and wish.full_output

@@ -20,7 +20,7 @@ from tokenmerge.attention_forms import Choice, SizedMask, choice_for
 from tokenmerge.errors import ConfigError, UnsupportedModelError
 from tokenmerge.patching.family import BlockFamily
 from tokenmerge.patching.install import install_inside
-from tokenmerge.patching.swap import Swapped, restore_class
+from tokenmerge.patching.swap import Swapped, is_sharded, restore_class
 from tokenmerge.patching.target import Target
 from tokenmerge.precision import autocast_dtype, no_autocast
 
@@ -133,8 +133,8 @@ def reaches_sdpa(family: BlockFamily, block: Any, channels: int) -> bool:
     Only there can their form be chosen; attention that adds the mask to its own scores, or takes it as padding, cannot
     tell. Assumed on the meta device, where nothing can be tried.
     """
-    if any(p.is_meta for p in block.parameters()):
-        return True
+    if any(p.is_meta for p in block.parameters()) or is_sharded(block):
+        return True  # a sharded block cannot be copied; it was tried when it was patched
     if family.needs_source:
         return False
     seen: list[bool] = []

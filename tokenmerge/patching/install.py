@@ -10,7 +10,7 @@ from tokenmerge.attention import note_input
 from tokenmerge.patching.block import MergeBlock
 from tokenmerge.patching.family import BlockFamily, ModelFamily
 from tokenmerge.patching.swap import swap_class
-from tokenmerge.state import carry_through, end_wish, note_wish, unmerge_input, wish_always, wish_hidden_states
+from tokenmerge.state import CarryThrough, end_wish, note_wish, unmerge_input, wish_always, wish_hidden_states
 
 
 def install_inside(row: BlockFamily, block: Any) -> None:
@@ -38,7 +38,8 @@ def install_model(family: ModelFamily, model: Any) -> None:
         swap_class(model, family.swap)
     family.blocks(model)[0].register_forward_pre_hook(note_wish, with_kwargs=True)
     for norm in family.norms(model):
-        norm.register_forward_hook(carry_through)
+        if not isinstance(norm, CarryThrough):  # one norm in two places
+            swap_class(norm, CarryThrough)
     for module in family.collectors(model):
         wish = wish_always if family.always_collects else wish_hidden_states
         module.register_forward_pre_hook(wish, with_kwargs=True)

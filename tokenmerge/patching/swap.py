@@ -85,6 +85,11 @@ def restore_class(module: nn.Module) -> None:
         vars(module)[name] = vars(module).pop(place)
 
 
+def is_sharded(module: nn.Module) -> bool:
+    """Whether FSDP2's `fully_shard` was called on this very module."""
+    return any(base.__name__ == "FSDPModule" for base in type(module).__mro__)
+
+
 def original_class(module: nn.Module) -> type[nn.Module]:
     """Upstream's class of a module, patched or not."""
     cls: type[nn.Module] = getattr(type(module), "_tokenmerge_original", type(module))

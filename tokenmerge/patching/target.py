@@ -12,7 +12,7 @@ from tokenmerge.flops import ModelCost
 from tokenmerge.patching.families import block_family, misread, model_family, supported_models, why_not
 from tokenmerge.patching.family import BlockFamily, ModelFamily
 from tokenmerge.patching.root import Patch
-from tokenmerge.patching.swap import original_class
+from tokenmerge.patching.swap import is_sharded, original_class
 
 _WRAPPERS = "transformers.modeling_layers"
 
@@ -133,8 +133,8 @@ def _examine(model: nn.Module) -> Target:
             blocks.append((block, row))
         if len({id(block) for block, _ in blocks}) < len(blocks):
             reasons.append("it runs the same block object more than once, and one block has one r")
-        if any(base.__name__ == "FSDPModule" for block, _ in blocks for base in type(block).__mro__):
-            reasons.append("its blocks are sharded by FSDP2, which makes new tensors between them")
+        if any(is_sharded(block) and "_tokenmerge_spec" not in vars(block) for block, _ in blocks):
+            reasons.append("its blocks are sharded by FSDP2 already: patch first, then shard")
         if not reasons and not blocks:
             reasons.append("it has no blocks")
     if reasons:
