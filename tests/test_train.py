@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -19,7 +20,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from tokenmerge.cli import main
-from tokenmerge.tools.images import ShareOfBatches
+from tokenmerge.tools.folders import ShareOfBatches
 from tokenmerge.tools.settings import parse_setting
 from tokenmerge.tools.train.args import TrainArgs
 from tokenmerge.tools.train.data import EpochBatches
@@ -314,7 +315,7 @@ def test_a_worker_that_dies_loses_no_update(data: Path, tmp_path: Path, capsys: 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Augmented, "__getitem__", dies)
         assert main([*words, "--workers", "1"]) == 2
-    assert "a process that decodes images died" in capsys.readouterr().err
+    assert "a process that decodes files died" in capsys.readouterr().err
     assert main([*words, "--workers", "0", "--resume", "auto"]) == 0
     assert same(weights(tmp_path / "run"), weights(tmp_path / "whole"))
 
@@ -336,6 +337,8 @@ def test_a_worker_that_dies_loses_no_update(data: Path, tmp_path: Path, capsys: 
         (("--resume", "nowhere"), "none of the 1 checkpoints is whole"),
         (("--num-classes", "7"), "holds 2 class folders"),
         (("--model-kwargs", "x"), "NAME=VALUE was expected"),
+        (("--fsdp",), "but there is one: launch with torchrun"),
+        (("--crop-pct", "2"), "'2' given, a number from 0 to 1"),
     ],
 )
 def test_bad_input_is_one_sentence(train: Run, tmp_path: Path, args: tuple[str, ...], message: str) -> None:
@@ -466,15 +469,21 @@ def test_sigterm_saves_and_exits_well(data: Path, tmp_path: Path) -> None:
     assert same(weights(run), weights(tmp_path / "whole"))
 
 
+TWO = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "--"]
+# "--", because torchrun would take --r for one of its own
+
+
 @pytest.mark.slow
-def test_two_processes_learn_what_one_does(data: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "how", [(), ("--fsdp",), ("--fsdp", "--grad-checkpointing"), ("--fsdp", "--grad-accum-steps", "2")]
+)
+def test_two_processes_learn_what_one_does(data: Path, tmp_path: Path, how: tuple[str, ...]) -> None:
     """The same losses and accuracy with the same global batch, every validation image counted once."""
-    plain = ("--r", "3", "--epochs", "3", "--lr", "0.003", "--eval-r", "0", "3")
+    plain = ("--r", "3", "--epochs", "3", "--lr", "0.003", "--eval-r", "0", "3", "--clip-grad", "1")
     subprocess.run([sys.executable, *command(data, tmp_path / "one", *plain, "--batch-size", "8")], check=True)
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    words = command(data, tmp_path / "two", *plain, "--batch-size", "4")
-    # "--", because torchrun would take --r for one of its own
-    done = subprocess.run([*launcher, "-m", "--", *words[1:]], check=False, capture_output=True, text=True)
+    share = "2" if "--grad-accum-steps" in how else "4"
+    words = command(data, tmp_path / "two", *plain, "--batch-size", share, *how)[1:]
+    done = subprocess.run([*TWO, *words], check=False, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     for kind, names in (("train", ("loss", "lr")), ("eval", ("top1", "images"))):
         one, two = rows(tmp_path / "one", kind), rows(tmp_path / "two", kind)
@@ -483,6 +492,24 @@ def test_two_processes_learn_what_one_does(data: Path, tmp_path: Path) -> None:
             assert all(right[name] == pytest.approx(left[name], rel=1e-4) for name in names)
     first, second = weights(tmp_path / "one"), weights(tmp_path / "two")
     assert all(torch.allclose(first[name], second[name], atol=1e-4) for name in first)
+
+
+@pytest.mark.slow
+def test_a_sharded_run_goes_on_where_it_was_stopped(data: Path, tmp_path: Path) -> None:
+    plain = ("--r", "3", "--epochs", "3", "--batch-size", "4", "--recovery-interval", "1", "--checkpoint-hist", "9")
+    whole, again = tmp_path / "whole", tmp_path / "again"
+    for run in (whole, again):
+        subprocess.run([*TWO, *command(data, run, *plain, "--fsdp")[1:]], check=True, capture_output=True)
+    checkpoints = sorted((again / "checkpoints").glob("update-*"))
+    assert len(checkpoints) > 2
+    for late in checkpoints[2:]:
+        shutil.rmtree(late)
+    shutil.rmtree(again / "model")
+    resumed = command(data, again, *plain, "--fsdp", "--resume", "auto")[1:]
+    done = subprocess.run([*TWO, *resumed], check=False, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "going on after update 2" in done.stdout
+    assert same(weights(whole), weights(again))
 
 
 @pytest.mark.slow

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
-import math
 import os
 import sys
 from collections.abc import Sequence
@@ -15,18 +14,20 @@ from typing import Any, NoReturn
 import torch
 
 import tokenmerge
-from tokenmerge.attention_forms import FORMS
 from tokenmerge.errors import InputError, TokenMergeError
+from tokenmerge.flags import (
+    add_command,
+    add_matcher,
+    add_merging,
+    add_model,
+    add_pretrained,
+    add_prop_attn,
+    add_running,
+    add_weights,
+    between,
+    count,
+)
 from tokenmerge.tools.train.options import add_train_options
-
-_R_HELP = (
-    "tokens merged per block, one or more of: 8 (in every block), 16:-1 (r:inflect, falling to 0), 8,8,0 (one per "
-    "block), keep=0.9 (of the tokens, per block), flops=0.5 (of the unmerged FLOPs); 0 is the unpatched model"
-)
-_MODEL_HELP = (
-    "timm model name, local-dir:PATH of a folder in timm's hub format, or hf_hub:ID (reads the hub); hf:ID, hf:FOLDER or "
-    "hf:TYPE of transformers, such as hf:videomae; torchvision:NAME; open_clip:NAME or open_clip:NAME:TAG"
-)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -78,8 +79,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"tokenmerge {tokenmerge.__version__}")
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
 
-    demo = _command(commands, "demo", _demo, "the main job on a model and images that ship with the package")
-    _add_merging(demo, ["0", "8", "16", "24"])
+    demo = add_command(commands, "demo", _demo, "the main job on a model and images that ship with the package")
+    add_merging(demo, ["0", "8", "16", "24"])
     demo.add_argument(
         "--output", type=Path, default=Path("tokenmerge-demo.png"), help="where the picture goes (%(default)s)"
     )
@@ -90,19 +91,19 @@ def _parser() -> argparse.ArgumentParser:
         help="also write the model (DIR/model) and its test images (DIR/val), to try the other commands on",
     )
 
-    inspect = _command(commands, "inspect", _inspect, "is a model supported, why not, tokens and FLOPs per block")
-    _add_model(inspect)
-    _add_merging(inspect, ["8"])
+    inspect = add_command(commands, "inspect", _inspect, "is a model supported, why not, tokens and FLOPs per block")
+    add_model(inspect)
+    add_merging(inspect, ["8"])
 
-    bench = _command(commands, "bench", _bench, "speed of a model with and without merging, interleaved in one run")
-    _add_model(bench)
-    _add_merging(bench, None, required=False)
-    _add_running(bench, batch_size=8)
+    bench = add_command(commands, "bench", _bench, "speed of a model with and without merging, interleaved in one run")
+    add_model(bench)
+    add_merging(bench, None, required=False)
+    add_running(bench, batch_size=8)
     bench.add_argument(
-        "--num-warm-iter", type=_count(0), default=3, metavar="N", help="passes before measuring (%(default)s)"
+        "--num-warm-iter", type=count(0), default=3, metavar="N", help="passes before measuring (%(default)s)"
     )
     bench.add_argument(
-        "--num-bench-iter", type=_count(1), default=15, metavar="N", help="interleaved rounds to measure (%(default)s)"
+        "--num-bench-iter", type=count(1), default=15, metavar="N", help="interleaved rounds to measure (%(default)s)"
     )
     bench.add_argument(
         "--statistic",
@@ -118,10 +119,10 @@ def _parser() -> argparse.ArgumentParser:
         help="find the smallest r that pays, for batches of 1, 2, 4, … up to --batch-size; without --r, try 1, 2, 4, …",
     )
 
-    export = _command(commands, "export", _export, "write the merged model as one file for ONNX Runtime or torch")
-    _add_model(export)
-    _add_merging(export, None, backend=False)
-    _add_weights(export)
+    export = add_command(commands, "export", _export, "write the merged model as one file for ONNX Runtime or torch")
+    add_model(export)
+    add_merging(export, None, backend=False)
+    add_weights(export)
     export.add_argument(
         "--format",
         choices=("onnx", "pt2", "aoti"),
@@ -132,34 +133,41 @@ def _parser() -> argparse.ArgumentParser:
         "--output", "-o", type=Path, metavar="FILE", help="file to write (named after MODEL and R in this folder)"
     )
     export.add_argument(
-        "--batch-size", "-b", type=_count(1), metavar="N", help="the only batch size to accept (default: any)"
+        "--batch-size", "-b", type=count(1), metavar="N", help="the only batch size to accept (default: any)"
     )
-    export.add_argument("--opset", type=_count(18), default=18, help="ONNX operator set (%(default)s)")
+    export.add_argument("--opset", type=count(18), default=18, help="ONNX operator set (%(default)s)")
     export.add_argument("--no-verify", action="store_true", help="do not run the file and compare it with the model")
 
-    evaluate = _command(commands, "eval", _eval, "top-1, top-5 and images/s for each r over a folder of images")
-    _add_model(evaluate)
+    evaluate = add_command(commands, "eval", _eval, "top-1, top-5 and images/s for each r over a folder of images")
+    add_model(evaluate)
     evaluate.add_argument(
         "--data",
         "--data-dir",
         type=Path,
         required=True,
         metavar="DIR",
-        help="folder with one folder of images per class",
+        help="folder with one folder of images, of sounds or of videos per class",
     )
-    _add_merging(evaluate, None)
-    _add_running(evaluate, batch_size=64)
+    add_merging(evaluate, None)
+    add_running(evaluate, batch_size=64)
     evaluate.add_argument(
         "--workers",
         "-j",
-        type=_count(0),
+        type=count(0),
         default=min(2, os.cpu_count() or 1),
         help="processes that decode images (%(default)s)",
     )
     evaluate.add_argument(
         "--class-map", metavar="FILE", help="class names in the order of the model's outputs, one per line"
     )
-    evaluate.add_argument("--crop-pct", type=_between(0, 1), help="override the model's own centre crop")
+    evaluate.add_argument(
+        "--sampling-rate",
+        type=count(1),
+        default=4,
+        metavar="N",
+        help="of videos, steps from frame to frame (%(default)s)",
+    )
+    evaluate.add_argument("--crop-pct", type=between(0, 1), help="override the model's own centre crop")
     evaluate.add_argument(
         "--crop-mode", choices=("squash", "border", "center"), help="override the model's own crop mode"
     )
@@ -169,130 +177,18 @@ def _parser() -> argparse.ArgumentParser:
         help="override the model's own resizing",
     )
     evaluate.add_argument("--mean", type=float, nargs=3, help="override the model's own mean, per channel")
-    evaluate.add_argument("--std", type=_between(0, 1e6), nargs=3, help="override the model's own standard deviation")
+    evaluate.add_argument("--std", type=between(0, 1e6), nargs=3, help="override the model's own standard deviation")
     evaluate.add_argument("--strict", action="store_true", help="exit with 1 if any image could not be read")
 
-    train = _command(commands, "train", _train, "train or fine-tune a model with merging, on one machine or many")
-    _add_model(train)
+    train = add_command(commands, "train", _train, "train or fine-tune a model with merging, on one machine or many")
+    add_model(train)
     train.add_argument("--r", metavar="R", help="tokens merged per block, as in bench; 0 trains without (default: 0)")
-    _add_prop_attn(train)
-    _add_matcher(train)
-    _add_pretrained(train)
+    add_prop_attn(train)
+    add_matcher(train)
+    add_pretrained(train)
     add_train_options(train)
     train.set_defaults(parser=train)
     return parser
-
-
-def _command(commands: Any, name: str, run: Any, text: str) -> argparse.ArgumentParser:
-    command: argparse.ArgumentParser = commands.add_parser(
-        name, help=text, description=text[0].upper() + text[1:] + "."
-    )
-    command.set_defaults(run=run)
-    command.add_argument("--json", metavar="FILE", help="write the rows as a JSON list; - is standard output")
-    return command
-
-
-def _add_model(command: argparse.ArgumentParser) -> None:
-    command.add_argument("model", metavar="MODEL", help=_MODEL_HELP)
-    command.add_argument("--num-classes", type=_count(0), help="classes of the head, if not the model's own")
-    command.add_argument("--img-size", type=_count(1), help="side of the image in pixels, if not the model's own")
-
-
-def _add_merging(
-    command: argparse.ArgumentParser, default: list[str] | None, backend: bool = True, required: bool = True
-) -> None:
-    command.add_argument(
-        "--r",
-        nargs="+",
-        action="extend",  # --r 8 --r 16 is --r 8 16
-        required=required and default is None,
-        metavar="R",
-        help=_R_HELP + (f" (default: {' '.join(default)})" if default else ""),
-    )
-    command.set_defaults(default_r=default)
-    _add_prop_attn(command)
-    _add_matcher(command, backend)
-
-
-def _add_prop_attn(command: argparse.ArgumentParser) -> None:
-    command.add_argument(
-        "--prop-attn",
-        choices=("auto", "on", "off"),
-        default="auto",
-        help="proportional attention; auto is as the weights were trained, off for MAE-pretrained ones, else on (%(default)s)",
-    )
-
-
-def _add_matcher(command: argparse.ArgumentParser, backend: bool = True) -> None:
-    command.add_argument("--matcher", default="bipartite", help="matching algorithm (%(default)s)")
-    if not backend:
-        return
-    command.add_argument(
-        "--attention",
-        choices=FORMS,
-        default="auto",
-        help="how sizes reach the attention kernel; auto goes by the device (%(default)s)",
-    )
-    command.add_argument(
-        "--backend",
-        choices=("auto", "torch", "triton"),
-        default="auto",
-        help="what matches and merges; auto is Triton's kernels on a GPU (%(default)s)",
-    )
-
-
-def _add_running(command: argparse.ArgumentParser, batch_size: int) -> None:
-    _add_weights(command)
-    command.add_argument("--batch-size", "-b", type=_count(1), default=batch_size, help="images per pass (%(default)s)")
-
-
-def _add_pretrained(command: argparse.ArgumentParser) -> None:
-    command.add_argument(
-        "--pretrained",
-        action="store_true",
-        help="load the weights that MODEL stands for (may download); without it they are random",
-    )
-    command.add_argument(
-        "--checkpoint", type=Path, metavar="FILE", help="load weights from a safetensors or torch file instead"
-    )
-
-
-def _add_weights(command: argparse.ArgumentParser) -> None:
-    _add_pretrained(command)
-    command.add_argument("--device", default="cpu", help="torch device (%(default)s)")
-    command.add_argument(
-        "--dtype",
-        choices=("float32", "bfloat16", "float16"),
-        default="float32",
-        help="weights and images (%(default)s)",
-    )
-    command.add_argument("--channels-last", action="store_true", help="channels-last memory format")
-
-
-def _count(least: int) -> Any:
-    def count(text: str) -> int:
-        try:
-            value = int(text)
-        except ValueError:
-            value = least - 1
-        if value < least:
-            raise argparse.ArgumentTypeError(f"{text!r} given, a whole number of at least {least} expected")
-        return value
-
-    return count
-
-
-def _between(low: float, high: float) -> Any:
-    def number(text: str) -> float:
-        try:
-            value = float(text)
-        except ValueError:
-            value = math.nan
-        if not low < value <= high:
-            raise argparse.ArgumentTypeError(f"{text!r} given, a number above {low:g} and up to {high:g} expected")
-        return value
-
-    return number
 
 
 def _prepare(args: argparse.Namespace) -> tuple[Any, list[Any], dict[str, Any]]:
@@ -401,6 +297,7 @@ def _eval(args: argparse.Namespace) -> int:
         workers=args.workers,
         class_map=args.class_map,
         preprocessing={name: getattr(args, name) for name in names if getattr(args, name) is not None},
+        sampling_rate=args.sampling_rate,
         strict=args.strict,
     )
     return run_eval(_model_args(args), evaluation, settings, fields, report)

@@ -21,13 +21,17 @@ from tokenmerge.errors import InputError
 from tokenmerge.patching import model_cost, patch
 from tokenmerge.timing import synchronize
 from tokenmerge.tools.device import place
-from tokenmerge.tools.images import ImageFolder, batches
-from tokenmerge.tools.models import ModelArgs, input_shape, load_model
+from tokenmerge.tools.folders import ClassFolder, batches
+from tokenmerge.tools.inputs import class_names, classifier_input, logits_of, num_classes
+from tokenmerge.tools.media import IMAGES, SOUNDS, VIDEOS, Medium, medium_of
+from tokenmerge.tools.models import ModelArgs, load_model
 from tokenmerge.tools.processes import Processes, launched
 from tokenmerge.tools.report import Report, Row
 from tokenmerge.tools.settings import Setting
+from tokenmerge.tools.sounds import Spectrogram
 from tokenmerge.tools.trained import as_trained
 from tokenmerge.tools.variants import share_weights
+from tokenmerge.tools.videos import Clip
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -35,12 +39,13 @@ class EvalArgs:
     """What to evaluate on.
 
     Attributes:
-        data: folder with one folder of images per class.
+        data: folder with one folder of images, of sounds or of videos per class.
         batch_size: images per forward pass.
-        workers: processes that decode images; 0 decodes in this one.
+        workers: processes that decode files; 0 decodes in this one.
         class_map: file with class names in order, as timm's.
         preprocessing: overrides of the model's own preprocessing, named as timm's config names them
             (crop_pct, crop_mode, interpolation, mean, std).
+        sampling_rate: of videos, steps from frame to frame.
         strict: whether unreadable images make the exit code 1.
     """
 
@@ -49,6 +54,7 @@ class EvalArgs:
     workers: int = 2
     class_map: str | None = None
     preprocessing: dict[str, Any] = dataclasses.field(default_factory=dict)
+    sampling_rate: int = 4
     strict: bool = False
 
 
@@ -68,7 +74,7 @@ class Score:
         """Run one batch and count."""
         synchronize(images.device)
         start = time.perf_counter()
-        logits = self.forward(images)
+        logits = logits_of(self.forward(images))
         synchronize(images.device)
         self.seconds += time.perf_counter() - start
         best = logits.topk(min(5, logits.shape[1]), dim=1).indices == labels.unsqueeze(1)
@@ -118,23 +124,23 @@ def scores(model: Any, settings: Sequence[Setting], fields: dict[str, Any]) -> l
     return result
 
 
-def _dataset(model: Any, args: EvalArgs) -> ImageFolder:
+def _dataset(model: Any, args: EvalArgs, medium: Medium) -> ClassFolder:
     from timm.data.config import resolve_data_config
     from timm.data.transforms_factory import create_transform
 
-    if not hasattr(model, "pretrained_cfg"):
-        raise InputError(
-            f"{type(model).__name__} is not a timm model, but eval takes the preprocessing from timm: use bench or inspect"
-        )
-    channels, height, width = input_shape(model)
-    if channels != 3 or not model.num_classes:
-        found = f"takes {channels}-channel images" if channels != 3 else "has no classifier"
-        raise InputError(
-            f"the model {found}, but eval needs one that classifies RGB images: choose another, or give --num-classes"
-        )
+    shape = classifier_input(model, medium, "eval")
+    names = class_names(model)
+    if medium is not IMAGES:
+        taken = () if medium is SOUNDS else ("crop_pct", "mean", "std")
+        odd = next((name for name in args.preprocessing if name not in taken), None)
+        if odd is not None:
+            flag = odd.replace("_", "-")
+            raise InputError(f"--{flag} is for images, but {str(args.data)!r} holds {medium.name}: leave it out")
+        transform = Spectrogram(shape) if medium is SOUNDS else Clip(shape, args.sampling_rate, **args.preprocessing)
+        return ClassFolder(args.data, transform, num_classes(model), names, args.class_map, medium)
     config = resolve_data_config(args.preprocessing, model=model)
-    config["input_size"] = (3, height, width)
-    pretrained = getattr(model, "pretrained_cfg", None) or {}
+    config["input_size"] = shape
+    _, height, width = shape
     try:
         transform = create_transform(**config)
         transform(Image.new("RGB", (width, height)))
@@ -143,7 +149,7 @@ def _dataset(model: Any, args: EvalArgs) -> ImageFolder:
             f"the preprocessing {args.preprocessing or config} does not work ({type(error).__name__}: {error}): "
             "check --crop-pct, --crop-mode, --interpolation, --mean and --std"
         ) from None
-    return ImageFolder(args.data, transform, model.num_classes, pretrained.get("label_names"), args.class_map)
+    return ClassFolder(args.data, transform, model.num_classes, names, args.class_map)
 
 
 def run_eval(
@@ -159,13 +165,14 @@ def run_eval(
     """
     fields = as_trained(args, fields)
     processes = launched(args.device)
-    args = dataclasses.replace(args, device=processes.device)
+    medium = medium_of(evaluation.data)
+    args = dataclasses.replace(args, device=processes.device, of_videos=medium is VIDEOS)
     model = load_model(args)
     if not args.pretrained and args.checkpoint is None and processes.is_main:
         report.warn(
             "the model has random weights, so its accuracy means nothing: give --pretrained or --checkpoint FILE"
         )
-    dataset = _dataset(model, evaluation)
+    dataset = _dataset(model, evaluation, medium)
     running = scores(model, settings, fields)
     skipped: list[str] = []
     loader = batches(dataset, evaluation.batch_size, evaluation.workers, processes.rank, processes.count)
@@ -183,7 +190,7 @@ def run_eval(
         score.join(processes)
     if len(skipped) == len(dataset):
         raise InputError(
-            f"none of the {len(dataset)} images in {str(evaluation.data)!r} could be read, the first is {skipped[0]}: check the files"
+            f"none of the {len(dataset)} {dataset.medium.name} in {str(evaluation.data)!r} could be read, the first is {skipped[0]}: check the files"
         )
     common = {
         "batch_size": evaluation.batch_size,
@@ -193,7 +200,7 @@ def run_eval(
     }
     rows = [{**score.row(args.model, len(skipped)), **common, "skipped_files": skipped} for score in running]
     if processes.is_main:
-        _print(report, args, rows, skipped)
+        _print(report, args, rows, skipped, dataset.medium.name)
         report.write(rows)
     return 1 if skipped and evaluation.strict else 0
 
@@ -210,14 +217,14 @@ def guarded(loader: Any) -> Any:
             if "DataLoader worker" not in str(error):
                 raise
             raise InputError(
-                f"a process that decodes images died ({str(error).splitlines()[0]}): try --workers 0"
+                f"a process that decodes files died ({str(error).splitlines()[0]}): try --workers 0"
             ) from None
         yield batch
 
 
-def _print(report: Report, args: ModelArgs, rows: Sequence[Row], skipped: Sequence[str]) -> None:
+def _print(report: Report, args: ModelArgs, rows: Sequence[Row], skipped: Sequence[str], medium: str) -> None:
     report.table(
-        f"{args.model}, {rows[0]['images']} images",
+        f"{args.model}, {rows[0]['images']} {medium}",
         ("r", "top-1", "top-5", "img/s", "GFLOPs"),
         (
             (
@@ -231,7 +238,7 @@ def _print(report: Report, args: ModelArgs, rows: Sequence[Row], skipped: Sequen
         ),
     )
     if skipped:
-        report.warn(f"{len(skipped)} unreadable images were skipped:")
+        report.warn(f"{len(skipped)} unreadable {medium} were skipped:")
         for problem in skipped[:20]:
             report.warn(f"  {problem}")
         if len(skipped) > 20:

@@ -1,4 +1,4 @@
-"""Labelled images from class folders, damaged ones counted and named instead of fatal."""
+"""Labelled files from class folders, damaged ones counted and named instead of fatal."""
 
 from __future__ import annotations
 
@@ -8,14 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from tokenmerge.errors import InputError
-
-# what Pillow raises for files that are cut, mislabelled, or not images at all
-_UNREADABLE = (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError)
+from tokenmerge.tools.media import IMAGES, Medium
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,18 +24,19 @@ class Batch:
     skipped: tuple[str, ...]
 
 
-class ImageFolder(Dataset[tuple[Tensor | None, int, str]]):
-    """Images in one folder per class, read by timm's reader; `names` are the classes in the order of the outputs.
+class ClassFolder(Dataset[tuple[Tensor | None, int, str]]):
+    """Files in one folder per class, found by timm's reader; `names` are the classes in the order of the outputs.
 
     Args:
         root: folder that holds a folder per class.
         label_names: class names in the order of the model's outputs, or `None` if unknown.
         num_classes: outputs of the model.
-        transform: PIL image -> tensor.
+        transform: what `medium` reads, an RGB image of Pillow's for one -> tensor.
         class_map: file with class names, as timm's `--class-map`.
+        medium: what the files are.
 
     Raises:
-        InputError: if the folder is missing, holds no images or no classes, or the classes do not fit the model.
+        InputError: if the folder is missing, holds no such files or no classes, or the classes do not fit the model.
     """
 
     def __init__(
@@ -48,29 +46,31 @@ class ImageFolder(Dataset[tuple[Tensor | None, int, str]]):
         num_classes: int,
         label_names: Sequence[str] | None = None,
         class_map: str | None = None,
+        medium: Medium = IMAGES,
     ) -> None:
         from timm.data.readers.reader_image_folder import find_images_and_targets
 
         if root.is_file():
             raise InputError(
-                f"{str(root)!r} is a file, but a folder with one folder of images per class was expected: check --data"
+                f"{str(root)!r} is a file, but a folder with one folder of {medium.name} per class was expected: check --data"
             )
         if not root.is_dir():
             raise InputError(
                 f"the data folder {str(root)!r} does not exist, but one folder per class was expected there: check --data"
             )
-        samples, classes = find_images_and_targets(str(root))
+        samples, classes = find_images_and_targets(str(root), types=medium.suffixes)
         if not samples:
             raise InputError(
-                f"the data folder {str(root)!r} holds no images, but one folder of images per class was expected: check --data"
+                f"the data folder {str(root)!r} holds no {medium.name}, but one folder of {medium.name} per class was expected: "
+                "check --data"
             )
         if "" in classes:
             raise InputError(
-                f"images lie directly in {str(root)!r} instead of in one folder per class, so they have no labels: "
+                f"{medium.name} lie directly in {str(root)!r} instead of in one folder per class, so they have no labels: "
                 "move them into class folders, or give the folder above"
             )
         _check_one_place(root, [Path(file).parent for file, _ in samples])
-        self.root, self.transform = root, transform
+        self.root, self.transform, self.medium = root, transform, medium
         folders = sorted(classes, key=classes.__getitem__)
         if class_map:
             labels = _mapped(folders, class_map, root, num_classes)
@@ -86,12 +86,11 @@ class ImageFolder(Dataset[tuple[Tensor | None, int, str]]):
         return len(self.samples)
 
     def __getitem__(self, index: int) -> tuple[Tensor | None, int, str]:
-        """The image (`None` if unreadable), its label, and for unreadable ones "file: reason"."""
+        """What the transform makes of it (`None` if unreadable), its label, and for unreadable ones "file: reason"."""
         path, label = self.samples[index]
         try:
-            with Image.open(path) as image:
-                return self.transform(image.convert("RGB")), label, ""
-        except _UNREADABLE as error:
+            return self.transform(self.medium.read(path)), label, ""
+        except self.medium.unreadable as error:
             reason = " ".join(str(error).replace(str(path), path.name).split()) or type(error).__name__
             return None, label, f"{path.relative_to(self.root)}: {reason}"
 
@@ -172,7 +171,7 @@ class ShareOfBatches(Sampler[list[int]]):
             yield list(range(start, min(start + self.batch, self.size)))
 
 
-def batches(dataset: ImageFolder, batch_size: int, workers: int, rank: int = 0, processes: int = 1) -> DataLoader[Any]:
+def batches(dataset: ClassFolder, batch_size: int, workers: int, rank: int = 0, processes: int = 1) -> DataLoader[Any]:
     """This process's share of the data set, in order, in batches."""
     share = ShareOfBatches(len(dataset), batch_size, rank, processes)
     return DataLoader(

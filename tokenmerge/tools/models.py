@@ -31,7 +31,8 @@ class ModelArgs:
         device: torch device.
         dtype: "float32", "bfloat16" or "float16".
         channels_last: memory format of model and images.
-        model_kwargs: further arguments of timm's model.
+        model_kwargs: further arguments of timm's model, or values of the config of a classifier of videos.
+        of_videos: whether `hf:…` names a classifier of videos, not only its tower.
     """
 
     model: str
@@ -43,11 +44,12 @@ class ModelArgs:
     dtype: str = "float32"
     channels_last: bool = False
     model_kwargs: dict[str, Any] = dataclasses.field(default_factory=dict)
+    of_videos: bool = False
 
 
 def _create(args: ModelArgs, pretrained: bool) -> Any:
     if args.model.partition(":")[0] in SOURCES and ":" in args.model:
-        return create(args.model, pretrained, args.img_size, args.num_classes)
+        return create(args.model, pretrained, args.img_size, args.num_classes, args.of_videos, **args.model_kwargs)
     return _create_timm(args.model, pretrained=pretrained, **_model_kwargs(args))
 
 

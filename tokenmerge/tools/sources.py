@@ -43,10 +43,19 @@ _SCALES: dict[str, dict[str, int]] = {
 """Sizes that a model type may be asked for, beyond its default config (`hf:videomae-large`)."""
 
 
-def _transformers(name: str, pretrained: bool, img_size: int | None) -> Any:
-    """`hf:` + a folder of save_pretrained, a hub id, or a model type such as `vit` or `videomae-large`, random weights."""
+def _transformers(name: str, pretrained: bool, img_size: int | None, auto: str = "AutoModel", **values: Any) -> Any:
+    """`hf:` + a folder of save_pretrained, a hub id, or a model type such as `vit` or `videomae-large`, random weights.
+
+    Args:
+        name: what follows `hf:`.
+        pretrained: whether to load weights.
+        img_size: side of the image, `None` for the model's own.
+        auto: which of transformers' Auto classes makes it.
+        values: further values of its config.
+    """
     transformers = _library("transformers")
-    size = {} if img_size is None else {"image_size": img_size}
+    made = getattr(transformers, auto)
+    size = {**({} if img_size is None else {"image_size": img_size}), **values}
     types = importlib.import_module("transformers.models.auto.configuration_auto").CONFIG_MAPPING
     kind, _, scale = name.rpartition("-") if name.rpartition("-")[2] in _SCALES else (name, "", "")
     if kind in types and not Path(name).exists():
@@ -59,8 +68,9 @@ def _transformers(name: str, pretrained: bool, img_size: int | None) -> Any:
         offline = {"local_files_only": True} if Path(name).exists() else {}
         config = transformers.AutoConfig.from_pretrained(name, **size, **offline)
         if pretrained:
-            return transformers.AutoModel.from_pretrained(name, config=config, **offline)
-    return transformers.AutoModel.from_config(config)
+            head = {} if auto == "AutoModel" else {"ignore_mismatched_sizes": True}  # another number of classes
+            return made.from_pretrained(name, config=config, **offline, **head)
+    return made.from_config(config)
 
 
 def _torchvision(name: str, pretrained: bool, img_size: int | None) -> Any:
@@ -91,17 +101,37 @@ SOURCES: dict[str, Callable[[str, bool, int | None], Any]] = {
 }
 
 
-def create(model: str, pretrained: bool, img_size: int | None, num_classes: int | None) -> Any:
+def create(
+    model: str,
+    pretrained: bool,
+    img_size: int | None,
+    num_classes: int | None,
+    of_videos: bool = False,
+    **values: Any,
+) -> Any:
     """A model of one of `SOURCES`, as `prefix:name`; of a transformers model with several parts, the vision tower.
+
+    Args:
+        model: prefix and name.
+        pretrained: whether to load weights.
+        img_size: side of the image, `None` for the model's own.
+        num_classes: of the classifier.
+        of_videos: whether to make transformers' classifier of videos, the tower with its head.
+        values: further values of its config.
 
     Raises:
         InputError: if the library is missing, or the model cannot be made.
     """
     prefix, _, name = model.partition(":")
-    if num_classes is not None:
-        raise InputError(f"--num-classes is for timm models, but {model!r} was given: leave it out")
+    head = of_videos and prefix == "hf"
+    if not head and (num_classes is not None or values):
+        flag = "--num-classes" if num_classes is not None else "--model-kwargs"
+        raise InputError(f"{flag} is for timm models, but {model!r} was given: leave it out")
     try:
         with _quiet():
+            if head:
+                classes = {} if num_classes is None else {"num_labels": num_classes}
+                return _transformers(name, pretrained, img_size, "AutoModelForVideoClassification", **classes, **values)
             made = SOURCES[prefix](name, pretrained, img_size)
     except TokenMergeError:
         raise

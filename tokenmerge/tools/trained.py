@@ -29,6 +29,8 @@ def trained_with(args: ModelArgs) -> dict[str, Any]:
         return {}
     if kind == "local-dir":
         return _from_config(Path(place, "config.json"))
+    if kind == "hf" and Path(place).is_dir():
+        return _from_config(Path(place, "config.json"))
     if kind in ("hf_hub", "hf-hub"):
         try:
             from timm.models._hub import download_from_hf

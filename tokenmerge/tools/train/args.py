@@ -27,9 +27,13 @@ class TrainArgs:
             over `lr_base_size`, `lr_base`.
         sched, warmup_epochs, warmup_lr, min_lr: the learning rate over the updates.
         smoothing, mixup, cutmix, mixup_prob, mixup_switch_prob, mixup_off_epoch, bce_loss: the loss.
-        aa, color_jitter, reprob, hflip, vflip, scale, ratio, train_interpolation, no_aug, aug_repeats: augmentation.
+        aa, color_jitter, reprob, hflip, vflip, train_crop_mode, scale, ratio, train_interpolation, no_aug, aug_repeats:
+            augmentation.
+        sampling_rate: of videos, steps from frame to frame.
+        roll, timem, freqm: augmentation of sounds, as AudioMAE and AST name them.
+        crop_pct, interpolation, mean, std: preprocessing, kept with the trained model; `None` is the model's own.
         model_ema, model_ema_decay, model_ema_warmup: moving average of the weights, which is then what is kept.
-        amp, amp_dtype, grad_checkpointing, compile, device: how it computes.
+        amp, amp_dtype, grad_checkpointing, compile, device, fsdp: how it computes.
         setting: r, as on the command line.
         merging: other fields of `MergeConfig`.
         r_warmup_epochs: epochs over which r grows from 0.
@@ -75,9 +79,18 @@ class TrainArgs:
     reprob: float = 0.0
     hflip: float = 0.5
     vflip: float = 0.0
+    train_crop_mode: str = "rrc"
     scale: tuple[float, float] = (0.08, 1.0)
     ratio: tuple[float, float] = (3 / 4, 4 / 3)
     train_interpolation: str = "random"
+    sampling_rate: int = 4
+    roll: bool = False
+    timem: int = 0
+    freqm: int = 0
+    crop_pct: float | None = None
+    interpolation: str | None = None
+    mean: tuple[float, float, float] | None = None
+    std: tuple[float, float, float] | None = None
     no_aug: bool = False
     aug_repeats: int = 1
     model_ema: bool = False
@@ -88,6 +101,7 @@ class TrainArgs:
     grad_checkpointing: bool = False
     compile: bool = False
     device: str = "auto"
+    fsdp: bool = False
     r_warmup_epochs: int = 0
     r_milestones: tuple[tuple[int, Setting], ...] = ()
     eval_r: tuple[Setting, ...] = ()

@@ -14,12 +14,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from tokenmerge.errors import InputError
-from tokenmerge.tools.images import ImageFolder, collate
+from tokenmerge.tools.folders import ClassFolder, collate
 from tokenmerge.tools.train.args import TrainArgs
 
 Sample = tuple[int, int]
@@ -43,7 +42,7 @@ class Augmented(Dataset[tuple[Tensor | None, int, str]]):
         seed: of the run.
     """
 
-    def __init__(self, folder: ImageFolder, seed: int) -> None:
+    def __init__(self, folder: ClassFolder, seed: int) -> None:
         self.folder, self.seed, self.epoch = folder, seed, 0
 
     def __len__(self) -> int:
@@ -120,33 +119,6 @@ def split_folder(data: Path, split: str, option: str) -> Path:
     return found
 
 
-def make_transform(model: Any, args: TrainArgs, training: bool, size: tuple[int, int]) -> Any:
-    """timm's transform for the model.
-
-    Raises:
-        InputError: if timm refuses an option.
-    """
-    from timm.data.config import resolve_data_config
-    from timm.data.transforms_factory import create_transform
-
-    config = resolve_data_config({}, model=model)
-    config["input_size"] = (3, *size)
-    extra: dict[str, Any] = {}
-    if training:
-        extra = {"is_training": True, "no_aug": args.no_aug, "auto_augment": args.aa, "re_prob": args.reprob}
-        extra |= {"hflip": args.hflip, "vflip": args.vflip, "color_jitter": args.color_jitter}
-        extra |= {"scale": args.scale, "ratio": args.ratio, "interpolation": args.train_interpolation}
-    try:
-        transform = create_transform(**{**config, **extra})
-        transform(Image.new("RGB", (size[1], size[0])))
-    except Exception as error:  # timm and torchvision check these values in many ways, or not at all
-        raise InputError(
-            f"the augmentation does not work ({type(error).__name__}: {error}): check --aa, --scale, --ratio, --reprob, "
-            "--color-jitter and --train-interpolation"
-        ) from None
-    return transform
-
-
 def make_loader(dataset: Dataset[Any], sampler: Sampler[Any], workers: int) -> DataLoader[Any]:
     """Batches; workers start anew every epoch, so that they know its number."""
     return DataLoader(
@@ -158,7 +130,7 @@ def make_loader(dataset: Dataset[Any], sampler: Sampler[Any], workers: int) -> D
     )
 
 
-def fingerprint(folder: ImageFolder) -> str:
+def fingerprint(folder: ClassFolder) -> str:
     """A hash of names, sizes and labels of the images: whether two runs had the same data."""
     digest = hashlib.sha256()
     for path, label in folder.samples:

@@ -26,6 +26,7 @@ from tokenmerge.tools.train.data import Augmented, EpochBatches, make_loader, se
 from tokenmerge.tools.train.logbook import Logbook
 from tokenmerge.tools.train.objective import Objective
 from tokenmerge.tools.train.progress import TrainProgress
+from tokenmerge.tools.train.sharding import gathered, whole_norm
 
 
 class Stopped(Exception):  # noqa: N818 not an error
@@ -147,18 +148,19 @@ class Loop:
         images, labels = batch.images.to(accelerator.device), batch.labels.to(accelerator.device)
         with accelerator.accumulate(self.model):
             seed_all(self.args.seed, "step", self.update, micro, accelerator.process_index)
-            loss = self.objective(self.model, images, labels)
+            with accelerator.autocast():
+                loss = self.objective(self.model, images, labels)
             value = float(accelerator.reduce(loss.detach(), "mean"))
             if not math.isfinite(value):
                 self._stop_at(value, "loss", epoch, place, micro)
             accelerator.backward(loss)
             if accelerator.sync_gradients:
                 limit = math.inf if self.args.clip_grad is None else self.args.clip_grad
-                norm = float(accelerator.clip_grad_norm_(self.model.parameters(), limit))
+                norm = whole_norm(accelerator.clip_grad_norm_(self.model.parameters(), limit))
                 if not math.isfinite(norm) and accelerator.scaler is None:  # a scaler skips such steps by itself
                     self._stop_at(norm, "gradient", epoch, place, micro)
-            self.optimizer.step()
-            self.optimizer.zero_grad()
+                self.optimizer.step()
+                self.optimizer.zero_grad()
         return value
 
     def _stop_at(self, value: float, what: str, epoch: int, place: int, micro: int) -> None:
@@ -167,7 +169,7 @@ class Loop:
         size = self.args.batch_size * self.accelerator.num_processes
         files = [self.images.folder.samples[index][0].name for index, _ in order[step * size : (step + 1) * size]]
         self.optimizer.zero_grad()
-        whole = all(bool(p.isfinite().all()) for p in self.bare.parameters())
+        whole = self._all_finite()
         kept = "the weights were already damaged; go on from an earlier checkpoint"
         if whole:
             self._save()
@@ -176,6 +178,12 @@ class Loop:
             f"the {what} became {value} at update {self.update} (epoch {epoch}, batch {step}: {', '.join(files[:3])} …); {kept}: "
             "lower --lr, give --clip-grad 1 or, with --amp, --amp-dtype bfloat16, in a new --output, or mend the images"
         )
+
+    def _all_finite(self) -> bool:
+        """Whether the weights of all processes are numbers."""
+        mine = (p.to_local() if hasattr(p, "to_local") else p for p in self.bare.parameters())
+        bad = sum(not bool(p.isfinite().all()) for p in mine)
+        return float(self.accelerator.reduce(torch.tensor(float(bad), device=self.accelerator.device), "sum")) == 0
 
     def _stop_everywhere(self) -> bool:
         """Whether any process was asked to stop, so that all stop at the same update."""
@@ -229,9 +237,10 @@ class Loop:
         settings = self.args.eval_r or (merging.setting_at(self.args, epoch),)
         model.eval()
         bars.evaluation(len(self.validation))
-        scores = evaluate_settings(
-            model, handle, settings, guarded(self.validation), self.accelerator, bars.tick, self._name
-        )
+        with gathered(model):
+            scores = evaluate_settings(
+                model, handle, settings, guarded(self.validation), self.accelerator, bars.tick, self._name
+            )
         rows: list[Row] = []
         for score in scores:
             score.join(Processes(self.accelerator.process_index, self.accelerator.num_processes, ""))

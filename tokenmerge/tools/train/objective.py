@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from tokenmerge.tools.inputs import logits_of
 from tokenmerge.tools.train.args import TrainArgs
 
 
@@ -52,13 +53,15 @@ class Objective:
         """The mean loss of a batch, float32."""
         targets = labels
         if self.mixup is not None:
-            images, targets = self.mixup(images.clone(), labels)
-        logits = model(images).float()
+            # frames as channels: of a clip, all are mixed alike
+            mixed, targets = self.mixup(images.flatten(1, -3).clone(), labels)
+            images = mixed.view(images.shape)
+        logits = logits_of(model(images)).float()
         loss: Tensor = self.criterion(logits, targets)
         if self.teacher is None:
             return loss
         with torch.no_grad():
-            wanted = self.teacher(images).float()
+            wanted = logits_of(self.teacher(images)).float()
         heat, share = self.args.distill_temp, self.args.distill_weight
         gap = F.kl_div(
             F.log_softmax(logits / heat, dim=1),

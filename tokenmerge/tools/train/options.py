@@ -28,7 +28,11 @@ def add_train_options(command: argparse.ArgumentParser) -> None:
         help=f"YAML file with values for these flags, or a recipe: {', '.join(recipes())}; flags given here win",
     )
     command.add_argument(
-        "--data", "--data-dir", type=Path, metavar="DIR", help="folder with train/CLASS/IMAGE and val/CLASS/IMAGE"
+        "--data",
+        "--data-dir",
+        type=Path,
+        metavar="DIR",
+        help="folder with train/CLASS/FILE and val/CLASS/FILE: images, sounds or videos",
     )
     command.add_argument("--output", type=Path, metavar="DIR", help="the run's folder")
     for title, flags in _GROUPS.items():
@@ -84,9 +88,24 @@ _GROUPS: dict[str, dict[str, dict[str, Any]]] = {
         "reprob": {"type": _FRACTION, "help": "probability of random erasing"},
         "hflip": {"type": _FRACTION, "help": "probability of flipping left and right"},
         "vflip": {"type": _FRACTION, "help": "probability of flipping up and down"},
+        "train-crop-mode": {
+            "choices": ("rrc", "rkrc", "rkrr"),
+            "help": "random resized crops, or the whole image resized (and padded) at its aspect ratio, centred or not",
+        },
         "scale": {"type": _number(0), "nargs": 2, "help": "area of random crops"},
         "ratio": {"type": _number(0), "nargs": 2, "help": "aspect ratio of random crops"},
         "train-interpolation": {"help": "random, bilinear or bicubic"},
+        "sampling-rate": {"type": _ONE, "metavar": "N", "help": "of videos, steps from frame to frame"},
+        "roll": {
+            "action": argparse.BooleanOptionalAction,
+            "help": "turn sounds around in time, and make them softer (AudioMAE)",
+        },
+        "timem": {"type": _COUNT, "metavar": "FRAMES", "help": "widest mask over the frames of a sound (SpecAugment)"},
+        "freqm": {"type": _COUNT, "metavar": "BANDS", "help": "widest mask over its bands (SpecAugment)"},
+        "crop-pct": {"type": _FRACTION, "help": "centre crop of validation, kept with the model (the model's own)"},
+        "interpolation": {"help": "of validation, likewise"},
+        "mean": {"type": float, "nargs": 3, "metavar": "M", "help": "of the pixels' normalisation, likewise"},
+        "std": {"type": _number(1e-6), "nargs": 3, "metavar": "S", "help": "of the pixels' normalisation, likewise"},
         "no-aug": {"action": argparse.BooleanOptionalAction, "help": "no augmentation at all"},
         "aug-repeats": {"type": _ONE, "help": "augmented copies of an image in a batch"},
         "mixup": {"type": _POSITIVE, "help": "alpha of mixup"},
@@ -124,6 +143,10 @@ _GROUPS: dict[str, dict[str, dict[str, Any]]] = {
     },
     "computing": {
         "device": {"choices": ("auto", "cpu"), "help": "auto is a GPU per process if there is one"},
+        "fsdp": {
+            "action": argparse.BooleanOptionalAction,
+            "help": "share weights and optimizer state among the processes (FSDP2), for models that one cannot hold",
+        },
         "amp": {"action": argparse.BooleanOptionalAction, "help": "mixed precision"},
         "amp-dtype": {"choices": ("float16", "bfloat16"), "help": "its dtype"},
         "grad-checkpointing": {"action": argparse.BooleanOptionalAction, "help": "less memory, more time"},
@@ -214,7 +237,7 @@ def train_args(args: argparse.Namespace, setting: Setting, merging: dict[str, An
             raise InputError(f"no {name} folder was given, but train needs one: give --{name} DIR")
     names = {field.name for field in dataclasses.fields(TrainArgs)}
     given = {name: value for name, value in vars(args).items() if name in names and value is not None}
-    for name in ("scale", "ratio", "r_milestones"):
+    for name in ("scale", "ratio", "r_milestones", "mean", "std"):
         if name in given:
             given[name] = tuple(given[name])
     given["eval_r"] = tuple(parse_setting(text) for text in given.get("eval_r", ()))

@@ -7,10 +7,10 @@ import os
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 import tokenmerge
-from tokenmerge.tools.images import ImageFolder
+from tokenmerge.tools.folders import ClassFolder
 from tokenmerge.tools.models import ModelArgs, input_shape
 from tokenmerge.tools.train.args import TrainArgs
 from tokenmerge.tools.train.checkpoints import write_atomically
@@ -30,8 +30,10 @@ _ORIGIN = (
 )
 
 
-def publish(model: nn.Module, base: ModelArgs, args: TrainArgs, images: ImageFolder, folder: Path) -> None:
-    """Write `config.json` and `model.safetensors`, each at once.
+def publish(
+    model: nn.Module, state: dict[str, Tensor], base: ModelArgs, args: TrainArgs, images: ClassFolder, folder: Path
+) -> None:
+    """Write `config.json` and `model.safetensors`, each at once, as the model's own library reads them.
 
     `timm.create_model("local-dir:FOLDER", pretrained=True)` reads them without this library; `tokenmerge eval` finds in
     them whether attention is to be proportional.
@@ -44,15 +46,33 @@ def publish(model: nn.Module, base: ModelArgs, args: TrainArgs, images: ImageFol
         "r": args.setting.label,
         "prop_attn": args.merging["prop_attn"],
     }
-    state = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
+    state = {name: tensor.contiguous() for name, tensor in state.items()}
+    if hasattr(model, "save_pretrained"):
+        _publish_transformers(model, state, images, folder, about)
+        return
     beside = folder / ".model.safetensors.new"
     save_file(state, beside, metadata={"format": "pt", KEY: json.dumps(about)})
     os.replace(beside, folder / "model.safetensors")
     config = {**_source(base), "num_classes": images.num_classes, "num_features": getattr(model, "num_features", None)}
     pretrained = {name: value for name, value in _pretrained(model).items() if name not in _ORIGIN}
-    pretrained |= {"num_classes": images.num_classes, "input_size": [3, *_size(model)]}
+    pretrained |= {"num_classes": images.num_classes, "input_size": list(input_shape(model))}
     config |= {"label_names": images.names, "pretrained_cfg": pretrained, KEY: about}
     write_atomically(folder / "config.json", json.dumps(config, indent=2, default=list) + "\n")
+
+
+def _publish_transformers(
+    model: Any, state: dict[str, Tensor], images: ClassFolder, folder: Path, about: dict[str, Any]
+) -> None:
+    """Write what `from_pretrained` reads."""
+    model.config.id2label = dict(enumerate(images.names))
+    model.config.label2id = {name: index for index, name in enumerate(images.names)}
+    beside = folder / ".new"
+    model.save_pretrained(beside, state_dict=state)
+    config = json.loads((beside / "config.json").read_text(encoding="utf-8"))
+    (beside / "config.json").write_text(json.dumps({**config, KEY: about}, indent=2) + "\n", encoding="utf-8")
+    for path in sorted(beside.iterdir(), reverse=True):  # weights first
+        os.replace(path, folder / path.name)
+    beside.rmdir()
 
 
 def _source(base: ModelArgs) -> dict[str, Any]:
@@ -80,8 +100,3 @@ def _source(base: ModelArgs) -> dict[str, Any]:
 def _pretrained(model: nn.Module) -> dict[str, Any]:
     found = getattr(model, "pretrained_cfg", None) or {}
     return dict(found)
-
-
-def _size(model: nn.Module) -> tuple[int, int]:
-    _, height, width = input_shape(model)
-    return height, width

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
+import gc
 import json
 from pathlib import Path
 from typing import Any
 
-from torch import nn
-
 import tokenmerge
 from tokenmerge.errors import InputError
-from tokenmerge.tools.images import ImageFolder
-from tokenmerge.tools.images import batches as evaluation_batches
-from tokenmerge.tools.models import ModelArgs, input_shape, load_model
+from tokenmerge.tools.folders import ClassFolder
+from tokenmerge.tools.folders import batches as evaluation_batches
+from tokenmerge.tools.inputs import classifier_input, num_classes
+from tokenmerge.tools.media import IMAGES, VIDEOS, medium_of
+from tokenmerge.tools.models import ModelArgs, load_model
 from tokenmerge.tools.report import Report
 from tokenmerge.tools.train import merging
 from tokenmerge.tools.train.args import TrainArgs, TrainingError
@@ -22,14 +23,16 @@ from tokenmerge.tools.train.data import (
     Augmented,
     EpochBatches,
     fingerprint,
-    make_transform,
     seed_all,
     split_folder,
 )
 from tokenmerge.tools.train.logbook import Logbook
 from tokenmerge.tools.train.loop import Loop, Stopped
 from tokenmerge.tools.train.objective import Objective, teacher_of
+from tokenmerge.tools.train.optim import average_of, checkpoint_blocks, optimizer_of, schedule_of
 from tokenmerge.tools.train.publish import publish
+from tokenmerge.tools.train.sharding import ShardedState, check_can_shard, shard, whole_state
+from tokenmerge.tools.train.transforms import check_flags, make_transform
 
 _FREE = {
     "data",
@@ -57,6 +60,12 @@ def run_train(base: ModelArgs, args: TrainArgs, report: Report) -> int:
         TrainingError: if the run cannot go on.
     """
     accelerator = make_accelerator(args)
+    code = _run(base, args, report, accelerator)
+    _end(accelerator)
+    return code
+
+
+def _run(base: ModelArgs, args: TrainArgs, report: Report, accelerator: Any) -> int:
     args = dataclasses.replace(args, merging=merging.fields_for_training(args.merging))
     checkpoints = Checkpoints(args.output / "checkpoints", max(1, args.checkpoint_hist), report.warn)
     if args.resume is None and checkpoints.all():
@@ -77,19 +86,29 @@ def run_train(base: ModelArgs, args: TrainArgs, report: Report) -> int:
         if accelerator.is_main_process:
             report.say(f"stopped and saved after update {loop.update}: go on with --resume auto")
         return 0
+    state = whole_state(loop.result)
     if accelerator.is_main_process:
-        publish(loop.result, base, args, images, args.output / "model")
-        report.say(f"wrote {args.output / 'model'}: tokenmerge eval local-dir:{args.output / 'model'} --pretrained …")
+        publish(loop.result, state, base, args, images, args.output / "model")
+        kind = "hf" if hasattr(loop.result, "save_pretrained") else "local-dir"
+        report.say(f"wrote {args.output / 'model'}: tokenmerge eval {kind}:{args.output / 'model'} --pretrained …")
         report.write([{"model": base.model, **row} for row in rows])
-    accelerator.end_training()
     return 0
+
+
+def _end(accelerator: Any) -> None:
+    """Free what holds the process group, then the group: freed at the interpreter's exit, gloo's threads may abort it."""
+    accelerator.free_memory()
+    accelerator._custom_objects.clear()
+    gc.collect()
+    accelerator.wait_for_everyone()
+    accelerator.end_training()
 
 
 def make_accelerator(args: TrainArgs) -> Any:
     """Accelerate's, for the processes that `accelerate launch` or torchrun started.
 
     Raises:
-        InputError: if Accelerate is not installed, or its launcher asks for sharding.
+        InputError: if Accelerate is not installed, or its launcher asks for sharding, or shards for what they cannot do.
     """
     try:
         from accelerate import Accelerator
@@ -108,35 +127,42 @@ def make_accelerator(args: TrainArgs) -> Any:
     )
     if accelerator.distributed_type not in (DistributedType.NO, DistributedType.MULTI_GPU, DistributedType.MULTI_CPU):
         raise InputError(
-            f"the launcher asks for {accelerator.distributed_type.value}, but merging blocks cannot be sharded yet: "
-            "launch with data parallelism (DDP), such as accelerate launch --multi_gpu"
+            f"the launcher asks for {accelerator.distributed_type.value}, but train shards by itself: launch with "
+            "data parallelism, such as accelerate launch --multi_gpu, and give --fsdp"
         )
+    if args.fsdp:
+        check_can_shard(args, accelerator.num_processes)
     return accelerator
 
 
 def build(
     base: ModelArgs, args: TrainArgs, accelerator: Any, checkpoints: Checkpoints, report: Report
-) -> tuple[Loop, ImageFolder]:
+) -> tuple[Loop, ClassFolder]:
     """Model, data and optimizer, prepared; and the training images."""
     rank, processes = accelerator.process_index, accelerator.num_processes
     seed_all(args.seed, "model")
     train_root = split_folder(args.data, args.train_split, "--train-split")
     if base.num_classes is None:
         base = dataclasses.replace(base, num_classes=_classes(train_root))
-    model = _trainable(load_model(base), base)
-    images, validation = _data(model, args, train_root)
+    model, images, validation = _model_and_data(base, args, train_root)
     batches = EpochBatches(len(images), args, rank, processes)
     model.to(accelerator.device)
     objective = Objective(args, images.num_classes, teacher_of(model) if args.distill_weight else None)
     handle = tokenmerge.patch(model, args.setting.config(**args.merging))
     if args.grad_checkpointing:
-        model.set_grad_checkpointing(True)
-    optimizer = _optimizer(model, args, processes)
-    schedule = _schedule(optimizer, args, batches.updates)
-    ema = _average(model, args, accelerator)
+        checkpoint_blocks(model)
+    if args.fsdp:
+        shard(model, accelerator.device.type, processes)
+    optimizer = optimizer_of(model, args, processes)
+    schedule = schedule_of(optimizer, args, batches.updates)
+    ema = average_of(model, args, accelerator)
     if args.compile:
         model.compile()
-    prepared, optimizer = accelerator.prepare(model, optimizer)
+    if args.fsdp:
+        prepared: Any = model
+        accelerator.register_for_checkpointing(ShardedState(model, optimizer))
+    else:
+        prepared, optimizer = accelerator.prepare(model, optimizer)
     shares = None
     if validation is not None:
         shares = evaluation_batches(validation, args.batch_size, args.workers, rank, processes)
@@ -160,88 +186,32 @@ def build(
     return loop, images
 
 
-def _average(model: nn.Module, args: TrainArgs, accelerator: Any) -> Any:
-    """timm's moving average of the weights, part of every checkpoint; `None` without."""
-    from timm.utils import ModelEmaV3
-
-    if not args.model_ema:
-        return None
-    ema = ModelEmaV3(model, args.model_ema_decay, use_warmup=args.model_ema_warmup)
-    accelerator.register_for_checkpointing(ema)
-    return ema
-
-
-def _schedule(optimizer: Any, args: TrainArgs, updates: int) -> Any:
-    """timm's schedule of learning rates, a function of the number of updates alone; set to the first."""
-    from timm.scheduler import create_scheduler_v2
-
-    schedule, _ = create_scheduler_v2(
-        optimizer,
-        sched=args.sched,
-        num_epochs=args.epochs,
-        warmup_epochs=args.warmup_epochs,
-        warmup_lr=args.warmup_lr,
-        min_lr=args.min_lr,
-        step_on_epochs=False,
-        updates_per_epoch=updates,
-    )
-    if schedule is not None:
-        schedule.step_update(0)
-    return schedule
-
-
-def _optimizer(model: nn.Module, args: TrainArgs, processes: int) -> Any:
-    from timm.optim import create_optimizer_v2
-
-    try:
-        return create_optimizer_v2(
-            model,
-            opt=args.opt,
-            lr=args.learning_rate(processes),
-            weight_decay=args.weight_decay,
-            momentum=args.momentum,
-            layer_decay=args.layer_decay,
-        )
-    except Exception as error:  # an unknown name, or values that this optimizer refuses
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise InputError(
-            f"the optimizer {args.opt!r} cannot be made ({reason}): choose one of timm.optim.list_optimizers()"
-        ) from None
-
-
-def _trainable(model: Any, base: ModelArgs) -> Any:
-    if not hasattr(model, "pretrained_cfg"):
-        raise InputError(
-            f"{type(model).__name__} is not a timm model, but train takes preprocessing and parameter groups from timm: "
-            "patch it and train it in your own loop"
-        )
-    channels, *_ = input_shape(model)
-    if channels != 3 or not base.num_classes:
-        raise InputError(
-            f"{base.model} does not classify RGB images, but train needs a model that does: choose another"
-        )
-    return model
-
-
 def _classes(root: Path) -> int:
     return sum(1 for path in root.iterdir() if path.is_dir())
 
 
-def _data(model: Any, args: TrainArgs, train_root: Path) -> tuple[ImageFolder, ImageFolder | None]:
-    _, height, width = input_shape(model)
+def _model_and_data(base: ModelArgs, args: TrainArgs, train_root: Path) -> tuple[Any, ClassFolder, ClassFolder | None]:
+    medium = medium_of(train_root)
+    check_flags(args, medium)
+    model = load_model(dataclasses.replace(base, of_videos=medium is VIDEOS))
+    shape = classifier_input(model, medium, "train")
+    if medium is IMAGES:
+        own = {name: getattr(args, name) for name in ("crop_pct", "interpolation", "mean", "std")}
+        given = {name: value for name, value in own.items() if value is not None}
+        model.pretrained_cfg = {**model.pretrained_cfg, **given}
 
-    def folder(root: Path, training: bool) -> ImageFolder:
-        transform = make_transform(model, args, training, (height, width))
-        return ImageFolder(root, transform, model.num_classes)
+    def folder(root: Path, training: bool) -> ClassFolder:
+        transform = make_transform(model, args, medium, training, shape)
+        return ClassFolder(root, transform, num_classes(model), medium=medium)
 
     validation = folder(split_folder(args.data, args.val_split, "--val-split"), False) if args.val_split else None
     images = folder(train_root, True)
     if validation is not None and validation.names != images.names:
         odd = sorted(set(validation.names) ^ set(images.names))[0]
         raise InputError(
-            f"training and validation images have other classes, {odd!r} is in one only: give both the same class folders"
+            f"training and validation {medium.name} have other classes, {odd!r} is in one only: give both the same class folders"
         )
-    return images, validation
+    return model, images, validation
 
 
 def _resume(loop: Loop, args: TrainArgs, about: dict[str, Any]) -> None:

@@ -1,0 +1,143 @@
+"""Flags that several commands share."""
+
+from __future__ import annotations
+
+import argparse
+import math
+from pathlib import Path
+from typing import Any
+
+from tokenmerge.attention_forms import FORMS
+
+_R_HELP = (
+    "tokens merged per block, one or more of: 8 (in every block), 16:-1 (r:inflect, falling to 0), 8,8,0 (one per "
+    "block), keep=0.9 (of the tokens, per block), flops=0.5 (of the unmerged FLOPs); 0 is the unpatched model"
+)
+_MODEL_HELP = (
+    "timm model name, local-dir:PATH of a folder in timm's hub format, or hf_hub:ID (reads the hub); hf:ID, hf:FOLDER or "
+    "hf:TYPE of transformers, such as hf:videomae; torchvision:NAME; open_clip:NAME or open_clip:NAME:TAG"
+)
+
+
+def add_command(commands: Any, name: str, run: Any, text: str) -> argparse.ArgumentParser:
+    """A command, with what all of them have."""
+    command: argparse.ArgumentParser = commands.add_parser(
+        name, help=text, description=text[0].upper() + text[1:] + "."
+    )
+    command.set_defaults(run=run)
+    command.add_argument("--json", metavar="FILE", help="write the rows as a JSON list; - is standard output")
+    return command
+
+
+def add_model(command: argparse.ArgumentParser) -> None:
+    """MODEL, and what changes its shape."""
+    command.add_argument("model", metavar="MODEL", help=_MODEL_HELP)
+    command.add_argument("--num-classes", type=count(0), help="classes of the head, if not the model's own")
+    command.add_argument("--img-size", type=count(1), help="side of the image in pixels, if not the model's own")
+
+
+def add_merging(
+    command: argparse.ArgumentParser, default: list[str] | None, backend: bool = True, required: bool = True
+) -> None:
+    """`--r`, and how tokens are matched."""
+    command.add_argument(
+        "--r",
+        nargs="+",
+        action="extend",  # --r 8 --r 16 is --r 8 16
+        required=required and default is None,
+        metavar="R",
+        help=_R_HELP + (f" (default: {' '.join(default)})" if default else ""),
+    )
+    command.set_defaults(default_r=default)
+    add_prop_attn(command)
+    add_matcher(command, backend)
+
+
+def add_prop_attn(command: argparse.ArgumentParser) -> None:
+    """`--prop-attn`."""
+    command.add_argument(
+        "--prop-attn",
+        choices=("auto", "on", "off"),
+        default="auto",
+        help="proportional attention; auto is as the weights were trained, off for MAE-pretrained ones, else on (%(default)s)",
+    )
+
+
+def add_matcher(command: argparse.ArgumentParser, backend: bool = True) -> None:
+    """`--matcher`, and what runs it."""
+    command.add_argument("--matcher", default="bipartite", help="matching algorithm (%(default)s)")
+    if not backend:
+        return
+    command.add_argument(
+        "--attention",
+        choices=FORMS,
+        default="auto",
+        help="how sizes reach the attention kernel; auto goes by the device (%(default)s)",
+    )
+    command.add_argument(
+        "--backend",
+        choices=("auto", "torch", "triton"),
+        default="auto",
+        help="what matches and merges; auto is Triton's kernels on a GPU (%(default)s)",
+    )
+
+
+def add_running(command: argparse.ArgumentParser, batch_size: int) -> None:
+    """Weights, device and batch size."""
+    add_weights(command)
+    command.add_argument("--batch-size", "-b", type=count(1), default=batch_size, help="images per pass (%(default)s)")
+
+
+def add_pretrained(command: argparse.ArgumentParser) -> None:
+    """Which weights."""
+    command.add_argument(
+        "--pretrained",
+        action="store_true",
+        help="load the weights that MODEL stands for (may download); without it they are random",
+    )
+    command.add_argument(
+        "--checkpoint", type=Path, metavar="FILE", help="load weights from a safetensors or torch file instead"
+    )
+
+
+def add_weights(command: argparse.ArgumentParser) -> None:
+    """Which weights, and where they are."""
+    add_pretrained(command)
+    command.add_argument("--device", default="cpu", help="torch device (%(default)s)")
+    command.add_argument(
+        "--dtype",
+        choices=("float32", "bfloat16", "float16"),
+        default="float32",
+        help="weights and images (%(default)s)",
+    )
+    command.add_argument("--channels-last", action="store_true", help="channels-last memory format")
+
+
+def count(least: int) -> Any:
+    """Type of whole numbers from `least` on."""
+
+    def count(text: str) -> int:
+        try:
+            value = int(text)
+        except ValueError:
+            value = least - 1
+        if value < least:
+            raise argparse.ArgumentTypeError(f"{text!r} given, a whole number of at least {least} expected")
+        return value
+
+    return count
+
+
+def between(low: float, high: float) -> Any:
+    """Type of numbers above `low` and up to `high`."""
+
+    def number(text: str) -> float:
+        try:
+            value = float(text)
+        except ValueError:
+            value = math.nan
+        if not low < value <= high:
+            raise argparse.ArgumentTypeError(f"{text!r} given, a number above {low:g} and up to {high:g} expected")
+        return value
+
+    return number

@@ -1,0 +1,61 @@
+"""Whether a model classifies what lies in a folder, and what is the same of all that do."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor
+
+from tokenmerge.errors import InputError
+from tokenmerge.tools.media import IMAGES, SOUNDS, VIDEOS, Medium
+from tokenmerge.tools.models import input_shape
+
+_WANTED: dict[str, tuple[str, Callable[[tuple[int, ...]], bool]]] = {
+    IMAGES.name: ("RGB images", lambda shape: len(shape) == 3 and shape[0] == 3),
+    SOUNDS.name: ("one-channel spectrograms of sounds", lambda shape: len(shape) == 3 and shape[0] == 1),
+    VIDEOS.name: ("videos", lambda shape: len(shape) == 4),
+}
+
+
+def classifier_input(model: Any, medium: Medium, command: str) -> tuple[int, ...]:
+    """Shape of one input: `(C, H, W)`, of spectrograms `(1, frames, bands)`, of videos `(frames, C, H, W)`.
+
+    Raises:
+        InputError: if the model has no classifier that this can feed, or takes something else than the folder holds.
+    """
+    if not hasattr(model, "pretrained_cfg") and medium is not VIDEOS:
+        raise InputError(
+            f"{type(model).__name__} is not a timm model, but {command} takes the preprocessing of {medium.name} from "
+            "timm: use bench or inspect, or tokenmerge.patch in your own code"
+        )
+    what, fits = _WANTED[medium.name]
+    shape = input_shape(model)
+    if not fits(shape) or not num_classes(model):
+        found = "has no classifier" if fits(shape) else f"takes inputs of the shape {shape}"
+        hint = "choose one such as hf:videomae" if medium is VIDEOS else "choose another, or give --num-classes"
+        raise InputError(f"the model {found}, but {command} needs one that classifies {what}: {hint}")
+    return shape
+
+
+def num_classes(model: Any) -> int:
+    """Outputs of its classifier, 0 without one."""
+    if hasattr(model, "pretrained_cfg"):
+        return int(getattr(model, "num_classes", 0) or 0)
+    head = getattr(model, "classifier", None)
+    return int(model.config.num_labels) if head is not None else 0
+
+
+def class_names(model: Any) -> list[str] | None:
+    """Their names, if the model knows them."""
+    if hasattr(model, "pretrained_cfg"):
+        names = (model.pretrained_cfg or {}).get("label_names")
+        return None if names is None else list(names)
+    labels = model.config.id2label
+    return [str(labels[index]) for index in range(len(labels))]
+
+
+def logits_of(output: Any) -> Tensor:
+    """The tensor in what a model returns: transformers' wrap it."""
+    logits: Tensor = output if isinstance(output, Tensor) else output.logits
+    return logits

@@ -1,0 +1,90 @@
+"""What changes the weights: optimizer, learning rates, moving average, and gradients with less memory; all timm's."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+from torch import nn
+
+from tokenmerge.errors import InputError
+from tokenmerge.patching.root import is_merge_block
+from tokenmerge.tools.train.args import TrainArgs
+
+
+def checkpoint_blocks(model: Any) -> None:
+    """Compute blocks again in the backward pass instead of keeping what is in them."""
+    if hasattr(model, "set_grad_checkpointing"):
+        model.set_grad_checkpointing(True)
+    elif hasattr(model, "activation_checkpointing_enable"):  # its name in newer versions of transformers
+        model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
+    else:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+
+
+def _layers(model: nn.Module) -> dict[str, str]:
+    """timm's `group_matcher` for a patched model of transformers: embeddings, then block after block, then the rest."""
+    first = next(name for name, module in model.named_modules() if is_merge_block(module))
+    blocks = re.escape(first.rsplit(".", 1)[0])
+    return {"stem": r"^(?:.*\.)?embeddings\.", "blocks": rf"^{blocks}\.(\d+)\."}
+
+
+def average_of(model: nn.Module, args: TrainArgs, accelerator: Any) -> Any:
+    """timm's moving average of the weights, part of every checkpoint; `None` without."""
+    from timm.utils import ModelEmaV3
+
+    if not args.model_ema:
+        return None
+    ema = ModelEmaV3(model, args.model_ema_decay, use_warmup=args.model_ema_warmup)
+    accelerator.register_for_checkpointing(ema)
+    return ema
+
+
+def schedule_of(optimizer: Any, args: TrainArgs, updates: int) -> Any:
+    """timm's schedule of learning rates, a function of the number of updates alone; set to the first."""
+    from timm.scheduler import create_scheduler_v2
+
+    schedule, _ = create_scheduler_v2(
+        optimizer,
+        sched=args.sched,
+        num_epochs=args.epochs,
+        warmup_epochs=args.warmup_epochs,
+        warmup_lr=args.warmup_lr,
+        min_lr=args.min_lr,
+        step_on_epochs=False,
+        updates_per_epoch=updates,
+    )
+    if schedule is not None:
+        schedule.step_update(0)
+    return schedule
+
+
+def optimizer_of(model: Any, args: TrainArgs, processes: int) -> Any:
+    """timm's optimizer; its groups and their decay know every block, in transformers' models as well.
+
+    Raises:
+        InputError: if timm does not know it, or it refuses a value.
+    """
+    from timm.optim import create_optimizer_v2
+
+    borrowed = not hasattr(model, "group_matcher")
+    if borrowed:
+        layers = _layers(model)
+        model.group_matcher = lambda coarse=False: layers
+    try:
+        return create_optimizer_v2(
+            model,
+            opt=args.opt,
+            lr=args.learning_rate(processes),
+            weight_decay=args.weight_decay,
+            momentum=args.momentum,
+            layer_decay=args.layer_decay,
+        )
+    except Exception as error:  # an unknown name, or values that this optimizer refuses
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise InputError(
+            f"the optimizer {args.opt!r} cannot be made ({reason}): choose one of timm.optim.list_optimizers()"
+        ) from None
+    finally:
+        if borrowed:
+            del model.group_matcher

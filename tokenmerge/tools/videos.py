@@ -1,0 +1,87 @@
+"""Videos as clips of frames, as VideoMAE and its kin take them."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tokenmerge.tools.media import read_frames
+
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+"""Of ImageNet, with which VideoMAE, ViViT and V-JEPA 2 were trained."""
+
+
+@dataclasses.dataclass(frozen=True)
+class ClipAugmentation:
+    """What changes from epoch to epoch; the same for all frames of a clip.
+
+    Attributes:
+        scale, ratio: area and aspect ratio of random crops.
+        hflip: probability of flipping left and right.
+        reprob: probability of random erasing.
+    """
+
+    scale: tuple[float, float] = (0.08, 1.0)
+    ratio: tuple[float, float] = (3 / 4, 4 / 3)
+    hflip: float = 0.5
+    reprob: float = 0.0
+
+
+class Clip:
+    """A video file -> `shape`: frames `sampling_rate` apart, from the middle or, while training, from anywhere.
+
+    Args:
+        shape: `(frames, 3, H, W)`, of the model's input.
+        sampling_rate: steps from frame to frame; a shorter video gives its frames evenly.
+        augmentation: for training; without it, the centre of each frame is taken.
+        crop_pct: part of the shorter side that the centre crop keeps.
+        mean, std: of the pixels' normalisation.
+    """
+
+    def __init__(
+        self,
+        shape: tuple[int, ...],
+        sampling_rate: int = 4,
+        augmentation: ClipAugmentation | None = None,
+        crop_pct: float = 1.0,
+        mean: Sequence[float] = MEAN,
+        std: Sequence[float] = STD,
+    ) -> None:
+        from torchvision.transforms import v2
+
+        self.frames, _, height, width = shape
+        self.sampling_rate, self.training = sampling_rate, augmentation is not None
+        steps: list[Any] = []
+        if augmentation is None:
+            bigger = [round(side / crop_pct) for side in (height, width)]
+            steps += [v2.Resize(max(bigger), antialias=True), v2.CenterCrop((height, width))]
+        else:
+            steps += [v2.RandomResizedCrop((height, width), augmentation.scale, augmentation.ratio, antialias=True)]
+            steps += [v2.RandomHorizontalFlip(augmentation.hflip)]
+        steps += [v2.ToDtype(torch.float32, scale=True), v2.Normalize(list(mean), list(std))]
+        if augmentation is not None and augmentation.reprob:
+            steps += [v2.RandomErasing(augmentation.reprob)]
+        self.transform = v2.Compose(steps)
+
+    def __call__(self, path: Path) -> Tensor:
+        """The clip, float32.
+
+        Raises:
+            ValueError: if the file cannot be decoded.
+        """
+        frames = torch.from_numpy(read_frames(path, self._choose))
+        clip: Tensor = self.transform(frames.permute(0, 3, 1, 2))
+        return clip
+
+    def _choose(self, total: int) -> list[int]:
+        span = (self.frames - 1) * self.sampling_rate + 1
+        if total < span:
+            return [step * total // self.frames for step in range(self.frames)]
+        surplus = total - span
+        start = int(torch.randint(surplus + 1, ())) if self.training else surplus // 2
+        return [start + step * self.sampling_rate for step in range(self.frames)]
