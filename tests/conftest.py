@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -16,10 +17,13 @@ import timm
 from hypothesis import HealthCheck, settings
 
 from tests import flat
+from tokenmerge.cli import main
 
 # a busy machine is no failure: how long an example takes is not what these tests are about
 settings.register_profile("tokenmerge", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("tokenmerge")
+
+Run = Callable[..., tuple[int, str, str]]
 
 _NAMES = ("test_every_name[", "test_every_other_flat_name[")
 
@@ -37,6 +41,26 @@ def shared() -> Path:
 @pytest.fixture(autouse=True)
 def _repeatable() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def run(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Run:
+    """Runs the command in an 80-column terminal in an empty folder; exit code, stdout, stderr."""
+    monkeypatch.setenv("COLUMNS", "80")
+    monkeypatch.chdir(tmp_path)
+
+    def call(*args: object) -> tuple[int, str, str]:
+        try:
+            code = main([str(arg) for arg in args])
+        except SystemExit as stop:  # argparse
+            code = int(stop.code or 0)
+        out, err = capsys.readouterr()
+        assert "Traceback" not in err
+        table = err if "-" in args else out  # JSON on standard output sends the tables to standard error
+        assert all(len(line) <= 80 for line in table.splitlines() if line and line[0] in "┏┃┡│└"), table
+        return code, out, err
+
+    return call
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:

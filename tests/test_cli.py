@@ -7,7 +7,6 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,31 +15,10 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
+from tests.conftest import Run
 from tests.tiny import tiny
-from tokenmerge.cli import main
 
-Run = Callable[..., tuple[int, str, str]]
 CLASSES = ("ant", "bee", "cat")
-
-
-@pytest.fixture
-def run(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Run:
-    """Runs the command in an 80-column terminal in an empty folder; exit code, stdout, stderr."""
-    monkeypatch.setenv("COLUMNS", "80")
-    monkeypatch.chdir(tmp_path)
-
-    def call(*args: object) -> tuple[int, str, str]:
-        try:
-            code = main([str(arg) for arg in args])
-        except SystemExit as stop:  # argparse
-            code = int(stop.code or 0)
-        out, err = capsys.readouterr()
-        assert "Traceback" not in err
-        table = err if "-" in args else out  # JSON on standard output sends the tables to standard error
-        assert all(len(line) <= 80 for line in table.splitlines() if line and line[0] in "┏┃┡│└"), table
-        return code, out, err
-
-    return call
 
 
 @pytest.fixture

@@ -51,7 +51,7 @@ def check(name, make, blocks, shape, **shards):
     plain = make()
     plain.load_state_dict(wanted.state_dict())
     assert not torch.allclose(getattr(plain.eval()(images), "last_hidden_state", plain(images)), outputs[0], atol=1e-4)
-    print(name, "agrees")
+    sys.stdout.write(f"{name} agrees\\n")  # at once: two processes write
 
 
 def vit(**more):

@@ -163,8 +163,21 @@ def run_eval(
     Raises:
         InputError: if the data or the model cannot be read, or not a single image could.
     """
-    fields = as_trained(args, fields)
     processes = launched(args.device)
+    try:
+        return _run(args, evaluation, settings, as_trained(args, fields), report, processes)
+    finally:
+        processes.close()
+
+
+def _run(
+    args: ModelArgs,
+    evaluation: EvalArgs,
+    settings: Sequence[Setting],
+    fields: dict[str, Any],
+    report: Report,
+    processes: Processes,
+) -> int:
     medium = medium_of(evaluation.data)
     args = dataclasses.replace(args, device=processes.device, of_videos=medium is VIDEOS)
     model = load_model(args)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -58,6 +59,19 @@ def pyav() -> Any:
     return av
 
 
+@contextlib.contextmanager
+def _opened(path: Path, kind: str) -> Iterator[Any]:
+    """A container with a stream of this kind; whatever is wrong with it or happens inside is a ValueError."""
+    av = pyav()
+    try:
+        with av.open(str(path)) as container:
+            if not getattr(container.streams, kind):
+                raise ValueError(f"it holds no {kind}")
+            yield container
+    except av.FFmpegError as error:
+        raise ValueError(error.strerror or str(error)) from None
+
+
 def read_sound(path: Path) -> np.ndarray[Any, Any]:
     """The first audio stream, whatever its container: `[samples]` float32 in [−1, 1], mono, 16 kHz.
 
@@ -65,19 +79,13 @@ def read_sound(path: Path) -> np.ndarray[Any, Any]:
         ValueError: if there is none, or it cannot be decoded.
         InputError: if PyAV is not installed.
     """
-    av = pyav()
-    try:
-        with av.open(str(path)) as container:
-            if not container.streams.audio:
-                raise ValueError("it holds no sound")
-            resampler = av.AudioResampler(format="fltp", rate=SAMPLE_RATE)
-            frames = [*container.decode(audio=0), None]  # None: what the resampler still holds
-            # the mean over channels here, because FFmpeg's own makes two equal ones louder
-            parts = [out.to_ndarray().mean(axis=0) for frame in frames for out in resampler.resample(frame)]
-    except av.FFmpegError as error:
-        raise ValueError(error.strerror or str(error)) from None
+    with _opened(path, "audio") as container:
+        resampler = pyav().AudioResampler(format="fltp", rate=SAMPLE_RATE)
+        frames = [*container.decode(audio=0), None]  # None: what the resampler still holds
+        # the mean over channels here, because FFmpeg's own makes two equal ones louder
+        parts = [out.to_ndarray().mean(axis=0) for frame in frames for out in resampler.resample(frame)]
     if not parts:
-        raise ValueError("its sound is empty")
+        raise ValueError("its audio is empty")
     return np.concatenate(parts)
 
 
@@ -92,23 +100,17 @@ def read_frames(path: Path, choose: Callable[[int], Sequence[int]]) -> np.ndarra
         ValueError: if there is none, or it cannot be decoded.
         InputError: if PyAV is not installed.
     """
-    av = pyav()
-    try:
-        with av.open(str(path)) as container:
-            if not container.streams.video:
-                raise ValueError("it holds no video")
-            total = container.streams.video[0].frames  # 0 where the container does not say
-            total = total or sum(1 for packet in container.demux(video=0) if packet.size)
-        wanted = list(choose(max(1, total)))
-        found: dict[int, np.ndarray[Any, Any]] = {}
-        with av.open(str(path)) as container:
-            for number, frame in enumerate(container.decode(video=0)):
-                if number in wanted:
-                    found[number] = frame.to_ndarray(format="rgb24")
-                if number >= max(wanted):
-                    break
-    except av.FFmpegError as error:
-        raise ValueError(error.strerror or str(error)) from None
+    with _opened(path, "video") as container:
+        total = container.streams.video[0].frames  # 0 where the container does not say
+        total = total or sum(1 for packet in container.demux(video=0) if packet.size)
+    wanted = list(choose(max(1, total)))
+    found: dict[int, np.ndarray[Any, Any]] = {}
+    with _opened(path, "video") as container:
+        for number, frame in enumerate(container.decode(video=0)):
+            if number in wanted:
+                found[number] = frame.to_ndarray(format="rgb24")
+            if number >= max(wanted):
+                break
     if not found:
         raise ValueError("no frame of it can be decoded")
     last = max(found)  # containers may promise more than they hold

@@ -37,6 +37,13 @@ class Processes:
         found: list[Any] = gather_object(values)
         return found
 
+    def close(self) -> None:
+        """Disconnect: left to the interpreter's exit, gloo's threads may abort it."""
+        from torch import distributed
+
+        if self.count > 1 and distributed.is_initialized():
+            distributed.destroy_process_group()
+
 
 def launched(device: str) -> Processes:
     """The processes of the launcher, connected; just this one if there was none.

@@ -60,7 +60,11 @@ def run_train(base: ModelArgs, args: TrainArgs, report: Report) -> int:
         TrainingError: if the run cannot go on.
     """
     accelerator = make_accelerator(args)
-    code = _run(base, args, report, accelerator)
+    try:
+        code = _run(base, args, report, accelerator)
+    except BaseException:
+        accelerator.end_training()  # the others may not come to wait for
+        raise
     _end(accelerator)
     return code
 
