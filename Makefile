@@ -21,7 +21,7 @@ demo: $(STAMP)
 # one thread for each of two processes: with two each, they wait for one another half of the time
 test: demo
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m "not slow"
-	$(BIN)/python -m pytest -m slow
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m slow
 
 test-fast: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m "not slow"

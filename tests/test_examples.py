@@ -16,7 +16,8 @@ EXAMPLES = Path(__file__).parents[1] / "examples"
 def test_runs_without_network(
     name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
-    options = ["--output", str(tmp_path / "features.safetensors")] if name == "features" else []
+    monkeypatch.chdir(tmp_path)
+    options = ["--output", "features.safetensors"] if name == "features" else []
     monkeypatch.setattr(sys, "argv", [name, *options])
     runpy.run_path(str(EXAMPLES / f"{name}.py"), run_name="__main__")
     out = capsys.readouterr().out
