@@ -31,7 +31,8 @@ class TrainArgs:
             augmentation.
         sampling_rate: of videos, steps from frame to frame.
         roll, timem, freqm: augmentation of sounds, as AudioMAE and AST name them.
-        crop_pct, interpolation, mean, std: preprocessing, kept with the trained model; `None` is the model's own.
+        crop_pct, interpolation, mean, std: preprocessing; `None` is the model's own. Of images, kept with the
+            trained model; of videos, to be given to `eval` again.
         model_ema, model_ema_decay, model_ema_warmup: moving average of the weights, which is then what is kept.
         amp, amp_dtype, grad_checkpointing, compile, device, fsdp: how it computes.
         setting: r, as on the command line.
