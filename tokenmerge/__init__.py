@@ -17,14 +17,17 @@ from tokenmerge.errors import (
 )
 from tokenmerge.flops import BlockCost, ModelCost, vit_cost
 from tokenmerge.matching import Matcher, bipartite_matching, register_matcher
+from tokenmerge.methods import Method, get_method, method_names, register_method
 from tokenmerge.patching import Handle, Summary, handle, is_patched, model_cost, patch, patched, unpatch
 from tokenmerge.plan import MergePlan
+from tokenmerge.presets import PRESETS
 from tokenmerge.state import token_sizes
 from tokenmerge.tracing import Trace
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "PRESETS",
     "BlockCost",
     "ConfigError",
     "Handle",
@@ -32,6 +35,7 @@ __all__ = [
     "Matcher",
     "MergeConfig",
     "MergePlan",
+    "Method",
     "ModelCost",
     "PatchError",
     "Summary",
@@ -41,12 +45,15 @@ __all__ = [
     "UnsupportedModelError",
     "__version__",
     "bipartite_matching",
+    "get_method",
     "handle",
     "is_patched",
+    "method_names",
     "model_cost",
     "patch",
     "patched",
     "register_matcher",
+    "register_method",
     "token_sizes",
     "unpatch",
     "vit_cost",

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import threading
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,7 +17,7 @@ from torch.nn import functional as F
 
 from tokenmerge.ops import sum_over_heads
 from tokenmerge.pairs import PairMap
-from tokenmerge.precision import autocast_dtype
+from tokenmerge.precision import autocast_dtype, no_autocast
 
 
 def size_bias(size: Tensor | None, x: Tensor, prop_attn: bool = True) -> Tensor | None:
@@ -55,11 +55,25 @@ class Inside:
     positions: Tensor | None = None
 
 
+class Noted(NamedTuple):
+    """What was noted of one block's attention.
+
+    Attributes:
+        keys: what the row's `keys` modules showed.
+        inside: Q, K, V `[B, H, N, D]` as attention used them, and its scale; `None` where that was not asked for, or
+            attention did not call `scaled_dot_product_attention`.
+    """
+
+    keys: tuple[Tensor, ...] = ()
+    inside: tuple[Tensor, Tensor, Tensor, float] | None = None
+
+
 class _Tap(threading.local):
     """What one block's attention is given and shows; one per thread, so that threads may share a model."""
 
     keys: tuple[Tensor, ...] | None = None
     inside: Inside | None = None
+    noted: tuple[Tensor, Tensor, Tensor, float] | None = None
 
 
 _tap = _Tap()
@@ -71,9 +85,41 @@ def open_tap(inside: Inside | None = None) -> None:
 
 
 def close_tap() -> tuple[Tensor, ...]:
-    """Stop noting; what was noted since `open_tap`."""
+    """Stop noting; the keys that were noted since `open_tap`."""
     keys, _tap.keys, _tap.inside = _tap.keys, None, None
     return keys or ()
+
+
+def note_inside(query: Tensor, key: Tensor, value: Tensor, scale: float) -> None:
+    """What a mask saw that was asked to look (`attention_forms.watching`)."""
+    if _tap.keys is not None:
+        _tap.noted = (query, key, value, scale)
+
+
+def take_inside() -> tuple[Tensor, Tensor, Tensor, float] | None:
+    """What `note_inside` noted, once."""
+    noted, _tap.noted = _tap.noted, None
+    return noted
+
+
+def class_attention(query: Tensor, key: Tensor, scale: float, size: Tensor | None, class_token: bool) -> Tensor:
+    """`[B, N]` float32: attention of the class token to every token, mean over heads; fused attention stays as it is.
+
+    Args:
+        query: `[B, H, N, D]`.
+        key: `[B, H or fewer, N, D]`.
+        scale: of their products.
+        size: patches per token `[B, N]`; attention is proportional to them.
+        class_token: whether the first token is one; without it, the mean attention of all tokens, N² numbers a head.
+    """
+    heads = query.shape[1]
+    with no_autocast(query.device.type):
+        rows = query[:, :, :1] if class_token else query
+        key = key.float() if key.shape[1] == heads else key.float().repeat_interleave(heads // key.shape[1], dim=1)
+        scores = rows.float() @ key.transpose(2, 3) * scale
+        if size is not None:
+            scores = scores + size.log()[:, None, None, :]
+        return scores.softmax(dim=3).mean(dim=(1, 2))
 
 
 def inside() -> Inside:

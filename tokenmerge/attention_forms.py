@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from tokenmerge.attention import note_inside
 from tokenmerge.errors import ConfigError
 
 AttentionForm = Literal["auto", "mask", "cudnn", "efficient", "math", "flex", "key_channel", "value_channel"]
@@ -79,12 +80,20 @@ def choice_for(form: str, x: Tensor, dtype: torch.dtype | None = None) -> Choice
     return choose_form(form, x.device.type, is_hopper(x.device.type, x.device.index), dtype or x.dtype)
 
 
-def with_form(bias: Tensor, form: str) -> Tensor:
+def with_form(bias: Tensor, form: str, watch: bool = False) -> Tensor:
     """The mask `[B, 1, 1, N]`, made to be applied in that way.
+
+    Args:
+        bias: log sizes.
+        form: one of `FORMS`.
+        watch: whether it shall note Q, K and V on the way (`attention.take_inside`).
 
     Raises:
         ConfigError: if the form cannot run on its device.
     """
+    if watch:
+        form = choice_for(form, bias).form
+        return bias.as_subclass(watching("mask" if torch.compiler.is_exporting() else form))
     if form == "auto" and bias.device.type == "cpu":
         return bias  # as choose_form says; said here at once, because it is asked in every block
     form = choice_for(form, bias).form
@@ -100,6 +109,7 @@ class SizedMask(Tensor):
     """
 
     form: ClassVar[str] = "mask"
+    watches: ClassVar[bool] = False
 
     @classmethod
     def __torch_function__(
@@ -128,6 +138,8 @@ class SizedMask(Tensor):
         """`scaled_dot_product_attention` with this mask."""
         with torch._C.DisableTorchFunctionSubclass():
             mask = attn_mask.view(attn_mask.shape)  # a plain tensor again, in a way that Dynamo traces
+            if cls.watches:
+                note_inside(query, key, value, query.shape[-1] ** -0.5 if scale is None else scale)
             if (
                 is_causal or enable_gqa or mask.dim() != 4 or mask.shape[2] != 1
             ):  # more than sizes: not ours to take apart
@@ -237,7 +249,12 @@ def _flex(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, dropout_p: fl
     return out
 
 
+def _mask(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, dropout_p: float, scale: float) -> Tensor:
+    return F.scaled_dot_product_attention(query, key, value, mask, dropout_p, scale=scale)
+
+
 _ATTEND: dict[str, Callable[..., Tensor]] = {
+    "mask": _mask,
     "cudnn": _kernel(SDPBackend.CUDNN_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH),
     "efficient": _kernel(SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH),
     "math": _kernel(SDPBackend.MATH),
@@ -286,3 +303,16 @@ class ValueChannelMask(SizedMask):
 MASKS: dict[str, type[SizedMask]] = {
     mask.form: mask for mask in (CudnnMask, EfficientMask, MathMask, FlexMask, KeyChannelMask, ValueChannelMask)
 }
+
+
+def _watching(base: type[SizedMask]) -> type[SizedMask]:
+    return type(f"Watching{base.__name__}", (base,), {"watches": True, "__doc__": f"{base.__doc__} Notes Q, K and V."})
+
+
+_FORMS: dict[str, type[SizedMask]] = {"mask": SizedMask, **MASKS}
+_WATCHING = {form: _watching(mask) for form, mask in _FORMS.items()}
+
+
+def watching(form: str) -> type[SizedMask]:
+    """The mask of that form that notes Q, K and V as attention uses them."""
+    return _WATCHING[form]

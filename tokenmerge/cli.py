@@ -27,6 +27,8 @@ from tokenmerge.flags import (
     between,
     count,
 )
+from tokenmerge.tools.compare.options import add_compare_options
+from tokenmerge.tools.search.options import add_search_options
 from tokenmerge.tools.train.options import add_train_options
 
 
@@ -180,6 +182,16 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--std", type=between(0, 1e6), nargs=3, help="override the model's own standard deviation")
     evaluate.add_argument("--strict", action="store_true", help="exit with 1 if any image could not be read")
 
+    compare = add_command(
+        commands, "compare", _compare, "methods and settings side by side: accuracy with intervals, measured speed"
+    )
+    add_compare_options(compare)
+
+    search = add_command(
+        commands, "search", _search, "the best setting at a speed measured here, checked on held-out images"
+    )
+    add_search_options(search)
+
     train = add_command(commands, "train", _train, "train or fine-tune a model with merging, on one machine or many")
     add_model(train)
     train.add_argument("--r", metavar="R", help="tokens merged per block, as in bench; 0 trains without (default: 0)")
@@ -199,10 +211,10 @@ def _prepare(args: argparse.Namespace) -> tuple[Any, list[Any], dict[str, Any]]:
         raise InputError(
             f"{error.name} is not installed, but the command needs it: pip install 'tokenmerge[timm]'"
         ) from None
-    from tokenmerge.matching import get_matcher
-    from tokenmerge.tools.settings import parse_setting
+    from tokenmerge.tools.plugins import load_plugins
+    from tokenmerge.tools.settings import matching_fields, parse_setting
 
-    get_matcher(args.matcher)
+    load_plugins(args.plugin)
     prop_attn = {"auto": "auto", "on": True, "off": False}[args.prop_attn]
     given = [args.r] if isinstance(args.r, str) else args.r or args.default_r or ()
     return (
@@ -210,7 +222,7 @@ def _prepare(args: argparse.Namespace) -> tuple[Any, list[Any], dict[str, Any]]:
         [parse_setting(text) for text in given],
         {
             "prop_attn": prop_attn,
-            "matcher": args.matcher,
+            **matching_fields(args),
             **{name: getattr(args, name) for name in ("attention", "backend") if name in args},
         },
     )
@@ -284,6 +296,27 @@ def _train(args: argparse.Namespace) -> int:
 
     base = dataclasses.replace(_model_args(args), device="cpu", model_kwargs=model_kwargs(args))
     return run_train(base, train_args(args, settings[0], fields), report)
+
+
+def _compare(args: argparse.Namespace) -> int:
+    report, settings, fields = _prepare(args)
+    from tokenmerge.tools.compare.options import compare_args
+    from tokenmerge.tools.compare.run import run_compare
+
+    compare = compare_args(args, settings)
+    if args.model is None:
+        if compare.experiment is None:
+            raise InputError("compare was given no MODEL: name one, or give --paper for the paper's own")
+        args.model, args.pretrained = compare.experiment.model, True
+    return run_compare(_model_args(args), compare, fields, report)
+
+
+def _search(args: argparse.Namespace) -> int:
+    from tokenmerge.tools.report import Report
+    from tokenmerge.tools.search.run import SearchArgs, run_search
+
+    names = [field.name for field in dataclasses.fields(SearchArgs)]
+    return run_search(_model_args(args), SearchArgs(**{name: getattr(args, name) for name in names}), Report(args.json))
 
 
 def _eval(args: argparse.Namespace) -> int:

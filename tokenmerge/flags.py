@@ -8,15 +8,28 @@ from pathlib import Path
 from typing import Any
 
 from tokenmerge.attention_forms import FORMS
+from tokenmerge.config import CHOICES
+from tokenmerge.matching import matcher_names
+from tokenmerge.presets import PRESETS
 
 _R_HELP = (
     "tokens merged per block, one or more of: 8 (in every block), 16:-1 (r:inflect, falling to 0), 8,8,0 (one per "
-    "block), keep=0.9 (of the tokens, per block), flops=0.5 (of the unmerged FLOPs); 0 is the unpatched model"
+    "block), keep=0.9 (of the tokens, per block), flops=0.5 (of the unmerged FLOPs), speedup=2 (the same); 0 is the unpatched model"
 )
 _MODEL_HELP = (
     "timm model name, local-dir:PATH of a folder in timm's hub format, or hf_hub:ID (reads the hub); hf:ID, hf:FOLDER or "
     "hf:TYPE of transformers, such as hf:videomae; torchvision:NAME; open_clip:NAME or open_clip:NAME:TAG"
 )
+
+
+_MATCHING = {
+    "metric": "what is compared (k)",
+    "heads": "of K, Q and V (mean)",
+    "distance": "how it is compared (cosine)",
+    "partition": "sides of bipartite matching (alternating)",
+    "combine": "what becomes of tokens that merge (mean)",
+    "place": "where they merge: before attention, between it and the MLP, after that (between)",
+}
 
 
 def add_command(commands: Any, name: str, run: Any, text: str) -> argparse.ArgumentParser:
@@ -64,8 +77,28 @@ def add_prop_attn(command: argparse.ArgumentParser) -> None:
 
 
 def add_matcher(command: argparse.ArgumentParser, backend: bool = True) -> None:
-    """`--matcher`, and what runs it."""
-    command.add_argument("--matcher", default="bipartite", help="matching algorithm (%(default)s)")
+    """`--matcher`, what it compares and how, and what runs it."""
+    command.add_argument(
+        "--preset", choices=sorted(PRESETS), help="a set of the following, which may change single ones"
+    )
+    command.add_argument("--matcher", help=f"matching algorithm, one of {', '.join(matcher_names())} (bipartite)")
+    command.add_argument(
+        "--option",
+        nargs="+",
+        action="extend",
+        metavar="NAME=VALUE",
+        help="further arguments of the matcher: iterations=5",
+    )
+    for name, text in _MATCHING.items():
+        command.add_argument(f"--{name}", choices=CHOICES[name], help=text)
+    command.add_argument(
+        "--plugin",
+        action="append",
+        default=[],
+        type=Path,
+        metavar="FILE",
+        help="Python file that registers matchers or methods of your own",
+    )
     if not backend:
         return
     command.add_argument(

@@ -19,7 +19,7 @@ class PairMap:
     value is the mean of theirs; otherwise it is that of the one token at whose position the others joined.
 
     Attributes:
-        source: `[B, N0]`, int64: the current token of each original token.
+        source: `[B, N0]`, int64: the current token of each original token; −1 where it was dropped.
         anchor: `[B, N]`, int64: the original token that each current token is positioned at.
         weight: `[B, N0]`, float32: 1 for tokens, 0 for padding.
         mean: which of the two.
@@ -51,7 +51,8 @@ class PairMap:
             return chosen
         member = torch.zeros(batch, tokens, self.source.shape[1], dtype=torch.float32, device=bias.device)
         one = torch.ones_like(self.source, dtype=torch.float32) if self.weight is None else self.weight
-        member = member.scatter_(1, self.source.unsqueeze(1), one.unsqueeze(1))
+        one = one * (self.source >= 0)
+        member = member.scatter_(1, self.source.clamp_min(0).unsqueeze(1), one.unsqueeze(1))
         member = (member / member.sum(dim=2, keepdim=True).clamp_min(1)).unsqueeze(1)
         moved: Tensor = member @ bias.float() @ member.transpose(2, 3)
         return moved.to(bias.dtype)

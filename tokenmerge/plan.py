@@ -2,31 +2,30 @@
 
 A plan is an integer map from the tokens before a merge to the tokens after it. It is stored in the form that
 makes merging cheap: which token sits at each new position, and which further tokens join it. Every onto map
-has that form, so pruning aside nothing is lost by it. Merging then touches only the rows that really merge;
-all others are one row gather.
+has that form; tokens that are dropped join position −1. Merging then touches only the rows that really merge;
+all others are one row gather (`combine.py`).
 """
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterable
-from typing import Literal
 
 import torch
 from torch import Tensor
 
+from tokenmerge.combine import Members, Reduce, combine
 from tokenmerge.errors import InputError
-from tokenmerge.ops import Backend, descending_order, takes_triton
+from tokenmerge.ops import Backend, counting, descending_order, takes_triton
 
 _INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
-Reduce = Literal["mean", "sum", "max"]
+DROPPED = -1
+"""The position that a dropped token joins."""
 
 
 def flat_rows(index: Tensor, rows: int) -> Tensor:
     """Row numbers into `[B·rows, C]` for an index `[B, M]` into `[B, rows, C]`; `[B·M]`, int64."""
-    # not arange with a step: its length would be a quotient of symbols where N is dynamic, which Dynamo cannot print
-    offset = torch.arange(index.shape[0], device=index.device).mul_(rows)
-    return (index + offset.unsqueeze(1)).reshape(-1)
+    return (index + counting(index.shape[0], index.device, rows).unsqueeze(1)).reshape(-1)
 
 
 def take_rows(x: Tensor, index: Tensor) -> Tensor:
@@ -39,6 +38,13 @@ def take_rows(x: Tensor, index: Tensor) -> Tensor:
     return out.reshape(batch, index.shape[1], channels)
 
 
+def spread_rows(x: Tensor, index: Tensor, drops: bool) -> Tensor:
+    """`take_rows` where an index may be `DROPPED`, if `drops` says so: those rows are 0."""
+    if not drops:
+        return take_rows(x, index)
+    return take_rows(x, index.clamp_min(0)).masked_fill((index < 0).unsqueeze(2), 0)
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
 class MergePlan:
     """Which tokens become one (paper, section 3).
@@ -48,12 +54,16 @@ class MergePlan:
     Attributes:
         keep: `[B, N']`: the position before the merge of the token that sits at each position after it.
         source: `[B, r]`: positions before the merge of the tokens that are merged away.
-        target: `[B, r]`: position after the merge that each of those joins.
+        target: `[B, r]`: position after the merge that each of those joins; −1 drops it.
+        drops: whether any target may be −1; known without looking at values.
+        weight: `[B, N]` float32: what tokens weigh in the mean of those they merge with; `None` stands for their sizes.
     """
 
     keep: Tensor
     source: Tensor
     target: Tensor
+    drops: bool = False
+    weight: Tensor | None = None
 
     @property
     def tokens_in(self) -> int:
@@ -67,13 +77,13 @@ class MergePlan:
 
     @property
     def r(self) -> int:
-        """Tokens merged away per image."""
+        """Tokens merged away or dropped per image."""
         return self.source.shape[1]
 
     @property
     def assign(self) -> Tensor:
-        """`[B, N]`, int64: position after the merge of each token before it."""
-        new = torch.arange(self.tokens_out, device=self.keep.device).expand_as(self.keep)
+        """`[B, N]`, int64: position after the merge of each token before it; −1 for a token that was dropped."""
+        new = counting(self.tokens_out, self.keep.device).expand_as(self.keep)
         out = self.keep.new_empty(self.keep.shape[0], self.tokens_in)
         return out.scatter_(1, self.keep, new).scatter_(1, self.source, self.target)
 
@@ -81,14 +91,14 @@ class MergePlan:
     def identity(cls, batch: int, tokens: int, device: torch.device | str | None = None) -> MergePlan:
         """The plan that merges nothing and changes no position."""
         none = torch.empty(batch, 0, dtype=torch.int64, device=device)
-        return cls(torch.arange(tokens, device=device).expand(batch, tokens), none, none)
+        return cls(counting(tokens, none.device).expand(batch, tokens), none, none)
 
     @classmethod
     def from_assign(cls, assign: Tensor, tokens_out: int | None = None) -> MergePlan:
         """The plan of any map `assign [B, N]`, integers, onto `0 … tokens_out − 1` in every image.
 
         Args:
-            assign: position after the merge of each token.
+            assign: position after the merge of each token; −1 drops it.
             tokens_out: tokens after the merge; `None` reads it from the map.
 
         Raises:
@@ -101,12 +111,13 @@ class MergePlan:
         assign = assign.to(torch.int64)
         if tokens_out is None:
             tokens_out = int(assign.max()) + 1 if assign.numel() else 0
-        if assign.numel() and not 0 <= int(assign.min()) <= int(assign.max()) < tokens_out:
+        low, high = (int(assign.min()), int(assign.max())) if assign.numel() else (0, tokens_out - 1)
+        if not DROPPED <= low <= high < tokens_out:
             raise InputError(
-                f"assign holds values from {int(assign.min())} to {int(assign.max())}, "
-                f"but with tokens_out={tokens_out} they must lie in 0 … {tokens_out - 1}"
+                f"assign holds values from {low} to {high}, but with tokens_out={tokens_out} they must lie in "
+                f"0 … {tokens_out - 1} (or be −1, for tokens that are dropped)"
             )
-        plan = cls._from_onto(assign, tokens_out)
+        plan = cls._from_onto(assign, tokens_out, low < 0)
         if plan is None or not torch.equal(plan.assign, assign):
             raise InputError(
                 f"assign leaves some of the {tokens_out} positions empty in some image, but the map must be onto"
@@ -114,22 +125,24 @@ class MergePlan:
         return plan
 
     @classmethod
-    def _from_onto(cls, assign: Tensor, tokens_out: int) -> MergePlan | None:
+    def _from_onto(cls, assign: Tensor, tokens_out: int, drops: bool) -> MergePlan | None:
         """The plan of a map known to be onto; the first token of each group represents it."""
         batch, tokens = assign.shape
         if tokens_out > tokens:
             return None
-        position = torch.arange(tokens, device=assign.device).expand_as(assign)
-        keep = assign.new_full((batch, tokens_out), tokens - 1 if tokens else 0)
-        keep = keep.scatter_reduce(1, assign, position, "amin", include_self=True)
+        position = counting(tokens, assign.device).expand_as(assign)
+        keep = assign.new_full((batch, tokens_out + drops), tokens - 1 if tokens else 0)
+        bucket = assign.where(assign >= 0, tokens_out) if drops else assign  # one more, for those that are dropped
+        keep = keep.scatter_reduce(1, bucket, position, "amin", include_self=True)[:, :tokens_out]
         is_source = torch.ones_like(assign).scatter_(1, keep, 0)
         source = descending_order(is_source)[:, : tokens - tokens_out]
-        return cls(keep, source, assign.gather(1, source))
+        return cls(keep, source, assign.gather(1, source), drops)
 
     def in_order(self) -> MergePlan:
         """The same merge with the tokens left in ascending position: spatial order is kept."""
         keep, order = self.keep.sort(dim=1)
-        return MergePlan(keep, self.source, order.argsort(dim=1).gather(1, self.target))
+        target = _gather(order.argsort(dim=1), self.target, self.drops)
+        return MergePlan(keep, self.source, target, self.drops, self.weight)
 
     def compose(self, then: MergePlan) -> MergePlan:
         """This merge followed by `then`, as one plan.
@@ -142,7 +155,8 @@ class MergePlan:
                 f"the next plan merges {then.keep.shape[0]}×{then.tokens_in} tokens, but this one leaves "
                 f"{self.keep.shape[0]}×{self.tokens_out}: compose plans in the order in which they were made"
             )
-        plan = self._from_onto(then.assign.gather(1, self.assign), then.tokens_out)
+        drops = self.drops or then.drops
+        plan = self._from_onto(_gather(then.assign, self.assign, self.drops), then.tokens_out, drops)
         assert plan is not None  # a plan never grows
         return plan
 
@@ -154,12 +168,12 @@ class MergePlan:
         Args:
             x: tokens `[B, N, C]`, any floating dtype.
             size: how many patches each token stands for, `[B, N]`; `None` means all ones.
-            reduce: "mean" is the paper's, weighted by size; "sum" and "max" ignore the sizes.
+            reduce: how the tokens that become one are combined (`combine.py`); "mean" is the paper's, weighted by size.
             backend: "triton" for one fused kernel (mean only), "torch", or "auto": Triton on a GPU.
 
         Returns:
             The merged tokens `[B, N', C]` in the dtype of x, accumulated in float32 (float64 for float64),
-            and their sizes `[B, N']` in float32.
+            and their sizes `[B, N']` in float32. Dropped tokens count for nothing in either.
 
         Raises:
             InputError: if a shape does not fit the plan, or `reduce` is unknown.
@@ -173,62 +187,35 @@ class MergePlan:
             )
         if size is not None and size.shape != (batch, tokens):
             raise InputError(f"size is {tuple(size.shape)}, but this plan merges sizes of shape [{batch}, {tokens}]")
-        if reduce == "mean" and takes_triton(backend, x):
+        if reduce == "mean" and not self.drops and self.weight is None and takes_triton(backend, x):
             from tokenmerge.ops import launch
 
             size = None if size is None else size.to(torch.float32)
             merged: tuple[Tensor, Tensor] = launch.merge(x, size, self.keep, self.source, self.target)
             return merged
-        return self._merge_flat(x, size, reduce)
+        kept, sizes = combine(x, size, self._flat(), reduce)
+        return kept.view(batch, self.tokens_out, x.shape[2]), sizes.view(batch, self.tokens_out)
 
-    def _merge_flat(self, x: Tensor, size: Tensor | None, reduce: Reduce) -> tuple[Tensor, Tensor]:
-        """`merge` in plain torch, on whole rows of `[B·N, C]`: few operations, and in place where memory is fresh.
-
-        A second buffer of the size of the tokens would cost page faults at every block, and every operation costs: after
-        the matrix products of a block, neither its code nor its few numbers are in a cache.
-        """
-        if reduce not in ("mean", "sum", "max"):
-            raise InputError(f"reduce={reduce!r}, but only 'mean', 'sum' and 'max' are known")
-        channels = x.shape[2]
-        keep, source, target = self._flat()
-        rows = x.reshape(-1, channels)
-        kept, joining = rows.index_select(0, keep), rows.index_select(0, source)
-        if size is None:
-            weight = kept.new_ones(source.shape, dtype=torch.float32)
-            new_size = kept.new_ones(keep.shape, dtype=torch.float32)
-        else:
-            size = size.to(torch.float32).reshape(-1)
-            weight, new_size = size.index_select(0, source), size.index_select(0, keep)
-        new_size = new_size.index_add_(0, target, weight)
-        if reduce == "max":
-            index = target.unsqueeze(1).expand(-1, channels)
-            kept = kept.scatter_reduce(0, index, joining, "amax", include_self=True)
-        else:
-            wide = torch.float64 if x.dtype == torch.float64 else torch.float32
-            if x.dtype != wide:
-                kept, joining = kept.to(wide), joining.to(wide)
-            if reduce == "mean":
-                # x_t + Σ sᵢ/S (xᵢ − x_t) is the weighted mean, and leaves every other row alone
-                # (clamped for padding, whose size is 0: it joins with weight 0, and gives way to what joins it)
-                share = weight.to(wide).div_(new_size.index_select(0, target).clamp_min_(1e-12))
-                joining = joining.sub_(kept.index_select(0, target)).mul_(share.unsqueeze(1))
-            kept = kept.index_add_(0, target, joining)
-            if x.dtype != wide:
-                kept = kept.to(x.dtype)
-        return kept.view(*self.keep.shape, channels), new_size.view(self.keep.shape)
-
-    def _flat(self) -> tuple[Tensor, Tensor, Tensor]:
-        """`keep`, `source` and `target` as row numbers of the flattened tokens, `[B·N']`, `[B·r]` and `[B·r]`."""
+    def _flat(self) -> Members:
+        """The plan in row numbers of the flattened tokens."""
         batch = self.keep.shape[0]
+        target, alive = self.target, None
+        if self.drops:
+            alive, target = target >= 0, target.clamp_min(0)
+            alive = alive.reshape(-1)
+        weight = None if self.weight is None else self.weight.reshape(-1)
         if batch == 1:
-            return self.keep.view(-1), self.source.reshape(-1), self.target.reshape(-1)
-        image = torch.arange(batch, device=self.keep.device).unsqueeze(1)
-        first = image * self.tokens_in
-        target = self.target + image.mul_(self.tokens_out)
-        return (self.keep + first).view(-1), (self.source + first).view(-1), target.view(-1)
+            return Members(self.keep.view(-1), self.source.reshape(-1), target.reshape(-1), alive, weight)
+        first = counting(batch, self.keep.device, self.tokens_in).unsqueeze(1)
+        new = counting(batch, self.keep.device, self.tokens_out).unsqueeze(1)
+        return Members(
+            (self.keep + first).view(-1), (self.source + first).view(-1), (target + new).view(-1), alive, weight
+        )
 
     def unmerge(self, x: Tensor) -> Tensor:
         """Give every token before the merge the value of the token it became: `[B, N', C]` -> `[B, N, C]`.
+
+        Tokens that were dropped get 0.
 
         Raises:
             InputError: if x has another number of images or tokens than this plan leaves.
@@ -237,12 +224,24 @@ class MergePlan:
             raise InputError(
                 f"x is {tuple(x.shape)}, but this plan leaves tokens of shape {[*self.keep.shape]} and C channels"
             )
-        return take_rows(x, self.assign)
+        return spread_rows(x, self.assign, self.drops)
+
+
+def _gather(table: Tensor, index: Tensor, drops: bool) -> Tensor:
+    """`table.gather(1, index)`, where what was dropped stays dropped."""
+    if not drops:
+        return table.gather(1, index)
+    return table.gather(1, index.clamp_min(0)).masked_fill(index < 0, DROPPED)
 
 
 def source_map(plans: Iterable[MergePlan]) -> Tensor | None:
-    """`[B, N0]`, int64: the token after all of `plans` that each token before them became; `None` without plans."""
+    """`[B, N0]`, int64: the token after all of `plans` that each token before them became; `None` without plans.
+
+    −1 for tokens that were dropped on the way.
+    """
     total: Tensor | None = None
+    dropped = False
     for plan in plans:
-        total = plan.assign if total is None else plan.assign.gather(1, total)
+        total = plan.assign if total is None else _gather(plan.assign, total, dropped)
+        dropped = dropped or plan.drops
     return total

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from tokenmerge.errors import InputError
-from tokenmerge.plan import MergePlan, source_map, take_rows
+from tokenmerge.plan import MergePlan, source_map, spread_rows, take_rows
 
 _ATTRIBUTE = "_tokenmerge_state"
 
@@ -48,7 +48,7 @@ class TokenState:
     merged: Tensor | None = None
 
     def source(self) -> Tensor | None:
-        """`[B, N0]`, int64: the current token of each token that entered block 0; `None` if none merged."""
+        """`[B, N0]`, int64: the current token of each token that entered block 0, −1 if dropped; `None` if none merged."""
         return source_map(plan for plan in self.plans if plan is not None)
 
     def anchor(self) -> Tensor | None:
@@ -59,10 +59,15 @@ class TokenState:
                 total = plan.keep if total is None else total.gather(1, plan.keep)
         return total
 
+    @property
+    def drops(self) -> bool:
+        """Whether any plan may have dropped tokens."""
+        return any(plan.drops for plan in self.plans if plan is not None)
+
     def unmerge(self, x: Tensor) -> Tensor:
-        """`[B, N, C]` -> `[B, N0, C]`: each original token gets the value of the token it became."""
+        """`[B, N, C]` -> `[B, N0, C]`: each original token gets the value of the token it became, 0 if it was dropped."""
         source = self.source()
-        return x if source is None else take_rows(x, source)
+        return x if source is None else spread_rows(x, source, self.drops)
 
     def one_of_each(self, full: Tensor) -> Tensor:
         """`[B, N0, C]` -> `[B, N, C]`, the inverse of `unmerge`: of equal tokens, one stays."""

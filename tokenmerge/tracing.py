@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from tokenmerge.errors import InputError
-from tokenmerge.plan import MergePlan, source_map, take_rows
+from tokenmerge.plan import MergePlan, source_map, spread_rows
 from tokenmerge.state import TokenState, carry
 
 
@@ -45,6 +45,8 @@ class Trace:
     def source(self, block: int | None = None) -> Tensor:
         """`[B, N0]`, int64: which token each original token has become after `block` (default: the last).
 
+        −1 for tokens that were dropped.
+
         Raises:
             InputError: if the pass had no such block.
         """
@@ -75,8 +77,14 @@ class Trace:
                 "give it the features of the pass that it traced"
             )
         source = source_map(plans)
-        full = features.clone() if source is None else take_rows(features, source.to(features.device))
+        full = self._spread(features, plans, source)
         return carry(full, TokenState())  # one patch per token: pooling takes it as it is
+
+    @staticmethod
+    def _spread(features: Tensor, plans: tuple[MergePlan, ...], source: Tensor | None) -> Tensor:
+        if source is None:
+            return features.clone()
+        return spread_rows(features, source.to(features.device), any(plan.drops for plan in plans))
 
     def to_grid(self, features: Tensor, grid: tuple[int, ...] | None = None) -> Tensor:
         """Dense maps: `[B, N, C]` merged, or `[B, N0, C]` unmerged, -> `[B, C, h, w]` or `[B, C, t, h, w]`.

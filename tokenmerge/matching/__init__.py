@@ -1,6 +1,28 @@
 """Matching algorithms: one file per idea; importing this package registers all of them."""
 
 from tokenmerge.matching.bipartite import bipartite_matching
-from tokenmerge.matching.registry import Matcher, get_matcher, has_backends, register_matcher, run_matcher
+from tokenmerge.matching.registry import (
+    OFFERED,
+    Entry,
+    Matcher,
+    check_options,
+    get_entry,
+    get_matcher,
+    matcher_names,
+    register_matcher,
+)
 
-__all__ = ["Matcher", "bipartite_matching", "get_matcher", "has_backends", "register_matcher", "run_matcher"]
+# isort: split
+from tokenmerge.matching import clustering, informed, pairing, pruning  # noqa: F401  (they register themselves)
+
+__all__ = [
+    "OFFERED",
+    "Entry",
+    "Matcher",
+    "bipartite_matching",
+    "check_options",
+    "get_entry",
+    "get_matcher",
+    "matcher_names",
+    "register_matcher",
+]

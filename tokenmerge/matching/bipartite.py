@@ -7,8 +7,11 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from tokenmerge.errors import ConfigError
+from tokenmerge.matching.distances import Distance, as_product, unit
+from tokenmerge.matching.partitions import Partition, partition_order
 from tokenmerge.matching.registry import check_matching_input, register_matcher
-from tokenmerge.ops import Backend, descending_order, sum_over_heads, takes_triton
+from tokenmerge.ops import Backend, counting, descending_order, sum_over_heads, takes_triton
 from tokenmerge.plan import MergePlan, take_rows
 from tokenmerge.precision import no_autocast
 from tokenmerge.schedule import max_merges
@@ -20,7 +23,16 @@ _SCORES = 2**21
 
 
 @register_matcher("bipartite")
-def bipartite_matching(metric: Tensor, r: int, protected: int = 0, backend: Backend = "auto") -> MergePlan:
+def bipartite_matching(
+    metric: Tensor,
+    r: int,
+    protected: int = 0,
+    backend: Backend = "auto",
+    distance: Distance = "cosine",
+    partition: Partition = "alternating",
+    grid: tuple[int, ...] | None = None,
+    layer: int = 0,
+) -> MergePlan:
     """Pair every second token with its most similar partner and merge the `r` most similar pairs.
 
     Tokens at even positions form set A, those at odd positions set B. Each A token draws one edge to the B
@@ -35,6 +47,10 @@ def bipartite_matching(metric: Tensor, r: int, protected: int = 0, backend: Back
         r: tokens to merge away per image; cut to `(N − protected) // 2`.
         protected: leading tokens that neither merge nor are merged into: class, distillation, registers.
         backend: "triton" for two fused kernels, "torch", or "auto": Triton on a GPU where it is installed.
+        distance: another measure of similarity (`distances.py`).
+        partition: other sides than every second token (`partitions.py`).
+        grid: patches along each axis, for `partition="checkerboard"`.
+        layer: number of the block, for `partition="random"`.
 
     Raises:
         InputError: if `metric` has another shape or is not floating point, or `r` or `protected` is negative.
@@ -46,7 +62,16 @@ def bipartite_matching(metric: Tensor, r: int, protected: int = 0, backend: Back
     if r == 0:
         return MergePlan.identity(batch, tokens, metric.device)
     metric = metric.detach()
-    if takes_triton(backend, metric):
+    if partition != "alternating":
+        order = partition_order(partition, tokens, protected, grid, layer, metric.device)
+        if order is not None:
+            plan = bipartite_matching(metric.index_select(-2, order), r, protected, backend, distance)
+            return MergePlan(order[plan.keep], order[plan.source], plan.target)
+    if distance != "cosine" and backend == "triton":
+        raise ConfigError(
+            f"backend='triton' cannot run: its kernels compare by cosine, not by {distance!r}: use backend='auto'"
+        )
+    if distance == "cosine" and takes_triton(backend, metric):
         from tokenmerge.ops import launch
 
         best, partner = launch.edges(metric if metric.dim() == 4 else metric.unsqueeze(1), protected)
@@ -54,23 +79,22 @@ def bipartite_matching(metric: Tensor, r: int, protected: int = 0, backend: Back
 
     first_a = protected + protected % 2
     first_b = protected + 1 - protected % 2
+    if metric.dim() == 4:
+        heads, metric = metric.shape[1], sum_over_heads(metric, 1)
+        metric = metric if distance == "cosine" else metric / heads  # only a cosine does not ask for the length
     # autocast would round the similarities to half precision and so pick other pairs
     with no_autocast(metric.device.type):
-        unit = _unit(metric)
-        order, partner = _best_edges(unit[:, first_a::2], unit[:, first_b::2], r)
+        if distance == "cosine":
+            normed = unit(metric)
+            a, b = normed[:, first_a::2], normed[:, first_b::2]
+        else:
+            a, b = as_product(metric[:, first_a::2], metric[:, first_b::2], distance)
+        order, partner = _best_edges(a, b, r)
     a_tokens = order.mul_(2).add_(first_a)
-    position = torch.arange(tokens, device=metric.device)
+    position = counting(tokens, metric.device)
     prefix, b_tokens = position[:protected].expand(batch, -1), position[first_b::2].expand(batch, -1)
     keep = torch.cat([prefix, a_tokens[:, r:].sort(dim=1).values, b_tokens], dim=1)
     return MergePlan(keep, a_tokens[:, :r], partner.add_(keep.shape[1] - b_tokens.shape[1]))
-
-
-def _unit(metric: Tensor) -> Tensor:
-    """The metric in float32, added up over heads and divided by its norm; `[B, N, D]`."""
-    metric = sum_over_heads(metric, 1) if metric.dim() == 4 else metric
-    metric = metric.to(torch.float32)
-    unit: Tensor = metric / torch.linalg.vector_norm(metric, dim=2, keepdim=True).clamp_min_(1e-12)
-    return unit
 
 
 def _best_edges(a: Tensor, b: Tensor, r: int) -> tuple[Tensor, Tensor]:

@@ -1,55 +1,118 @@
-"""Matchers by name. A matcher is one function: metric, r, protected -> MergePlan."""
+"""Matchers by name. A matcher is one function: metric, r, protected -> MergePlan; it may ask for more by name."""
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, Protocol, TypeVar
 
 from torch import Tensor
 
 from tokenmerge.errors import ConfigError, InputError
-from tokenmerge.ops import Backend
 from tokenmerge.plan import MergePlan
+
+OFFERED = {
+    "size": "patches per token, [B, N] float32",
+    "attention": "attention of the class token to each token, mean over heads, [B, N] float32; it sums to 1. In models "
+    "without a class token the mean attention of all tokens",
+    "tokens": "the tokens that will be merged, [B, N, C]",
+    "values": "V, [B, H, N, D]",
+    "anchor": "the original token at whose position each token stands, [B, N] int64",
+    "grid": "patches along each axis, (h, w) or (t, h, w); None if unknown",
+    "layer": "number of the block, from 0",
+    "layers": "how many blocks there are",
+    "distance": "MergeConfig.distance",
+    "partition": "MergeConfig.partition",
+    "backend": "MergeConfig.backend; such a matcher must also take keys [B, H, N, D] not averaged over heads yet",
+}
+"""What a matcher may ask for by naming a parameter so."""
 
 
 class Matcher(Protocol):
     """Decides which tokens become one.
 
     The number of tokens it leaves may depend on shapes and `r` alone, never on values, so that every image
-    of a batch keeps the same length and a compiled model has static shapes.
+    of a batch keeps the same length and a compiled model has static shapes (unless it is registered as adaptive).
     """
 
     def __call__(self, metric: Tensor, r: int, protected: int = 0) -> MergePlan:
         """Plan the merge of `r` of the N tokens in `metric [B, N, D]`; the first `protected` stay alone.
 
-        A matcher with kernels of its own may take a fourth argument, `backend`, and then must also take keys
-        `[B, H, N, D]` that are not averaged over heads yet.
+        Further parameters need a default. Those named in `OFFERED` are filled in by the block that merges; all others
+        are options, given by `MergeConfig.options`.
         """
         ...
 
 
-_MATCHERS: dict[str, Matcher] = {}
-_HAVE_BACKENDS: set[str] = set()
-_M = TypeVar("_M", bound=Matcher)
+@dataclasses.dataclass(frozen=True)
+class Entry:
+    """A registered matcher.
+
+    Attributes:
+        name: by which `MergeConfig.matcher` finds it.
+        matcher: the function.
+        offered: which of `OFFERED` it takes.
+        options: its other parameters, with their defaults.
+        adaptive: whether the tokens it leaves depend on values.
+    """
+
+    name: str
+    matcher: Any
+    offered: frozenset[str]
+    options: Mapping[str, Any]
+    adaptive: bool
+
+    @property
+    def about(self) -> str:
+        """The first line of the function's docstring."""
+        return (inspect.getdoc(self.matcher) or "").partition("\n")[0]
 
 
-def register_matcher(name: str) -> Callable[[_M], _M]:
+_MATCHERS: dict[str, Entry] = {}
+_M = TypeVar("_M", bound=Callable[..., MergePlan])
+
+
+def register_matcher(name: str, adaptive: bool = False) -> Callable[[_M], _M]:
     """Make a function selectable as `patch(model, matcher=name)`.
 
+    Args:
+        name: what to select it by.
+        adaptive: whether the number of tokens it leaves depends on values: such a model cannot be compiled or exported
+            with static shapes, and `r` is what it merges on average.
+
     Raises:
-        ConfigError: if another function already has that name.
+        ConfigError: if another function already has that name, or a further parameter has no default.
     """
 
     def add(matcher: _M) -> _M:
-        if name in _MATCHERS and _MATCHERS[name] is not matcher:
+        if name in _MATCHERS and _MATCHERS[name].matcher is not matcher:
             raise ConfigError(f"a matcher named {name!r} is registered already: choose another name")
-        _MATCHERS[name] = matcher
-        if "backend" in inspect.signature(matcher).parameters:
-            _HAVE_BACKENDS.add(name)
+        further = list(inspect.signature(matcher).parameters.values())[3:]
+        for parameter in further:
+            if parameter.default is parameter.empty and parameter.name not in OFFERED:
+                raise ConfigError(
+                    f"matcher {name!r} has a parameter {parameter.name!r} without a default, but only metric, r, protected "
+                    f"and {', '.join(OFFERED)} are filled in: give it a default, and it becomes an option"
+                )
+        offered = frozenset(parameter.name for parameter in further if parameter.name in OFFERED)
+        options = {parameter.name: parameter.default for parameter in further if parameter.name not in OFFERED}
+        _MATCHERS[name] = Entry(name, matcher, offered, options, adaptive)
         return matcher
 
     return add
+
+
+def get_entry(name: str) -> Entry:
+    """What is registered under that name.
+
+    Raises:
+        ConfigError: if there is nothing.
+    """
+    try:
+        return _MATCHERS[name]
+    except KeyError:
+        raise ConfigError(f"matcher={name!r} is not registered; known are {', '.join(sorted(_MATCHERS))}") from None
 
 
 def get_matcher(name: str) -> Matcher:
@@ -58,24 +121,23 @@ def get_matcher(name: str) -> Matcher:
     Raises:
         ConfigError: if there is none.
     """
-    try:
-        return _MATCHERS[name]
-    except KeyError:
-        raise ConfigError(f"matcher={name!r} is not registered; known are {', '.join(sorted(_MATCHERS))}") from None
+    matcher: Matcher = get_entry(name).matcher
+    return matcher
 
 
-def has_backends(name: str) -> bool:
-    """Whether the matcher of that name takes `backend`, and keys that are not averaged over heads."""
-    return name in _HAVE_BACKENDS
+def matcher_names() -> tuple[str, ...]:
+    """Every registered matcher, in the order of registration."""
+    return tuple(_MATCHERS)
 
 
-def run_matcher(name: str, metric: Tensor, r: int, protected: int, backend: Backend) -> MergePlan:
-    """What the matcher of that name plans, with the backend if it has a choice."""
-    matcher: Any = get_matcher(name)
-    plan: MergePlan = (
-        matcher(metric, r, protected, backend=backend) if has_backends(name) else matcher(metric, r, protected)
-    )
-    return plan
+def check_options(name: str, options: Mapping[str, Any]) -> None:
+    """Raise `ConfigError` unless the matcher of that name has all of these options."""
+    known = get_entry(name).options
+    for option in options:
+        if option not in known:
+            raise ConfigError(
+                f"matcher {name!r} has no option {option!r}; it has {', '.join(known) or 'none'}: check the spelling"
+            )
 
 
 def check_matching_input(metric: Tensor, r: int, protected: int, per_head: bool = False) -> None:

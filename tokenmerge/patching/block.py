@@ -8,14 +8,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tokenmerge.attention import Inside, close_tap, keys_per_head, open_tap, size_bias
+from tokenmerge.attention import Inside, Noted, close_tap, open_tap, size_bias, take_inside
 from tokenmerge.attention_forms import with_form
+from tokenmerge.combine import Reduce
 from tokenmerge.errors import PatchError
-from tokenmerge.matching import has_backends, run_matcher
 from tokenmerge.ops import Backend
 from tokenmerge.pairs import PairMap
 from tokenmerge.patching.family import BlockFamily
-from tokenmerge.patching.masks import apart_from_padding, padding_in_pairs, padding_sizes
+from tokenmerge.patching.masks import padding_in_pairs, padding_sizes
+from tokenmerge.patching.rule import Rule, make_plan
 from tokenmerge.plan import MergePlan, take_rows
 from tokenmerge.rotary import Rotary
 from tokenmerge.schedule import keep_step, max_merges
@@ -37,8 +38,10 @@ class BlockSpec:
         protected: leading tokens that never merge.
         prop_attn: whether sizes weigh in attention.
         attention: how they reach its kernel.
-        matcher: name of the matching algorithm.
-        backend: what runs it, and the merge.
+        rule: how it decides what merges.
+        place: whether tokens merge before attention, between it and the MLP, or after that.
+        combine: what becomes of tokens that merge.
+        backend: what runs the merge.
         in_order: whether the tokens that are left keep their order.
         mean_positions: whether a merged token stands at the mean of its positions, not at its destination's.
         rotary: how this block's table of rotary positions is read and written, if it takes one.
@@ -57,7 +60,9 @@ class BlockSpec:
     protected: int
     prop_attn: bool
     attention: str
-    matcher: str
+    rule: Rule
+    place: str
+    combine: Reduce
     backend: Backend
     in_order: bool
     mean_positions: bool
@@ -127,27 +132,25 @@ class MergeBlock:
         wanted = spec.r if spec.keep is None else keep_step(spec.keep, tokens, spec.protected)
         r = min(wanted, max_merges(tokens, spec.protected))
 
-        bias, given, inside = _what_attention_sees(self, x, state, given)
+        rule = spec.rule
+        x_pre = x if r and rule.metric == "x_pre" else None
+        if r and spec.place == "before":
+            x, state = _merge(make_plan(self, rule, Noted(), x, x, r, spec.protected, state), x, state, spec)
+        watch = r > 0 and rule.looks_inside
+        bias, given, inside = _what_attention_sees(self, x, state, given, watch)
         open_tap(inside)
         x = family.attention(self, x, bias, **given)
-        keys = close_tap()
-        plan = _plan(self, keys, r, batch, state) if r else None
-        del keys  # views of Q, K and V, which would stay in memory during the MLP
-        if plan is not None:
-            x, state = _merge(plan, x, state, spec)
+        noted: Noted | None = Noted(close_tap(), take_inside() if watch else None)
+        if r and spec.place == "between":
+            assert noted is not None
+            x, state = _merge(make_plan(self, rule, noted, x_pre, x, r, spec.protected, state), x, state, spec)
+        if spec.place != "after":
+            noted = None  # views of Q, K and V, which would stay in memory during the MLP
         if family.mlp is not None:
             x = family.mlp(self, x)
-
-        keeps = spec.keep_plans or state.full_output
-        state = dataclasses.replace(state, plans=(*state.plans, plan) if keeps else (), merged=None)
-        if spec.trace and not torch.compiler.is_exporting():
-            self._tokenmerge_seen = Seen(state, batch, tokens, x.device)
-        if spec.full_output or (state.full_output and not spec.merged_states):
-            full = state.unmerge(x)
-            out = carry(full, dataclasses.replace(state, merged=x) if full is not x else state)
-        else:
-            out = carry(x, state)
-        return out if family.wrap is None else family.wrap(out)
+        if r and noted is not None:
+            x, state = _merge(make_plan(self, rule, noted, x_pre, x, r, spec.protected, state), x, state, spec)
+        return _leave(self, x, state, spec, batch, tokens, merged=r > 0)
 
     def _untouched(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
         """Upstream's own forward: nothing merges anywhere, so any argument may be given."""
@@ -162,13 +165,33 @@ class MergeBlock:
         return f"r={self._tokenmerge_spec.r}"
 
 
+def _leave(block: Any, x: Tensor, state: TokenState, spec: BlockSpec, batch: int, tokens: int, merged: bool) -> Any:
+    """What the block hands on: its tokens, with their state, or spread over the patches for who reads them."""
+    if not merged:
+        plans = (*state.plans, None) if spec.keep_plans or state.full_output else ()
+        state = TokenState(state.size, plans, state.full_output, state.padded, state.first_size, state.positions, None)
+    if spec.trace and not torch.compiler.is_exporting():
+        block._tokenmerge_seen = Seen(state, batch, tokens, x.device)
+    if spec.full_output or (state.full_output and not spec.merged_states):
+        full = state.unmerge(x)
+        out = carry(full, dataclasses.replace(state, merged=x) if full is not x else state)
+    else:
+        out = carry(x, state)
+    return out if spec.family.wrap is None else spec.family.wrap(out)
+
+
 def _what_attention_sees(
-    block: Any, x: Tensor, state: TokenState, given: dict[str, Any]
+    block: Any, x: Tensor, state: TokenState, given: dict[str, Any], watch: bool
 ) -> tuple[Tensor | None, dict[str, Any], Inside]:
-    """Sizes, pair biases and positions of the current tokens, as this block's attention takes them."""
+    """Sizes, pair biases and positions of the current tokens, as this block's attention takes them.
+
+    With `watch`, its Q, K and V will be noted on the way.
+    """
     spec: BlockSpec = block._tokenmerge_spec
     family = spec.family
     bias = size_bias(state.size, x, spec.prop_attn)
+    if watch and bias is None:
+        bias = size_bias(torch.ones(x.shape[:2], device=x.device), x)  # a mask of zeros, to look through
     pairs = _pair_map(state, spec) if family.needs_source else None
     if family.pair_bias is not None:
         between = given.pop(family.pair_bias, None)
@@ -176,7 +199,7 @@ def _what_attention_sees(
             between = pairs(between) if pairs is not None else between
             bias = between if bias is None else between + bias
     elif bias is not None:
-        bias = with_form(bias, spec.attention)
+        bias = with_form(bias, spec.attention, watch)
     if family.rope is not None and given.get(family.rope) is not None and state.positions is not None:
         if spec.rotary is None:
             raise PatchError(
@@ -196,6 +219,13 @@ def _pair_map(state: TokenState, spec: BlockSpec) -> PairMap | None:
 
 
 def _merge(plan: MergePlan, x: Tensor, state: TokenState, spec: BlockSpec) -> tuple[Tensor, TokenState]:
+    if spec.in_order:
+        plan = plan.in_order()
+    if state.padded and spec.combine not in ("mean", "norm", "keep"):
+        raise PatchError(
+            f"combine={spec.combine!r} would mix padding into the tokens of block {spec.index}: use combine='mean' for padded "
+            "inputs, or run them without padding"
+        )
     positions = state.positions
     if positions is not None:
         positions = (
@@ -203,32 +233,9 @@ def _merge(plan: MergePlan, x: Tensor, state: TokenState, spec: BlockSpec) -> tu
             if spec.mean_positions
             else take_rows(positions, plan.keep)
         )
-    x, size = plan.merge(x, state.size, backend=spec.backend)
-    return x, dataclasses.replace(state, size=size, positions=positions)
-
-
-def _plan(block: Any, keys: tuple[Tensor, ...], r: int, batch: int, state: TokenState) -> MergePlan:
-    """The matcher's plan, made sure to be what every shape after it relies on."""
-    spec: BlockSpec = block._tokenmerge_spec
-    if not keys:
-        raise PatchError(
-            f"block {spec.index} noted no keys, so the module that gives them was replaced since the model was patched: "
-            "unpatch before changing modules, and patch again"
-        )
-    metric = None
-    if has_backends(spec.matcher) and not state.padded:
-        metric = keys_per_head(spec.family.metric, keys)  # the matcher averages them
-    if metric is None:
-        metric = spec.family.metric(block, keys)
-    if state.padded and state.size is not None:
-        metric = apart_from_padding(metric, state.size)
-    plan = run_matcher(spec.matcher, metric, r, spec.protected, spec.backend)
-    if plan.r != r or plan.keep.shape[0] != batch:
-        raise PatchError(
-            f"matcher {spec.matcher!r} merged {plan.r} tokens in {plan.keep.shape[0]} images, but block {spec.index} "
-            f"asked for {r} in {batch}: a matcher must merge exactly r"
-        )
-    return plan.in_order() if spec.in_order else plan
+    x, size = plan.merge(x, state.size, spec.combine, spec.backend)
+    plans = (*state.plans, plan) if spec.keep_plans or state.full_output else ()
+    return x, TokenState(size, plans, state.full_output, state.padded, state.first_size, positions, None)
 
 
 def _arriving(block: Any, x: Tensor, given: dict[str, Any]) -> tuple[TokenState, dict[str, Any]]:

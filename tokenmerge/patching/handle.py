@@ -11,11 +11,11 @@ from torch import nn
 from tokenmerge.config import MergeConfig
 from tokenmerge.errors import ConfigError, PatchError
 from tokenmerge.flops import ModelCost
-from tokenmerge.matching import get_matcher
-from tokenmerge.patching.block import BlockSpec
-from tokenmerge.patching.check import attention_choice, check_block, check_rotary
+from tokenmerge.patching.check import attention_choice, check_block, check_rotary, reaches_sdpa
 from tokenmerge.patching.install import install_block, install_model, remove_hooks
 from tokenmerge.patching.root import Patch, merge_blocks
+from tokenmerge.patching.rule import check_rule
+from tokenmerge.patching.specs import matching_in_words, rule_for, set_specs
 from tokenmerge.patching.summary import Summary, summarize
 from tokenmerge.patching.swap import Swapped, check_restorable, original_class, restore_class
 from tokenmerge.patching.target import (
@@ -72,7 +72,7 @@ class Handle:
         new = _plan_patch(target, config, patch.misread)
         patch.config, patch.schedule = new.config, new.schedule
         patch.prop_attn, patch.full_output = new.prop_attn, new.full_output
-        _set_specs(target, patch)
+        set_specs(target, patch)
 
     def tune(
         self, *inputs: Any, forms: Sequence[str] | None = None, rounds: int = 7, **options: Any
@@ -103,7 +103,7 @@ class Handle:
             best = min(seconds, key=lambda form: seconds[form])
         finally:
             patch.config = MergeConfig.create(patch.config, attention=best)
-            _set_specs(target, patch)
+            set_specs(target, patch)
         return seconds
 
     def remove(self) -> None:
@@ -128,7 +128,7 @@ class Handle:
             target.family.pooling(model),
             patch.prop_attn,
             attention_choice(target, patch.config.attention),
-            patch.config.matcher,
+            matching_in_words(patch.config),
             self.schedule,
             target.cost(),
         )
@@ -213,7 +213,7 @@ def _apply(target: Target, record: Patch) -> None:
     install_model(target.family, target.model)
     for block, row in target.blocks:
         install_block(row, block)
-    _set_specs(target, record)
+    set_specs(target, record)
 
 
 def unpatch(model: nn.Module) -> None:
@@ -282,7 +282,15 @@ def model_cost(model: nn.Module) -> ModelCost:
 
 def _plan_patch(target: Target, config: MergeConfig, misread: tuple[str, ...] = ()) -> Patch:
     """Everything a config means for this model; raises before anything is touched."""
-    get_matcher(config.matcher)
+    check_rule(config)
+    if rule_for(target, config, 0).looks_inside and not all(
+        reaches_sdpa(row, block, target.channels) for block, row in target.blocks[:1]
+    ):
+        raise ConfigError(
+            f"metric={config.metric!r} with matcher {config.matcher!r} looks at Q, K and V, but the attention of "
+            f"{original_class(target.model).__name__} does not call PyTorch's scaled_dot_product_attention: switch it to fused "
+            "('sdpa') attention, or use a matcher that looks at keys alone"
+        )
     protected = target.family.protected(target.model)
     prop_attn = not target.family.mae(target.model) if config.prop_attn == "auto" else config.prop_attn
     output = target.family.output if config.output == "auto" else config.output
@@ -304,40 +312,13 @@ def _schedule(target: Target, config: MergeConfig) -> Schedule:
         return expand(config.r, layers)
     if config.keep is not None:
         return keep_ratio(config.keep, layers, tokens, protected)
-    if config.flops is not None:
-        return flops_target(config.flops, layers, max_merges(tokens, protected), target.cost().fraction)
+    flops = config.flops if config.speedup is None else 1 / config.speedup
+    if flops is not None:
+        return flops_target(flops, layers, max_merges(tokens, protected), target.cost().fraction)
     raise ConfigError(
-        "no schedule was given, but a patch needs one: pass r=8 (tokens merged per block), keep=0.9 or flops=0.5 "
+        "no schedule was given, but a patch needs one: pass r=8 (tokens merged per block), keep=0.9, flops=0.5 or speedup=2 "
         "(r=0 merges nothing)"
     )
-
-
-def _set_specs(target: Target, record: Patch) -> None:
-    config = record.config
-    keeps_less = (config.keep or 1) < 1
-    needs_plans = target.family.needs_plans(target.model) or any(row.needs_source for _, row in target.blocks)
-    for index, (block, row) in enumerate(target.blocks):
-        vars(block).pop("_tokenmerge_seen", None)
-        block._tokenmerge_spec = BlockSpec(
-            family=row,
-            index=index,
-            r=record.schedule[index],
-            keep=config.keep,
-            protected=record.protected,
-            prop_attn=record.prop_attn,
-            attention=config.attention,
-            matcher=config.matcher,
-            backend=config.backend,
-            in_order=config.order == "keep",
-            mean_positions=config.positions == "mean",
-            rotary=target.family.rotary(target.model, index) if row.rope else None,
-            merged_before=any(record.schedule[:index]) or (index > 0 and keeps_less),
-            merges_at_all=record.merges or keeps_less,
-            keep_plans=config.trace or needs_plans or record.full_output,
-            full_output=record.full_output and index == len(target.blocks) - 1,
-            trace=config.trace,
-            merged_states=bool(target.family.collectors(target.model)) and not record.full_output,
-        )
 
 
 def _restore(model: Any) -> None:

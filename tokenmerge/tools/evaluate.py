@@ -124,7 +124,8 @@ def scores(model: Any, settings: Sequence[Setting], fields: dict[str, Any]) -> l
     return result
 
 
-def _dataset(model: Any, args: EvalArgs, medium: Medium) -> ClassFolder:
+def make_dataset(model: Any, args: EvalArgs, medium: Medium) -> ClassFolder:
+    """The data set that a model is evaluated on, in its own preprocessing."""
     from timm.data.config import resolve_data_config
     from timm.data.transforms_factory import create_transform
 
@@ -185,7 +186,7 @@ def _run(
         report.warn(
             "the model has random weights, so its accuracy means nothing: give --pretrained or --checkpoint FILE"
         )
-    dataset = _dataset(model, evaluation, medium)
+    dataset = make_dataset(model, evaluation, medium)
     running = scores(model, settings, fields)
     skipped: list[str] = []
     loader = batches(dataset, evaluation.batch_size, evaluation.workers, processes.rank, processes.count)

@@ -1,0 +1,159 @@
+"""Pairs over the complete graph of tokens: greedy matching (paper, table 2), mutual nearest neighbours, PiToMe."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from tokenmerge.matching.distances import unit
+from tokenmerge.matching.joining import join, join_nearest, lowest, most_that_join
+from tokenmerge.matching.registry import check_matching_input, register_matcher
+from tokenmerge.ops import counting
+from tokenmerge.plan import MergePlan
+from tokenmerge.schedule import max_merges
+
+
+def _similarities(metric: Tensor, protected: int) -> Tensor:
+    """`[B, N, N]` cosine; −inf on the diagonal and wherever a token is protected."""
+    x = unit(metric)
+    similarity = x @ x.transpose(1, 2)
+    diagonal = torch.eye(x.shape[1], dtype=torch.bool, device=x.device)
+    similarity = similarity.masked_fill(diagonal, -torch.inf)
+    similarity[:, :protected] = -torch.inf
+    similarity[:, :, :protected] = -torch.inf
+    return similarity
+
+
+@register_matcher("greedy")
+def greedy_matching(metric: Tensor, r: int, protected: int = 0, size: Tensor | None = None) -> MergePlan:
+    """Merge the most similar pair of all tokens, r times; a merged token's metric is the size-weighted mean.
+
+    What bipartite matching approximates. r rounds one after the other, each over all pairs, so it is slow.
+    """
+    check_matching_input(metric, r, protected)
+    batch, tokens, _ = metric.shape
+    r = min(r, most_that_join(tokens, protected))
+    if r == 0:
+        return MergePlan.identity(batch, tokens, metric.device)
+    similarity = _similarities(metric, protected)
+    mean = metric.float().clone()
+    weight = torch.ones(batch, tokens, device=metric.device) if size is None else size.float().clone()
+    into = counting(tokens, metric.device).expand(batch, -1).clone()
+    image = counting(batch, metric.device)
+    gone = torch.zeros(batch, tokens, dtype=torch.bool, device=metric.device)
+    for _ in range(r):
+        best = similarity.flatten(1).argmax(dim=1)
+        one, other = best // tokens, best % tokens
+        stays, goes = torch.minimum(one, other), torch.maximum(one, other)
+        total = weight[image, stays] + weight[image, goes]
+        share = (weight[image, goes] / total.clamp_min(1e-12)).unsqueeze(1)
+        mean[image, stays] = mean[image, stays] + share * (mean[image, goes] - mean[image, stays])
+        weight[image, stays] = total
+        gone[image, goes] = True
+        into = torch.where(into == goes.unsqueeze(1), stays.unsqueeze(1), into)
+        similarity[image, goes] = -torch.inf
+        similarity[image, :, goes] = -torch.inf
+        new = torch.nn.functional.cosine_similarity(mean, mean[image, stays].unsqueeze(1), dim=2, eps=1e-12)
+        new = new.masked_fill(gone, -torch.inf)
+        new[:, :protected] = -torch.inf
+        new[image, stays] = -torch.inf
+        similarity[image, stays] = new
+        similarity[image, :, stays] = new
+    source = gone.to(torch.int64).argsort(dim=1, descending=True, stable=True)[:, :r]
+    return join(source, into.gather(1, source), tokens)
+
+
+@register_matcher("mutual")
+def mutual_matching(metric: Tensor, r: int, protected: int = 0) -> MergePlan:
+    """Merge pairs of tokens that are each other's most similar one (MPM), the most similar first.
+
+    There may be fewer than r of them. Then tokens outside of such pairs follow, those with the most similar partner
+    first; each joins the most similar token that stays.
+    """
+    check_matching_input(metric, r, protected)
+    batch, tokens, _ = metric.shape
+    r = min(r, max_merges(tokens, protected))
+    if r == 0:
+        return MergePlan.identity(batch, tokens, metric.device)
+    similarity = _similarities(metric, protected)
+    best, partner = similarity.max(dim=2)
+    position = counting(tokens, metric.device).expand(batch, -1)
+    mutual = (partner.gather(1, partner) == position) & (best > -torch.inf)
+    second = mutual & (position > partner)  # the later of the two joins the earlier
+    first = mutual & ~second
+    # later ones of pairs come first, then tokens of no pair, then those that are joined
+    score = -best - 4.0 * second + 4.0 * first
+    source = lowest(score, r, protected)
+    return join_nearest(similarity, source, protected)
+
+
+@register_matcher("pitome")
+def energy_matching(
+    metric: Tensor,
+    r: int,
+    protected: int = 0,
+    layer: int = 0,
+    layers: int = 12,
+    margin: float = 0.9,
+    alpha: float = 1.0,
+) -> MergePlan:
+    """Only the 2r tokens with the most similar surroundings may merge (PiToMe); the rest is protected.
+
+    Energy of a token: the mean over all others of its cosine, where that is above a margin, and `α(exp(cos − margin) −
+    1)` below it. The margin falls linearly with depth, from `margin` to 0. In order of energy, every second of
+    the 2r tokens joins the most similar of the others.
+    """
+    check_matching_input(metric, r, protected)
+    batch, tokens, _ = metric.shape
+    r = min(r, max_merges(tokens, protected))
+    if r == 0:
+        return MergePlan.identity(batch, tokens, metric.device)
+    x = unit(metric)
+    similarity = x @ x.transpose(1, 2)
+    at = margin * (1 - layer / layers)
+    below = alpha * torch.expm1(similarity - at)
+    energy = torch.where(similarity >= at, similarity, below)[:, :, protected:].mean(dim=2)
+    eligible = lowest(-energy, 2 * r, protected)
+    source, open_to = eligible[:, ::2], eligible[:, 1::2]
+    rows = similarity.gather(1, source.unsqueeze(2).expand(-1, -1, tokens))
+    between = rows.gather(2, open_to.unsqueeze(1).expand(-1, r, -1))
+    return join(source, open_to.gather(1, between.argmax(dim=2)), tokens)
+
+
+@register_matcher("strided")
+def strided_matching(
+    metric: Tensor,
+    r: int,
+    protected: int = 0,
+    anchor: Tensor | None = None,
+    grid: tuple[int, ...] | None = None,
+    stride: int = 2,
+) -> MergePlan:
+    """Tokens on a 2-D grid of destinations, one in stride × stride patches, are joined by the others (tomesd).
+
+    Destinations never merge away, so that a quarter of the patches would stay for ever with `stride=2`; when the others run
+    out, the stride doubles.
+    """
+    check_matching_input(metric, r, protected)
+    batch, tokens, _ = metric.shape
+    if anchor is None or grid is None:
+        raise TypeError("strided needs the grid of patches and each token's place in it: give anchor=… and grid=…")
+    r = min(r, most_that_join(tokens, protected))
+    if r == 0:
+        return MergePlan.identity(batch, tokens, metric.device)
+    rows, columns = grid[-2:]
+    frames = math.prod(grid[:-2])
+    while tokens - protected - frames * -(-rows // stride) * -(-columns // stride) < r:
+        if stride >= max(rows, columns):  # one destination in a frame is still too many
+            frames = 1
+        stride *= 2
+    index = torch.arange(math.prod(grid), device=metric.device)
+    on_grid = (index // columns % rows % stride == 0) & (index % columns % stride == 0)
+    on_grid &= index < frames * rows * columns
+    fixed = torch.nn.functional.pad(on_grid, (protected, 0), value=False).expand(batch, -1).gather(1, anchor)
+    similarity = _similarities(metric, protected).masked_fill(~fixed.unsqueeze(1), -torch.inf)
+    best, partner = similarity.max(dim=2)
+    source = lowest((-best).masked_fill(fixed, torch.inf), r, protected)
+    return join(source, partner.gather(1, source), tokens)

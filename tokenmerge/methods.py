@@ -1,0 +1,112 @@
+"""Methods by name: sets of config fields that stand for a published way to reduce tokens.
+
+`tokenmerge compare --methods …` takes these names, and every registered matcher's.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+from tokenmerge.config import MergeConfig
+from tokenmerge.errors import ConfigError
+from tokenmerge.matching import get_entry, matcher_names
+
+
+@dataclasses.dataclass(frozen=True)
+class Method:
+    """A way to reduce tokens.
+
+    Attributes:
+        name: by which `compare` finds it.
+        fields: of `MergeConfig`.
+        kind: "matching", "clustering" or "pruning", as the paper's table 2 groups them.
+        source: where it was published.
+        note: what is different here, or `""`.
+        slow: whether it is a reference that nobody would run for speed.
+    """
+
+    name: str
+    fields: Mapping[str, Any]
+    kind: str = "matching"
+    source: str = ""
+    note: str = ""
+    slow: bool = False
+
+    @property
+    def static(self) -> bool:
+        """Whether the tokens that are left depend on shapes alone."""
+        return not get_entry(str(self.fields.get("matcher", "bipartite"))).adaptive
+
+
+_METHODS: dict[str, Method] = {}
+
+
+def register_method(name: str, *, kind: str = "matching", source: str = "", note: str = "", **fields: Any) -> None:
+    """Give a set of config fields a name.
+
+    Raises:
+        ConfigError: if there is a method of that name already, or the fields mean nothing.
+    """
+    _add(Method(name, dict(fields), kind, source, note))
+
+
+def _add(method: Method) -> None:
+    if method.name in _METHODS:
+        raise ConfigError(f"a method named {method.name!r} is registered already: choose another name")
+    MergeConfig.create(**method.fields)
+    _METHODS[method.name] = method
+
+
+def get_method(name: str) -> Method:
+    """The method of that name; a matcher's name stands for that matcher with its defaults.
+
+    Raises:
+        ConfigError: if there is neither.
+    """
+    if name in _METHODS:
+        return _METHODS[name]
+    if name in matcher_names():
+        return Method(name, {"matcher": name}, source=get_entry(name).about)
+    raise ConfigError(f"method {name!r} is not known; known are {', '.join(method_names())}")
+
+
+def method_names() -> tuple[str, ...]:
+    """Every method, and every matcher that no method uses (those of plugins among them)."""
+    used = {str(method.fields.get("matcher", "bipartite")) for method in _METHODS.values()}
+    return (*_METHODS, *(name for name in matcher_names() if name not in used))
+
+
+_PAPER = "Bolya et al. 2023, Token Merging"
+for _method in (
+    Method("tome", {}, source=_PAPER),
+    Method("tome_norm", {"combine": "norm"}, source=_PAPER, note="the mean keeps the length of its members"),
+    Method("greedy", {"matcher": "greedy"}, source=_PAPER, slow=True),
+    Method("mutual", {"matcher": "mutual"}, source="mutual nearest neighbours (MPM)"),
+    Method("pitome", {"matcher": "pitome"}, source="Tran et al. 2024, PiToMe"),
+    Method("tofu", {"combine": "tofu"}, source="Kim et al. 2024, Token Fusion", note="half of the blocks prune"),
+    Method(
+        "strided", {"matcher": "strided"}, source="Bolya & Hoffman 2023, tomesd", note="no unmerging after attention"
+    ),
+    Method(
+        "size_penalty",
+        {"matcher": "informed", "options": {"size_penalty": "harmonic", "attention_power": 0.0}},
+        source="n_i n_j / (n_i + n_j) · (1 − cos), as in LTMP and DyMU",
+    ),
+    Method("informed", {"matcher": "informed", "combine": "norm"}, note="class attention and norm-preserving mean"),
+    Method(
+        "diffrate", {"matcher": "diffrate"}, source="Chen et al. 2023, DiffRate", note="half pruned; no learned rates"
+    ),
+    Method("kmeans2", {"matcher": "kmeans", "options": {"iterations": 2}}, "clustering", _PAPER),
+    Method("kmeans5", {"matcher": "kmeans", "options": {"iterations": 5}}, "clustering", _PAPER),
+    Method("kmedoids", {"matcher": "kmedoids"}, "clustering", "Marin et al. 2023, Token Pooling"),
+    Method("atc", {"matcher": "agglomerative"}, "clustering", "Haurum et al. 2024, ATC", slow=True),
+    Method("random", {"matcher": "random_prune"}, "pruning", _PAPER),
+    Method("attention", {"matcher": "attention_prune"}, "pruning", "Liang et al. 2022, EViT without its fused token"),
+    Method(
+        "evit", {"matcher": "evit"}, "pruning", "Liang et al. 2022, EViT", "off the shelf; the fused token is a mean"
+    ),
+    Method("ats", {"matcher": "ats"}, "pruning", "Fayyaz et al. 2022, ATS", "as many tokens in every image"),
+):
+    _add(_method)

@@ -1,0 +1,98 @@
+"""Flags of `tokenmerge compare`."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from tokenmerge.errors import InputError
+from tokenmerge.flags import add_merging, add_model, add_running, between, count
+from tokenmerge.tools.settings import Setting, parse_setting
+
+
+def add_compare_options(command: argparse.ArgumentParser) -> None:
+    """All of them."""
+    add_model(command)
+    for action in command._actions:
+        if action.dest == "model":
+            action.nargs, action.required, action.default = "?", False, None
+    command.add_argument(
+        "--data",
+        "--data-dir",
+        type=Path,
+        required=True,
+        metavar="DIR",
+        help="folder with one folder of images per class",
+    )
+    command.add_argument(
+        "--methods",
+        nargs="+",
+        default=[],
+        metavar="NAME",
+        help="names of methods and matchers; without it, every one that is no slow reference. The first of a setting is "
+        "always tome, and the others are compared with it",
+    )
+    command.add_argument(
+        "--speedups",
+        nargs="+",
+        type=between(1, 100),
+        default=[],
+        metavar="X",
+        help="instead of --r: measured speed-ups; each method gets the r that reaches them on this device",
+    )
+    command.add_argument(
+        "--paper", metavar="NAME", help="an experiment of the paper: ablation, matching, schedules, table1, table2"
+    )
+    command.add_argument(
+        "--output", type=Path, default=Path("compare"), metavar="DIR", help="folder for results (%(default)s)"
+    )
+    command.add_argument("--limit", type=count(1), metavar="N", help="use only N images, evenly spread")
+    command.add_argument(
+        "--rounds", type=count(0), default=7, metavar="N", help="of timing; 0 does not time (%(default)s)"
+    )
+    command.add_argument(
+        "--workers",
+        "-j",
+        type=count(0),
+        default=min(2, os.cpu_count() or 1),
+        help="processes that decode (%(default)s)",
+    )
+    add_merging(command, None, required=False)
+    add_running(command, batch_size=32)
+
+
+def compare_args(args: argparse.Namespace, settings: Sequence[Setting]) -> Any:
+    """What the flags ask for.
+
+    Raises:
+        InputError: if flags contradict each other, or nothing is asked for.
+    """
+    from tokenmerge.tools.compare.paper import get_experiment
+    from tokenmerge.tools.compare.run import CompareArgs
+
+    experiment = None if args.paper is None else get_experiment(args.paper)
+    if experiment is not None and (args.methods or args.speedups):
+        raise InputError("--paper has methods of its own: leave out --methods and --speedups")
+    if settings and args.speedups:
+        raise InputError("--r and --speedups were both given, but one of them says how much to merge: give one")
+    if experiment is not None and not settings:
+        settings = [parse_setting(text) for text in experiment.settings]
+    if not settings and not args.speedups:
+        raise InputError("nothing says how much to merge: give --r 8 16, or --speedups 1.5 2")
+    if any(setting.is_baseline for setting in settings):
+        settings = [setting for setting in settings if not setting.is_baseline]  # it is always there
+    return CompareArgs(
+        data=args.data,
+        methods=args.methods,
+        settings=settings,
+        speedups=args.speedups,
+        experiment=experiment,
+        output=args.output,
+        batch_size=args.batch_size,
+        workers=args.workers,
+        limit=args.limit,
+        rounds=args.rounds,
+    )

@@ -1,0 +1,134 @@
+"""The paper's experiments: exact settings, and what was published.
+
+Figures are those of the paper's tables as far as they are known here (ImageNet-1k, V100); `None` where they are not.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+from tokenmerge.errors import ConfigError
+
+
+@dataclasses.dataclass(frozen=True)
+class Line:
+    """One line of an experiment.
+
+    Attributes:
+        label: as people see it.
+        fields: of `MergeConfig`.
+        published: top-1 in the paper, in percent.
+    """
+
+    label: str
+    fields: Mapping[str, Any]
+    published: float | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Experiment:
+    """One table of the paper.
+
+    Attributes:
+        name: of `compare --paper`.
+        about: what it shows.
+        model: the paper's, as the command names models.
+        settings: schedules, as of `--r`.
+        lines: what is compared; the first is the paper's choice.
+    """
+
+    name: str
+    about: str
+    model: str
+    settings: tuple[str, ...]
+    lines: tuple[Line, ...]
+
+
+_TOME = Line("k, cosine, mean, weighted, alternating (default)", {}, 84.22)
+_MAE_L = "vit_large_patch16_224.mae"
+
+EXPERIMENTS: Mapping[str, Experiment] = {
+    one.name: one
+    for one in (
+        Experiment(
+            "ablation",
+            "design choices (table 1 of the paper)",
+            _MAE_L,
+            ("8",),
+            (
+                _TOME,
+                Line("metric x_pre", {"metric": "x_pre"}),
+                Line("metric x", {"metric": "x"}),
+                Line("metric q", {"metric": "q"}),
+                Line("metric v", {"metric": "v"}),
+                Line("distance euclidean", {"distance": "euclidean"}),
+                Line("distance dot", {"distance": "dot"}),
+                Line("distance softmax", {"distance": "softmax"}),
+                Line("heads concat", {"heads": "concat"}),
+                Line("combine keep one", {"combine": "keep"}),
+                Line("combine max", {"combine": "max"}),
+                Line("combine average", {"combine": "average"}),
+                Line("partition sequential", {"partition": "sequential"}),
+                Line("partition random", {"partition": "random"}),
+                Line("prop. attention off", {"prop_attn": False}),
+                Line("prop. attention on", {"prop_attn": True}),
+                Line("place before attention (x_pre)", {"place": "before", "metric": "x_pre"}),
+                Line("place after MLP", {"place": "after"}),
+            ),
+        ),
+        Experiment(
+            "matching",
+            "matching against clustering and pruning (table 2)",
+            _MAE_L,
+            ("8",),
+            (
+                Line("bipartite matching", {}, 84.22),
+                Line("greedy matching", {"matcher": "greedy"}),
+                Line("k-means, 2 iterations", {"matcher": "kmeans", "options": {"iterations": 2}}),
+                Line("k-means, 5 iterations", {"matcher": "kmeans", "options": {"iterations": 5}}),
+                Line("attention pruning", {"matcher": "attention_prune"}),
+                Line("random pruning", {"matcher": "random_prune"}),
+            ),
+        ),
+        Experiment(
+            "schedules",
+            "constant against other schedules of the same total (figure 2)",
+            _MAE_L,
+            ("8", "8:-1", "8:-0.5", "8:0.5", "8:1"),
+            (Line("tome", {}, None),),
+        ),
+        Experiment(
+            "table1",
+            "off the shelf, larger r for more speed (AugReg ViT-B/16)",
+            "vit_base_patch16_224.augreg2_in21k_ft_in1k",
+            ("13",),
+            (Line("tome", {}, 82.60),),
+        ),
+        Experiment(
+            "table2",
+            "pruning rivals at equal r on DeiT-S",
+            "deit_small_patch16_224.fb_in1k",
+            ("13",),
+            (
+                Line("tome", {}, 78.83),
+                Line("evit", {"matcher": "evit"}),
+                Line("attention pruning", {"matcher": "attention_prune"}),
+                Line("ats", {"matcher": "ats"}),
+                Line("diffrate, half pruned", {"matcher": "diffrate"}),
+            ),
+        ),
+    )
+}
+
+
+def get_experiment(name: str) -> Experiment:
+    """The experiment of that name.
+
+    Raises:
+        ConfigError: if there is none.
+    """
+    if name not in EXPERIMENTS:
+        raise ConfigError(f"--paper {name!r} is not known; known are {', '.join(EXPERIMENTS)}")
+    return EXPERIMENTS[name]

@@ -1,0 +1,241 @@
+"""The comparison itself: choose settings, measure speed in turns, score on the same images, test the differences."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from tokenmerge.errors import ConfigError, InputError
+from tokenmerge.methods import get_method, method_names
+from tokenmerge.patching import model_cost
+from tokenmerge.tools.compare.data import Images, describe
+from tokenmerge.tools.compare.pages import write_outputs
+from tokenmerge.tools.compare.paper import Experiment
+from tokenmerge.tools.compare.scoring import Scores, score
+from tokenmerge.tools.compare.statistics import bootstrap
+from tokenmerge.tools.compare.variants import Variant, fingerprint, make_variant, r_for_speedup, time_variants
+from tokenmerge.tools.models import ModelArgs, load_model
+from tokenmerge.tools.report import Report, Row
+from tokenmerge.tools.settings import Setting, parse_setting
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class CompareArgs:
+    """What to compare, and on what.
+
+    Attributes:
+        data: folder with one folder of images per class.
+        methods: names; empty for every one that is no slow reference.
+        settings: schedules, as of `--r`.
+        speedups: measured speed-ups instead: each method gets the r that reaches them.
+        experiment: of the paper, instead of methods and settings.
+        output: folder for results.
+        batch_size: images per pass, also when timing.
+        workers: processes that decode.
+        limit: images to use; `None` for all.
+        rounds: of timing, in which all take turns; 0 does not time.
+    """
+
+    data: Path
+    methods: Sequence[str] = ()
+    settings: Sequence[Setting] = ()
+    speedups: Sequence[float] = ()
+    experiment: Experiment | None = None
+    output: Path = Path("compare")
+    batch_size: int = 32
+    workers: int = 2
+    limit: int | None = None
+    rounds: int = 7
+
+
+def run_compare(args: ModelArgs, compare: CompareArgs, fields: dict[str, Any], report: Report) -> int:
+    """Compare, print, and write csv, json, svg and html into `compare.output`.
+
+    Returns:
+        0.
+
+    Raises:
+        InputError: if model, data or output cannot be used.
+        ConfigError: if a method cannot run on this model.
+    """
+    folder = compare.output / "scores"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(
+            f"--output {str(compare.output)!r} cannot be made ({error.strerror}): choose another"
+        ) from None
+    model = load_model(args)
+    if not args.pretrained and args.checkpoint is None:
+        report.warn(
+            "the model has random weights, so its accuracy means nothing: give --pretrained or --checkpoint FILE"
+        )
+    images = Images(model, args, compare.data, compare.batch_size, compare.workers, compare.limit)
+    context = fingerprint({"model": describe(args), "data": images.fingerprint(), "batch_size": compare.batch_size})
+    variants = _variants(model, images, compare, fields, report)
+    timing = None
+    if compare.rounds:
+        report.say(f"timing {len(variants)} variants in turns, batch {compare.batch_size} …")
+        timing = time_variants(model, variants, images.first(compare.batch_size), compare.rounds)
+    scores = _score_all(model, variants, images, folder, context, report)
+    rows = _rows(args, model, variants, scores, timing, compare)
+    if images.skipped:
+        report.warn(f"{len(images.skipped)} unreadable files were skipped, the first is {images.skipped[0]}")
+    _print(report, rows, args.model, len(scores[0].top1))
+    write_outputs(compare.output, rows, args, compare.experiment, report)
+    report.write(rows)
+    return 0
+
+
+def _variants(
+    model: Any, images: Images, compare: CompareArgs, fields: dict[str, Any], report: Report
+) -> list[Variant]:
+    """Everything that will be compared, each group led by what the others are compared with."""
+    if compare.experiment is not None:
+        return [
+            make_variant(model, line.label, setting, {**fields, **line.fields})
+            for setting in compare.settings
+            for line in compare.experiment.lines
+        ]
+    names = list(compare.methods) or [name for name in method_names() if not get_method(name).slow]
+    names = ["tome", *(name for name in names if name != "tome")]
+    found = []
+    for setting in compare.settings:
+        for name in names:
+            method = get_method(name)
+            found.append(make_variant(model, name, setting, {**fields, **method.fields}, method))
+    for target in compare.speedups:
+        batch = images.first(compare.batch_size)
+        for name in names:
+            method = get_method(name)
+            try:
+                r, reached = r_for_speedup(model, batch, {**fields, **method.fields}, target, max(3, compare.rounds))
+            except ConfigError as error:
+                report.warn(f"{name}: {error}")
+                continue
+            report.say(f"{name}: r={r} for {target:g}x (measured {reached:.2f}x)")
+            variant = make_variant(model, name, parse_setting(str(r)), {**fields, **method.fields}, method)
+            found.append(dataclasses.replace(variant, group=f"{target:g}x"))
+    if not found:
+        raise InputError("nothing is left to compare: give --r, or smaller --speedups")
+    return found
+
+
+def _score_all(
+    model: Any, variants: Sequence[Variant], images: Images, folder: Path, context: str, report: Report
+) -> list[Scores]:
+    """Scores of the unmerged model and then of every variant; what lies in `folder` already is not measured again."""
+    known = [Scores.load(folder / f"{variant.key(context)}.json") for variant in variants]
+    missing = sum(one is None for one in known)
+    if missing < len(variants):
+        report.say(f"{len(variants) - missing} of {len(variants)} variants were scored before, in {folder!s}")
+    with report.progress() as progress:
+        task = progress.add_task("scoring", total=(missing + 1) * len(images))
+
+        def watched() -> Any:
+            for batch, labels in images:
+                yield batch, labels
+                progress.advance(task, len(labels))
+
+        baseline, reference = score(model, watched(), None)
+        found = [baseline]
+        for variant, old in zip(variants, known, strict=True):
+            if old is not None and len(old.top1) == len(baseline.top1):
+                found.append(old)
+                continue
+            new, _ = score(variant.model, watched(), reference)
+            new.save(folder / f"{variant.key(context)}.json")
+            found.append(new)
+    return found
+
+
+def _rows(
+    args: ModelArgs,
+    model: Any,
+    variants: Sequence[Variant],
+    scores: Sequence[Scores],
+    timing: Any,
+    compare: CompareArgs,
+) -> list[Row]:
+    """One row per variant, the unmerged model first."""
+    cost = model_cost(model)
+    common = {
+        "model": args.model,
+        "images": len(scores[0].top1),
+        "batch_size": compare.batch_size,
+        "device": args.device,
+    }
+    common |= {"dtype": args.dtype, "torch": torch.__version__}
+    base = {
+        "method": "unmerged",
+        "kind": "",
+        "setting": "r=0",
+        "group": "",
+        "gflops": cost.total() / 1e9,
+        "speedup": 1.0,
+    }
+    rows: list[Row] = [{**base, **_accuracy(scores[0]), **common}]
+    lead: dict[str, Scores] = {}
+    for number, (variant, mine) in enumerate(zip(variants, scores[1:], strict=True)):
+        first = lead.setdefault(variant.group, mine)
+        row = {
+            "method": variant.label,
+            "kind": variant.kind,
+            "setting": variant.setting,
+            "group": variant.group,
+            "gflops": variant.handle.summary().flops_after / 1e9,
+            **_accuracy(mine),
+            "config": variant.config.to_json(),
+            "note": variant.note,
+            **common,
+        }
+        for name, values in (
+            ("top1", 100 * (mine.top1 - first.top1)),
+            ("divergence", mine.divergence - first.divergence),
+        ):
+            interval = bootstrap(values)
+            row |= {f"{name}_difference": interval.mean, f"{name}_low": interval.low, f"{name}_high": interval.high}
+        if timing is not None:
+            speed, overhead = timing[0][number], timing[1][number]
+            row |= {"speedup": speed.p50, "speedup_p20": speed.p20, "speedup_p80": speed.p80, "overhead": overhead}
+        if compare.experiment is not None:
+            line = next(line for line in compare.experiment.lines if line.label == variant.label)
+            row["published_top1"] = line.published
+        rows.append(row)
+    return rows
+
+
+def _accuracy(scores: Scores) -> Row:
+    return {
+        "top1": 100 * float(scores.top1.mean()),
+        "top5": 100 * float(scores.top5.mean()),
+        "divergence": float(scores.divergence.mean()),
+    }
+
+
+def _print(report: Report, rows: Sequence[Row], model: str, images: int) -> None:
+    def cells(row: Row) -> tuple[str, ...]:
+        lead = row["method"] == "unmerged" or (row["top1_low"] == row["top1_high"] == 0)
+        difference = "" if lead else f"{row['top1_difference']:+.2f} [{row['top1_low']:+.2f}, {row['top1_high']:+.2f}]"
+        speed = f"{row['speedup']:.2f}x" if "speedup" in row else ""
+        over = f"{row['overhead']:.2f}" if row.get("overhead") else ""
+        return (
+            row["method"],
+            row["setting"].removeprefix("r="),
+            f"{row['top1']:.2f}",
+            difference,
+            f"{row['divergence']:.3f}",
+            f"{row['gflops']:.3g}",
+            speed,
+            over,
+        )
+
+    report.table(
+        f"{model}, {images} images",
+        ("method", "r", "top-1", "vs first of r [95 %]", "KL", "GFLOPs", "speed", "over"),
+        (cells(row) for row in rows),
+    )

@@ -1,0 +1,79 @@
+"""Predictions of every variant on the same images, kept image by image, so that differences can be tested."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tokenmerge.errors import InputError
+from tokenmerge.tools.inputs import logits_of
+
+
+@dataclasses.dataclass
+class Scores:
+    """What one variant said of every image.
+
+    Attributes:
+        top1: `[n]` 1 where its first guess is right.
+        top5: `[n]` 1 where one of its first five is.
+        divergence: `[n]` KL divergence of its prediction from the unmerged model's, in nats; 0 for the unmerged model.
+    """
+
+    top1: Tensor
+    top5: Tensor
+    divergence: Tensor
+
+    def save(self, path: Path) -> None:
+        """Write them; whole or not at all."""
+        text = json.dumps({name: getattr(self, name).tolist() for name in ("top1", "top5", "divergence")})
+        part = path.with_suffix(".part")
+        part.write_text(text, encoding="utf-8")
+        os.replace(part, path)
+
+    @classmethod
+    def load(cls, path: Path) -> Scores | None:
+        """What `save` wrote; `None` if there is none, or it is damaged: it is measured again then."""
+        try:
+            found = json.loads(path.read_text(encoding="utf-8"))
+            return cls(*(torch.tensor(found[name], dtype=torch.float64) for name in ("top1", "top5", "divergence")))
+        except (OSError, ValueError, KeyError, TypeError):
+            return None
+
+
+@torch.inference_mode()
+def score(
+    model: Any, batches: Iterable[tuple[Tensor, Tensor]], reference: list[Tensor] | None
+) -> tuple[Scores, list[Tensor]]:
+    """Run a model over all images.
+
+    Args:
+        model: what to run.
+        batches: images and labels.
+        reference: log-probabilities of the unmerged model, batch by batch; `None` if this is it.
+
+    Returns:
+        The scores, and log-probabilities of each batch on the CPU, in half precision to save memory.
+    """
+    parts: list[tuple[Tensor, Tensor, Tensor]] = []
+    said = []
+    for number, (images, labels) in enumerate(batches):
+        log = logits_of(model(images)).float().log_softmax(dim=1)
+        hits = log.topk(min(5, log.shape[1]), dim=1).indices == labels.unsqueeze(1)
+        if reference is None:
+            said.append(log.cpu())
+            divergence = log.new_zeros(len(log))
+        else:
+            wanted = reference[number].to(log.device)
+            divergence = (wanted.exp() * (wanted - log)).sum(dim=1)
+        parts.append((hits[:, 0].double(), hits.any(dim=1).double(), divergence.double()))
+    if not parts:
+        raise InputError("not one image was there to score: check --data")
+    top1, top5, divergence = (torch.cat([part[i].cpu() for part in parts]) for i in range(3))
+    return Scores(top1, top5, divergence), said

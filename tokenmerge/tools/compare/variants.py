@@ -1,0 +1,140 @@
+"""What is compared: a method at a setting, patched onto a copy that shares the model's weights."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tokenmerge.config import MergeConfig
+from tokenmerge.errors import ConfigError, TokenMergeError
+from tokenmerge.methods import Method
+from tokenmerge.patching import Handle, model_cost, patch
+from tokenmerge.schedule import constant
+from tokenmerge.timing import Spread, take_turns
+from tokenmerge.tools.settings import Setting
+from tokenmerge.tools.variants import share_weights, sliced
+
+
+@dataclasses.dataclass
+class Variant:
+    """One line of the comparison.
+
+    Attributes:
+        label: of the method, as people see it.
+        setting: the schedule, as typed.
+        config: what the copy was patched with.
+        model: the copy.
+        handle: of its patch.
+        group: what it is compared with: the same r, or the same speed-up.
+        kind: of the method.
+        note: what is to be said of it.
+    """
+
+    label: str
+    setting: str
+    config: MergeConfig
+    model: Any
+    handle: Handle
+    group: str
+    kind: str = "matching"
+    note: str = ""
+
+    def key(self, context: str) -> str:
+        """Names its results: another config, model, or other data is another key."""
+        return hashlib.sha256(f"{context}\n{self.config.to_json()}".encode()).hexdigest()[:16]
+
+
+def make_variant(
+    model: Any, label: str, setting: Setting, fields: dict[str, Any], method: Method | None = None
+) -> Variant:
+    """The variant of an unpatched model under these fields.
+
+    Raises:
+        TokenMergeError: if the model cannot be patched so; says of which method that is.
+    """
+    copy = share_weights(model)
+    try:
+        handle = patch(copy, setting.config(**fields))
+    except TokenMergeError as error:
+        raise ConfigError(f"method {label!r} cannot run on this model: {error}") from None
+    kind = "matching" if method is None else method.kind
+    return Variant(
+        label, setting.title, handle.config, copy, handle, setting.title, kind, method.note if method else ""
+    )
+
+
+def r_for_speedup(model: Any, images: Tensor, fields: dict[str, Any], target: float, rounds: int) -> tuple[int, float]:
+    """The smallest constant r whose measured speed-up over the unmerged model reaches `target`, and that speed-up.
+
+    A binary search; every step lets both take turns.
+
+    Raises:
+        ConfigError: if the largest r does not reach it.
+    """
+    copy = share_weights(model)
+    handle = patch(copy, MergeConfig.create(r=1, **fields))
+    cost = model_cost(model)
+    most = max(1, (cost.tokens - cost.protected) // 2)
+    layers = len(handle.schedule)
+
+    def speed(r: int) -> float:
+        handle.update(r=r)
+        with torch.inference_mode():
+            times = take_turns([lambda: model(images), lambda: copy(images)], images.device, 1, rounds)
+        return Spread.of_ratios(times[0], times[1]).p50
+
+    # where FLOPs alone say it would be is where to look; beyond it nothing is known
+    by_flops = next((r for r in range(1, most + 1) if 1 / cost.fraction(constant(r, layers)) >= target), most)
+    low, high, reached = 0, most, 0.0
+    guess = min(most, max(1, by_flops))
+    while low < high:
+        measured = speed(guess)
+        if measured >= target:
+            high, reached = guess, measured
+        else:
+            low = guess + 1
+        guess = (low + high) // 2 if high < most or low > by_flops + 8 else min(high, low + 2)
+    if not reached:
+        reached = speed(high)
+    if reached < target:
+        raise ConfigError(
+            f"a speed-up of {target:g} is out of reach here: with r={most} in every block it is {reached:.2f}; ask for less, or "
+            "for a larger --batch-size"
+        )
+    return high, reached
+
+
+@torch.inference_mode()
+def time_variants(
+    model: Any, variants: Sequence[Variant], images: Tensor, rounds: int
+) -> tuple[list[Spread], list[float | None]]:
+    """Speed-up over the unmerged model, and overhead over merely slicing off as many tokens, of each variant.
+
+    All take turns in every round. Overhead is `None` for models that cannot be sliced.
+    """
+    slices: dict[tuple[int, ...], Any] = {}
+    for variant in variants:
+        schedule = variant.handle.schedule
+        if schedule not in slices:
+            slices[schedule] = sliced(model, schedule)
+    models = [model, *(variant.model for variant in variants), *(one for one in slices.values() if one is not None)]
+    times = take_turns([lambda one=one: one(images) for one in models], images.device, 1, rounds)  # type: ignore[misc]
+    of_slices = iter(times[1 + len(variants) :])
+    by_schedule = {schedule: None if one is None else next(of_slices) for schedule, one in slices.items()}
+    speed, overhead = [], []
+    for variant, mine in zip(variants, times[1:], strict=False):
+        speed.append(Spread.of_ratios(times[0], mine))
+        bound = by_schedule[variant.handle.schedule]
+        overhead.append(None if bound is None else Spread.of_ratios(mine, bound).p50)
+    return speed, overhead
+
+
+def fingerprint(parts: dict[str, Any]) -> str:
+    """Everything but the config that results depend on, as one text."""
+    return json.dumps(parts, sort_keys=True, default=str)

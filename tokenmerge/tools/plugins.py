@@ -1,0 +1,39 @@
+"""Matchers and methods of the user's own: Python files, and packages that announce theirs."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Iterable
+from importlib.metadata import entry_points
+from pathlib import Path
+
+from tokenmerge.errors import InputError
+
+GROUP = "tokenmerge.plugins"
+"""Entry points of installed packages in this group are imported before a command runs."""
+
+
+def load_plugins(files: Iterable[Path]) -> None:
+    """Run every file, and import every installed package that has an entry point in the group `tokenmerge.plugins`.
+
+    Raises:
+        InputError: if one cannot be read, or fails.
+    """
+    for file in files:
+        spec = importlib.util.spec_from_file_location(f"tokenmerge_plugin_{file.stem}", file)
+        if spec is None or spec.loader is None:
+            raise InputError(f"--plugin {str(file)!r} is no Python file: give one that ends in .py")
+        try:
+            spec.loader.exec_module(importlib.util.module_from_spec(spec))
+        except Exception as error:
+            raise InputError(
+                f"--plugin {str(file)!r} failed ({type(error).__name__}: {error}): run it with python to see where"
+            ) from None
+    for point in entry_points(group=GROUP):
+        try:
+            point.load()
+        except Exception as error:
+            raise InputError(
+                f"the plugin {point.name!r} of an installed package failed ({type(error).__name__}: {error}): "
+                "update or uninstall that package"
+            ) from None

@@ -1,0 +1,224 @@
+"""The search: Optuna proposes, this device's clock and the unmerged model's predictions judge."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tokenmerge.config import MergeConfig
+from tokenmerge.errors import ConfigError, InputError, TokenMergeError
+from tokenmerge.patching import model_cost, patch
+from tokenmerge.timing import Spread, take_turns
+from tokenmerge.tools.compare.data import Images
+from tokenmerge.tools.compare.scoring import Scores, score
+from tokenmerge.tools.compare.statistics import bootstrap
+from tokenmerge.tools.compare.variants import r_for_speedup
+from tokenmerge.tools.models import ModelArgs, load_model
+from tokenmerge.tools.report import Report, Row
+from tokenmerge.tools.search.space import START, config_fields, full, suggest
+from tokenmerge.tools.variants import share_weights
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SearchArgs:
+    """What to search for, and on what.
+
+    Attributes:
+        data: folder with one folder of images per class; labels are used only for the final check.
+        speedup: wanted, measured on this device.
+        trials: how many settings to try in all, those of an earlier run in the same storage included.
+        storage: URL of Optuna's storage, such as sqlite:///search.db; `None` keeps the study in memory.
+        study: its name there.
+        output: file for the config that was found.
+        batch_size: images per pass.
+        workers: processes that decode.
+        calibration: images that settings are judged by.
+        holdout: other images, on which the result is checked.
+        rounds: of timing for each trial.
+        seed: of the sampler.
+    """
+
+    data: Path
+    speedup: float = 2.0
+    trials: int = 60
+    storage: str | None = None
+    study: str = "tokenmerge"
+    output: Path = Path("tokenmerge.json")
+    batch_size: int = 32
+    workers: int = 2
+    calibration: int = 128
+    holdout: int = 512
+    rounds: int = 3
+    seed: int = 0
+
+
+class Judge:
+    """Measures one config: how long a pass takes compared with the unmerged model's, and how far predictions move."""
+
+    def __init__(self, model: Any, batches: Sequence[tuple[Tensor, Tensor]], timed: Tensor, rounds: int) -> None:
+        self.model, self.batches, self.timed, self.rounds = model, batches, timed, rounds
+        _, self.reference = score(model, batches, None)
+        self.copy = share_weights(model)
+        self.handle = patch(self.copy, r=0)
+
+    def scores(self, config: MergeConfig) -> Scores:
+        """Of every image."""
+        self.handle.update(config)
+        return score(self.copy, self.batches, self.reference)[0]
+
+    @torch.inference_mode()
+    def relative_time(self, config: MergeConfig, rounds: int | None = None) -> float:
+        """Time ÷ the unmerged model's; both take turns."""
+        self.handle.update(config)
+        calls = [lambda: self.model(self.timed), lambda: self.copy(self.timed)]
+        times = take_turns(calls, self.timed.device, 1, rounds or self.rounds)
+        return Spread.of_ratios(times[1], times[0]).p50
+
+
+def run_search(args: ModelArgs, search: SearchArgs, report: Report) -> int:
+    """Search, check on held-out images, and write the config.
+
+    Returns:
+        0.
+
+    Raises:
+        InputError: if Optuna is missing, or data, storage or output cannot be used.
+        ConfigError: if no setting reached the speed-up.
+    """
+    try:
+        import optuna
+    except ImportError:
+        raise InputError("Optuna is not installed, but search needs it: pip install 'tokenmerge[search]'") from None
+    if not search.output.resolve().parent.is_dir():
+        raise InputError(f"the folder of --output {str(search.output)!r} does not exist: make it first")
+    model = load_model(args)
+    both = search.calibration + search.holdout
+    images = Images(model, args, search.data, search.batch_size, search.workers, both)
+    if len(images) < 2 * search.batch_size:
+        raise InputError(
+            f"{len(images)} images are too few to search on and to check on: give at least {2 * search.batch_size}"
+        )
+    batches = list(images)
+    cut = max(1, round(len(batches) * search.calibration / both))
+    mine, others = _shuffled(batches, cut)
+    judge = Judge(model, mine, images.first(search.batch_size), search.rounds)
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    try:
+        study = optuna.create_study(
+            study_name=search.study,
+            storage=search.storage,
+            load_if_exists=True,
+            directions=["minimize", "minimize"],
+            sampler=optuna.samplers.TPESampler(seed=search.seed, multivariate=True, group=True),
+        )
+    except Exception as error:  # databases fail in ways of their own
+        raise InputError(f"--storage {search.storage!r} cannot be used ({error}): try sqlite:///search.db") from None
+    _optimize(study, judge, search, report)
+    rows = _check(study, judge, others, search, model, report)
+    _print(report, rows, search)
+    report.write(rows)
+    return 0
+
+
+def _shuffled(batches: list[tuple[Tensor, Tensor]], cut: int) -> tuple[list[Any], list[Any]]:
+    """Calibration and held-out batches, each of images from all over the data, which is sorted by class."""
+    images, labels = torch.cat([one for one, _ in batches]), torch.cat([one for _, one in batches])
+    order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0)).to(labels.device)
+    size = len(batches[0][1])
+    parts = [(images[index], labels[index]) for index in order.split(size)]
+    return parts[:cut], parts[cut:]
+
+
+def _optimize(study: Any, judge: Judge, search: SearchArgs, report: Report) -> None:
+    import optuna
+
+    cost = model_cost(judge.model)
+    layers = len(judge.handle.schedule)
+    try:
+        judge.handle.update(MergeConfig(r=1, matcher="informed"))
+        attention = True
+    except TokenMergeError:  # its attention cannot be looked into
+        attention = False
+
+    def config(parameters: Any) -> MergeConfig:
+        fields = config_fields(parameters, search.speedup, layers, cost.tokens, cost.protected, cost.fraction)
+        return MergeConfig.create(**fields)
+
+    def objective(trial: Any) -> tuple[float, float]:
+        chosen = config(suggest(trial, layers, attention))
+        trial.set_user_attr("config", chosen.to_json())
+        seconds = judge.relative_time(chosen)
+        return seconds, float(judge.scores(chosen).divergence.mean())
+
+    if not study.trials:
+        for start in START:
+            if attention or start.get("matcher") != "informed":
+                study.enqueue_trial(full(start))
+    done = sum(trial.state.is_finished() for trial in study.trials)
+    if done:
+        report.say(f"{done} trials were there already, in {search.storage}")
+    with report.progress() as progress:
+        task = progress.add_task("searching", total=max(0, search.trials - done))
+        while sum(trial.state.is_finished() for trial in study.trials) < search.trials:  # other workers count, too
+            study.optimize(objective, n_trials=1, catch=(optuna.TrialPruned,))
+            progress.advance(task)
+
+
+def _check(
+    study: Any, judge: Judge, others: Sequence[Any], search: SearchArgs, model: Any, report: Report
+) -> list[Row]:
+    """The best setting that is fast enough, against the constant schedule at the same measured speed, on other images."""
+    finished = [trial for trial in study.trials if trial.values is not None]
+    close = sorted((t for t in finished if 1 / t.values[0] >= 0.97 * search.speedup), key=lambda t: t.values[1])
+    best, speed = None, 0.0
+    for trial in close[:8]:  # measured again, longer: the luckiest of many short measurements is not the fastest
+        config = MergeConfig.from_json(trial.user_attrs["config"])
+        speed = 1 / judge.relative_time(config, max(9, search.rounds))
+        if speed >= search.speedup:
+            best = config
+            break
+    if best is None:
+        reached = max((1 / trial.values[0] for trial in finished), default=0.0)
+        raise ConfigError(
+            f"no setting reached {search.speedup:g}x here (the fastest was {reached:.2f}x): ask for less, give more --trials, or "
+            "a larger --batch-size"
+        )
+    r, plain_speed = r_for_speedup(model, judge.timed, {}, speed, max(9, search.rounds))
+    settings = {"found": (best, speed), "constant r": (MergeConfig(r=r), plain_speed)}
+    check = Judge(model, others, judge.timed, search.rounds)
+    scores = {name: check.scores(config) for name, (config, _) in settings.items()}
+    unmerged = score(model, others, None)[0]
+    difference = bootstrap(100 * (scores["found"].top1 - scores["constant r"].top1))
+    further = bootstrap(scores["found"].divergence - scores["constant r"].divergence)
+    rows: list[Row] = [
+        {"setting": "unmerged", "speedup": 1.0, "top1": 100 * float(unmerged.top1.mean()), "divergence": 0.0}
+    ]
+    for name, (config, fast) in settings.items():
+        one = scores[name]
+        row = {"setting": name, "speedup": fast, "top1": 100 * float(one.top1.mean())}
+        rows.append({**row, "divergence": float(one.divergence.mean()), "config": config.to_json()})
+    rows[1] |= {"top1_difference": str(difference), "divergence_difference": str(further)}
+    frontier = [
+        {"speedup": 1 / t.values[0], "divergence": t.values[1], "config": t.user_attrs["config"]}
+        for t in study.best_trials
+    ]
+    search.output.write_text(json.dumps(json.loads(best.to_json()), indent=2) + "\n", encoding="utf-8")
+    beside = search.output.with_suffix(".frontier.json")
+    beside.write_text(json.dumps(sorted(frontier, key=lambda one: one["speedup"]), indent=2) + "\n", encoding="utf-8")
+    report.say(f"wrote {search.output} (use it as --r {search.output}, or MergeConfig.from_json) and {beside}")
+    return rows
+
+
+def _print(report: Report, rows: Sequence[Row], search: SearchArgs) -> None:
+    report.table(
+        f"checked on {search.holdout} other images",
+        ("setting", "speed-up", "top-1", "KL"),
+        ((r["setting"], f"{r['speedup']:.2f}x", f"{r['top1']:.2f}", f"{r['divergence']:.3f}") for r in rows),
+    )
+    report.say(f"found − constant: top-1 {rows[1]['top1_difference']}, KL {rows[1]['divergence_difference']} (95 %)")

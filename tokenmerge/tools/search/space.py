@@ -1,0 +1,125 @@
+"""What a search may choose: a schedule, block by block, and the config fields that paid elsewhere."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from tokenmerge.schedule import Schedule, max_merges
+
+Fraction = Callable[[Schedule], float]
+
+START: Sequence[Mapping[str, Any]] = (  # cheap starting points; what is missing is as the paper has it
+    {"inflect": 0.0},
+    {"inflect": 0.0, "combine": "norm"},
+    {"inflect": -0.5},
+    {"inflect": 0.0, "last": True},
+    {"inflect": 0.0, "combine": "norm", "matcher": "informed", "attention_power": 0.5, "attention_from": 4},
+    {"inflect": 0.0, "combine": "norm", "matcher": "informed", "attention_power": 0.5, "token_weight": 0.5},
+)
+_USUAL: Mapping[str, Any] = {
+    "factor": 1.0,
+    "inflect": 0.0,
+    "spared": 0,
+    "last": False,
+    "combine": "mean",
+    "order": "partition",
+    "matcher": "bipartite",
+    "partition": "alternating",
+}
+_INFORMED: Mapping[str, Any] = {
+    "attention_power": 0.0,
+    "attention_from": 0,
+    "token_weight": 0.0,
+    "size_penalty": "none",
+}
+
+
+def full(parameters: Mapping[str, Any]) -> dict[str, Any]:
+    """A starting point with everything that it leaves out."""
+    more = _INFORMED if parameters.get("matcher") == "informed" else {}
+    return {**_USUAL, **more, **parameters}
+
+
+def suggest(trial: Any, layers: int, attention: bool) -> dict[str, Any]:
+    """The parameters of one trial of Optuna's.
+
+    Args:
+        trial: Optuna's.
+        layers: how many blocks there are.
+        attention: whether matchers can look at class attention here.
+    """
+    found = {
+        "factor": trial.suggest_float("factor", 0.85, 1.2),  # of the FLOPs that the wanted speed-up stands for
+        "inflect": trial.suggest_float("inflect", -1.0, 1.0),
+        "spared": trial.suggest_int("spared", 0, max(0, min(3, layers // 4))),
+        "last": trial.suggest_categorical("last", [False, True]),
+        "combine": trial.suggest_categorical("combine", ["mean", "norm"]),
+        "order": trial.suggest_categorical("order", ["partition", "keep"]),
+        "matcher": trial.suggest_categorical("matcher", ["bipartite", "informed"] if attention else ["bipartite"]),
+        "partition": trial.suggest_categorical("partition", ["alternating", "checkerboard"]),
+    }
+    if found["matcher"] == "informed":
+        found |= {
+            "attention_power": trial.suggest_float("attention_power", 0.0, 1.0),
+            "attention_from": trial.suggest_int("attention_from", 0, layers - 1),
+            "token_weight": trial.suggest_float("token_weight", 0.0, 0.8),
+            "size_penalty": trial.suggest_categorical("size_penalty", ["none", "sqrt_source", "sqrt_harmonic"]),
+        }
+    return found
+
+
+def config_fields(
+    parameters: Mapping[str, Any], wanted: float, layers: int, tokens: int, protected: int, fraction: Fraction
+) -> dict[str, Any]:
+    """The fields of `MergeConfig` that parameters stand for.
+
+    Args:
+        parameters: as `suggest` or `full` gives them.
+        wanted: speed-up that is searched for.
+        layers: how many blocks there are.
+        tokens: that enter the first one.
+        protected: of those.
+        fraction: FLOPs of a schedule ÷ those of the unmerged model.
+    """
+    schedule = shaped(parameters, 1 / (wanted * parameters["factor"]), layers, tokens, protected, fraction)
+    fields: dict[str, Any] = {"r": list(schedule)}
+    fields |= {name: parameters[name] for name in ("combine", "order", "matcher", "partition")}
+    if parameters["matcher"] == "informed":
+        names = ("attention_power", "attention_from", "token_weight", "size_penalty")
+        fields["options"] = {name: parameters[name] for name in names}
+    return fields
+
+
+def shaped(
+    parameters: Mapping[str, Any], target: float, layers: int, tokens: int, protected: int, fraction: Fraction
+) -> Schedule:
+    """The smallest schedule of that shape whose FLOPs fall to `target` of the unmerged model's.
+
+    The shape: nothing in the first `spared` blocks, then linear with `inflect` (−1 falls to 0, 1 rises from 0); with
+    `last`, as many as possible in the last block, whose patches a head that reads only the class token never sees.
+    """
+
+    def schedule(mean: float) -> Schedule:
+        spared, active = parameters["spared"], layers - parameters["spared"]
+        low = mean * (1 - parameters["inflect"])
+        values = [0] * spared
+        for i in range(active):
+            share = i / (active - 1) if active > 1 else 0.5
+            values.append(round(low + (2 * mean - 2 * low) * share))
+        left, cut = tokens, []
+        for i, r in enumerate(values):
+            most = max_merges(left, protected)
+            r = most if parameters["last"] and i == layers - 1 else min(max(r, 0), most)
+            cut.append(r)
+            left -= r
+        return tuple(cut)
+
+    low, high = 0.0, float(tokens)
+    for _ in range(24):
+        middle = (low + high) / 2
+        if fraction(schedule(middle)) <= target:
+            high = middle
+        else:
+            low = middle
+    return schedule(high)
