@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -15,8 +16,11 @@ if not torch.cuda.is_available():
 
 import timm
 from hypothesis import HealthCheck, settings
+from PIL import Image
+from safetensors.torch import save_file
 
 from tests import flat
+from tests.tiny import tiny
 from tokenmerge.cli import main
 
 # a busy machine is no failure: how long an example takes is not what these tests are about
@@ -25,6 +29,7 @@ settings.load_profile("tokenmerge")
 
 Run = Callable[..., tuple[int, str, str]]
 
+CLASSES = ("ant", "bee", "cat")
 _NAMES = ("test_every_name[", "test_every_other_flat_name[")
 
 SHARED = Path(os.environ.get("TOKENMERGE_SHARED", Path(__file__).resolve().parents[2] / "shared"))
@@ -73,3 +78,39 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
         f"timm {timm.__version__}: {len(passed)} of {every} names with flat global self-attention are patched "
         f"({100 * len(passed) / every:.1f} %)"
     )
+
+
+@pytest.fixture
+def model_dir(tmp_path: Path) -> Path:
+    """A model in timm's hub format: 3 classes, 36 patches."""
+    folder = tmp_path / "model"
+    folder.mkdir()
+    args = {"img_size": 48, "patch_size": 8, "embed_dim": 48, "depth": 3, "num_heads": 3}
+    model = tiny("vit_tiny_patch16_224", **args, num_classes=3)
+    config = {
+        "architecture": "vit_tiny_patch16_224",
+        "num_classes": 3,
+        "model_args": args,
+        "pretrained_cfg": {
+            "input_size": [3, 48, 48],
+            "num_classes": 3,
+            "classifier": "head",
+            "first_conv": "patch_embed.proj",
+        },
+    }
+    (folder / "config.json").write_text(json.dumps(config))
+    save_file(model.state_dict(), folder / "model.safetensors")
+    return folder
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> Path:
+    """Four images in each of three classes, sizes all different."""
+    folder = tmp_path / "images"
+    generator = torch.Generator().manual_seed(0)
+    for label, name in enumerate(CLASSES):
+        (folder / name).mkdir(parents=True)
+        for number in range(4):
+            pixels = torch.randint(0, 255, (40 + 9 * number, 50 + 5 * label, 3), generator=generator, dtype=torch.uint8)
+            Image.fromarray(pixels.numpy()).save(folder / name / f"{number}.png")
+    return folder

@@ -13,48 +13,8 @@ from typing import Any
 import pytest
 import torch
 from PIL import Image
-from safetensors.torch import save_file
 
-from tests.conftest import Run
-from tests.tiny import tiny
-
-CLASSES = ("ant", "bee", "cat")
-
-
-@pytest.fixture
-def model_dir(tmp_path: Path) -> Path:
-    """A model in timm's hub format: 3 classes, 36 patches."""
-    folder = tmp_path / "model"
-    folder.mkdir()
-    args = {"img_size": 48, "patch_size": 8, "embed_dim": 48, "depth": 3, "num_heads": 3}
-    model = tiny("vit_tiny_patch16_224", **args, num_classes=3)
-    config = {
-        "architecture": "vit_tiny_patch16_224",
-        "num_classes": 3,
-        "model_args": args,
-        "pretrained_cfg": {
-            "input_size": [3, 48, 48],
-            "num_classes": 3,
-            "classifier": "head",
-            "first_conv": "patch_embed.proj",
-        },
-    }
-    (folder / "config.json").write_text(json.dumps(config))
-    save_file(model.state_dict(), folder / "model.safetensors")
-    return folder
-
-
-@pytest.fixture
-def data(tmp_path: Path) -> Path:
-    """Four images in each of three classes, sizes all different."""
-    folder = tmp_path / "images"
-    generator = torch.Generator().manual_seed(0)
-    for label, name in enumerate(CLASSES):
-        (folder / name).mkdir(parents=True)
-        for number in range(4):
-            pixels = torch.randint(0, 255, (40 + 9 * number, 50 + 5 * label, 3), generator=generator, dtype=torch.uint8)
-            Image.fromarray(pixels.numpy()).save(folder / name / f"{number}.png")
-    return folder
+from tests.conftest import CLASSES, Run
 
 
 def test_eval_gives_one_row_per_r(run: Run, model_dir: Path, data: Path, tmp_path: Path) -> None:

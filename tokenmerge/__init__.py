@@ -6,6 +6,7 @@ Importing this package imports torch and nothing else that is heavy; timm and th
 imported when a model of theirs is patched.
 """
 
+from tokenmerge.calibrate import calibrate, diffrate_schedule
 from tokenmerge.config import MergeConfig
 from tokenmerge.errors import (
     ConfigError,
@@ -45,6 +46,8 @@ __all__ = [
     "UnsupportedModelError",
     "__version__",
     "bipartite_matching",
+    "calibrate",
+    "diffrate_schedule",
     "get_method",
     "handle",
     "is_patched",

@@ -47,13 +47,13 @@ def register_method(name: str, *, kind: str = "matching", source: str = "", note
     """Give a set of config fields a name.
 
     Raises:
-        ConfigError: if there is a method of that name already, or the fields mean nothing.
+        ConfigError: if there is another method of that name already, or the fields mean nothing.
     """
     _add(Method(name, dict(fields), kind, source, note))
 
 
 def _add(method: Method) -> None:
-    if method.name in _METHODS:
+    if _METHODS.get(method.name, method) != method:
         raise ConfigError(f"a method named {method.name!r} is registered already: choose another name")
     MergeConfig.create(**method.fields)
     _METHODS[method.name] = method
@@ -93,6 +93,12 @@ for _method in (
         "size_penalty",
         {"matcher": "informed", "options": {"size_penalty": "harmonic", "attention_power": 0.0}},
         source="n_i n_j / (n_i + n_j) · (1 − cos), as in LTMP and DyMU",
+    ),
+    Method(
+        "adaptive",
+        {"matcher": "threshold"},
+        source="thresholds, as in DyMU and LTMP",
+        note="calibrated on these images",
     ),
     Method("informed", {"matcher": "informed", "combine": "norm"}, note="class attention and norm-preserving mean"),
     Method(

@@ -111,19 +111,27 @@ def _in_partition(a: Tensor, b: Tensor, going: Tensor, partner: Tensor, protecte
 
 @register_matcher("threshold", adaptive=True)
 def threshold_matching(
-    metric: Tensor, r: int, protected: int = 0, layer: int = 0, thresholds: list[float] | None = None
+    metric: Tensor,
+    r: int,
+    protected: int = 0,
+    layer: int = 0,
+    thresholds: list[float] | None = None,
+    seen: dict[int, list[Tensor]] | None = None,
 ) -> MergePlan:
     """Merge every A token whose best B token is more similar than this block's threshold (DyMU, LTMP).
 
     `tokenmerge.calibrate` finds the thresholds at which r merge on average; without any, r merge in every image. The
     images of a batch must keep one length, so a batch merges the number that its images would merge on average. Give
-    it images alone, or of like content (`tokenmerge.tools.buckets`), and each merges what it would alone.
+    it images alone, or of like content (`tokenmerge.tools.buckets`), and each merges about what it would alone. `seen` is for
+    `calibrate`: it collects the similarities of best edges.
     """
     check_matching_input(metric, r, protected)
     batch, count, _ = metric.shape
     a, b = _sides(count, protected, "alternating", None, layer, metric.device)
     most = max_merges(count, protected)
     best, partner = similarities(metric[:, a], metric[:, b]).max(dim=2) if most else (metric[:, :0, 0], None)
+    if seen is not None:
+        seen.setdefault(layer, []).append(best)
     if thresholds:
         r = round(float((best > thresholds[layer]).sum()) / batch)
     r = min(r, most)

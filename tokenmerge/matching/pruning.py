@@ -88,7 +88,7 @@ def prune_then_merge(
     """Of the r tokens that the class token attends to least, drop the last part and merge the rest (DiffRate).
 
     Those that merge join the most similar token that stays. `pruned` is the part of r that is dropped, or a number for
-    each block (read by `tokenmerge.matching.diffrate_schedule` from DiffRate's own files).
+    each block (read by `tokenmerge.diffrate_schedule` from DiffRate's own files).
     """
     r = _cut(metric, r, protected)
     batch, tokens, _ = metric.shape

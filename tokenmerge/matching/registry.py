@@ -82,11 +82,12 @@ def register_matcher(name: str, adaptive: bool = False) -> Callable[[_M], _M]:
             with static shapes, and `r` is what it merges on average.
 
     Raises:
-        ConfigError: if another function already has that name, or a further parameter has no default.
+        ConfigError: if a function from elsewhere already has that name (the same one, defined again as in a notebook, takes
+            its place), or a further parameter has no default.
     """
 
     def add(matcher: _M) -> _M:
-        if name in _MATCHERS and _MATCHERS[name].matcher is not matcher:
+        if name in _MATCHERS and _place(_MATCHERS[name].matcher) != _place(matcher):
             raise ConfigError(f"a matcher named {name!r} is registered already: choose another name")
         further = list(inspect.signature(matcher).parameters.values())[3:]
         for parameter in further:
@@ -101,6 +102,10 @@ def register_matcher(name: str, adaptive: bool = False) -> Callable[[_M], _M]:
         return matcher
 
     return add
+
+
+def _place(function: Any) -> tuple[str, str]:
+    return function.__module__, function.__qualname__
 
 
 def get_entry(name: str) -> Entry:

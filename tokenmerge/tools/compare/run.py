@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from tokenmerge.calibrate import calibrate
 from tokenmerge.errors import ConfigError, InputError
 from tokenmerge.methods import get_method, method_names
 from tokenmerge.patching import model_cost
@@ -21,6 +23,9 @@ from tokenmerge.tools.compare.variants import Variant, fingerprint, make_variant
 from tokenmerge.tools.models import ModelArgs, load_model
 from tokenmerge.tools.report import Report, Row
 from tokenmerge.tools.settings import Setting, parse_setting
+
+_CALIBRATION = 8
+"""Batches for the thresholds of adaptive methods."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -85,7 +90,7 @@ def run_compare(args: ModelArgs, compare: CompareArgs, fields: dict[str, Any], r
     rows = _rows(args, model, variants, scores, timing, compare)
     if images.skipped:
         report.warn(f"{len(images.skipped)} unreadable files were skipped, the first is {images.skipped[0]}")
-    _print(report, rows, args.model, len(scores[0].top1))
+    _print(report, rows, args.model, len(scores[0].top1), compare.experiment)
     write_outputs(compare.output, rows, args, compare.experiment, report)
     report.write(rows)
     return 0
@@ -106,8 +111,7 @@ def _variants(
     found = []
     for setting in compare.settings:
         for name in names:
-            method = get_method(name)
-            found.append(make_variant(model, name, setting, {**fields, **method.fields}, method))
+            found.append(_variant(model, images, name, setting, fields))
     for target in compare.speedups:
         batch = images.first(compare.batch_size)
         for name in names:
@@ -118,11 +122,22 @@ def _variants(
                 report.warn(f"{name}: {error}")
                 continue
             report.say(f"{name}: r={r} for {target:g}x (measured {reached:.2f}x)")
-            variant = make_variant(model, name, parse_setting(str(r)), {**fields, **method.fields}, method)
+            variant = _variant(model, images, name, parse_setting(str(r)), fields)
             found.append(dataclasses.replace(variant, group=f"{target:g}x"))
     if not found:
         raise InputError("nothing is left to compare: give --r, or smaller --speedups")
     return found
+
+
+def _variant(model: Any, images: Images, name: str, setting: Setting, fields: dict[str, Any]) -> Variant:
+    """A method at a setting; adaptive ones are calibrated on images, whose labels nobody looks at."""
+    method = get_method(name)
+    fields = {**fields, **method.fields}
+    if not method.static:
+        few = itertools.islice((batch for batch, _ in images), _CALIBRATION)
+        config = calibrate(model, few, setting.config(**fields))
+        fields = {**fields, "options": config.options}
+    return make_variant(model, name, setting, fields, method)
 
 
 def _score_all(
@@ -147,7 +162,7 @@ def _score_all(
             if old is not None and len(old.top1) == len(baseline.top1):
                 found.append(old)
                 continue
-            new, _ = score(variant.model, watched(), reference)
+            new, _ = score(variant.model, watched(), reference, variant.adaptive)
             new.save(folder / f"{variant.key(context)}.json")
             found.append(new)
     return found
@@ -217,10 +232,11 @@ def _accuracy(scores: Scores) -> Row:
     }
 
 
-def _print(report: Report, rows: Sequence[Row], model: str, images: int) -> None:
+def _print(report: Report, rows: Sequence[Row], model: str, images: int, experiment: Experiment | None) -> None:
     def cells(row: Row) -> tuple[str, ...]:
         lead = row["method"] == "unmerged" or (row["top1_low"] == row["top1_high"] == 0)
-        difference = "" if lead else f"{row['top1_difference']:+.2f} [{row['top1_low']:+.2f}, {row['top1_high']:+.2f}]"
+        low, high = (f"{row[f'top1_{end}']:+.1f}" for end in ("low", "high")) if not lead else ("", "")
+        difference = "" if lead else f"{row['top1_difference']:+.1f} [{low}, {high}]"
         speed = f"{row['speedup']:.2f}x" if "speedup" in row else ""
         over = f"{row['overhead']:.2f}" if row.get("overhead") else ""
         return (
@@ -229,13 +245,20 @@ def _print(report: Report, rows: Sequence[Row], model: str, images: int) -> None
             f"{row['top1']:.2f}",
             difference,
             f"{row['divergence']:.3f}",
-            f"{row['gflops']:.3g}",
             speed,
             over,
         )
 
     report.table(
         f"{model}, {images} images",
-        ("method", "r", "top-1", "vs first of r [95 %]", "KL", "GFLOPs", "speed", "over"),
+        (
+            "method",
+            "r",
+            "top-1",
+            "to tome [95 %]" if experiment is None else "to first [95 %]",
+            "KL",
+            "speed",
+            "overhead",
+        ),
         (cells(row) for row in rows),
     )

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from tokenmerge.errors import InputError
+from tokenmerge.tools.buckets import in_buckets
 from tokenmerge.tools.inputs import logits_of
 
 
@@ -49,31 +50,40 @@ class Scores:
 
 @torch.inference_mode()
 def score(
-    model: Any, batches: Iterable[tuple[Tensor, Tensor]], reference: list[Tensor] | None
-) -> tuple[Scores, list[Tensor]]:
+    model: Any, batches: Iterable[tuple[Tensor, Tensor]], reference: Tensor | None, buckets: bool = False
+) -> tuple[Scores, Tensor]:
     """Run a model over all images.
 
     Args:
         model: what to run.
         batches: images and labels.
-        reference: log-probabilities of the unmerged model, batch by batch; `None` if this is it.
+        reference: log-probabilities of the unmerged model, `[n, classes]`; `None` if this is it.
+        buckets: whether to run images of like detail together; they come out in their own order again.
 
     Returns:
-        The scores, and log-probabilities of each batch on the CPU, in half precision to save memory.
+        The scores, and log-probabilities `[n, classes]` on the CPU.
     """
     parts: list[tuple[Tensor, Tensor, Tensor]] = []
-    said = []
-    for number, (images, labels) in enumerate(batches):
+    said, places, count = [], [], 0
+    if buckets:
+        turns = in_buckets(batches)
+    else:
+        turns = ((images, labels, torch.empty(0)) for images, labels in batches)
+    for images, labels, index in turns:
         log = logits_of(model(images)).float().log_softmax(dim=1)
+        index = index if buckets else torch.arange(count, count + len(log))
+        count += len(log)
         hits = log.topk(min(5, log.shape[1]), dim=1).indices == labels.unsqueeze(1)
         if reference is None:
             said.append(log.cpu())
             divergence = log.new_zeros(len(log))
         else:
-            wanted = reference[number].to(log.device)
+            wanted = reference[index].to(log.device)
             divergence = (wanted.exp() * (wanted - log)).sum(dim=1)
+        places.append(index)
         parts.append((hits[:, 0].double(), hits.any(dim=1).double(), divergence.double()))
     if not parts:
         raise InputError("not one image was there to score: check --data")
-    top1, top5, divergence = (torch.cat([part[i].cpu() for part in parts]) for i in range(3))
-    return Scores(top1, top5, divergence), said
+    order = torch.cat(places).argsort()
+    top1, top5, divergence = (torch.cat([part[i].cpu() for part in parts])[order] for i in range(3))
+    return Scores(top1, top5, divergence), torch.cat(said) if said else torch.empty(0)

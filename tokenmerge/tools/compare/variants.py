@@ -13,6 +13,7 @@ from torch import Tensor
 
 from tokenmerge.config import MergeConfig
 from tokenmerge.errors import ConfigError, TokenMergeError
+from tokenmerge.matching import get_entry
 from tokenmerge.methods import Method
 from tokenmerge.patching import Handle, model_cost, patch
 from tokenmerge.schedule import constant
@@ -44,6 +45,11 @@ class Variant:
     group: str
     kind: str = "matching"
     note: str = ""
+
+    @property
+    def adaptive(self) -> bool:
+        """Whether the tokens it leaves depend on the images."""
+        return get_entry(self.config.matcher).adaptive
 
     def key(self, context: str) -> str:
         """Names its results: another config, model, or other data is another key."""

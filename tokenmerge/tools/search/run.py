@@ -115,7 +115,7 @@ def run_search(args: ModelArgs, search: SearchArgs, report: Report) -> int:
             storage=search.storage,
             load_if_exists=True,
             directions=["minimize", "minimize"],
-            sampler=optuna.samplers.TPESampler(seed=search.seed, multivariate=True, group=True),
+            sampler=optuna.samplers.TPESampler(seed=search.seed),
         )
     except Exception as error:  # databases fail in ways of their own
         raise InputError(f"--storage {search.storage!r} cannot be used ({error}): try sqlite:///search.db") from None
@@ -136,7 +136,6 @@ def _shuffled(batches: list[tuple[Tensor, Tensor]], cut: int) -> tuple[list[Any]
 
 
 def _optimize(study: Any, judge: Judge, search: SearchArgs, report: Report) -> None:
-    import optuna
 
     cost = model_cost(judge.model)
     layers = len(judge.handle.schedule)
@@ -159,14 +158,14 @@ def _optimize(study: Any, judge: Judge, search: SearchArgs, report: Report) -> N
     if not study.trials:
         for start in START:
             if attention or start.get("matcher") != "informed":
-                study.enqueue_trial(full(start))
+                study.enqueue_trial(full(start, layers))
     done = sum(trial.state.is_finished() for trial in study.trials)
     if done:
         report.say(f"{done} trials were there already, in {search.storage}")
     with report.progress() as progress:
         task = progress.add_task("searching", total=max(0, search.trials - done))
         while sum(trial.state.is_finished() for trial in study.trials) < search.trials:  # other workers count, too
-            study.optimize(objective, n_trials=1, catch=(optuna.TrialPruned,))
+            study.optimize(objective, n_trials=1, catch=())
             progress.advance(task)
 
 

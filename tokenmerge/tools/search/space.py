@@ -35,10 +35,13 @@ _INFORMED: Mapping[str, Any] = {
 }
 
 
-def full(parameters: Mapping[str, Any]) -> dict[str, Any]:
-    """A starting point with everything that it leaves out."""
+def full(parameters: Mapping[str, Any], layers: int) -> dict[str, Any]:
+    """A starting point with everything that it leaves out, for a model of that many blocks."""
     more = _INFORMED if parameters.get("matcher") == "informed" else {}
-    return {**_USUAL, **more, **parameters}
+    found = {**_USUAL, **more, **parameters}
+    if "attention_from" in found:
+        found["attention_from"] = min(found["attention_from"], layers - 1)
+    return found
 
 
 def suggest(trial: Any, layers: int, attention: bool) -> dict[str, Any]:

@@ -1,0 +1,120 @@
+"""How the preset was chosen: how far each candidate moves the predictions of an unmerged model.
+
+    python benchmarks/presets.py local-dir:MODEL --data TRAIN --photos DIR --r 16 20
+
+KL divergence from the unmerged model's predictions, on images with one folder per class and on a plain folder of photos;
+no label is looked at. Differences to plain token merging are paired, image by image, with 95 % intervals. Writes
+benchmarks/presets.csv anew. `--only NAME …` tries some, `--data` of other images confirms.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+from pathlib import Path
+from typing import Any
+
+import torch
+from common import commit
+from PIL import Image
+from timm.data.config import resolve_data_config
+from timm.data.transforms_factory import create_transform
+
+from tokenmerge.patching import patch
+from tokenmerge.tools.compare.data import Images
+from tokenmerge.tools.compare.scoring import score
+from tokenmerge.tools.compare.statistics import bootstrap
+from tokenmerge.tools.models import ModelArgs, load_model
+from tokenmerge.tools.report import Report
+from tokenmerge.tools.variants import share_weights
+
+
+def informed(**options: Any) -> dict[str, Any]:
+    """The matcher that looks at more than keys, with the norm-preserving mean."""
+    return {"matcher": "informed", "combine": "norm", "options": {"attention_power": 0.0, **options}}
+
+
+CANDIDATES: dict[str, dict[str, Any]] = {
+    "tome": {},
+    "norm": {"combine": "norm"},
+    "max_norm": {"combine": "max_norm"},
+    "norm, order": {"combine": "norm", "order": "keep"},
+    "norm, checkerboard": {"combine": "norm", "partition": "checkerboard"},
+    "norm, metric x": {"combine": "norm", "metric": "x"},
+    "norm, K and V": {"combine": "norm", "metric": "kv"},
+    "norm, K concatenated": {"combine": "norm", "heads": "concat"},
+    "norm, after MLP": {"combine": "norm", "place": "after"},
+    "attention 0.5": informed(attention_power=0.5),
+    "attention 1, from 4": informed(attention_power=1.0, attention_from=4),
+    "attention 0.5, from 4": informed(attention_power=0.5, attention_from=4),
+    "tokens 0.5": informed(token_weight=0.5),
+    "tokens 0.5, attention 0.5": informed(token_weight=0.5, attention_power=0.5),
+    "tokens 0.5, attention 0.5, from 4": informed(token_weight=0.5, attention_power=0.5, attention_from=4),
+    "the same, checkerboard": {
+        **informed(token_weight=0.5, attention_power=0.5, attention_from=4),
+        "partition": "checkerboard",
+    },
+    "the same, order": {**informed(token_weight=0.5, attention_power=0.5, attention_from=4), "order": "keep"},
+    "tokens 0.5, sizes": informed(token_weight=0.5, size_penalty="sqrt_harmonic"),
+    "tokens 0.5, attention 0.5, from 4, sizes": informed(
+        token_weight=0.5, attention_power=0.5, attention_from=4, size_penalty="sqrt_source"
+    ),
+    "tokens 0.8, attention 0.5, from 4": informed(token_weight=0.8, attention_power=0.5, attention_from=4),
+}
+
+
+def photos_of(model: Any, folder: Path) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """All images in a folder, in the model's own preprocessing, as batches without labels."""
+    transform = create_transform(**resolve_data_config({}, model=model))
+    files = sorted(path for path in folder.iterdir() if path.suffix.lower() in (".jpg", ".jpeg", ".png"))
+    images = torch.stack([transform(Image.open(path).convert("RGB")) for path in files])
+    return [(part, torch.zeros(len(part), dtype=torch.int64)) for part in images.split(32)]
+
+
+def main() -> None:
+    """Measure, write, print."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model")
+    parser.add_argument("--data", type=Path, required=True)
+    parser.add_argument("--photos", type=Path, help="a plain folder of images")
+    parser.add_argument("--r", type=int, nargs="+", default=[16])
+    parser.add_argument("--limit", type=int, default=1000)
+    parser.add_argument("--only", nargs="+", choices=CANDIDATES, default=list(CANDIDATES))
+    parser.add_argument("--output", type=Path, default=Path(__file__).with_name("presets.csv"))
+    args = parser.parse_args()
+    report, rows = Report(), []
+    loaded = ModelArgs(model=args.model, pretrained=True)
+    model = load_model(loaded)
+    sets = {"data": list(Images(model, loaded, args.data, 32, 2, args.limit))}
+    if args.photos is not None:
+        sets["photos"] = photos_of(model, args.photos)
+    base = {name: score(model, batches, None) for name, batches in sets.items()}
+    for r in args.r:
+        plain: dict[str, Any] = {}
+        for name in ["tome", *(one for one in args.only if one != "tome")]:
+            copy = share_weights(model)
+            patch(copy, r=r, **CANDIDATES[name])
+            row: dict[str, Any] = {"commit": commit(), "candidate": name, "r": r}
+            for where, batches in sets.items():
+                mine = score(copy, batches, base[where][1])[0]
+                first = plain.setdefault(where, mine)
+                interval = bootstrap(mine.divergence - first.divergence)
+                row |= {f"{where}_kl": float(mine.divergence.mean()), f"{where}_kl_difference": str(interval)}
+                row[f"{where}_images"] = len(mine.divergence)
+                if where == "data":
+                    row["data_top1"] = 100 * float(mine.top1.mean())
+                    row["data_top1_difference"] = str(bootstrap(100 * (mine.top1 - first.top1)))
+            rows.append(row)
+            report.say(
+                ", ".join(
+                    f"{key} {value:.3f}" if isinstance(value, float) else f"{value}" for key, value in row.items()
+                )
+            )
+    with args.output.open("w", newline="") as file:
+        writer = csv.DictWriter(file, rows[0])
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+if __name__ == "__main__":
+    main()
