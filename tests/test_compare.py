@@ -249,3 +249,20 @@ def test_nothing_from_outside_becomes_markup(tmp_path: Path) -> None:
     assert "<script>alert" not in page
     assert "<img" not in page
     assert page.count("</script>") == 2
+
+
+def test_the_page_about_methods_of_ones_own(run: Run, model_dir: Path, data: Path, tmp_path: Path) -> None:
+    """Its first block is a plugin, and its command runs with it."""
+    page = (Path(__file__).parents[1] / "docs" / "extend.md").read_text()
+    (tmp_path / "mine.py").write_text(page.partition("```python\n")[2].partition("```")[0])
+    command = next(line for line in page.splitlines() if line.startswith("tokenmerge compare"))
+    words = (
+        command.replace("MODEL", f"local-dir:{model_dir}")
+        .replace("DIR", str(data))
+        .replace("--r 13", "--r 6")
+        .split()[1:]
+    )
+    code, out, _ = run(*words, "--pretrained", "--workers", 0, "--rounds", 0)
+    registry._MATCHERS.pop("least_attended", None)
+    assert code == 0
+    assert "least_at" in out

@@ -41,6 +41,8 @@ def test_every_command_of_the_readme_runs(monkeypatch: pytest.MonkeyPatch, tmp_p
         "bench",
         "export",
         "eval",
+        "compare",
+        "search",
         "train",
     ]
     for command in commands:

@@ -111,7 +111,11 @@ for _method in (
     Method("random", {"matcher": "random_prune"}, "pruning", _PAPER),
     Method("attention", {"matcher": "attention_prune"}, "pruning", "Liang et al. 2022, EViT without its fused token"),
     Method(
-        "evit", {"matcher": "evit"}, "pruning", "Liang et al. 2022, EViT", "off the shelf; the fused token is a mean"
+        "evit",
+        {"matcher": "evit", "prop_attn": False},
+        "pruning",
+        "Liang et al. 2022, EViT",
+        "off the shelf; the fused token is a mean",
     ),
     Method("ats", {"matcher": "ats"}, "pruning", "Fayyaz et al. 2022, ATS", "as many tokens in every image"),
 ):

@@ -10,6 +10,7 @@ from typing import Any
 
 from tokenmerge.errors import InputError
 from tokenmerge.flags import add_merging, add_model, add_running, between, count
+from tokenmerge.tools.compare.paper import EXPERIMENTS, get_experiment
 from tokenmerge.tools.settings import Setting, parse_setting
 
 
@@ -43,9 +44,7 @@ def add_compare_options(command: argparse.ArgumentParser) -> None:
         metavar="X",
         help="instead of --r: measured speed-ups; each method gets the r that reaches them on this device",
     )
-    command.add_argument(
-        "--paper", metavar="NAME", help="an experiment of the paper: ablation, matching, schedules, table1, table2"
-    )
+    command.add_argument("--paper", metavar="NAME", help=f"an experiment of the paper: {', '.join(EXPERIMENTS)}")
     command.add_argument(
         "--output", type=Path, default=Path("compare"), metavar="DIR", help="folder for results (%(default)s)"
     )
@@ -70,7 +69,6 @@ def compare_args(args: argparse.Namespace, settings: Sequence[Setting]) -> Any:
     Raises:
         InputError: if flags contradict each other, or nothing is asked for.
     """
-    from tokenmerge.tools.compare.paper import get_experiment
     from tokenmerge.tools.compare.run import CompareArgs
 
     experiment = None if args.paper is None else get_experiment(args.paper)

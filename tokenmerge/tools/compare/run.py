@@ -20,6 +20,7 @@ from tokenmerge.tools.compare.paper import Experiment
 from tokenmerge.tools.compare.scoring import Scores, score
 from tokenmerge.tools.compare.statistics import bootstrap
 from tokenmerge.tools.compare.variants import Variant, fingerprint, make_variant, r_for_speedup, time_variants
+from tokenmerge.tools.media import VIDEOS, medium_of
 from tokenmerge.tools.models import ModelArgs, load_model
 from tokenmerge.tools.report import Report, Row
 from tokenmerge.tools.settings import Setting, parse_setting
@@ -74,6 +75,7 @@ def run_compare(args: ModelArgs, compare: CompareArgs, fields: dict[str, Any], r
         raise InputError(
             f"--output {str(compare.output)!r} cannot be made ({error.strerror}): choose another"
         ) from None
+    args = dataclasses.replace(args, of_videos=medium_of(compare.data) is VIDEOS)
     model = load_model(args)
     if not args.pretrained and args.checkpoint is None:
         report.warn(
