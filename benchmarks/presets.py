@@ -1,7 +1,8 @@
 """How the preset was chosen: how far each candidate moves the predictions of an unmerged model.
 
-    python benchmarks/presets.py local-dir:MODEL --data TRAIN --photos DIR --r 16 20
+    python benchmarks/presets.py local-dir:MODEL --data TRAIN --photos DIR --speedup 2 2.5
 
+Every candidate gets the constant r that divides the FLOPs by so much, so that merging later in a block is no free lunch.
 KL divergence from the unmerged model's predictions, on images with one folder per class and on a plain folder of photos;
 no label is looked at. Differences to plain token merging are paired, image by image, with 95 % intervals. Writes
 benchmarks/presets.csv anew. `--only NAME …` tries some, `--data` of other images confirms.
@@ -44,17 +45,49 @@ CANDIDATES: dict[str, dict[str, Any]] = {
     "norm, K and V": {"combine": "norm", "metric": "kv"},
     "norm, K concatenated": {"combine": "norm", "heads": "concat"},
     "norm, after MLP": {"combine": "norm", "place": "after"},
+    "norm, K concatenated, after MLP": {"combine": "norm", "heads": "concat", "place": "after"},
+    "norm, K concatenated, checkerboard": {"combine": "norm", "heads": "concat", "partition": "checkerboard"},
+    "K concatenated, attention 0.5, from 4": {**informed(attention_power=0.5, attention_from=4), "heads": "concat"},
+    "K concatenated, tokens 0.5, attention 0.5, from 4": {
+        **informed(token_weight=0.5, attention_power=0.5, attention_from=4),
+        "heads": "concat",
+    },
+    "K concatenated, tokens 0.5, attention 0.5, from 4, after MLP": {
+        **informed(token_weight=0.5, attention_power=0.5, attention_from=4),
+        "heads": "concat",
+        "place": "after",
+    },
+    "attention 0.5, from 4, after MLP": {**informed(attention_power=0.5, attention_from=4), "place": "after"},
+    "tokens 0.5, attention 0.5, from 4, after MLP": {
+        **informed(token_weight=0.5, attention_power=0.5, attention_from=4),
+        "place": "after",
+    },
     "attention 0.5": informed(attention_power=0.5),
     "attention 1, from 4": informed(attention_power=1.0, attention_from=4),
     "attention 0.5, from 4": informed(attention_power=0.5, attention_from=4),
     "tokens 0.5": informed(token_weight=0.5),
     "tokens 0.5, attention 0.5": informed(token_weight=0.5, attention_power=0.5),
     "tokens 0.5, attention 0.5, from 4": informed(token_weight=0.5, attention_power=0.5, attention_from=4),
-    "the same, checkerboard": {
+    "K concatenated, tokens 0.5, attention 0.5": {
+        **informed(token_weight=0.5, attention_power=0.5),
+        "heads": "concat",
+    },
+    "tokens 0.5, attention 0.5, checkerboard": {
+        **informed(token_weight=0.5, attention_power=0.5),
+        "partition": "checkerboard",
+    },
+    "tokens 0.5, attention 0.5, after MLP": {**informed(token_weight=0.5, attention_power=0.5), "place": "after"},
+    "tokens 0.8, attention 0.5": informed(token_weight=0.8, attention_power=0.5),
+    "tokens 0.5, attention 1": informed(token_weight=0.5, attention_power=1.0),
+    "tokens 0.5, attention 0.3": informed(token_weight=0.5, attention_power=0.3),
+    "tokens 0.5, attention 0.5, from 4, checkerboard": {
         **informed(token_weight=0.5, attention_power=0.5, attention_from=4),
         "partition": "checkerboard",
     },
-    "the same, order": {**informed(token_weight=0.5, attention_power=0.5, attention_from=4), "order": "keep"},
+    "tokens 0.5, attention 0.5, from 4, order": {
+        **informed(token_weight=0.5, attention_power=0.5, attention_from=4),
+        "order": "keep",
+    },
     "tokens 0.5, sizes": informed(token_weight=0.5, size_penalty="sqrt_harmonic"),
     "tokens 0.5, attention 0.5, from 4, sizes": informed(
         token_weight=0.5, attention_power=0.5, attention_from=4, size_penalty="sqrt_source"
@@ -77,7 +110,7 @@ def main() -> None:
     parser.add_argument("model")
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--photos", type=Path, help="a plain folder of images")
-    parser.add_argument("--r", type=int, nargs="+", default=[16])
+    parser.add_argument("--speedup", type=float, nargs="+", default=[2.0])
     parser.add_argument("--limit", type=int, default=1000)
     parser.add_argument("--only", nargs="+", choices=CANDIDATES, default=list(CANDIDATES))
     parser.add_argument("--output", type=Path, default=Path(__file__).with_name("presets.csv"))
@@ -89,12 +122,12 @@ def main() -> None:
     if args.photos is not None:
         sets["photos"] = photos_of(model, args.photos)
     base = {name: score(model, batches, None) for name, batches in sets.items()}
-    for r in args.r:
+    for speedup in args.speedup:
         plain: dict[str, Any] = {}
         for name in ["tome", *(one for one in args.only if one != "tome")]:
             copy = share_weights(model)
-            patch(copy, r=r, **CANDIDATES[name])
-            row: dict[str, Any] = {"commit": commit(), "candidate": name, "r": r}
+            handle = patch(copy, speedup=speedup, **CANDIDATES[name])
+            row: dict[str, Any] = {"commit": commit(), "candidate": name, "speedup": speedup, "r": handle.schedule[0]}
             for where, batches in sets.items():
                 mine = score(copy, batches, base[where][1])[0]
                 first = plain.setdefault(where, mine)

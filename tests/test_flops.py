@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import pytest
@@ -81,3 +82,16 @@ def test_cost_of_attention_without_weights_in_the_head() -> None:
         pytest.skip(f"timm {timm.__version__} has no such head")
     plain, prr = tiny("vit_tiny_patch16_224"), tiny("vit_tiny_patch16_224", global_pool="prr")
     assert tokenmerge.model_cost(prr).total() - tokenmerge.model_cost(plain).total() == 2 * 48 * 37**2
+
+
+def test_where_tokens_merge_changes_what_is_saved() -> None:
+    cost = tokenmerge.vit_cost(embed_dim=192, depth=2, num_classes=0)
+    n, r, c = 197, 16, 192
+    stem = 3 * 16**2 * c * 196
+    for place, attend, mlp in (
+        ("before", (n - r, n - 2 * r), (n - r, n - 2 * r)),
+        ("between", (n, n - r), (n - r, n - 2 * r)),
+        ("after", (n, n - r), (n, n - r)),
+    ):
+        wanted = stem + sum(4 * a * c**2 + 2 * a**2 * c for a in attend) + sum(8 * m * c**2 for m in mlp)
+        assert dataclasses.replace(cost, place=place).total((r, r)) == wanted, place

@@ -389,3 +389,33 @@ def test_speedup_is_flops_turned_over() -> None:
         by_speedup = handle.schedule
         handle.update(flops=1 / 1.5)
         assert handle.schedule == by_speedup
+
+
+@pytest.mark.parametrize("size_penalty", ["none", "harmonic", "sqrt_harmonic", "source", "sqrt_source"])
+@pytest.mark.parametrize("token_weight", [0.0, 0.5])
+def test_the_informed_cost_by_its_definition(size_penalty: str, token_weight: float) -> None:
+    batch, tokens, protected, r = 2, 15, 1, 4
+    metric, x = torch.randn(batch, tokens, 6), torch.randn(batch, tokens, 9)
+    size = torch.randint(1, 6, (batch, tokens)).float()
+    attention = torch.rand(batch, tokens).softmax(dim=1)
+    options: dict[str, Any] = {"size_penalty": size_penalty, "token_weight": token_weight, "attention_power": 0.5}
+    plan = get_entry("informed").matcher(metric, r, protected, size=size, attention=attention, tokens=x, **options)
+    a, b = list(range(2, tokens, 2)), list(range(1, tokens, 2))
+    for image in range(batch):
+        k, v = metric[image], x[image]
+        unit = v.square().sum(dim=1).mean()
+        edges = []
+        for i in a:
+            costs = []
+            for j in b:
+                cosine = torch.nn.functional.cosine_similarity(k[i], k[j], dim=0)
+                cost = (1 - token_weight) * (1 - cosine) + token_weight * (v[i] - v[j]).square().sum() / (2 * unit)
+                n, m = size[image, i], size[image, j]
+                harmonic = 2 * n * m / (n + m)
+                penalty = {"harmonic": float(harmonic), "source": float(n)}.get(size_penalty.removeprefix("sqrt_"), 1.0)
+                cost = cost * (penalty**0.5 if size_penalty.startswith("sqrt_") else penalty)
+                costs.append(float(cost * (attention[image, i] * (tokens - protected)) ** 0.5))
+            edges.append((min(costs), i, b[costs.index(min(costs))]))
+        merged = {i: j for _, i, j in sorted(edges)[:r]}
+        assign = plan.assign[image].tolist()
+        assert {i: j for i in merged for j in b if assign[i] == assign[j]} == merged

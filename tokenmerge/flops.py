@@ -44,6 +44,7 @@ class ModelCost:
         stem: multiply-adds of the patch embedding.
         head: multiply-adds of the classifier.
         head_per_token: multiply-adds of an attention-pooling head for each token that leaves the last block.
+        place: where blocks merge (`MergeConfig.place`): before attention, between it and the MLP, or after that.
     """
 
     tokens: int
@@ -52,13 +53,14 @@ class ModelCost:
     stem: int = 0
     head: int = 0
     head_per_token: int = 0
+    place: str = "between"
 
     def per_block(self, schedule: Schedule) -> tuple[int, ...]:
         """Multiply-adds of each block under `schedule` (one r per block, cut where too large)."""
         counts = token_counts(schedule, self.tokens, self.protected)
-        return tuple(
-            block.total(n_in, n_out) for block, n_in, n_out in zip(self.blocks, counts[:-1], counts[1:], strict=True)
-        )
+        attend = counts[1:] if self.place == "before" else counts[:-1]
+        leave = counts[:-1] if self.place == "after" else counts[1:]
+        return tuple(block.total(n_in, n_out) for block, n_in, n_out in zip(self.blocks, attend, leave, strict=True))
 
     def total(self, schedule: Schedule | None = None) -> int:
         """Multiply-adds for one image under `schedule`; `None` is the unmerged model."""

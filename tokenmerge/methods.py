@@ -12,6 +12,7 @@ from typing import Any
 from tokenmerge.config import MergeConfig
 from tokenmerge.errors import ConfigError
 from tokenmerge.matching import get_entry, matcher_names
+from tokenmerge.presets import PRESETS
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,7 +101,7 @@ for _method in (
         source="thresholds, as in DyMU and LTMP",
         note="calibrated on these images",
     ),
-    Method("informed", {"matcher": "informed", "combine": "norm"}, note="class attention and norm-preserving mean"),
+    Method("accurate", PRESETS["accurate"], note="the preset"),
     Method(
         "diffrate", {"matcher": "diffrate"}, source="Chen et al. 2023, DiffRate", note="half pruned; no learned rates"
     ),

@@ -5,29 +5,26 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from tokenmerge.matching.distances import similarities
+from tokenmerge.matching.distances import similarities, unit
 from tokenmerge.matching.partitions import Partition, partition_order
 from tokenmerge.matching.registry import check_matching_input, register_matcher
 from tokenmerge.ops import counting
 from tokenmerge.plan import MergePlan
+from tokenmerge.precision import no_autocast
 from tokenmerge.schedule import max_merges
 
+Rows = Tensor | slice
 SIZE_PENALTIES = ("none", "harmonic", "sqrt_harmonic", "source", "sqrt_source")
 
 
-def _sides(
-    tokens: int, protected: int, partition: str, grid: tuple[int, ...] | None, layer: int, device: torch.device
-) -> tuple[Tensor, Tensor]:
-    """Positions of side A and of side B, `[|A|]` and `[|B|]`."""
-    order = partition_order(partition, tokens, protected, grid, layer, device)
+def _sides(order: Tensor | None, tokens: int, protected: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Positions of side A and of side B, `[|A|]` and `[|B|]`, in an order in which every second token is on side A."""
     order = counting(tokens, device) if order is None else order
     return order[protected + protected % 2 :: 2], order[protected + 1 - protected % 2 :: 2]
 
 
-def _penalty(size: Tensor, a: Tensor, b: Tensor, kind: str) -> Tensor | float:
+def _penalty(size: Tensor, a: Tensor, b: Tensor, kind: str) -> Tensor:
     """What a merge of two tokens costs more for their sizes; `[B, |A|, |B|]` or `[B, |A|, 1]`."""
-    if kind == "none":
-        return 1.0
     of_a, of_b = size[:, a].unsqueeze(2), size[:, b].unsqueeze(1)
     if kind in ("source", "sqrt_source"):
         return of_a if kind == "source" else of_a.sqrt()
@@ -35,12 +32,25 @@ def _penalty(size: Tensor, a: Tensor, b: Tensor, kind: str) -> Tensor | float:
     return harmonic if kind == "harmonic" else harmonic.sqrt()
 
 
-def _squared_distances(tokens: Tensor, a: Tensor, b: Tensor) -> Tensor:
-    """`[B, |A|, |B|]`: squared distance of the tokens in units of twice the mean squared length; 1 for unrelated ones."""
+def _scores(metric: Tensor, tokens: Tensor | None, a: Rows, b: Rows, weight: float) -> tuple[Tensor, Tensor | float]:
+    """What is most wanted is largest, `[B, |A|, |B|]`; and what to take it from for the cost, `[B, |A|]` or a number.
+
+    The cost is `(1 − weight)(1 − cos) + weight · d²`, with d² the squared distance of the tokens in units of twice their
+    mean squared length, 1 for unrelated ones. Both parts are products, and what is the same along a row waits until each
+    row has its best: no further pass over all pairs.
+    """
+    keys = unit(metric)
+    columns = keys[:, b].transpose(1, 2)
+    if not weight or tokens is None:
+        return torch.bmm(keys[:, a], columns), 1.0
     x = tokens.detach().float()
-    scale = x.square().sum(dim=2).mean(dim=1, keepdim=True).unsqueeze(2).clamp_min(1e-12)
-    # `similarities` gives −‖a − b‖² / 2
-    return -similarities(x[:, a], x[:, b], "euclidean").clamp_max(0) / scale
+    x_a, x_b = x[:, a], x[:, b]
+    of_a, of_b = x_a.square().sum(dim=2), x_b.square().sum(dim=2)
+    count = of_a.shape[1] + of_b.shape[1]
+    scale = weight * count / (of_a.sum(dim=1, keepdim=True) + of_b.sum(dim=1, keepdim=True)).clamp_min(1e-12)
+    scores = torch.baddbmm((of_b * scale * -0.5).unsqueeze(1), keys[:, a], columns, alpha=1 - weight)
+    scores = torch.baddbmm(scores, x_a * scale.unsqueeze(2), x_b.transpose(1, 2))
+    return scores, 1 - weight + 0.5 * of_a * scale
 
 
 @register_matcher("informed")
@@ -86,16 +96,23 @@ def informed_matching(
     r = min(r, max_merges(count, protected))
     if r == 0:
         return MergePlan.identity(batch, count, metric.device)
-    a, b = _sides(count, protected, partition, grid, layer, metric.device)
-    cost = 1 - similarities(metric[:, a], metric[:, b])
-    if token_weight and tokens is not None:
-        cost = (1 - token_weight) * cost + token_weight * _squared_distances(tokens, a, b)
-    if size is not None:
-        cost = cost.clamp_min(0) * _penalty(size, a, b, size_penalty)
+    order = partition_order(partition, count, protected, grid, layer, metric.device)
+    a, b = _sides(order, count, protected, metric.device)
+    rows = (slice(protected + protected % 2, None, 2), slice(protected + 1 - protected % 2, None, 2))
+    with no_autocast(metric.device.type):
+        left, right = rows if order is None else (a, b)
+        scores, start = _scores(metric, tokens, left, right, token_weight)
+    if size is not None and size_penalty in ("harmonic", "sqrt_harmonic"):  # the only ones that differ along a row
+        start = start.unsqueeze(2) if isinstance(start, Tensor) else start
+        best, partner = ((start - scores).clamp_min(0) * _penalty(size, a, b, size_penalty)).min(dim=2)
+    else:
+        nearest, partner = scores.max(dim=2)
+        best = (start - nearest).clamp_min(0)
+        if size is not None and size_penalty != "none":
+            best = best * _penalty(size, a, b, size_penalty).squeeze(2)
     if attention is not None and attention_power and layer >= attention_from:
         looked_at = attention[:, a] * (count - protected)  # about 1, so that its power keeps the order of magnitude
-        cost = cost.clamp_min(0) * looked_at.clamp_min(1e-6).pow(attention_power).unsqueeze(2)
-    best, partner = cost.min(dim=2)
+        best = best * looked_at.clamp_min(1e-6).pow(attention_power)
     order = best.argsort(dim=1, stable=True)[:, :r]
     return _in_partition(a, b, order, partner.gather(1, order), protected, batch)
 
@@ -127,7 +144,7 @@ def threshold_matching(
     """
     check_matching_input(metric, r, protected)
     batch, count, _ = metric.shape
-    a, b = _sides(count, protected, "alternating", None, layer, metric.device)
+    a, b = _sides(None, count, protected, metric.device)
     most = max_merges(count, protected)
     best, partner = similarities(metric[:, a], metric[:, b]).max(dim=2) if most else (metric[:, :0, 0], None)
     if seen is not None:

@@ -130,7 +130,7 @@ class Handle:
             attention_choice(target, patch.config.attention),
             matching_in_words(patch.config),
             self.schedule,
-            target.cost(),
+            target.cost(patch.config.place),
         )
 
     @property
@@ -314,7 +314,7 @@ def _schedule(target: Target, config: MergeConfig) -> Schedule:
         return keep_ratio(config.keep, layers, tokens, protected)
     flops = config.flops if config.speedup is None else 1 / config.speedup
     if flops is not None:
-        return flops_target(flops, layers, max_merges(tokens, protected), target.cost().fraction)
+        return flops_target(flops, layers, max_merges(tokens, protected), target.cost(config.place).fraction)
     raise ConfigError(
         "no schedule was given, but a patch needs one: pass r=8 (tokens merged per block), keep=0.9, flops=0.5 or speedup=2 "
         "(r=0 merges nothing)"

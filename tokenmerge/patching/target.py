@@ -30,8 +30,8 @@ class Target:
         """C of the tokens."""
         return self.family.channels(self.model)
 
-    def cost(self) -> ModelCost:
-        """What the unmerged model costs for one image at its own input size."""
+    def cost(self, place: str = "between") -> ModelCost:
+        """What the model costs for one image at its own input size, when blocks merge at that place."""
         stem, head, head_per_token = self.family.cost(self.model)
         return ModelCost(
             tokens=self.family.tokens(self.model),
@@ -40,6 +40,7 @@ class Target:
             stem=stem,
             head=head,
             head_per_token=head_per_token,
+            place=place,
         )
 
 
