@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+import tokenmerge
 from tokenmerge.cli import main
 
 ROOT = Path(__file__).parents[1]
@@ -53,3 +54,12 @@ def test_every_command_of_the_readme_runs(monkeypatch: pytest.MonkeyPatch, tmp_p
 def test_links_lead_somewhere(page: Path) -> None:
     for link in re.findall(r"\]\(([^)#]+)(?:#[^)]*)?\)", page.read_text()):
         assert link.startswith("https://") or (page.parent / link).exists(), link
+
+
+def test_every_method_and_option_has_its_place_in_the_docs() -> None:
+    page = (ROOT / "docs" / "compare.md").read_text()
+    for name in tokenmerge.method_names():
+        assert f"`{name}`" in page or f'"{name}"' in page, name
+    extend = (ROOT / "docs" / "extend.md").read_text()
+    for name in tokenmerge.matching.OFFERED:
+        assert f"`{name}`" in extend, name

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import statistics
 from collections.abc import Sequence
 from typing import Any
 
@@ -20,6 +21,9 @@ from tokenmerge.schedule import constant
 from tokenmerge.timing import Spread, take_turns
 from tokenmerge.tools.settings import Setting
 from tokenmerge.tools.variants import share_weights, sliced
+
+_AROUND = 5
+"""How many neighbouring r are measured at a time."""
 
 
 @dataclasses.dataclass
@@ -75,45 +79,60 @@ def make_variant(
     )
 
 
-def r_for_speedup(model: Any, images: Tensor, fields: dict[str, Any], target: float, rounds: int) -> tuple[int, float]:
-    """The smallest constant r whose measured speed-up over the unmerged model reaches `target`, and that speed-up.
+def r_for_speedup(
+    model: Any,
+    images: Tensor,
+    fields: dict[str, Any],
+    target: float | MergeConfig,
+    rounds: int,
+) -> tuple[int, float]:
+    """The smallest constant r that is as fast as wanted, and its speed-up over the unmerged model.
 
-    A binary search; every step lets both take turns.
+    Several r take turns with what they are compared with, and a line through all of them decides: a single measurement
+    is too noisy to search by.
+
+    Args:
+        model: the unmerged model.
+        images: what to time on.
+        fields: of the config, without schedule.
+        target: a measured speed-up, or a config that must be matched.
+        rounds: of each measurement.
 
     Raises:
         ConfigError: if the largest r does not reach it.
     """
-    copy = share_weights(model)
-    handle = patch(copy, MergeConfig.create(r=1, **fields))
-    cost = model_cost(model)
+    copies = [share_weights(model) for _ in range(_AROUND)]
+    handles = [patch(copy, MergeConfig.create(r=1, **fields)) for copy in copies]
+    cost, layers = model_cost(model), len(handles[0].schedule)
     most = max(1, (cost.tokens - cost.protected) // 2)
-    layers = len(handle.schedule)
-
-    def speed(r: int) -> float:
-        handle.update(r=r)
+    other = share_weights(model)
+    wanted = target
+    if isinstance(target, MergeConfig):
+        wanted = patch(other, target).summary().flops_ratio
+    assert isinstance(wanted, float)
+    # where FLOPs alone say it would be is where to look first
+    centre = next((r for r in range(1, most + 1) if 1 / cost.fraction(constant(r, layers)) >= wanted), most)
+    for _ in range(6):
+        first = max(1, min(centre - _AROUND // 2, most - _AROUND + 1))
+        values = [min(most, first + i) for i in range(_AROUND)]
+        for handle, r in zip(handles, values, strict=True):
+            handle.update(r=r)
         with torch.inference_mode():
-            times = take_turns([lambda: model(images), lambda: copy(images)], images.device, 1, rounds)
-        return Spread.of_ratios(times[0], times[1]).p50
-
-    # where FLOPs alone say it would be is where to look; beyond it nothing is known
-    by_flops = next((r for r in range(1, most + 1) if 1 / cost.fraction(constant(r, layers)) >= target), most)
-    low, high, reached = 0, most, 0.0
-    guess = min(most, max(1, by_flops))
-    while low < high:
-        measured = speed(guess)
-        if measured >= target:
-            high, reached = guess, measured
-        else:
-            low = guess + 1
-        guess = (low + high) // 2 if high < most or low > by_flops + 8 else min(high, low + 2)
-    if not reached:
-        reached = speed(high)
-    if reached < target:
-        raise ConfigError(
-            f"a speed-up of {target:g} is out of reach here: with r={most} in every block it is {reached:.2f}; ask for less, or "
-            "for a larger --batch-size"
-        )
-    return high, reached
+            calls = [lambda one=one: one(images) for one in (model, other, *copies)]
+            times = take_turns(calls, images.device, 1, rounds)
+        speeds = [Spread.of_ratios(times[0], mine).p50 for mine in times[2:]]
+        aim = Spread.of_ratios(times[0], times[1]).p50 if isinstance(target, MergeConfig) else wanted
+        slope, start = statistics.linear_regression(values, speeds) if len(set(values)) > 1 else (0.0, speeds[0])
+        found = next((r for r in values if start + slope * r >= aim), None)
+        if found is not None and (found > values[0] or found == 1):
+            return found, start + slope * found
+        if found is None and values[-1] == most:
+            raise ConfigError(
+                f"a speed-up of {aim:g} is out of reach here: with r={most} in every block it is {speeds[-1]:.2f}; ask for less, "
+                "or for a larger --batch-size"
+            )
+        centre = values[0] if found is not None else values[-1]
+    return values[0], speeds[0]
 
 
 @torch.inference_mode()
