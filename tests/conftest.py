@@ -21,7 +21,9 @@ from safetensors.torch import save_file
 
 from tests import flat
 from tests.tiny import tiny
+from tokenmerge import methods
 from tokenmerge.cli import main
+from tokenmerge.matching import registry
 
 # a busy machine is no failure: how long an example takes is not what these tests are about
 settings.register_profile("tokenmerge", deadline=None, suppress_health_check=[HealthCheck.too_slow])
@@ -46,6 +48,13 @@ def shared() -> Path:
 @pytest.fixture(autouse=True)
 def _repeatable() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def _registries(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a test registers, pages of the docs included, is gone after it."""
+    monkeypatch.setattr(registry, "_MATCHERS", dict(registry._MATCHERS))
+    monkeypatch.setattr(methods, "_METHODS", dict(methods._METHODS))
 
 
 @pytest.fixture

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import json
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -12,8 +11,6 @@ import torch
 
 import tokenmerge
 from tests.conftest import Run
-from tokenmerge.matching import registry
-from tokenmerge.methods import _METHODS
 from tokenmerge.tools.compare.paper import EXPERIMENTS
 from tokenmerge.tools.compare.scoring import Scores
 from tokenmerge.tools.compare.statistics import bootstrap
@@ -36,12 +33,10 @@ tokenmerge.register_method("gentle", combine="norm", source="a test")
 
 
 @pytest.fixture
-def plugin(tmp_path: Path) -> Iterator[Path]:
+def plugin(tmp_path: Path) -> Path:
     file = tmp_path / "mine.py"
     file.write_text(PLUGIN)
-    yield file
-    registry._MATCHERS.pop("first_come", None)
-    _METHODS.pop("gentle", None)
+    return file
 
 
 def test_compare_writes_everything_and_resumes(
@@ -263,6 +258,5 @@ def test_the_page_about_methods_of_ones_own(run: Run, model_dir: Path, data: Pat
         .split()[1:]
     )
     code, out, _ = run(*words, "--pretrained", "--workers", 0, "--rounds", 0)
-    registry._MATCHERS.pop("least_attended", None)
     assert code == 0
     assert "least_at" in out
