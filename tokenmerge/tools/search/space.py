@@ -53,7 +53,7 @@ def suggest(trial: Any, layers: int, attention: bool) -> dict[str, Any]:
         attention: whether matchers can look at class attention here.
     """
     found = {
-        "factor": trial.suggest_float("factor", 0.85, 1.2),  # of the FLOPs that the wanted speed-up stands for
+        "factor": trial.suggest_float("factor", 0.85, 1.2),  # of the FLOPs that a constant r needs for the wanted speed
         "inflect": trial.suggest_float("inflect", -1.0, 1.0),
         "spared": trial.suggest_int("spared", 0, max(0, min(3, layers // 4))),
         "last": trial.suggest_categorical("last", [False, True]),
@@ -79,7 +79,7 @@ def config_fields(
 
     Args:
         parameters: as `suggest` or `full` gives them.
-        wanted: speed-up that is searched for.
+        wanted: how many times fewer FLOPs, with `factor` 1.
         layers: how many blocks there are.
         tokens: that enter the first one.
         protected: of those.
