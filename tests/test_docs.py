@@ -59,6 +59,9 @@ def test_links_lead_somewhere(page: Path) -> None:
 def test_every_method_and_option_has_its_place_in_the_docs() -> None:
     page = (ROOT / "docs" / "compare.md").read_text()
     for name in tokenmerge.method_names():
+        matcher = str(tokenmerge.get_method(name).fields.get("matcher", "bipartite"))
+        if not tokenmerge.matching.get_entry(matcher).matcher.__module__.startswith("tokenmerge."):
+            continue  # registered by another test's module
         assert f"`{name}`" in page or f'"{name}"' in page, name
     extend = (ROOT / "docs" / "extend.md").read_text()
     for name in tokenmerge.matching.OFFERED:
