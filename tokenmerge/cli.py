@@ -17,6 +17,7 @@ import tokenmerge
 from tokenmerge.errors import InputError, TokenMergeError
 from tokenmerge.flags import (
     add_command,
+    add_data,
     add_matcher,
     add_merging,
     add_model,
@@ -142,23 +143,9 @@ def _parser() -> argparse.ArgumentParser:
 
     evaluate = add_command(commands, "eval", _eval, "top-1, top-5 and images/s for each r over a folder of images")
     add_model(evaluate)
-    evaluate.add_argument(
-        "--data",
-        "--data-dir",
-        type=Path,
-        required=True,
-        metavar="DIR",
-        help="folder with one folder of images, of sounds or of videos per class",
-    )
+    add_data(evaluate, "images, of sounds or of videos", " images")
     add_merging(evaluate, None)
     add_running(evaluate, batch_size=64)
-    evaluate.add_argument(
-        "--workers",
-        "-j",
-        type=count(0),
-        default=min(2, os.cpu_count() or 1),
-        help="processes that decode images (%(default)s)",
-    )
     evaluate.add_argument(
         "--class-map", metavar="FILE", help="class names in the order of the model's outputs, one per line"
     )

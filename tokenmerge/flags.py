@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import math
+import os
 from pathlib import Path
 from typing import Any
 
@@ -112,6 +113,25 @@ def add_matcher(command: argparse.ArgumentParser, backend: bool = True) -> None:
         choices=("auto", "torch", "triton"),
         default="auto",
         help="what matches and merges; auto is Triton's kernels on a GPU (%(default)s)",
+    )
+
+
+def add_data(command: argparse.ArgumentParser, holds: str = "images", decodes: str = "") -> None:
+    """`--data` and the processes that decode it."""
+    command.add_argument(
+        "--data",
+        "--data-dir",
+        type=Path,
+        required=True,
+        metavar="DIR",
+        help=f"folder with one folder of {holds} per class",
+    )
+    command.add_argument(
+        "--workers",
+        "-j",
+        type=count(0),
+        default=min(2, os.cpu_count() or 1),
+        help=f"processes that decode{decodes} (%(default)s)",
     )
 
 

@@ -13,6 +13,7 @@ from tokenmerge.attention import Noted, class_attention, keys_per_head
 from tokenmerge.config import MergeConfig
 from tokenmerge.errors import ConfigError, PatchError
 from tokenmerge.matching import Entry, check_options, get_entry
+from tokenmerge.matching.distances import unit
 from tokenmerge.ops import Backend, counting
 from tokenmerge.patching.family import BlockFamily
 from tokenmerge.patching.masks import apart_from_padding
@@ -157,15 +158,12 @@ def _metric(block: Any, rule: Rule, noted: Noted, x_pre: Tensor | None, x: Tenso
     else:
         per_head = [_inside(rule, noted, part) for part in rule.metric]
         parts = [one.transpose(1, 2).flatten(2) if rule.concat else one.float().mean(dim=1) for one in per_head]
-        metric = parts[0] if len(parts) == 1 else torch.cat([_unit(part) for part in parts], dim=2)
+        metric = (
+            parts[0] if len(parts) == 1 else torch.cat([unit(part) for part in parts], dim=2)
+        )  # each counts for half
     if state.padded and state.size is not None:
         metric = apart_from_padding(metric, state.size)
     return metric
-
-
-def _unit(part: Tensor) -> Tensor:
-    """K and V live on scales of their own: each counts for half."""
-    return torch.nn.functional.normalize(part.float(), dim=2)
 
 
 def _inside(rule: Rule, noted: Noted, which: str) -> Tensor:

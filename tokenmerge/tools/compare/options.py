@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import argparse
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from tokenmerge.errors import InputError
-from tokenmerge.flags import add_merging, add_model, add_running, between, count
+from tokenmerge.flags import add_data, add_merging, add_model, add_running, between, count
 from tokenmerge.tools.compare.paper import EXPERIMENTS, get_experiment
 from tokenmerge.tools.settings import Setting, parse_setting
 
@@ -20,14 +19,7 @@ def add_compare_options(command: argparse.ArgumentParser) -> None:
     for action in command._actions:
         if action.dest == "model":
             action.nargs, action.required, action.default = "?", False, None
-    command.add_argument(
-        "--data",
-        "--data-dir",
-        type=Path,
-        required=True,
-        metavar="DIR",
-        help="folder with one folder of images per class",
-    )
+    add_data(command)
     command.add_argument(
         "--methods",
         nargs="+",
@@ -51,13 +43,6 @@ def add_compare_options(command: argparse.ArgumentParser) -> None:
     command.add_argument("--limit", type=count(1), metavar="N", help="use only N images, evenly spread")
     command.add_argument(
         "--rounds", type=count(0), default=7, metavar="N", help="of timing; 0 does not time (%(default)s)"
-    )
-    command.add_argument(
-        "--workers",
-        "-j",
-        type=count(0),
-        default=min(2, os.cpu_count() or 1),
-        help="processes that decode (%(default)s)",
     )
     add_merging(command, None, required=False)
     add_running(command, batch_size=32)

@@ -3,23 +3,15 @@
 from __future__ import annotations
 
 import argparse
-import os
 from pathlib import Path
 
-from tokenmerge.flags import add_model, add_running, between, count
+from tokenmerge.flags import add_data, add_model, add_running, between, count
 
 
 def add_search_options(command: argparse.ArgumentParser) -> None:
     """All of them."""
     add_model(command)
-    command.add_argument(
-        "--data",
-        "--data-dir",
-        type=Path,
-        required=True,
-        metavar="DIR",
-        help="folder with one folder of images per class",
-    )
+    add_data(command)
     command.add_argument(
         "--speedup", type=between(1, 100), default=2.0, help="wanted, measured on this device (%(default)s)"
     )
@@ -49,11 +41,4 @@ def add_search_options(command: argparse.ArgumentParser) -> None:
         "--rounds", type=count(1), default=3, metavar="N", help="of timing for each trial (%(default)s)"
     )
     command.add_argument("--seed", type=count(0), default=0, help="of the search (%(default)s)")
-    command.add_argument(
-        "--workers",
-        "-j",
-        type=count(0),
-        default=min(2, os.cpu_count() or 1),
-        help="processes that decode (%(default)s)",
-    )
     add_running(command, batch_size=32)

@@ -67,7 +67,7 @@ class Judge:
 
     def __init__(self, model: Any, batches: Sequence[tuple[Tensor, Tensor]], timed: Tensor, rounds: int) -> None:
         self.model, self.batches, self.timed, self.rounds = model, batches, timed, rounds
-        _, self.reference = score(model, batches, None)
+        self.unmerged, self.reference = score(model, batches, None)
         self.copy = share_weights(model)
         self.handle = patch(self.copy, r=0)
 
@@ -77,11 +77,11 @@ class Judge:
         return score(self.copy, self.batches, self.reference)[0]
 
     @torch.inference_mode()
-    def relative_time(self, config: MergeConfig, rounds: int | None = None) -> float:
+    def relative_time(self, config: MergeConfig) -> float:
         """Time ÷ the unmerged model's; both take turns."""
         self.handle.update(config)
         calls = [lambda: self.model(self.timed), lambda: self.copy(self.timed)]
-        times = take_turns(calls, self.timed.device, 1, rounds or self.rounds)
+        times = take_turns(calls, self.timed.device, 1, self.rounds)
         return Spread.of_ratios(times[1], times[0]).p50
 
     @torch.inference_mode()
@@ -150,7 +150,6 @@ def _shuffled(batches: list[tuple[Tensor, Tensor]], cut: int) -> tuple[list[Any]
 
 
 def _optimize(study: Any, judge: Judge, search: SearchArgs, report: Report) -> None:
-
     cost = model_cost(judge.model)
     layers = len(judge.handle.schedule)
     try:
@@ -218,7 +217,7 @@ def _check(
     settings = {"found": (best, speed), "constant r": (MergeConfig(r=r), plain_speed)}
     check = Judge(model, others, judge.timed, search.rounds)
     scores = {name: check.scores(config) for name, (config, _) in settings.items()}
-    unmerged = score(model, others, None)[0]
+    unmerged = check.unmerged
     difference = bootstrap(100 * (scores["found"].top1 - scores["constant r"].top1))
     further = bootstrap(scores["found"].divergence - scores["constant r"].divergence)
     rows: list[Row] = [
