@@ -105,10 +105,10 @@ def r_for_speedup(
     handles = [patch(copy, MergeConfig.create(r=1, **fields)) for copy in copies]
     cost, layers = model_cost(model), len(handles[0].schedule)
     most = max(1, (cost.tokens - cost.protected) // 2)
-    other = share_weights(model)
-    wanted = target
+    timed, wanted = [model, *copies], target
     if isinstance(target, MergeConfig):
-        wanted = patch(other, target).summary().flops_ratio
+        timed.append(share_weights(model))
+        wanted = patch(timed[-1], target).summary().flops_ratio
     assert isinstance(wanted, float)
     # where FLOPs alone say it would be is where to look first
     centre = next((r for r in range(1, most + 1) if 1 / cost.fraction(constant(r, layers)) >= wanted), most)
@@ -118,10 +118,10 @@ def r_for_speedup(
         for handle, r in zip(handles, values, strict=True):
             handle.update(r=r)
         with torch.inference_mode():
-            calls = [lambda one=one: one(images) for one in (model, other, *copies)]
+            calls = [lambda one=one: one(images) for one in timed]
             times = take_turns(calls, images.device, 1, rounds)
-        speeds = [Spread.of_ratios(times[0], mine).p50 for mine in times[2:]]
-        aim = Spread.of_ratios(times[0], times[1]).p50 if isinstance(target, MergeConfig) else wanted
+        medians = [Spread.of_ratios(times[0], mine).p50 for mine in times[1:]]
+        speeds, aim = medians[:_AROUND], medians[-1] if isinstance(target, MergeConfig) else wanted
         slope, start = statistics.linear_regression(values, speeds) if len(set(values)) > 1 else (0.0, speeds[0])
         found = next((r for r in values if start + slope * r >= aim), None)
         if found is not None and (found > values[0] or found == 1):
