@@ -84,6 +84,8 @@ def combine(x: Tensor, size: Tensor | None, members: Members, reduce: Reduce) ->
         kept = kept.scatter_reduce(0, index, joining, "amax", include_self=True)
     else:
         share, total = joining_size, sizes
+        if sizes.requires_grad:  # of a matcher that learns: its gradient comes through attention
+            share, total = share.detach(), total.detach()
         if reduce == "average":
             share = torch.ones_like(share) if alive is None else alive.to(share.dtype)
             total = torch.ones_like(sizes).index_add_(0, target, share)

@@ -74,9 +74,10 @@ def get_method(name: str) -> Method:
 
 
 def method_names() -> tuple[str, ...]:
-    """Every method, and every matcher that no method uses (those of plugins among them)."""
+    """Every method that works off the shelf, and every matcher that none uses (those of plugins among them)."""
     used = {str(method.fields.get("matcher", "bipartite")) for method in _METHODS.values()}
-    return (*_METHODS, *(name for name in matcher_names() if name not in used))
+    further = (name for name in matcher_names() if name not in used and not get_entry(name).learned)
+    return (*_METHODS, *further)
 
 
 _PAPER = "Bolya et al. 2023, Token Merging"

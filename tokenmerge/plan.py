@@ -57,6 +57,8 @@ class MergePlan:
         target: `[B, r]`: position after the merge that each of those joins; −1 drops it.
         drops: whether any target may be −1; known without looking at values.
         weight: `[B, N]` float32: what tokens weigh in the mean of those they merge with; `None` stands for their sizes.
+        gate: `[B, N']` factors on the sizes of the tokens that are left, through which a matcher that is being trained
+            gets its gradient; `None` for all others.
     """
 
     keep: Tensor
@@ -64,6 +66,7 @@ class MergePlan:
     target: Tensor
     drops: bool = False
     weight: Tensor | None = None
+    gate: Tensor | None = None
 
     @property
     def tokens_in(self) -> int:
@@ -142,7 +145,8 @@ class MergePlan:
         """The same merge with the tokens left in ascending position: spatial order is kept."""
         keep, order = self.keep.sort(dim=1)
         target = _gather(order.argsort(dim=1), self.target, self.drops)
-        return MergePlan(keep, self.source, target, self.drops, self.weight)
+        gate = None if self.gate is None else self.gate.gather(1, order)
+        return MergePlan(keep, self.source, target, self.drops, self.weight, gate)
 
     def compose(self, then: MergePlan) -> MergePlan:
         """This merge followed by `then`, as one plan.
@@ -187,14 +191,16 @@ class MergePlan:
             )
         if size is not None and size.shape != (batch, tokens):
             raise InputError(f"size is {tuple(size.shape)}, but this plan merges sizes of shape [{batch}, {tokens}]")
-        if reduce == "mean" and not self.drops and self.weight is None and takes_triton(backend, x):
+        plain = reduce == "mean" and not self.drops and self.weight is None and self.gate is None
+        if plain and takes_triton(backend, x):
             from tokenmerge.ops import launch
 
             size = None if size is None else size.to(torch.float32)
             merged: tuple[Tensor, Tensor] = launch.merge(x, size, self.keep, self.source, self.target)
             return merged
         kept, sizes = combine(x, size, self._flat(), reduce)
-        return kept.view(batch, self.tokens_out, x.shape[2]), sizes.view(batch, self.tokens_out)
+        sizes = sizes.view(batch, self.tokens_out)
+        return kept.view(batch, self.tokens_out, x.shape[2]), sizes if self.gate is None else sizes * self.gate
 
     def _flat(self) -> Members:
         """The plan in row numbers of the flattened tokens."""

@@ -13,7 +13,7 @@ from tokenmerge.matching.registry import (
 )
 
 # isort: split
-from tokenmerge.matching import clustering, informed, pairing, pruning  # noqa: F401  (they register themselves)
+from tokenmerge.matching import clustering, informed, learned, pairing, pruning  # noqa: F401  (they register themselves)
 
 __all__ = [
     "OFFERED",

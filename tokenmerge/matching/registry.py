@@ -24,6 +24,7 @@ OFFERED = {
     "layers": "how many blocks there are",
     "distance": "MergeConfig.distance",
     "partition": "MergeConfig.partition",
+    "predictor": "the block's trained predictor (tokenmerge.predictors), or None",
     "backend": "MergeConfig.backend; such a matcher must also take keys [B, H, N, D] not averaged over heads yet",
 }
 """What a matcher may ask for by naming a parameter so."""
@@ -55,6 +56,7 @@ class Entry:
         offered: which of `OFFERED` it takes.
         options: its other parameters, with their defaults.
         adaptive: whether the tokens it leaves depend on values.
+        learned: whether it works with weights of its own, which must be trained first.
     """
 
     name: str
@@ -62,6 +64,7 @@ class Entry:
     offered: frozenset[str]
     options: Mapping[str, Any]
     adaptive: bool
+    learned: bool
 
     @property
     def about(self) -> str:
@@ -73,13 +76,15 @@ _MATCHERS: dict[str, Entry] = {}
 _M = TypeVar("_M", bound=Callable[..., MergePlan])
 
 
-def register_matcher(name: str, adaptive: bool = False) -> Callable[[_M], _M]:
+def register_matcher(name: str, adaptive: bool = False, learned: bool = False) -> Callable[[_M], _M]:
     """Make a function selectable as `patch(model, matcher=name)`.
 
     Args:
         name: what to select it by.
         adaptive: whether the number of tokens it leaves depends on values: such a model cannot be compiled or exported
             with static shapes, and `r` is what it merges on average.
+        learned: whether it needs trained weights, and so cannot be compared off the shelf; while training it may leave
+            more tokens than r says.
 
     Raises:
         ConfigError: if a function from elsewhere already has that name (the same one, defined again as in a notebook, takes
@@ -98,7 +103,7 @@ def register_matcher(name: str, adaptive: bool = False) -> Callable[[_M], _M]:
                 )
         offered = frozenset(parameter.name for parameter in further if parameter.name in OFFERED)
         options = {parameter.name: parameter.default for parameter in further if parameter.name not in OFFERED}
-        _MATCHERS[name] = Entry(name, matcher, offered, options, adaptive)
+        _MATCHERS[name] = Entry(name, matcher, offered, options, adaptive, learned)
         return matcher
 
     return add

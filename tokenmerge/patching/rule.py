@@ -17,7 +17,7 @@ from tokenmerge.matching.distances import unit
 from tokenmerge.ops import Backend, counting
 from tokenmerge.patching.family import BlockFamily
 from tokenmerge.patching.masks import apart_from_padding
-from tokenmerge.plan import MergePlan
+from tokenmerge.plan import MergePlan, take_rows
 from tokenmerge.state import TokenState
 
 _FROM_ATTENTION = ("q", "v", "kv")
@@ -40,6 +40,7 @@ class Rule:
         layers: how many blocks there are.
         grid: patches along each axis at the model's own input size.
         class_token: whether the first prefix token is a class token.
+        trace: whether the block notes how similar the tokens were that it merged.
     """
 
     family: BlockFamily
@@ -54,6 +55,7 @@ class Rule:
     layers: int
     grid: tuple[int, ...] | None
     class_token: bool
+    trace: bool = False
     entry: Entry = dataclasses.field(init=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -75,6 +77,8 @@ class Rule:
         return _remade, (values,)  # the entry holds a function: found again by its name
 
 
+PREDICTOR = "tokenmerge_predictor"
+"""A block's attribute for what a learned matcher works with."""
 _INSIDE = frozenset({"attention", "values"})
 
 
@@ -127,15 +131,34 @@ def make_plan(
         PatchError: if keys were not noted, or the plan does not merge r tokens of these.
     """
     metric = _metric(block, rule, noted, x_pre, x, state)
-    offered = _offered(rule, noted, x, state) if rule.entry.offered or rule.options else {}
+    offered = _offered(block, rule, noted, x, state) if rule.entry.offered or rule.options else {}
     plan: MergePlan = rule.entry.matcher(metric, r, protected, **offered)
     fits = plan.keep.shape[0] == x.shape[0] and plan.tokens_in == x.shape[1]
-    if not fits or (plan.r != r and not rule.entry.adaptive):
+    if not fits or (plan.r != r and not (rule.entry.adaptive or (rule.entry.learned and plan.r == 0))):
         raise PatchError(
             f"matcher {rule.matcher!r} merged {plan.r} of {plan.tokens_in} tokens in {plan.keep.shape[0]} images, but block "
             f"{rule.layer} asked for {r} of {x.shape[1]} in {x.shape[0]}: it must merge exactly r, or r must be smaller"
         )
+    if rule.trace and not torch.compiler.is_exporting():
+        block._tokenmerge_similarity = _of_edges(metric, plan)
     return plan
+
+
+def seen_by_class_token(rule: Rule, noted: Noted, state: TokenState) -> Tensor | None:
+    """`[B, N]` float32, attention of the class token to each token; `None` where attention cannot be looked into."""
+    if noted.inside is None:
+        return None
+    query, key, _, scale = noted.inside
+    return class_attention(query.detach(), key.detach(), scale, state.size, rule.class_token)
+
+
+def _of_edges(metric: Tensor, plan: MergePlan) -> Tensor:
+    """`[B, r]` float32: cosine of the metric of each token that merged and of the token it joined; NaN if it was dropped."""
+    metric = metric.detach()
+    units = unit(metric.sum(dim=1) if metric.dim() == 4 else metric)
+    joined = plan.keep.gather(1, plan.target.clamp_min(0))
+    similarity = (take_rows(units, plan.source) * take_rows(units, joined)).sum(dim=2)
+    return similarity.masked_fill(plan.target < 0, torch.nan)
 
 
 def _metric(block: Any, rule: Rule, noted: Noted, x_pre: Tensor | None, x: Tensor, state: TokenState) -> Tensor:
@@ -178,7 +201,7 @@ def _inside(rule: Rule, noted: Noted, which: str) -> Tensor:
     return {"q": query, "k": key, "v": value}[which].detach()
 
 
-def _offered(rule: Rule, noted: Noted, x: Tensor, state: TokenState) -> dict[str, Any]:
+def _offered(block: Any, rule: Rule, noted: Noted, x: Tensor, state: TokenState) -> dict[str, Any]:
     """What the matcher asks for, by name, and its options."""
     wanted = rule.entry.offered
     given: dict[str, Any] = dict(rule.options)
@@ -188,13 +211,13 @@ def _offered(rule: Rule, noted: Noted, x: Tensor, state: TokenState) -> dict[str
         given["size"] = torch.ones(x.shape[:2], device=x.device) if state.size is None else state.size
     if "tokens" in wanted:
         given["tokens"] = x.detach()
+    if "predictor" in wanted:
+        given["predictor"] = getattr(block, PREDICTOR, None)
     if "values" in wanted:
         given["values"] = _inside(rule, noted, "v")
     if "attention" in wanted:
         _inside(rule, noted, "q")  # or say why not
-        assert noted.inside is not None
-        query, key, _, scale = noted.inside
-        given["attention"] = class_attention(query.detach(), key.detach(), scale, state.size, rule.class_token)
+        given["attention"] = seen_by_class_token(rule, noted, state)
     if "anchor" in wanted:
         anchor = state.anchor()
         start = counting(x.shape[1], x.device).expand(x.shape[0], -1)

@@ -14,6 +14,7 @@ from torch import nn
 
 from tokenmerge.errors import InputError, TokenMergeError
 from tokenmerge.patching.target import find_target
+from tokenmerge.predictors import FILE, load_predictors
 from tokenmerge.tools.device import DTYPES, check_device
 from tokenmerge.tools.sources import SOURCES, create
 
@@ -119,8 +120,18 @@ def load_model(args: ModelArgs) -> Any:
         raise InputError(f"images of {args.img_size} pixels are smaller than one patch: give a larger --img-size")
     if args.checkpoint is not None:
         load_checkpoint(model, args.checkpoint)
+    elif pretrained:
+        _load_predictors(model, args.model)
     memory = {"memory_format": torch.channels_last} if args.channels_last else {}
     return model.to(device=device, dtype=DTYPES[args.dtype], **memory).eval()
+
+
+def _load_predictors(model: nn.Module, name: str) -> None:
+    """What `train --matcher dynamicvit` left beside the weights, if it did."""
+    kind, _, place = name.partition(":")
+    file = Path(place, FILE)
+    if kind in ("local-dir", "hf") and place and file.is_file():
+        load_predictors(model, file)
 
 
 def skeleton(args: ModelArgs) -> Any:

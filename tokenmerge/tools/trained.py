@@ -13,11 +13,16 @@ KEY = "tokenmerge"
 
 
 def as_trained(args: ModelArgs, fields: dict[str, Any]) -> dict[str, Any]:
-    """Merging as asked for; proportional attention, if left to `"auto"`, as the weights were trained."""
-    if fields.get("prop_attn", "auto") != "auto":
-        return fields
-    stored = trained_with(args).get("prop_attn")
-    return {**fields, "prop_attn": stored} if isinstance(stored, bool) else fields
+    """Merging as asked for; proportional attention, if left to `"auto"`, as the weights were trained.
+
+    So is a matcher with weights of its own, if none is asked for.
+    """
+    stored = trained_with(args)
+    if fields.get("prop_attn", "auto") == "auto" and isinstance(stored.get("prop_attn"), bool):
+        fields = {**fields, "prop_attn": stored["prop_attn"]}
+    if "matcher" not in fields and "preset" not in fields and isinstance(stored.get("matcher"), str):
+        fields = {**fields, **{name: stored[name] for name in ("matcher", "place") if name in stored}}
+    return fields
 
 
 def trained_with(args: ModelArgs) -> dict[str, Any]:

@@ -1,10 +1,16 @@
-"""How much is merged in which epoch."""
+"""How much is merged in which epoch, and what learns to decide it."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
-from tokenmerge.patching import Handle
+from torch import Tensor, nn
+
+from tokenmerge.errors import InputError
+from tokenmerge.matching import get_entry
+from tokenmerge.patching import Handle, model_cost
+from tokenmerge.predictors import add_predictors, predicting, ratio_loss
 from tokenmerge.tools.settings import Setting
 from tokenmerge.tools.train.args import TrainArgs
 
@@ -33,3 +39,31 @@ def apply(handle: Handle, setting: Setting) -> None:
 def fields_for_training(fields: dict[str, Any]) -> dict[str, Any]:
     """The paper's rule: a model trained with merging has proportional attention, whatever it was pretrained with."""
     return {**fields, "prop_attn": True} if fields.get("prop_attn", "auto") == "auto" else fields
+
+
+_RATIO_WEIGHT = 2.0
+"""Of the loss that draws predictors to the number of tokens that is wanted (DynamicViT, section 3.3)."""
+
+
+def with_predictors(model: nn.Module, handle: Handle, args: TrainArgs) -> Callable[[], Tensor | None]:
+    """Give the blocks that drop tokens their predictors, if the matcher learns; what is added to the loss.
+
+    Raises:
+        InputError: if r is to change over the epochs, which predictors cannot follow.
+    """
+    if not get_entry(handle.config.matcher).learned:
+        return lambda: None
+    if args.r_warmup_epochs or args.r_milestones:
+        raise InputError(
+            f"r is to change over the epochs, but the predictors of matcher {handle.config.matcher!r} learn one r: leave out "
+            "--r-warmup-epochs and --r-milestones"
+        )
+    have = predicting(model)
+    add_predictors(model, [index for index, r in enumerate(handle.schedule) if r and index not in have])
+    cost = model_cost(model)
+
+    def loss() -> Tensor | None:
+        found = ratio_loss(model, handle.schedule, cost.tokens - cost.protected)
+        return None if found is None else _RATIO_WEIGHT * found
+
+    return loss

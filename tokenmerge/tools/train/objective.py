@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -20,10 +21,17 @@ class Objective:
         args: mixup, smoothing, kind of loss, distillation.
         num_classes: outputs of the model.
         teacher: an unmerged model whose logits count `distill_weight`; `None` without distillation.
+        further: what else is to be added after a pass, such as the loss of predictors; may give `None`.
     """
 
-    def __init__(self, args: TrainArgs, num_classes: int, teacher: nn.Module | None) -> None:
-        self.args, self.teacher = args, teacher
+    def __init__(
+        self,
+        args: TrainArgs,
+        num_classes: int,
+        teacher: nn.Module | None,
+        further: Callable[[], Tensor | None] = lambda: None,
+    ) -> None:
+        self.args, self.teacher, self.further = args, teacher, further
         self.mixup = None
         if args.mixup > 0 or args.cutmix > 0:
             from timm.data.mixup import Mixup
@@ -58,8 +66,9 @@ class Objective:
             images = mixed.view(images.shape)
         logits = logits_of(model(images)).float()
         loss: Tensor = self.criterion(logits, targets)
+        further = self.further()
         if self.teacher is None:
-            return loss
+            return loss if further is None else loss + further
         with torch.no_grad():
             wanted = logits_of(self.teacher(images)).float()
         heat, share = self.args.distill_temp, self.args.distill_weight
@@ -69,7 +78,8 @@ class Objective:
             reduction="batchmean",
             log_target=True,
         )
-        return (1 - share) * loss + share * heat**2 * gap
+        loss = (1 - share) * loss + share * heat**2 * gap
+        return loss if further is None else loss + further
 
 
 def teacher_of(model: nn.Module) -> Any:

@@ -10,6 +10,9 @@ from typing import Any
 from torch import Tensor, nn
 
 import tokenmerge
+from tokenmerge.matching import get_entry
+from tokenmerge.predictors import FILE as PREDICTORS
+from tokenmerge.predictors import split_state
 from tokenmerge.tools.folders import ClassFolder
 from tokenmerge.tools.models import ModelArgs, input_shape
 from tokenmerge.tools.train.args import TrainArgs
@@ -46,7 +49,11 @@ def publish(
         "r": args.setting.label,
         "prop_attn": args.merging["prop_attn"],
     }
-    state = {name: tensor.contiguous() for name, tensor in state.items()}
+    if get_entry(str(args.merging.get("matcher", "bipartite"))).learned:  # useless without it
+        about |= {name: args.merging[name] for name in ("matcher", "place") if name in args.merging}
+    state, predictors = split_state(model, {name: tensor.contiguous() for name, tensor in state.items()})
+    if predictors:  # beside the weights, because the model's own library knows nothing of them
+        save_file(predictors, folder / PREDICTORS)
     if hasattr(model, "save_pretrained"):
         _publish_transformers(model, state, images, folder, about)
         return

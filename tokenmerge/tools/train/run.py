@@ -151,8 +151,9 @@ def build(
     model, images, validation = _model_and_data(base, args, train_root)
     batches = EpochBatches(len(images), args, rank, processes)
     model.to(accelerator.device)
-    objective = Objective(args, images.num_classes, teacher_of(model) if args.distill_weight else None)
+    teacher = teacher_of(model) if args.distill_weight else None
     handle = tokenmerge.patch(model, args.setting.config(**args.merging))
+    objective = Objective(args, images.num_classes, teacher, merging.with_predictors(model, handle, args))
     if args.grad_checkpointing:
         checkpoint_blocks(model)
     if args.fsdp:

@@ -1,0 +1,178 @@
+"""Trained heads that say which tokens a block may drop (DynamicViT).
+
+Everything else in this library works off the shelf. A predictor does not: it is a small network inside a block, with
+weights of its own, which `tokenmerge train --matcher dynamicvit` trains together with the model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from tokenmerge.errors import ConfigError, InputError, PatchError
+from tokenmerge.patching.rule import PREDICTOR
+from tokenmerge.patching.target import find_target
+
+FILE = "predictors.safetensors"
+"""Name of the file in a trained model's folder."""
+
+
+class TokenPredictor(nn.Module):
+    """Tokens -> log-probabilities of staying and of going (Rao et al. 2021, section 3.2).
+
+    Half of the channels of a projection describe the token, the mean of the other half over all tokens that are still
+    there describes the image; both together are classified by a network of three layers.
+
+    Args:
+        channels: C of the tokens.
+
+    Attributes:
+        kept: `[B]`, the part of the tokens that the latest training pass kept, with its gradient.
+    """
+
+    kept: Tensor | None
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        if channels % 4:
+            raise ConfigError(
+                f"a predictor halves its channels twice, but the model has {channels}: choose another matcher"
+            )
+        self.channels = channels
+        self.project = nn.Sequential(nn.LayerNorm(channels), nn.Linear(channels, channels), nn.GELU())
+        half, quarter = channels // 2, channels // 4
+        self.classify = nn.Sequential(
+            nn.Linear(channels, half), nn.GELU(), nn.Linear(half, quarter), nn.GELU(), nn.Linear(quarter, 2)
+        )
+        self.kept = None
+
+    def forward(self, tokens: Tensor, size: Tensor) -> Tensor:
+        """`[B, M, C]` and what each token counts in the mean `[B, M]` -> `[B, M, 2]`, log-probabilities."""
+        x = self.project(tokens.to(next(self.parameters()).dtype))
+        own, shared = x.chunk(2, dim=2)
+        weight = size.to(x.dtype).unsqueeze(2)
+        mean = (shared * weight).sum(dim=1, keepdim=True) / weight.sum(dim=1, keepdim=True).clamp_min(1e-6)
+        scores: Tensor = self.classify(torch.cat([own, mean.expand_as(own)], dim=2))
+        return F.log_softmax(scores.float(), dim=2)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Copies do not take part in the graph of the latest pass."""
+        return {**self.__dict__, "kept": None}
+
+
+def add_predictors(model: nn.Module, blocks: Sequence[int]) -> None:
+    """Give some blocks of a model a fresh predictor each, as parameters of the model.
+
+    Args:
+        model: a supported model, not patched.
+        blocks: their positions, from 0.
+
+    Raises:
+        UnsupportedModelError: if the model is not known.
+        PatchError: if a block has one already.
+        ConfigError: if there is no such block, or the model's channels cannot be divided by 4.
+    """
+    target = find_target(model)
+    for index in blocks:
+        if not 0 <= index < len(target.blocks):
+            raise ConfigError(
+                f"block {index} was to get a predictor, but the model has blocks 0 … {len(target.blocks) - 1}"
+            )
+        block = target.blocks[index][0]
+        if hasattr(block, PREDICTOR):
+            raise PatchError(f"block {index} has a predictor already: remove_predictors(model) first")
+        like = next(block.parameters())
+        block.add_module(PREDICTOR, TokenPredictor(target.channels).to(like.device, like.dtype).train(block.training))
+
+
+def remove_predictors(model: nn.Module) -> None:
+    """Take all predictors out of a model again."""
+    for block in predicting(model).values():
+        delattr(block, PREDICTOR)
+
+
+def predicting(model: nn.Module) -> dict[int, nn.Module]:
+    """The blocks that have one, by their positions."""
+    return {index: block for index, (block, _) in enumerate(find_target(model).blocks) if hasattr(block, PREDICTOR)}
+
+
+def ratio_loss(model: nn.Module, schedule: Sequence[int], tokens: int) -> Tensor | None:
+    """What makes predictors keep as many tokens as a schedule leaves: the mean of `(kept − wanted)²` over predictors.
+
+    Call it once after the forward pass of a training step, and add it to the loss (DynamicViT's weight is 2).
+
+    Args:
+        model: the patched model.
+        schedule: tokens that each block drops.
+        tokens: that enter the first block, protected ones not counted.
+
+    Returns:
+        A number with gradient; `None` if no predictor ran.
+    """
+    parts = []
+    for index, block in predicting(model).items():
+        predictor = getattr(block, PREDICTOR)
+        kept, predictor.kept = predictor.kept, None
+        if kept is not None and schedule[index]:
+            wanted = 1 - sum(schedule[: index + 1]) / tokens
+            parts.append((kept - wanted).square().mean())
+    return torch.stack(parts).mean() if parts else None
+
+
+def split_state(model: nn.Module, state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """A model's state without its predictors', and theirs by `BLOCK.NAME`, as `load_predictors` reads them."""
+    places = {module: name for name, module in model.named_modules()}
+    starts = {f"{places[block]}.{PREDICTOR}.": index for index, block in predicting(model).items()}
+    rest, found = {}, {}
+    for name, value in state.items():
+        start = next((one for one in starts if name.startswith(one)), None)
+        if start is None:
+            rest[name] = value
+        else:
+            found[f"{starts[start]}.{name.removeprefix(start)}"] = value
+    return rest, found
+
+
+def save_predictors(model: nn.Module, path: Path | str) -> None:
+    """Write the weights of all predictors to a safetensors file.
+
+    Raises:
+        PatchError: if the model has none.
+    """
+    from safetensors.torch import save_file
+
+    _, state = split_state(model, model.state_dict())
+    if not state:
+        raise PatchError(
+            "the model has no predictors, so there is nothing to save: add_predictors(model, blocks) first"
+        )
+    save_file({name: value.contiguous() for name, value in state.items()}, path)
+
+
+def load_predictors(model: nn.Module, path: Path | str) -> None:
+    """Give a model the predictors that `save_predictors` wrote.
+
+    Raises:
+        InputError: if the file cannot be read or does not fit the model.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        state = load_file(path)
+        blocks = sorted({int(name.partition(".")[0]) for name in state})
+        add_predictors(model, blocks)
+        for index, block in predicting(model).items():
+            start = f"{index}."
+            mine = {name.removeprefix(start): value for name, value in state.items() if name.startswith(start)}
+            getattr(block, PREDICTOR).load_state_dict(mine)
+    except (OSError, SafetensorError, ValueError, RuntimeError, ConfigError) as error:
+        reason = (str(error).splitlines() or [""])[0]
+        raise InputError(
+            f"the predictors in {str(path)!r} cannot be used ({reason}): give the file that was trained with this model"
+        ) from None
