@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import random
 from pathlib import Path
 
 import pytest
@@ -14,8 +15,8 @@ from tests.conftest import Run
 from tokenmerge.tools.compare.paper import EXPERIMENTS
 from tokenmerge.tools.compare.scoring import Scores
 from tokenmerge.tools.compare.statistics import bootstrap
-from tokenmerge.tools.pages import write_report
-from tokenmerge.tools.search.space import START, full, shaped
+from tokenmerge.tools.pages import Table, write_report
+from tokenmerge.tools.search.space import START, full, random_parameters, shaped
 
 PLUGIN = '''
 import tokenmerge
@@ -186,8 +187,9 @@ def test_search_finds_writes_and_resumes(run: Run, model_dir: Path, data: Path, 
         assert len(config.r) == 3  # type: ignore[arg-type]
         assert "found − constant" in out
         assert run("bench", f"local-dir:{model_dir}", "--r", "best.json", "--num-bench-iter", 1)[0] == 0
-    _, out, _ = run(*words, "--trials", 8, "--output", "best.json")
+    _, out, _ = run(*words, "--trials", 8, "--output", "best.json", "--random", 3)
     assert "7 trials were there already" in out
+    assert "of 3 random schedules of the same FLOPs" in out
 
 
 def test_shapes_of_schedules() -> None:
@@ -209,6 +211,13 @@ def test_shapes_of_schedules() -> None:
     assert shaped(full({"spared": 2}, 6), 0.8, 6, 100, 1, fraction)[:2] == (0, 0)
     last = shaped(full({"last": True}, 6), 0.8, 6, 100, 1, fraction)
     assert last[-1] > last[-2]
+    draw = random.Random(0)
+    drawn = [shaped(random_parameters(draw, 6), 0.8, 6, 100, 1, fraction) for _ in range(5)]
+    assert len(set(drawn)) == 5
+    for schedule in drawn:
+        assert 0.75 < fraction(schedule) <= 0.8
+    nearly = {"shape": "free", **{f"part_{i}": 1e-6 * (i == 3) for i in range(6)}}
+    assert [r > 0 for r in shaped(full(nearly, 6), 0.9, 6, 100, 1, fraction)] == [i == 3 for i in range(6)]
 
 
 def test_intervals_are_paired() -> None:
@@ -237,9 +246,8 @@ def test_scores_survive_only_whole(tmp_path: Path) -> None:
 
 def test_nothing_from_outside_becomes_markup(tmp_path: Path) -> None:
     evil = "</script><script>alert(1)</script><img src=x onerror=alert(1)>"
-    write_report(
-        tmp_path / "page.html", evil, evil, [evil], [[evil]], ["<?xml?><svg></svg>"], [{evil: evil}], {evil: evil}
-    )
+    table = Table(evil, [evil], [[evil]])
+    write_report(tmp_path / "page.html", evil, [evil], [table], ["<?xml?><svg></svg>"], [{evil: evil}])
     page = (tmp_path / "page.html").read_text()
     assert "<script>alert" not in page
     assert "<img" not in page

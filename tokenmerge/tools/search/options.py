@@ -32,13 +32,20 @@ def add_search_options(command: argparse.ArgumentParser) -> None:
         help="for the config found (%(default)s)",
     )
     command.add_argument(
-        "--calibration", type=count(1), default=128, metavar="N", help="images to judge by (%(default)s)"
+        "--calibration", type=count(1), default=256, metavar="N", help="images to judge by (%(default)s)"
     )
     command.add_argument(
         "--holdout", type=count(1), default=512, metavar="N", help="other images to check on (%(default)s)"
     )
     command.add_argument(
         "--rounds", type=count(1), default=3, metavar="N", help="of timing for each trial (%(default)s)"
+    )
+    command.add_argument(
+        "--random",
+        type=count(0),
+        default=0,
+        metavar="N",
+        help="also try so many random schedules, everything else as the paper has it: its baseline (%(default)s)",
     )
     command.add_argument("--seed", type=count(0), default=0, help="of the search (%(default)s)")
     add_running(command, batch_size=32)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import random
+import statistics
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -13,6 +15,7 @@ from torch import Tensor
 
 from tokenmerge.config import MergeConfig
 from tokenmerge.errors import ConfigError, InputError, TokenMergeError
+from tokenmerge.flops import ModelCost
 from tokenmerge.patching import model_cost, patch
 from tokenmerge.timing import Spread, take_turns
 from tokenmerge.tools.compare.data import Images
@@ -20,8 +23,9 @@ from tokenmerge.tools.compare.scoring import Scores, score
 from tokenmerge.tools.compare.statistics import bootstrap
 from tokenmerge.tools.compare.variants import r_for_speedup
 from tokenmerge.tools.models import ModelArgs, load_model
+from tokenmerge.tools.pages.figures import lines
 from tokenmerge.tools.report import Report, Row
-from tokenmerge.tools.search.space import START, config_fields, full, suggest
+from tokenmerge.tools.search.space import START, config_fields, full, random_parameters, suggest
 from tokenmerge.tools.variants import share_weights
 
 
@@ -41,7 +45,8 @@ class SearchArgs:
         calibration: images that settings are judged by.
         holdout: other images, on which the result is checked.
         rounds: of timing for each trial.
-        seed: of the sampler.
+        seed: of the sampler, and of random schedules.
+        random: random schedules of the same FLOPs as the constant one to compare that with; the paper's baseline.
     """
 
     data: Path
@@ -52,10 +57,11 @@ class SearchArgs:
     output: Path = Path("tokenmerge.json")
     batch_size: int = 32
     workers: int = 2
-    calibration: int = 128
+    calibration: int = 256
     holdout: int = 512
     rounds: int = 3
     seed: int = 0
+    random: int = 0
 
 
 _AGAIN = 6
@@ -133,11 +139,29 @@ def run_search(args: ModelArgs, search: SearchArgs, report: Report) -> int:
         )
     except Exception as error:  # databases fail in ways of their own
         raise InputError(f"--storage {search.storage!r} cannot be used ({error}): try sqlite:///search.db") from None
-    _optimize(study, judge, search, report)
+    space = _space(study, judge, search)
+    _optimize(study, judge, space, search, report)
+    _random_schedules(judge, space, search, report)
     rows = _check(study, judge, others, search, model, report)
     _print(report, rows, search)
-    report.write(rows)
+    report.write(rows, lambda: _figures(study))
     return 0
+
+
+def _figures(study: Any) -> list[str | None]:
+    """Every trial, and the frontier."""
+    best = {trial.number for trial in study.best_trials}
+    trials = [
+        {
+            "speedup": 1 / t.values[0],
+            "divergence": t.values[1],
+            "kind": "on the frontier" if t.number in best else "trial",
+        }
+        for t in study.trials
+        if t.values is not None
+    ]
+    trials.sort(key=lambda one: one["kind"])
+    return [lines(trials, "speedup", "divergence", ("speed-up, measured", "KL to the unmerged model"), by="kind")]
 
 
 def _shuffled(batches: list[tuple[Tensor, Tensor]], cut: int) -> tuple[list[Any], list[Any]]:
@@ -149,7 +173,31 @@ def _shuffled(batches: list[tuple[Tensor, Tensor]], cut: int) -> tuple[list[Any]
     return parts[:cut], parts[cut:]
 
 
-def _optimize(study: Any, judge: Judge, search: SearchArgs, report: Report) -> None:
+@dataclasses.dataclass(frozen=True)
+class Space:
+    """From parameters to configs, for one model on one device.
+
+    Attributes:
+        cost: of the model.
+        layers: how many blocks there are.
+        attention: whether matchers can look at class attention.
+        flops: how many times fewer FLOPs the wanted speed takes here with a constant r.
+    """
+
+    cost: ModelCost
+    layers: int
+    attention: bool
+    flops: float
+
+    def config(self, parameters: Any) -> MergeConfig:
+        """What they stand for."""
+        cost = self.cost
+        return MergeConfig.create(
+            **config_fields(parameters, self.flops, self.layers, cost.tokens, cost.protected, cost.fraction)
+        )
+
+
+def _space(study: Any, judge: Judge, search: SearchArgs) -> Space:
     cost = model_cost(judge.model)
     layers = len(judge.handle.schedule)
     try:
@@ -158,7 +206,7 @@ def _optimize(study: Any, judge: Judge, search: SearchArgs, report: Report) -> N
     except TokenMergeError:  # its attention cannot be looked into
         attention = False
 
-    # how many times fewer FLOPs the wanted speed takes here: small models and batches need more than arithmetic says
+    # small models and batches need more than arithmetic says; workers on one study must agree on it
     flops = study.user_attrs.get("flops_speedup")
     if flops is None:
         try:
@@ -167,21 +215,20 @@ def _optimize(study: Any, judge: Judge, search: SearchArgs, report: Report) -> N
         except ConfigError:  # no constant r is that fast; another setting may be
             flops = search.speedup
         study.set_user_attr("flops_speedup", flops)
+    return Space(cost, layers, attention, flops)
 
-    def config(parameters: Any) -> MergeConfig:
-        fields = config_fields(parameters, flops, layers, cost.tokens, cost.protected, cost.fraction)
-        return MergeConfig.create(**fields)
 
+def _optimize(study: Any, judge: Judge, space: Space, search: SearchArgs, report: Report) -> None:
     def objective(trial: Any) -> tuple[float, float]:
-        chosen = config(suggest(trial, layers, attention))
+        chosen = space.config(suggest(trial, space.layers, space.attention))
         trial.set_user_attr("config", chosen.to_json())
         seconds = judge.relative_time(chosen)
         return seconds, float(judge.scores(chosen).divergence.mean())
 
     if not study.trials:
         for start in START:
-            if attention or start.get("matcher") != "informed":
-                study.enqueue_trial(full(start, layers))
+            if space.attention or start.get("matcher") != "informed":
+                study.enqueue_trial(full(start, space.layers))
     done = sum(trial.state.is_finished() for trial in study.trials)
     if done:
         report.say(f"{done} trials were there already, in {search.storage}")
@@ -190,6 +237,26 @@ def _optimize(study: Any, judge: Judge, search: SearchArgs, report: Report) -> N
         while sum(trial.state.is_finished() for trial in study.trials) < search.trials:  # other workers count, too
             study.optimize(objective, n_trials=1, catch=())
             progress.advance(task)
+
+
+def _random_schedules(judge: Judge, space: Space, search: SearchArgs, report: Report) -> None:
+    """How a constant r does among random schedules of the same FLOPs, everything else as the paper has it."""
+    if not search.random:
+        return
+    draw = random.Random(search.seed)
+    configs = [space.config(random_parameters(draw, space.layers)) for _ in range(search.random)]
+    constant = float(judge.scores(space.config(full({}, space.layers))).divergence.mean())
+    with report.progress() as progress:
+        task = progress.add_task("random schedules", total=len(configs))
+        found = []
+        for config in configs:
+            found.append(float(judge.scores(config).divergence.mean()))
+            progress.advance(task)
+    better = sum(one < constant for one in found)
+    report.say(
+        f"a constant r has KL {constant:.3f}; of {len(found)} random schedules of the same FLOPs {better} have less (the best "
+        f"{min(found):.3f}, the median {statistics.median(found):.3f})"
+    )
 
 
 def _check(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -19,6 +20,7 @@ START: Sequence[Mapping[str, Any]] = (  # cheap starting points; what is missing
 )
 _USUAL: Mapping[str, Any] = {
     "factor": 1.0,
+    "shape": "linear",
     "inflect": 0.0,
     "spared": 0,
     "last": False,
@@ -39,6 +41,8 @@ def full(parameters: Mapping[str, Any], layers: int) -> dict[str, Any]:
     """A starting point with everything that it leaves out, for a model of that many blocks."""
     more = _INFORMED if parameters.get("matcher") == "informed" else {}
     found = {**_USUAL, **more, **parameters}
+    if found["shape"] != "linear":
+        del found["inflect"], found["spared"]
     if "attention_from" in found:
         found["attention_from"] = min(found["attention_from"], layers - 1)
     return found
@@ -54,14 +58,20 @@ def suggest(trial: Any, layers: int, attention: bool) -> dict[str, Any]:
     """
     found = {
         "factor": trial.suggest_float("factor", 0.85, 1.2),  # of the FLOPs that a constant r needs for the wanted speed
-        "inflect": trial.suggest_float("inflect", -1.0, 1.0),
-        "spared": trial.suggest_int("spared", 0, max(0, min(3, layers // 4))),
+        "shape": trial.suggest_categorical("shape", ["linear", "free"]),
         "last": trial.suggest_categorical("last", [False, True]),
         "combine": trial.suggest_categorical("combine", ["mean", "norm"]),
         "order": trial.suggest_categorical("order", ["partition", "keep"]),
         "matcher": trial.suggest_categorical("matcher", ["bipartite", "informed"] if attention else ["bipartite"]),
         "partition": trial.suggest_categorical("partition", ["alternating", "checkerboard"]),
     }
+    if found["shape"] == "linear":
+        found |= {
+            "inflect": trial.suggest_float("inflect", -1.0, 1.0),
+            "spared": trial.suggest_int("spared", 0, max(0, min(3, layers // 4))),
+        }
+    else:  # block by block, as parts of the largest
+        found |= {f"part_{i}": trial.suggest_float(f"part_{i}", 0.0, 1.0) for i in range(layers)}
     if found["matcher"] == "informed":
         found |= {
             "attention_power": trial.suggest_float("attention_power", 0.0, 1.0),
@@ -94,35 +104,47 @@ def config_fields(
     return fields
 
 
+def random_parameters(draw: random.Random, layers: int) -> dict[str, Any]:
+    """The paper's baseline: everything as the paper has it, but for a random schedule (figure 2: 15,000 of them)."""
+    return full({"shape": "free", **{f"part_{i}": draw.random() for i in range(layers)}}, layers)
+
+
 def shaped(
     parameters: Mapping[str, Any], target: float, layers: int, tokens: int, protected: int, fraction: Fraction
 ) -> Schedule:
     """The smallest schedule of that shape whose FLOPs fall to `target` of the unmerged model's.
 
-    The shape: nothing in the first `spared` blocks, then linear with `inflect` (−1 falls to 0, 1 rises from 0); with
-    `last`, as many as possible in the last block, whose patches a head that reads only the class token never sees.
+    The shape: nothing in the first `spared` blocks, then linear with `inflect` (−1 falls to 0, 1 rises from 0); or "free",
+    each block its own part. With `last`, as many as possible in the last block, whose patches a head that reads only the class
+    token never sees.
     """
+    parts = _parts(parameters, layers)
 
     def schedule(mean: float) -> Schedule:
-        spared, active = parameters["spared"], layers - parameters["spared"]
-        low = mean * (1 - parameters["inflect"])
-        values = [0] * spared
-        for i in range(active):
-            share = i / (active - 1) if active > 1 else 0.5
-            values.append(round(low + (2 * mean - 2 * low) * share))
         left, cut = tokens, []
-        for i, r in enumerate(values):
+        for i, part in enumerate(parts):
             most = max_merges(left, protected)
-            r = most if parameters["last"] and i == layers - 1 else min(max(r, 0), most)
+            r = most if parameters["last"] and i == layers - 1 else min(max(round(mean * part), 0), most)
             cut.append(r)
             left -= r
         return tuple(cut)
 
-    low, high = 0.0, float(tokens)
-    for _ in range(24):
+    low, high = 0.0, float(tokens) / max(min((part for part in parts if part > 0), default=1.0), 1e-3)
+    for _ in range(32):
         middle = (low + high) / 2
         if fraction(schedule(middle)) <= target:
             high = middle
         else:
             low = middle
     return schedule(high)
+
+
+def _parts(parameters: Mapping[str, Any], layers: int) -> list[float]:
+    """How much each block merges, relative to one another."""
+    if parameters["shape"] == "free":
+        free = [parameters[f"part_{i}"] for i in range(layers)]
+        return [part / max(max(free), 1e-12) for part in free]
+    spared, active = parameters["spared"], layers - parameters["spared"]
+    low = 1 - parameters["inflect"]
+    shares = [i / (active - 1) if active > 1 else 0.5 for i in range(active)]
+    return [0.0] * spared + [low + (2 - 2 * low) * share for share in shares]
