@@ -24,7 +24,8 @@ def classifier_input(model: Any, medium: Medium, command: str) -> tuple[int, ...
     Raises:
         InputError: if the model has no classifier that this can feed, or takes something else than the folder holds.
     """
-    if not hasattr(model, "pretrained_cfg") and medium is not VIDEOS:
+    known = hasattr(model, "pretrained_cfg") or medium is VIDEOS or (medium is IMAGES and hasattr(model, "weights"))
+    if not known or (command == "train" and hasattr(model, "weights")):
         raise InputError(
             f"{type(model).__name__} is not a timm model, but {command} takes the preprocessing of {medium.name} from "
             "timm: use bench or inspect, or tokenmerge.patch in your own code"
@@ -42,6 +43,8 @@ def num_classes(model: Any) -> int:
     """Outputs of its classifier, 0 without one."""
     if hasattr(model, "pretrained_cfg"):
         return int(getattr(model, "num_classes", 0) or 0)
+    if hasattr(model, "weights"):  # torchvision's
+        return int(model.num_classes)
     head = getattr(model, "classifier", None)
     return int(model.config.num_labels) if head is not None else 0
 
@@ -51,8 +54,23 @@ def class_names(model: Any) -> list[str] | None:
     if hasattr(model, "pretrained_cfg"):
         names = (model.pretrained_cfg or {}).get("label_names")
         return None if names is None else list(names)
+    if hasattr(model, "weights"):
+        names = model.weights.meta["categories"]
+        return list(names) if len(names) == model.num_classes else None
     labels = model.config.id2label
     return [str(labels[index]) for index in range(len(labels))]
+
+
+def preprocessing(model: Any, overrides: dict[str, Any]) -> dict[str, Any]:
+    """timm's names and values for how a model's images are made: the model's own, but for what is overridden."""
+    from timm.data.config import resolve_data_config
+
+    if not hasattr(model, "weights"):
+        return dict(resolve_data_config(overrides, model=model))
+    own = model.weights.transforms()  # of torchvision: resize the shorter side, cut the centre out
+    (crop,), (resize,) = own.crop_size, own.resize_size
+    found = {"mean": tuple(own.mean), "std": tuple(own.std), "crop_pct": crop / resize, "crop_mode": "center"}
+    return {**found, "interpolation": own.interpolation.value, **overrides}
 
 
 def logits_of(output: Any) -> Tensor:

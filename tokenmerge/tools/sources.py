@@ -74,9 +74,24 @@ def _transformers(name: str, pretrained: bool, img_size: int | None, auto: str =
 
 
 def _torchvision(name: str, pretrained: bool, img_size: int | None) -> Any:
+    """`torchvision:NAME` or `torchvision:NAME:WEIGHTS`, such as vit_b_16:IMAGENET1K_SWAG_E2E_V1.
+
+    The weights, their preprocessing and class names among them, are noted as `model.weights`.
+    """
     models = _library("torchvision").models
+    name, _, tag = name.partition(":")
+    known = models.get_model_weights(name)
+    if tag and tag not in known.__members__:
+        raise InputError(
+            f"torchvision has no weights {tag!r} of {name}; it has {', '.join(known.__members__)}: choose one"
+        )
+    weights = known[tag or "DEFAULT"]
     size = {} if img_size is None else {"image_size": img_size}
-    return models.get_model(name, weights="DEFAULT" if pretrained else None, **size)
+    if tag and img_size is None:
+        size = {"image_size": weights.transforms().crop_size[0]}
+    model = models.get_model(name, weights=weights if pretrained else None, **size)
+    model.weights = weights
+    return model
 
 
 def _open_clip(name: str, pretrained: bool, img_size: int | None) -> Any:

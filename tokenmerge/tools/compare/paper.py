@@ -130,6 +130,27 @@ EXPERIMENTS: Mapping[str, Experiment] = {
                     "23",
                     86.14,
                 ),
+                (
+                    "swag_b",
+                    "SWAG ViT-B/16 at 384 (unmerged 85.30)",
+                    "torchvision:vit_b_16:IMAGENET1K_SWAG_E2E_V1",
+                    "45",
+                    84.59,
+                ),
+                (
+                    "swag_l",
+                    "SWAG ViT-L/16 at 512 (unmerged 88.06)",
+                    "torchvision:vit_l_16:IMAGENET1K_SWAG_E2E_V1",
+                    "40",
+                    87.80,
+                ),
+                (
+                    "swag_h",
+                    "SWAG ViT-H/14 at 518 (unmerged 88.55)",
+                    "torchvision:vit_h_14:IMAGENET1K_SWAG_E2E_V1",
+                    "40",
+                    88.25,
+                ),
                 ("video", "VideoMAE-L on Kinetics-400", "hf:MCG-NJU/videomae-large-finetuned-kinetics", "65", None),
                 (
                     "audio",
