@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import dataclasses
 import datetime
 import json
+import platform
+import shlex
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+
+import tokenmerge
 from tokenmerge.errors import InputError
 
 
@@ -27,38 +33,70 @@ def render(template: str, **values: Any) -> str:
     return environment.get_template(template).render(**values)
 
 
+def embedded(data: Any) -> str:
+    """JSON that may stand inside a script element: nothing in it can end the element."""
+    return json.dumps(data).replace("<", "\\u003c").replace("\u2028", "\\u2028").replace("\u2029", "\\u2029")
+
+
+def about_this() -> dict[str, Any]:
+    """The command that is running, with what, and when: what every page says at its end."""
+    return {
+        "command": shlex.join(["tokenmerge", *sys.argv[1:]]),
+        "versions": {
+            "tokenmerge": tokenmerge.__version__,
+            "torch": torch.__version__,
+            "Python": platform.python_version(),
+        },
+        "date": datetime.date.today().isoformat(),
+    }
+
+
+@dataclasses.dataclass(frozen=True)
+class Table:
+    """One table of a report.
+
+    Attributes:
+        title: above it.
+        columns: its heads.
+        rows: its cells; what reads as a number sorts as one.
+    """
+
+    title: str
+    columns: Sequence[str]
+    rows: Sequence[Sequence[Any]]
+
+
 def write_report(
     path: Path,
     title: str,
-    lead: str,
-    columns: Sequence[str],
-    rows: Sequence[Sequence[Any]],
-    figures: Sequence[str],
+    lead: Sequence[str],
+    tables: Sequence[Table],
+    figures: Sequence[str | None],
     data: Sequence[Mapping[str, Any]],
-    versions: Mapping[str, str],
 ) -> None:
-    """A page with a table that sorts, figures, and the numbers behind them to download.
+    """A page with tables that sort, figures, and the numbers behind them to download.
 
     Args:
         path: file to write.
         title: of the page.
-        lead: one paragraph under it.
-        columns: heads of the table.
-        rows: its cells; numbers sort as numbers.
-        figures: SVG documents.
+        lead: paragraphs under it.
+        tables: in their order.
+        figures: SVG documents; `None` is left out.
         data: the rows as they are.
-        versions: what made it.
+
+    Raises:
+        InputError: if Jinja2 is missing, or the file cannot be written.
     """
     page = render(
         "report.html.j2",
         title=title,
         lead=lead,
-        columns=columns,
-        rows=rows,
-        figures=[figure[figure.index("<svg") :] for figure in figures],
-        data=json.dumps(list(data)).replace("<", "\\u003c"),  # nothing in it may end the script element
-        command=" ".join(["tokenmerge", *sys.argv[1:]]),
-        versions=versions,
-        date=datetime.date.today().isoformat(),
+        tables=tables,
+        figures=[figure[figure.index("<svg") :] for figure in figures if figure is not None],
+        data=embedded(list(data)),
+        about=about_this(),
     )
-    path.write_text(page, encoding="utf-8")
+    try:
+        path.write_text(page, encoding="utf-8")
+    except OSError as error:
+        raise InputError(f"the page {str(path)!r} cannot be written ({error.strerror}): choose another file") from None
