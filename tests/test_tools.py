@@ -15,7 +15,6 @@ from tests.test_timm_models import KINDS
 from tests.tiny import images_for, tiny
 from tokenmerge.errors import ConfigError
 from tokenmerge.timing import Spread, peak_memory, ratio, take_turns
-from tokenmerge.tools.picture import contact_sheet, merged_pixels, to_image
 from tokenmerge.tools.settings import parse_setting
 from tokenmerge.tools.variants import share_weights, sliced
 
@@ -100,26 +99,6 @@ def test_peak_memory_is_what_a_pass_holds_at_once() -> None:
         return (b * 2).sum()  # 8 at most at any time
 
     assert peak_memory(call, torch.device("cpu")) == pytest.approx(8 * 2**20, rel=0.05)
-
-
-def test_pictures_show_the_source_map_exactly() -> None:
-    image = torch.rand(3, 12, 24)
-    source = torch.tensor([[5, 5, 9, 2], [5, 7, 9, 2]]).reshape(-1)
-    pixels = merged_pixels(image, source, (2, 4))
-    region = source.reshape(2, 4).repeat_interleave(6, 0).repeat_interleave(6, 1)
-    for token in source.unique():
-        inside = region == token
-        mean = image[:, inside].mean(dim=1)
-        interior = inside.clone()  # a border pixel differs from the one above it or to its left
-        interior[1:] &= region[1:] == region[:-1]
-        interior[:, 1:] &= region[:, 1:] == region[:, :-1]
-        torch.testing.assert_close(pixels[:, interior], mean.unsqueeze(1).expand(-1, int(interior.sum())))
-        border = inside & ~interior
-        torch.testing.assert_close(pixels[:, border], (mean * 0.25 + 0.3375).unsqueeze(1).expand(-1, int(border.sum())))
-    sheet = contact_sheet([[to_image(image), to_image(pixels)]], ["a", "b"])
-    assert sheet.size == (10 + 2 * 34, 26 + 22)
-    assert to_image(image[:1], 3).size == (72, 36)
-    assert to_image(image).getpixel((3, 4)) == tuple((image[:, 4, 3] * 255).round().int().tolist())
 
 
 def test_the_exported_demo_is_the_demo(tmp_path: Path) -> None:

@@ -29,14 +29,16 @@ from tokenmerge.flags import (
     count,
 )
 from tokenmerge.tools.compare.options import add_compare_options
+from tokenmerge.tools.explore.options import add_explore_options
 from tokenmerge.tools.search.options import add_search_options
 from tokenmerge.tools.train.options import add_train_options
+from tokenmerge.tools.visualize.options import add_visualize_options
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command and return its exit code: 0, 1 (eval --strict with skipped images), 2 (bad input), 130."""
     words = list(sys.argv[1:] if argv is None else argv)
-    args = _parser().parse_args(words)
+    args = make_parser().parse_args(words)
     args.typed = words[1:]
     try:
         code = int(args.run(args))
@@ -77,7 +79,8 @@ class _Parser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: {message}: see {self.prog} --help\n")
 
 
-def _parser() -> argparse.ArgumentParser:
+def make_parser() -> argparse.ArgumentParser:
+    """The whole command line."""
     parser = _Parser(prog="tokenmerge", description="Vision Transformers made faster by merging similar tokens.")
     parser.add_argument("--version", action="version", version=f"tokenmerge {tokenmerge.__version__}")
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
@@ -170,7 +173,11 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--strict", action="store_true", help="exit with 1 if any image could not be read")
 
     compare = add_command(
-        commands, "compare", _compare, "methods and settings side by side: accuracy with intervals, measured speed"
+        commands,
+        "compare",
+        _compare,
+        "methods and settings side by side: accuracy with intervals, measured speed",
+        page=False,
     )
     add_compare_options(compare)
 
@@ -179,7 +186,21 @@ def _parser() -> argparse.ArgumentParser:
     )
     add_search_options(search)
 
-    train = add_command(commands, "train", _train, "train or fine-tune a model with merging, on one machine or many")
+    visualize = add_command(
+        commands,
+        "visualize",
+        _visualize,
+        "which patches become one token: pictures, films, or a page to explore",
+        page=False,
+    )
+    add_visualize_options(visualize)
+
+    explore = add_command(commands, "explore", _explore, "the same live in a browser, on your own pictures", rows=False)
+    add_explore_options(explore)
+
+    train = add_command(
+        commands, "train", _train, "train or fine-tune a model with merging, on one machine or many", page=False
+    )
     add_model(train)
     train.add_argument("--r", metavar="R", help="tokens merged per block, as in bench; 0 trains without (default: 0)")
     add_prop_attn(train)
@@ -205,7 +226,7 @@ def _prepare(args: argparse.Namespace) -> tuple[Any, list[Any], dict[str, Any]]:
     prop_attn = {"auto": "auto", "on": True, "off": False}[args.prop_attn]
     given = [args.r] if isinstance(args.r, str) else args.r or args.default_r or ()
     return (
-        Report(args.json),
+        Report(args.json, getattr(args, "html", None)),
         [parse_setting(text) for text in given],
         {
             "prop_attn": prop_attn,
@@ -298,12 +319,30 @@ def _compare(args: argparse.Namespace) -> int:
     return run_compare(_model_args(args), compare, fields, report)
 
 
+def _visualize(args: argparse.Namespace) -> int:
+    report, settings, fields = _prepare(args)
+    from tokenmerge.tools.visualize.run import VisualizeArgs, run_visualize
+
+    names = [field.name for field in dataclasses.fields(VisualizeArgs)]
+    wanted = VisualizeArgs(**{name: getattr(args, name) for name in names})
+    return run_visualize(_model_args(args), wanted, settings, fields, report)
+
+
+def _explore(args: argparse.Namespace) -> int:
+    r, args.r, args.default_r, args.json = args.r, [], None, None
+    report, _, fields = _prepare(args)
+    from tokenmerge.tools.explore.server import run_explore
+
+    return run_explore(_model_args(args), fields, r, args.data, args.host, args.port, report)
+
+
 def _search(args: argparse.Namespace) -> int:
     from tokenmerge.tools.report import Report
     from tokenmerge.tools.search.run import SearchArgs, run_search
 
     names = [field.name for field in dataclasses.fields(SearchArgs)]
-    return run_search(_model_args(args), SearchArgs(**{name: getattr(args, name) for name in names}), Report(args.json))
+    report = Report(args.json, args.html)
+    return run_search(_model_args(args), SearchArgs(**{name: getattr(args, name) for name in names}), report)
 
 
 def _eval(args: argparse.Namespace) -> int:

@@ -73,7 +73,8 @@ class MergeConfig:
         place: where tokens merge: "before" attention (by `metric="x_pre"`), "between" attention and MLP (the paper's),
             or "after" the MLP.
         backend: what matches and merges: "triton" kernels, plain "torch", or "auto", Triton on a GPU.
-        trace: keep the plans of the latest forward pass for `Handle.trace`.
+        trace: keep the plans of the latest forward pass for `Handle.trace`; "attention" keeps what the class token looked
+            at in each block, too.
 
     Raises:
         ConfigError: for a value that means nothing.
@@ -97,7 +98,7 @@ class MergeConfig:
     combine: Combine = "mean"
     place: Literal["before", "between", "after"] = "between"
     backend: Backend = "auto"
-    trace: bool = False
+    trace: bool | Literal["attention"] = False
 
     def __post_init__(self) -> None:
         given = [name for name in SCHEDULE_FIELDS if getattr(self, name) is not None]
@@ -130,8 +131,8 @@ class MergeConfig:
                 f"options={self.options!r}, but it must map names to values: try options={{'iterations': 5}}"
             )
         object.__setattr__(self, "options", dict(self.options))  # a copy, as of r
-        if not isinstance(self.trace, bool):
-            raise ConfigError(f"trace={self.trace!r}, but it must be True or False")
+        if self.trace not in (True, False, "attention") or not isinstance(self.trace, bool | str):
+            raise ConfigError(f"trace={self.trace!r}, but it must be True, False or 'attention'")
 
     @classmethod
     def create(cls, config: MergeConfig | None = None, preset: str | None = None, **fields: Any) -> MergeConfig:

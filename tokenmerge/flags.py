@@ -33,13 +33,18 @@ _MATCHING = {
 }
 
 
-def add_command(commands: Any, name: str, run: Any, text: str) -> argparse.ArgumentParser:
-    """A command, with what all of them have."""
+def add_command(
+    commands: Any, name: str, run: Any, text: str, rows: bool = True, page: bool = True
+) -> argparse.ArgumentParser:
+    """A command, with what all of them have that give `rows`, and no `page` of their own."""
     command: argparse.ArgumentParser = commands.add_parser(
         name, help=text, description=text[0].upper() + text[1:] + "."
     )
     command.set_defaults(run=run)
-    command.add_argument("--json", metavar="FILE", help="write the rows as a JSON list; - is standard output")
+    if rows:
+        command.add_argument("--json", metavar="FILE", help="write the rows as a JSON list; - is standard output")
+    if rows and page:
+        command.add_argument("--html", metavar="FILE", help="write a page with tables, figures and the rows")
     return command
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
@@ -11,6 +13,11 @@ from torch import Tensor
 from tokenmerge.errors import InputError
 from tokenmerge.plan import MergePlan, source_map, spread_rows
 from tokenmerge.state import TokenState, carry
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+    from tokenmerge.pictures import View
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -25,6 +32,10 @@ class Trace:
         batch: images in the pass (B).
         device: where the tokens were.
         grid: patches along each axis, `(h, w)` or `(t, h, w)`, at the model's own input size; `None` if unknown.
+        similarities: cosine of each token that merged and of the token it joined, in what matching compared: one `[B, r]`
+            per block, in the order of its plan's sources, NaN for tokens that were dropped; `None` where none merged.
+        attention: of the class token to the tokens that entered each block, `[B, N]`, mean over heads; `None` without
+            `trace="attention"`, or where attention cannot be looked into.
     """
 
     plans: tuple[MergePlan | None, ...]
@@ -34,6 +45,8 @@ class Trace:
     batch: int
     device: torch.device
     grid: tuple[int, ...] | None = None
+    similarities: tuple[Tensor | None, ...] = ()
+    attention: tuple[Tensor | None, ...] = ()
 
     def _until(self, block: int | None) -> tuple[MergePlan, ...]:
         count = len(self.plans)
@@ -62,6 +75,61 @@ class Trace:
         self._until(block)
         size = self.sizes[-1 if block is None else block]
         return torch.ones(self.batch, self.tokens, device=self.device) if size is None else size
+
+    def regions(self, shape: Sequence[int], block: int | None = None, image: int = 0) -> Tensor:
+        """Which token each pixel belongs to after `block` (default: the last).
+
+        Args:
+            shape: pixels along each axis of the grid: `(H, W)`, or `(T, H, W)` for video.
+            block: from 0.
+            image: which of the batch.
+
+        Returns:
+            int64 of that shape, on the CPU: the first patch, row by row, of the token that the pixel's patch has become,
+            which stays its number from block to block; −1 if it was dropped.
+
+        Raises:
+            InputError: if there is no such block or image, or the grid is unknown or of other axes.
+        """
+        from tokenmerge.pictures.regions import anchors, region_map
+
+        if not -self.batch <= image < self.batch:
+            raise InputError(f"image {image} is not in this trace, which has images 0 … {self.batch - 1}")
+        return region_map(anchors(self.source(block)[image, self.protected :]), self._grid(), shape)
+
+    def _grid(self) -> tuple[int, ...]:
+        if self.grid is None or math.prod(self.grid) != self.tokens - self.protected:
+            raise InputError(
+                f"the pass had {self.tokens - self.protected} patches, but the grid is {self.grid}: give images of the model's "
+                "own input size, or dataclasses.replace(trace, grid=(h, w))"
+            )
+        return self.grid
+
+    def plot(
+        self,
+        picture: Any,
+        block: int | Sequence[int] | Literal["all"] | None = None,
+        view: View = "picture",
+        image: int = 0,
+    ) -> Figure:
+        """Draw which patches became one token.
+
+        Args:
+            picture: what the model was given, to look at: `[C, H, W]` in [0, 1], C 1 or 3, or bytes `[H, W, C]`, or a Pillow
+                image; of a video `[T, C, H, W]` in [0, 1]. It may be larger than the model's input, but must show the same.
+            block: after which block, from 0; several; "all" for the input and four blocks up to the last (default: the last).
+            view: "picture", every token in its mean colour; "outlines"; "sizes"; "tokens", a colour that stays the token's.
+            image: which of the batch.
+
+        Returns:
+            A matplotlib Figure; in a notebook it shows itself.
+
+        Raises:
+            InputError: if matplotlib is missing, there is no such block or image, or the picture has other axes than the grid.
+        """
+        from tokenmerge.pictures.figure import plot_trace
+
+        return plot_trace(self, picture, block, view, image)
 
     def unmerge(self, features: Tensor, block: int | None = None) -> Tensor:
         """Spread merged features back: `[B, N, C]` after `block` (default: the last) -> `[B, N0, C]`.

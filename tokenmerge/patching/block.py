@@ -16,7 +16,7 @@ from tokenmerge.ops import Backend
 from tokenmerge.pairs import PairMap
 from tokenmerge.patching.family import BlockFamily
 from tokenmerge.patching.masks import padding_in_pairs, padding_sizes
-from tokenmerge.patching.rule import Rule, make_plan
+from tokenmerge.patching.rule import Rule, make_plan, seen_by_class_token
 from tokenmerge.plan import MergePlan, take_rows
 from tokenmerge.rotary import Rotary
 from tokenmerge.schedule import keep_step, max_merges
@@ -51,6 +51,7 @@ class BlockSpec:
         full_output: whether this is the last block and hands on unmerged tokens.
         merged_states: whether hidden states that someone collects stay merged: the user asked for merged output.
         trace: whether to note the departing state for `Handle.trace`.
+        look: whether to note what the class token attends to as well.
     """
 
     family: BlockFamily
@@ -73,6 +74,7 @@ class BlockSpec:
     full_output: bool
     merged_states: bool
     trace: bool
+    look: bool
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -84,12 +86,16 @@ class Seen:
         batch: images B.
         tokens: tokens N that entered the block.
         device: where they are.
+        similarity: of the tokens that merged, `[B, r]`, in the order of the plan's sources; `None` if none did.
+        attention: of the class token to the tokens that entered, `[B, N]`; `None` if it was not looked at.
     """
 
     state: TokenState
     batch: int
     tokens: int
     device: torch.device
+    similarity: Tensor | None = None
+    attention: Tensor | None = None
 
 
 class MergeBlock:
@@ -100,6 +106,7 @@ class MergeBlock:
 
     _tokenmerge_spec: BlockSpec
     _tokenmerge_seen: Seen
+    _tokenmerge_attention: Tensor | None
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """The module's call. Hooks may put new tensors in place of what comes in (FSDP2's do, to learn when its gradient
@@ -136,11 +143,14 @@ class MergeBlock:
         x_pre = x if r and rule.metric == "x_pre" else None
         if r and spec.place == "before":
             x, state = _merge(make_plan(self, rule, Noted(), x, x, r, spec.protected, state), x, state, spec)
-        watch = r > 0 and rule.looks_inside
+        watch = (r > 0 and rule.looks_inside) or spec.look
         bias, given, inside = _what_attention_sees(self, x, state, given, watch)
         open_tap(inside)
         x = family.attention(self, x, bias, **given)
         noted: Noted | None = Noted(close_tap(), take_inside() if watch else None)
+        if spec.look:
+            assert noted is not None
+            self._tokenmerge_attention = seen_by_class_token(rule, noted, state)
         if r and spec.place == "between":
             assert noted is not None
             x, state = _merge(make_plan(self, rule, noted, x_pre, x, r, spec.protected, state), x, state, spec)
@@ -171,13 +181,22 @@ def _leave(block: Any, x: Tensor, state: TokenState, spec: BlockSpec, batch: int
         plans = (*state.plans, None) if spec.keep_plans or state.full_output else ()
         state = TokenState(state.size, plans, state.full_output, state.padded, state.first_size, state.positions, None)
     if spec.trace and not torch.compiler.is_exporting():
-        block._tokenmerge_seen = Seen(state, batch, tokens, x.device)
+        noted = (vars(block).pop(name, None) for name in ("_tokenmerge_similarity", "_tokenmerge_attention"))
+        block._tokenmerge_seen = Seen(_without_graph(state), batch, tokens, x.device, *noted)
     if spec.full_output or (state.full_output and not spec.merged_states):
         full = state.unmerge(x)
         out = carry(full, dataclasses.replace(state, merged=x) if full is not x else state)
     else:
         out = carry(x, state)
     return out if spec.family.wrap is None else spec.family.wrap(out)
+
+
+def _without_graph(state: TokenState) -> TokenState:
+    """What a trace keeps of a state: not the graph of a matcher that learns."""
+    if state.size is None or not state.size.requires_grad:
+        return state
+    plans = tuple(plan and dataclasses.replace(plan, gate=None) for plan in state.plans)
+    return dataclasses.replace(state, size=state.size.detach(), plans=plans)
 
 
 def _what_attention_sees(

@@ -164,7 +164,17 @@ class Handle:
             raise PatchError("no forward pass has run since tracing was turned on: call the model first")
         sizes = tuple(one.state.size for one in seen)
         grid = find_target(model).family.grid(model)
-        return Trace(seen[-1].state.plans, sizes, patch.protected, seen[0].tokens, seen[0].batch, seen[0].device, grid)
+        return Trace(
+            plans=seen[-1].state.plans,
+            sizes=sizes,
+            protected=patch.protected,
+            tokens=seen[0].tokens,
+            batch=seen[0].batch,
+            device=seen[0].device,
+            grid=grid,
+            similarities=tuple(one.similarity for one in seen),
+            attention=tuple(one.attention for one in seen),
+        )
 
     def __repr__(self) -> str:
         name = original_class(self._model).__name__
@@ -329,6 +339,6 @@ def _restore(model: Any) -> None:
     for module in swapped:
         restore_class(module)
     for module in model.modules():
-        for name in ("_tokenmerge_spec", "_tokenmerge_seen", "_tokenmerge_patch"):
+        for name in ("_tokenmerge_spec", "_tokenmerge_seen", "_tokenmerge_attention", "_tokenmerge_patch"):
             vars(module).pop(name, None)
         remove_hooks(module)

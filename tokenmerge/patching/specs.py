@@ -26,6 +26,7 @@ def rule_for(target: Target, config: MergeConfig, index: int) -> Rule:
         layers=len(target.blocks),
         grid=target.family.grid(model),
         # a model may have registers and no class token; where it cannot say, the first prefix token is one
+        trace=bool(config.trace),
         class_token=target.family.protected(model) > 0 and getattr(model, "cls_token", model) is not None,
     )
 
@@ -75,8 +76,9 @@ def set_specs(target: Target, record: Patch) -> None:
             rotary=target.family.rotary(target.model, index) if row.rope else None,
             merged_before=any(record.schedule[:index]) or (index > 0 and keeps_less),
             merges_at_all=record.merges or keeps_less,
-            keep_plans=config.trace or needs_plans or record.full_output,
+            keep_plans=bool(config.trace) or needs_plans or record.full_output,
             full_output=record.full_output and index == len(target.blocks) - 1,
-            trace=config.trace,
+            trace=bool(config.trace),
+            look=config.trace == "attention",
             merged_states=bool(target.family.collectors(target.model)) and not record.full_output,
         )

@@ -1,4 +1,4 @@
-"""Pictures of merged tokens: every token in the mean colour of its patches, borders between tokens."""
+"""Pictures side by side, as image files."""
 
 from __future__ import annotations
 
@@ -7,33 +7,6 @@ from collections.abc import Sequence
 import torch
 from PIL import Image, ImageDraw
 from torch import Tensor
-
-_BORDER = 0.25  # how much of its colour a border pixel keeps
-
-
-def merged_pixels(image: Tensor, source: Tensor, grid: tuple[int, int]) -> Tensor:
-    """Paint each patch in the mean colour of the token it belongs to, and darken the borders.
-
-    Args:
-        image: `[C, H, W]` in [0, 1]; H and W are multiples of the grid.
-        source: `[h·w]` integers: the token of each patch, row by row.
-        grid: (h, w) patches.
-
-    Returns:
-        `[C, H, W]` in [0, 1].
-    """
-    (rows, columns), (channels, height, width) = grid, image.shape
-    ph, pw = height // rows, width // columns
-    patches = image.reshape(channels, rows, ph, columns, pw).mean(dim=(2, 4)).reshape(channels, -1)
-    _, token = source.unique(return_inverse=True)
-    count = torch.bincount(token).to(image.dtype)
-    colour = torch.zeros(channels, len(count), dtype=image.dtype).index_add_(1, token, patches) / count
-    region = token.reshape(grid).repeat_interleave(ph, 0).repeat_interleave(pw, 1)
-    painted = colour[:, region.reshape(-1)].reshape(image.shape)
-    border = torch.zeros_like(region, dtype=torch.bool)
-    border[1:] |= region[1:] != region[:-1]
-    border[:, 1:] |= region[:, 1:] != region[:, :-1]
-    return torch.where(border, painted * _BORDER + 0.45 * (1 - _BORDER), painted)
 
 
 def to_image(pixels: Tensor, scale: int = 1) -> Image.Image:
@@ -44,14 +17,55 @@ def to_image(pixels: Tensor, scale: int = 1) -> Image.Image:
     return picture.resize((picture.width * scale, picture.height * scale), Image.Resampling.NEAREST)
 
 
-def contact_sheet(rows: Sequence[Sequence[Image.Image]], titles: Sequence[str], gap: int = 10) -> Image.Image:
-    """Pictures of equal size in a grid on white, a title above each column."""
-    width, height = rows[0][0].size
-    head = 26
-    sheet = Image.new("RGB", (gap + len(titles) * (width + gap), head + len(rows) * (height + gap)), "white")
+def enlarged(pixels: Tensor, scale: int) -> Tensor:
+    """`[C, …, H, W]` -> `[C, …, H·scale, W·scale]`, without smoothing."""
+    return pixels.repeat_interleave(scale, -2).repeat_interleave(scale, -1)
+
+
+def contact_sheet(
+    rows: Sequence[Sequence[Image.Image]],
+    titles: Sequence[str],
+    names: Sequence[str] = (),
+    foot: str = "",
+    gap: int = 10,
+) -> Image.Image:
+    """Pictures in a grid on white; the size of a row's pictures is its own.
+
+    Args:
+        rows: pictures, as many in each row as there are titles.
+        titles: above the columns.
+        names: above the rows, or none.
+        foot: one line below all.
+        gap: pixels between pictures.
+    """
+    width = max(picture.width for row in rows for picture in row)
+    heights = [max(picture.height for picture in row) for row in rows]
+    head, line = 26, 20 if names else 0
+    size = (
+        gap + len(titles) * (width + gap),
+        head + sum(heights) + len(rows) * (gap + line) + (24 if foot else 0),
+    )
+    sheet = Image.new("RGB", size, "white")
     draw = ImageDraw.Draw(sheet)
     for column, title in enumerate(titles):
-        draw.text((gap + column * (width + gap) + width / 2, head / 2), title, fill="black", anchor="mm", font_size=14)
-        for row, pictures in enumerate(rows):
-            sheet.paste(pictures[column], (gap + column * (width + gap), head + row * (height + gap)))
+        at = gap + column * (width + gap) + width / 2
+        draw.text((at, head / 2), _fitted(draw, title, width, 14), fill="black", anchor="mm", font_size=14)
+    top = head
+    for number, row in enumerate(rows):
+        if names:
+            text = _fitted(draw, names[number], size[0] - 2 * gap, 13)
+            draw.text((gap, top + line / 2), text, fill="#444", anchor="lm", font_size=13)
+        for column, picture in enumerate(row):
+            sheet.paste(picture, (gap + column * (width + gap), top + line))
+        top += heights[number] + gap + line
+    if foot:
+        draw.text((gap, top + 6), _fitted(draw, foot, size[0] - 2 * gap, 12), fill="#444", anchor="lm", font_size=12)
     return sheet
+
+
+def _fitted(draw: ImageDraw.ImageDraw, text: str, width: float, size: int) -> str:
+    """The text, its end cut if it is too long."""
+    text = " ".join(text.split())
+    while text and draw.textlength(text, font_size=size) > width:
+        text = text[:-2].rstrip("…") + "…" if len(text) > 2 else ""
+    return text

@@ -19,6 +19,7 @@ from tokenmerge.patching import Summary, patch
 from tokenmerge.timing import Call, Spread, peak_memory, ratio, take_turns
 from tokenmerge.tools.device import place
 from tokenmerge.tools.models import ModelArgs, input_shape, load_model
+from tokenmerge.tools.pages.figures import lines
 from tokenmerge.tools.report import Report, Row
 from tokenmerge.tools.settings import Setting
 from tokenmerge.tools.trained import as_trained
@@ -148,8 +149,13 @@ def run_bench(
     fields = as_trained(args, fields)
     rows = measure(args, bench, settings, fields, report)
     _print(report, args, bench, rows)
-    report.write(rows)
+    report.write(rows, lambda: _figures(rows))
     return 0
+
+
+def _figures(rows: Sequence[Row]) -> list[str | None]:
+    labels = ("FLOPs before ÷ after", "speed-up, measured")
+    return [lines(rows, "flops_ratio", "speedup", labels, names="r")]
 
 
 def _row(

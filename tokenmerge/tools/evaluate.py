@@ -22,9 +22,10 @@ from tokenmerge.patching import model_cost, patch
 from tokenmerge.timing import synchronize
 from tokenmerge.tools.device import place
 from tokenmerge.tools.folders import ClassFolder, batches
-from tokenmerge.tools.inputs import class_names, classifier_input, logits_of, num_classes
+from tokenmerge.tools.inputs import class_names, classifier_input, logits_of, num_classes, preprocessing
 from tokenmerge.tools.media import IMAGES, SOUNDS, VIDEOS, Medium, medium_of
 from tokenmerge.tools.models import ModelArgs, load_model
+from tokenmerge.tools.pages.figures import lines
 from tokenmerge.tools.processes import Processes, launched
 from tokenmerge.tools.report import Report, Row
 from tokenmerge.tools.settings import Setting
@@ -126,7 +127,6 @@ def scores(model: Any, settings: Sequence[Setting], fields: dict[str, Any]) -> l
 
 def make_dataset(model: Any, args: EvalArgs, medium: Medium) -> ClassFolder:
     """The data set that a model is evaluated on, in its own preprocessing."""
-    from timm.data.config import resolve_data_config
     from timm.data.transforms_factory import create_transform
 
     shape = classifier_input(model, medium, "eval")
@@ -139,7 +139,7 @@ def make_dataset(model: Any, args: EvalArgs, medium: Medium) -> ClassFolder:
             raise InputError(f"--{flag} is for images, but {str(args.data)!r} holds {medium.name}: leave it out")
         transform = Spectrogram(shape) if medium is SOUNDS else Clip(shape, args.sampling_rate, **args.preprocessing)
         return ClassFolder(args.data, transform, num_classes(model), names, args.class_map, medium)
-    config = resolve_data_config(args.preprocessing, model=model)
+    config = preprocessing(model, args.preprocessing)
     config["input_size"] = shape
     _, height, width = shape
     try:
@@ -150,7 +150,7 @@ def make_dataset(model: Any, args: EvalArgs, medium: Medium) -> ClassFolder:
             f"the preprocessing {args.preprocessing or config} does not work ({type(error).__name__}: {error}): "
             "check --crop-pct, --crop-mode, --interpolation, --mean and --std"
         ) from None
-    return ClassFolder(args.data, transform, model.num_classes, names, args.class_map)
+    return ClassFolder(args.data, transform, num_classes(model), names, args.class_map)
 
 
 def run_eval(
@@ -215,8 +215,13 @@ def _run(
     rows = [{**score.row(args.model, len(skipped)), **common, "skipped_files": skipped} for score in running]
     if processes.is_main:
         _print(report, args, rows, skipped, dataset.medium.name)
-        report.write(rows)
+        report.write(rows, lambda: _figures(rows))
     return 1 if skipped and evaluation.strict else 0
+
+
+def _figures(rows: Sequence[Row]) -> list[str | None]:
+    speed = lines(rows, "images_per_second", "top1", ("images per second", "top-1, %"), names="r")
+    return [speed, lines(rows, "gflops", "top1", ("GFLOPs (multiply-adds) per image", "top-1, %"), names="r")]
 
 
 def guarded(loader: Any) -> Any:

@@ -117,6 +117,16 @@ def read_frames(path: Path, choose: Callable[[int], Sequence[int]]) -> np.ndarra
     return np.stack([found.get(number, found[last]) for number in wanted])
 
 
+def frame_rate(path: Path) -> float:
+    """Frames per second of the first video stream; 25 where the file does not say.
+
+    Raises:
+        ValueError: if there is none.
+    """
+    with _opened(path, "video") as container:
+        return float(container.streams.video[0].average_rate or 25)
+
+
 def _itself(path: Path) -> Path:
     """Videos are decoded by their transform, which knows the frames it wants."""
     return path

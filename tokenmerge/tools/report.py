@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-from rich.table import Table
+from rich.table import Table as RichTable
 from rich.text import Text
 
 from tokenmerge.errors import InputError
+from tokenmerge.tools.pages import Table, write_report
 
 Row = dict[str, Any]
 
@@ -31,23 +32,28 @@ class Report:
     Args:
         json_path: file for the rows as a JSON list; "-" is standard output, and tables then go to
             standard error; `None` writes no JSON.
+        html_path: file for a page with the tables, figures and rows; `None` writes none.
 
     Raises:
-        InputError: if it is a folder, or in none that exists (found out before any work is done).
+        InputError: if one is a folder, or in none that exists (found out before any work is done).
     """
 
-    def __init__(self, json_path: str | None = None) -> None:
-        self._json_path = json_path
-        path = None if json_path in (None, "-") else Path(str(json_path))
-        if path is not None and path.is_dir():
-            raise InputError(f"--json {json_path!r} is a folder, but a file was expected: add a name such as rows.json")
-        if path is not None and not path.resolve().parent.is_dir():
-            raise InputError(f"the folder of --json {json_path!r} does not exist: make it first")
+    def __init__(self, json_path: str | None = None, html_path: str | None = None) -> None:
+        self._json_path, self._html_path = json_path, html_path
+        self._tables: list[Table] = []
+        self._said: list[str] = []
+        for flag, given, name in (("--json", json_path, "rows.json"), ("--html", html_path, "report.html")):
+            path = None if given is None or (given == "-" and flag == "--json") else Path(given)
+            if path is not None and path.is_dir():
+                raise InputError(f"{flag} {given!r} is a folder, but a file was expected: add a name such as {name}")
+            if path is not None and not path.resolve().parent.is_dir():
+                raise InputError(f"the folder of {flag} {given!r} does not exist: make it first")
         self.out = _Console(stderr=json_path == "-", highlight=False, soft_wrap=False)
         self.err = Console(stderr=True, highlight=False)
 
     def say(self, text: str, style: str | None = None) -> None:
         """One line for people."""
+        self._said.append(text)
         self.out.print(text, style=style, markup=False)
 
     def warn(self, text: str) -> None:
@@ -57,8 +63,9 @@ class Report:
     def table(self, title: str, columns: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
         """A table; all columns but the first are numbers."""
         rows = list(rows)
+        self._tables.append(Table(title, [column.replace("-\n", "").replace("\n", " ") for column in columns], rows))
         # Text, because ":-1:" in a label would become an emoji and brackets would be read as markup
-        table = Table(title=Text(title), title_justify="left", header_style="bold")
+        table = RichTable(title=Text(title), title_justify="left", header_style="bold")
         for i, column in enumerate(columns):
             short = i > 0 or max((len(row[0]) for row in rows), default=0) <= 9  # only long names may wrap
             table.add_column(Text(column), justify="right" if i else "left", no_wrap=short, overflow="fold")
@@ -78,12 +85,20 @@ class Report:
             transient=True,
         )
 
-    def write(self, rows: Sequence[Row]) -> None:
-        """Write the rows as a JSON list.
+    def write(self, rows: Sequence[Row], figures: Callable[[], Sequence[str | None]] = tuple) -> None:
+        """Write the rows as a JSON list, and the page, each if it is wanted.
+
+        Args:
+            rows: the numbers.
+            figures: makes the page's, as SVG; called only for a page.
 
         Raises:
-            InputError: if the file cannot be written.
+            InputError: if a file cannot be written, or what the page needs is missing.
         """
+        if self._html_path is not None:
+            title = self._tables[0].title if self._tables else "tokenmerge"
+            write_report(Path(self._html_path), title, self._said, self._tables, figures(), rows)
+            self.say(f"wrote {self._html_path}")
         text = json.dumps(list(rows), indent=2) + "\n"
         if self._json_path == "-":
             sys.stdout.write(text)

@@ -12,10 +12,11 @@ from torch import Tensor
 
 from tokenmerge.errors import InputError
 from tokenmerge.patching import patched
+from tokenmerge.pictures import paint
+from tokenmerge.pictures.sheet import contact_sheet, enlarged, to_image
 from tokenmerge.tools.demo.digits import load_digits, load_model
 from tokenmerge.tools.demo.export import export_demo
 from tokenmerge.tools.evaluate import add_in_turns, scores
-from tokenmerge.tools.picture import contact_sheet, merged_pixels, to_image
 from tokenmerge.tools.report import Report, Row
 from tokenmerge.tools.settings import Setting
 
@@ -92,7 +93,6 @@ def _print(report: Report, rows: Sequence[Row]) -> None:
 
 
 def _picture(model: Any, images: Tensor, settings: Sequence[Setting], fields: dict[str, Any]) -> Any:
-    grid = model.patch_embed.grid_size
     shown = (images + 1) / 2
     columns = [[to_image(image, 2) for image in shown]]
     titles = ["196 patches"]
@@ -100,8 +100,8 @@ def _picture(model: Any, images: Tensor, settings: Sequence[Setting], fields: di
         with patched(model, setting.config(trace=True, **fields)) as handle, torch.inference_mode():
             model(images)
             trace = handle.trace
-        source = trace.source()[:, trace.protected :]
-        columns.append([to_image(merged_pixels(one, to, grid), 2) for one, to in zip(shown, source, strict=True)])
+        regions = [enlarged(trace.regions(shown.shape[2:], image=number), 2) for number in range(len(shown))]
+        columns.append([to_image(paint(enlarged(one, 2), to)) for one, to in zip(shown, regions, strict=True)])
         titles.append(f"{setting.title}: {trace.size().shape[1] - trace.protected}")
     return contact_sheet([list(row) for row in zip(*columns, strict=True)], titles)
 

@@ -1,10 +1,11 @@
-"""What a run leaves for people: run.json, metrics.jsonl, curves.png, TensorBoard."""
+"""What a run leaves for people: run.json, metrics.jsonl, curves.png, report.html, TensorBoard."""
 
 from __future__ import annotations
 
 import json
 import platform
 import subprocess
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,9 @@ import torch
 
 import tokenmerge
 from tokenmerge.errors import InputError
+from tokenmerge.pictures.figure import new_figure
+from tokenmerge.tools.pages import Table, write_report
+from tokenmerge.tools.pages.figures import svg
 from tokenmerge.tools.report import Row
 from tokenmerge.tools.train.checkpoints import write_atomically
 
@@ -69,35 +73,49 @@ class Logbook:
             self._events.flush()
 
     def draw(self) -> None:
-        """Loss and accuracy over epochs as curves.png."""
-        import matplotlib as mpl
-        from matplotlib.figure import Figure
-
+        """Loss and accuracy over epochs as curves.png, and all of it as report.html."""
         rows = self.rows()
-        figure = Figure(figsize=(8, 3), layout="constrained")
-        left, right = figure.subplots(1, 2)
-        train = [row for row in rows if row["kind"] == "train"]
-        left.plot([row["epoch"] for row in train], [row["loss"] for row in train], color="#0072b2")
-        left.set(xlabel="epoch", ylabel="training loss")
-        scores = [row for row in rows if row["kind"] == "eval"]
-        settings = list(dict.fromkeys(row["r"] for row in scores))
-        for number, r in enumerate(settings):
-            points = [row for row in scores if row["r"] == r]
-            shade = mpl.colormaps["viridis"](number / max(1, len(settings) - 1) * 0.85)
-            right.plot(
-                [row["epoch"] for row in points],
-                [row["top1"] for row in points],
-                "o-",
-                ms=3,
-                color=shade,
-                label=f"r={r}",
-            )
-        right.set(xlabel="epoch", ylabel="top-1 in %")
-        if settings:
-            right.legend(frameon=False)
-        for axes in (left, right):
-            axes.spines[["top", "right"]].set_visible(False)
+        figure = curves(rows)
         figure.savefig(self.folder / "curves.png", dpi=120)
+        about = json.loads((self.folder / "run.json").read_text(encoding="utf-8"))
+        scores = [row for row in rows if row["kind"] == "eval"]
+        columns = [name for name in _COLUMNS if any(name in row for row in scores)]
+        table = Table("evaluations", columns, [[_cell(row.get(name)) for name in columns] for row in scores])
+        asked = Table("asked for", ["name", "value"], [[name, str(value)] for name, value in about["args"].items()])
+        lead = [f"{about['data']['images']} images of {about['data']['classes']} classes, commit {about['commit']}."]
+        title = f"training {about['model']['model']}"
+        write_report(self.folder / "report.html", title, lead, [table, asked], [svg(figure)], rows)
+
+
+_COLUMNS = ("epoch", "update", "r", "top1", "top5", "gflops", "images")
+
+
+def _cell(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def curves(rows: Sequence[Row]) -> Any:
+    """A figure of loss and accuracy over epochs."""
+    import matplotlib as mpl
+
+    figure = new_figure(8, 3)
+    left, right = figure.subplots(1, 2)
+    train = [row for row in rows if row["kind"] == "train"]
+    left.plot([row["epoch"] for row in train], [row["loss"] for row in train], color="#0072b2")
+    left.set(xlabel="epoch", ylabel="training loss")
+    scores = [row for row in rows if row["kind"] == "eval"]
+    settings = list(dict.fromkeys(row["r"] for row in scores))
+    for number, r in enumerate(settings):
+        points = [row for row in scores if row["r"] == r]
+        shade = mpl.colormaps["viridis"](number / max(1, len(settings) - 1) * 0.85)
+        epochs, top1 = [row["epoch"] for row in points], [row["top1"] for row in points]
+        right.plot(epochs, top1, "o-", ms=3, color=shade, label=f"r={r}")
+    right.set(xlabel="epoch", ylabel="top-1 in %")
+    if settings:
+        right.legend(frameon=False)
+    for axes in (left, right):
+        axes.spines[["top", "right"]].set_visible(False)
+    return figure
 
 
 def versions() -> dict[str, Any]:

@@ -1,0 +1,99 @@
+"""Colours for tokens: their own mean colour, their size, or one that stays theirs from block to block."""
+
+from __future__ import annotations
+
+import functools
+import math
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from tokenmerge.errors import InputError
+from tokenmerge.pictures.regions import borders
+
+View = Literal["picture", "outlines", "sizes", "tokens"]
+VIEWS = ("picture", "outlines", "sizes", "tokens")
+_BORDER, _GREY = 0.25, 0.45  # how much of its colour a border pixel keeps, and what it is mixed with
+_DROPPED = 0.12  # how bright a dropped patch is where others show a colour of their own
+_GOLDEN = (math.sqrt(5) - 1) / 2
+
+
+def paint(pixels: Tensor, region: Tensor, view: View = "picture", most: int = 0) -> Tensor:
+    """Paint the tokens of one picture, or of one film.
+
+    Args:
+        pixels: `[C, H, W]` or, of a film, `[C, T, H, W]`, in [0, 1]; C is 1 or 3.
+        region: `[H, W]` or `[T, H, W]`: a number for the token of each pixel, its first patch (`Trace.regions`); −1 where
+            it was dropped.
+        view: "picture", every token in the mean colour of its pixels, over all frames; "outlines", the picture as it is
+            with borders; "sizes", how large tokens are, logarithmic, dark for single patches; "tokens", a colour for each
+            token that tells it from its neighbours, and stays the same from block to block: it goes by the first patch.
+        most: of "sizes", pixels of the token that is brightest; 0 takes the largest one here.
+
+    Returns:
+        `[3, H, W]` or `[3, T, H, W]` in [0, 1]. Dropped patches are dark.
+
+    Raises:
+        InputError: if the region has other pixels than the picture, or the view is unknown.
+    """
+    if pixels.shape[1:] != region.shape or pixels.shape[0] not in (1, 3):
+        raise InputError(
+            f"the picture is {tuple(pixels.shape)}, but [1 or 3, {', '.join(map(str, region.shape))}] was expected for this map"
+        )
+    if view not in VIEWS:
+        raise InputError(f"view={view!r}, but it must be one of {', '.join(VIEWS)}")
+    pixels = pixels.to("cpu", torch.float32).expand(3, *region.shape)
+    if view == "picture":
+        painted = _mean_colours(pixels, region)
+    elif view == "outlines":
+        painted = torch.where(region < 0, pixels * 2 * _DROPPED, pixels)
+    elif view == "sizes":
+        painted = _sizes(region, most)
+    else:
+        painted = _named(region)
+    return torch.where(borders(region), painted * _BORDER + _GREY * (1 - _BORDER), painted)
+
+
+def _mean_colours(pixels: Tensor, region: Tensor) -> Tensor:
+    flat = region.reshape(-1) + 1
+    count = torch.bincount(flat)
+    total = torch.zeros(3, len(count), dtype=torch.float64).index_add_(1, flat, pixels.reshape(3, -1).double())
+    colour = (total / count.clamp_min(1)).float()
+    colour[:, 0] = _DROPPED
+    return colour[:, flat].reshape(pixels.shape)
+
+
+def _sizes(region: Tensor, most: int) -> Tensor:
+    flat = region.reshape(-1) + 1
+    count = torch.bincount(flat)
+    count[0] = 0
+    per_token = count[count > 0]
+    low, high = float(per_token.min()), float(max(int(per_token.max()), most))
+    level = (count.clamp_min(1).float() / low).log() / max(math.log(high / low), 1e-6)
+    colour = table("cividis")[(level.clamp(0, 1) * 255).round().long()].T
+    colour[:, 0] = _DROPPED
+    return colour[:, flat].reshape(3, *region.shape)
+
+
+def _named(region: Tensor) -> Tensor:
+    level = torch.remainder((region.reshape(-1) + 1) * _GOLDEN, 1.0)
+    colour = table("viridis")[(level * 255).long()].T.clone()
+    colour[:, region.reshape(-1) < 0] = _DROPPED
+    return colour.reshape(3, *region.shape)
+
+
+@functools.cache
+def table(name: str) -> Tensor:
+    """`[256, 3]` in [0, 1]: one of matplotlib's colour maps that colour-blind people can read.
+
+    Raises:
+        InputError: if matplotlib is not installed.
+    """
+    try:
+        from matplotlib import colormaps
+    except ImportError:
+        raise InputError(
+            "matplotlib is not installed, but pictures need it: pip install 'tokenmerge[visualize]'"
+        ) from None
+    return torch.tensor(colormaps[name](range(256)), dtype=torch.float32)[:, :3]

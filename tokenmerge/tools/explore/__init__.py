@@ -1,0 +1,1 @@
+"""`tokenmerge explore`: the page of `visualize`, live, for one's own pictures."""

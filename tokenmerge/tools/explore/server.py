@@ -1,0 +1,189 @@
+"""A page and one call behind it, on the loopback interface."""
+
+from __future__ import annotations
+
+import contextlib
+import socket
+import threading
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+
+from tokenmerge.errors import InputError, TokenMergeError
+from tokenmerge.timing import Spread, take_turns
+from tokenmerge.tools.explore.pictures import MOST_BYTES, open_picture, plain_name, samples_in, settings_of
+from tokenmerge.tools.media import IMAGES
+from tokenmerge.tools.models import ModelArgs, load_model
+from tokenmerge.tools.report import Report
+from tokenmerge.tools.settings import Setting
+from tokenmerge.tools.trained import as_trained
+from tokenmerge.tools.visualize.load import Loader, Shown
+from tokenmerge.tools.visualize.looks import Merged, merged_copies
+from tokenmerge.tools.visualize.page import explorer_page, image_data
+
+_ROUNDS = 3
+_HEADERS = {
+    "X-Content-Type-Options": "nosniff",
+    "X-Frame-Options": "DENY",
+    "Referrer-Policy": "no-referrer",
+    "Cache-Control": "no-store",
+}
+
+
+class Explorer:
+    """A model, and what it makes of pictures. One pass at a time.
+
+    Args:
+        args: which model.
+        fields: of the config, for every setting.
+        data: folder with sample pictures, or `None`.
+
+    Raises:
+        InputError: if the model takes no images, or the folder holds none.
+    """
+
+    def __init__(self, args: ModelArgs, fields: dict[str, Any], data: Path | None) -> None:
+        self.name = args.model
+        self.model = load_model(args)
+        self.loader = Loader(self.model)
+        if self.loader.medium is not IMAGES:
+            raise InputError(f"explore shows images, but {args.model} takes {self.loader.medium.name}: use visualize")
+        self.fields = as_trained(args, fields)
+        self.samples = [] if data is None else samples_in(data)
+        self.sample_names = [] if data is None else [str(path.relative_to(data)) for path in self.samples]
+        self.unmerged = merged_copies(self.model, [Setting(0, {"r": 0})], {})[0]
+        self._lock = threading.Lock()
+
+    def sample(self, index: int) -> Shown:
+        """One of the pictures that lie in the folder.
+
+        Raises:
+            InputError: if there is no such, or it cannot be read.
+        """
+        if not 0 <= index < len(self.samples):
+            raise InputError(
+                f"there is no sample {index}, but {len(self.samples)} of them: choose one, or a picture of yours"
+            )
+        return self.loader(self.samples[index])
+
+    def upload(self, image: Image.Image, name: str) -> Shown:
+        """A picture from elsewhere."""
+        return self.loader.image(image, plain_name(name))
+
+    def run(self, shown: Shown, settings: list[Setting]) -> dict[str, Any]:
+        """What the page shows of it.
+
+        Raises:
+            TokenMergeError: if the model cannot merge so.
+        """
+        with self._lock:
+            merged = merged_copies(self.model, settings, self.fields, attention=True)
+            looks = [one.look(shown) for one in (self.unmerged, *merged)]
+            return image_data(shown, looks, self._speeds(shown, merged))
+
+    @torch.inference_mode()
+    def _speeds(self, shown: Shown, merged: list[Merged]) -> list[float | None]:
+        for one in merged:
+            one.handle.update(trace=False)  # noting costs time that merging does not
+        calls: list[Any] = [lambda one=one: one(shown.batch) for one in (self.model, *(m.model for m in merged))]
+        times = take_turns(calls, shown.batch.device, 1, _ROUNDS)
+        return [Spread.of_ratios(times[0], mine).p50 for mine in times[1:]]
+
+
+def make_app(explorer: Explorer, hosts: list[str], r: str = "8") -> Any:
+    """The ASGI application; answers only requests for one of `hosts`.
+
+    Raises:
+        InputError: if Starlette is not installed.
+    """
+    try:
+        from starlette.applications import Starlette
+        from starlette.concurrency import run_in_threadpool
+        from starlette.middleware import Middleware
+        from starlette.middleware.trustedhost import TrustedHostMiddleware
+        from starlette.requests import Request
+        from starlette.responses import HTMLResponse, JSONResponse, Response
+        from starlette.routing import Route
+    except ImportError:
+        raise InputError(
+            "Starlette is not installed, but explore needs it: pip install 'tokenmerge[explore]'"
+        ) from None
+
+    def answer(found: dict[str, Any], status: int = 200) -> Response:
+        return JSONResponse(found, status_code=status, headers=_HEADERS)
+
+    async def page(request: Request) -> Response:
+        text = explorer_page(explorer.name, {"images": [], "live": True, "samples": explorer.sample_names}, r)
+        return HTMLResponse(text, headers=_HEADERS)
+
+    async def run(request: Request) -> Response:
+        # other pages cannot send this header without asking first, and nobody would say yes
+        if request.headers.get("x-requested-with") != "tokenmerge":
+            return answer({"error": "this is called by the explorer's own page only"}, 403)
+        try:
+            settings = settings_of(request.query_params.getlist("r"))
+            data = await _limited(request)
+            if data is None:
+                return answer({"error": f"the file is larger than {MOST_BYTES // 2**20} MiB: make it smaller"}, 413)
+            return answer(await run_in_threadpool(_found, explorer, settings, data, request.query_params))
+        except TokenMergeError as error:
+            return answer({"error": str(error)}, 400)
+
+    return Starlette(
+        routes=[Route("/", page), Route("/api/run", run, methods=["POST"])],
+        middleware=[Middleware(TrustedHostMiddleware, allowed_hosts=hosts, www_redirect=False)],
+    )
+
+
+async def _limited(request: Any) -> bytes | None:
+    """The body; `None` if it is too large, of which no more is read than is allowed."""
+    parts, size = [], 0
+    async for part in request.stream():
+        size += len(part)
+        if size > MOST_BYTES:
+            return None
+        parts.append(part)
+    return b"".join(parts)
+
+
+def _found(explorer: Explorer, settings: list[Setting], data: bytes, query: Any) -> dict[str, Any]:
+    if data:
+        return explorer.run(explorer.upload(open_picture(data), query.get("name", "")), settings)
+    index = query.get("sample", "")
+    if not index.isdecimal():
+        raise InputError("no picture was given: choose a sample, or a picture of yours")
+    return explorer.run(explorer.sample(int(index)), settings)
+
+
+def run_explore(
+    args: ModelArgs, fields: dict[str, Any], r: str, data: Path | None, host: str, port: int, report: Report
+) -> int:
+    """Serve until interrupted; returns 0.
+
+    Raises:
+        InputError: if uvicorn is missing, or the port is taken.
+    """
+    try:
+        import uvicorn
+    except ImportError:
+        raise InputError("uvicorn is not installed, but explore needs it: pip install 'tokenmerge[explore]'") from None
+    settings_of(r.split())
+    app_hosts = ["127.0.0.1", "localhost", "[::1]", host]
+    try:
+        listening = socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
+    except OSError as error:
+        raise InputError(
+            f"--host {host} --port {port} cannot be used ({error.strerror or error}): choose another --port, or 0 for a free one"
+        ) from None
+    with contextlib.closing(listening):
+        app = make_app(Explorer(args, fields, data), app_hosts, r)
+        shown = f"[{host}]" if ":" in host else host
+        report.say(f"http://{shown}:{listening.getsockname()[1]}/ (Ctrl+C ends it)")
+        if host not in ("127.0.0.1", "localhost", "::1"):
+            report.warn(f"everybody who reaches {host} can run the model: there is no password")
+        server = uvicorn.Server(uvicorn.Config(app, log_level="warning", h11_max_incomplete_event_size=2**16))
+        with contextlib.suppress(KeyboardInterrupt):
+            server.run(sockets=[listening])
+    return 0

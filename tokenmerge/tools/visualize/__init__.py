@@ -1,0 +1,1 @@
+"""`tokenmerge visualize`: which patches became one token, as pictures, films and pages."""

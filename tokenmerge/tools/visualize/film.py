@@ -1,0 +1,69 @@
+"""Films: the frames as they are, and merged, side by side; a token keeps its colour over the frames."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from tokenmerge.pictures import View, paint
+from tokenmerge.pictures.sheet import contact_sheet, enlarged, to_image
+from tokenmerge.tools.media import pyav
+from tokenmerge.tools.visualize.load import Shown
+from tokenmerge.tools.visualize.looks import Look
+
+_CODECS = ("libx264", "mpeg4")  # the first that this PyAV has
+_WIDTH = 224
+
+
+def write_film(path: Path, shown: Sequence[Shown], looks: Sequence[Sequence[Look]], block: int, view: View) -> None:
+    """Write an .mp4 or a .gif: every input one after the other, with a column for each setting.
+
+    Raises:
+        InputError: if PyAV is missing.
+        OSError: if the file cannot be written.
+    """
+    frames: list[Image.Image] = []
+    for each, of_input in zip(shown, looks, strict=True):
+        frames += _frames(each, of_input, block, view)
+    rate = shown[0].rate
+    if path.suffix.lower() == ".gif":
+        frames[0].save(path, save_all=True, append_images=frames[1:], duration=round(1000 / rate), loop=0)
+    else:
+        _write_mp4(path, frames, rate)
+
+
+def _frames(shown: Shown, looks: Sequence[Look], block: int, view: View) -> list[Image.Image]:
+    scale = max(1, round(_WIDTH / max(shown.pixels.shape[-2:])))
+    pixels = enlarged(shown.pixels, scale)
+    films = [pixels]
+    for look in looks:
+        region = enlarged(shown.regions(look.trace, block), scale) if block >= 0 else None
+        films.append(pixels if region is None else paint(pixels, region, view))
+    titles = [
+        shown.name,
+        *(f"{look.title}: {look.trace.size().shape[1] - look.trace.protected} tokens" for look in looks),
+    ]
+    return [contact_sheet([[to_image(film[:, i]) for film in films]], titles) for i in range(pixels.shape[1])]
+
+
+def _write_mp4(path: Path, frames: Sequence[Image.Image], rate: float) -> None:
+    av = pyav()
+    codec = next(name for name in _CODECS if name in av.codecs_available)
+    width, height = (side + side % 2 for side in frames[0].size)  # 4:2:0 has half as many colours along each axis
+    try:
+        with av.open(str(path), "w") as container:
+            stream: Any = container.add_stream(codec, rate=Fraction(rate).limit_denominator(1000))
+            stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
+            stream.bit_rate = 8 * width * height  # enough that borders stay sharp
+            for frame in frames:
+                padded = Image.new("RGB", (width, height), "white")
+                padded.paste(frame)
+                container.mux(stream.encode(av.VideoFrame.from_ndarray(np.asarray(padded), format="rgb24")))
+            container.mux(stream.encode(None))
+    except av.FFmpegError as error:
+        raise OSError(error.strerror or str(error)) from None

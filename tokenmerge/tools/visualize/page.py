@@ -1,0 +1,162 @@
+"""The explorer: one self-contained page with everything about some images in it."""
+
+from __future__ import annotations
+
+import base64
+import io
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tokenmerge.errors import InputError
+from tokenmerge.pictures.paint import table
+from tokenmerge.pictures.regions import anchors
+from tokenmerge.pictures.sheet import to_image
+from tokenmerge.tools.pages import about_this, embedded, render
+from tokenmerge.tools.visualize.load import Shown
+from tokenmerge.tools.visualize.looks import Look
+
+_GONE = 65535
+"""Stands for −1, a patch that was dropped."""
+
+
+def write_page(path: Path, model: str, shown: Sequence[Shown], looks: Sequence[Sequence[Look]]) -> None:
+    """Write the page.
+
+    Args:
+        path: of the file.
+        model: its name.
+        shown: images.
+        looks: of each image, the unmerged model first, then the settings.
+
+    Raises:
+        InputError: if Jinja2 is missing, or the file cannot be written.
+    """
+    images = [image_data(each, of_image) for each, of_image in zip(shown, looks, strict=True)]
+    page = explorer_page(model, {"images": images, "live": False})
+    try:
+        path.write_text(page, encoding="utf-8")
+    except OSError as error:
+        raise InputError(f"--out {str(path)!r} cannot be written ({error.strerror}): choose another file") from None
+
+
+def explorer_page(model: str, data: dict[str, Any], r: str = "") -> str:
+    """HTML of the explorer, with these images or, if `live`, without any yet, and settings to start with."""
+    heat = (table("cividis") * 255).round().to(torch.uint8)
+    return render(
+        "explorer.html.j2",
+        model=model,
+        live=data["live"],
+        r=r,
+        data=embedded({**data, "heat": _packed(heat)}),
+        about=about_this(),
+    )
+
+
+def image_data(shown: Shown, looks: Sequence[Look], speeds: Sequence[float | None] | None = None) -> dict[str, Any]:
+    """What the page must know of one image.
+
+    Args:
+        shown: the image.
+        looks: of the unmerged model first, then of the settings.
+        speeds: speed-ups over the unmerged model, of the settings, where they were measured.
+    """
+    trace = looks[0].trace
+    grid = trace._grid()
+    height, width = shown.pixels.shape[1:]
+    file = io.BytesIO()
+    to_image(shown.pixels).save(file, "PNG")
+    # what pixels add up to in each patch, and how many they are: tokens then have exactly their mean colour
+    cells = _cells(grid, height, width)
+    count = torch.bincount(cells, minlength=grid[0] * grid[1])
+    levels = (shown.pixels * 255).round().reshape(3, -1).double()
+    total = torch.zeros(3, len(count), dtype=torch.float64).index_add_(1, cells, levels)
+    return {
+        "name": shown.name,
+        "width": width,
+        "height": height,
+        "grid": list(grid),
+        "picture": "data:image/png;base64," + base64.b64encode(file.getvalue()).decode("ascii"),
+        "sums": _packed(total.T.float()),
+        "unmerged": _about(looks[0], None),
+        "looks": [
+            {**_about(look, None if speeds is None else speeds[i]), "blocks": blocks_of(look.trace)}
+            for i, look in enumerate(looks[1:])
+        ],
+    }
+
+
+def _cells(grid: Sequence[int], height: int, width: int) -> Tensor:
+    rows = torch.arange(height) * grid[0] // height
+    columns = torch.arange(width) * grid[1] // width
+    return (rows.unsqueeze(1) * grid[1] + columns).reshape(-1)
+
+
+def _about(look: Look, speed: float | None) -> dict[str, Any]:
+    return {
+        "title": look.title,
+        "gflops": look.gflops,
+        "speed": speed,
+        "top": [[name, share] for name, share in look.top],
+    }
+
+
+def blocks_of(trace: Any) -> list[dict[str, Any]]:
+    """Per block: the token of each patch after it, by its first patch; what merged in it; what the class token saw."""
+    protected, found = trace.protected, []
+    before = torch.arange(trace.tokens)
+    for number, plan in enumerate(trace.plans):
+        after = trace.source(number)[0].cpu()
+        names = anchors(after[protected:])
+        block: dict[str, Any] = {
+            "names": _packed(names.where(names >= 0, _GONE).to(torch.int32), "<u2"),
+            "tokens": int(trace.size(number).shape[1]) - protected,
+        }
+        if plan is not None and plan.r:
+            block |= _events(trace, number, before)
+        attention = trace.attention[number] if number < len(trace.attention) else None
+        if attention is not None:
+            block["attention"] = _attention(attention[0].cpu(), before, protected)
+        found.append(block)
+        before = after
+    return found
+
+
+def _events(trace: Any, number: int, before: Tensor) -> dict[str, str]:
+    """What joined what in a block, both by their first patch; and how similar they were, in 1/10,000."""
+    plan, protected = trace.plans[number], trace.protected
+    first = _first_patch(before, protected)
+    source, target = plan.source[0].cpu(), plan.target[0].cpu()
+    joined = plan.keep[0].cpu()[target.clamp_min(0)]
+    similarity = trace.similarities[number][0].float().cpu()
+    to = first[joined].where(target >= 0, _GONE)
+    return {
+        "from": _packed(first[source].to(torch.int32), "<u2"),
+        "to": _packed(to.to(torch.int32), "<u2"),
+        "similarity": _packed((similarity.nan_to_num(0) * 10000).round().to(torch.int16), "<i2"),
+    }
+
+
+def _first_patch(source: Tensor, protected: int) -> Tensor:
+    """For each token the first patch that became it."""
+    first = torch.full((int(source.max()) + 1,), _GONE, dtype=torch.int64)
+    patches = source[protected:]
+    alive = patches >= 0
+    return first.scatter_reduce_(0, patches[alive], torch.arange(len(patches))[alive], "amin")
+
+
+def _attention(attention: Tensor, before: Tensor, protected: int) -> str:
+    """Bytes: attention to each patch, its share of its token's; 255 is the most in this block."""
+    patches = before[protected:]
+    alive = patches >= 0
+    share = attention / torch.bincount(before[before >= 0], minlength=len(attention)).clamp_min(1)
+    level = share[patches.clamp_min(0)] * alive
+    return _packed((level / level.max().clamp_min(1e-12) * 255).round().to(torch.uint8))
+
+
+def _packed(values: Tensor, kind: str | None = None) -> str:
+    array = values.contiguous().numpy()
+    return base64.b64encode((array if kind is None else array.astype(kind)).tobytes()).decode("ascii")
