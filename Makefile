@@ -13,7 +13,7 @@ OLD := .venv-oldest
 # (the interpreter of its Triton, 3.6, cannot run with a newer NumPy)
 OLDEST := torch==2.11.0 torchvision==0.26.0 timm==1.0.26 transformers==5.17.0 open_clip_torch==3.3.0 accelerate==1.12.0 numpy==2.3.5
 
-.PHONY: demo test test-fast test-oldest check overhead benchmarks benchmarks-gpu clean
+.PHONY: demo test test-fast test-oldest check docs overhead benchmarks benchmarks-gpu clean
 
 demo: $(STAMP)
 	$(BIN)/tokenmerge demo
@@ -40,7 +40,12 @@ check: $(STAMP)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/python scripts/models_page.py --check
+	$(BIN)/python scripts/command_pages.py --check
+	$(BIN)/mkdocs build --strict --quiet
 	$(BIN)/python -m build --wheel --outdir dist
+
+docs: $(STAMP)
+	$(BIN)/mkdocs serve
 
 overhead: $(STAMP)
 	$(BIN)/python benchmarks/overhead.py

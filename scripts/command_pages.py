@@ -1,0 +1,72 @@
+"""Write the flags of every command into its page under docs/commands, or check them.
+
+python scripts/command_pages.py [--check]
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from tokenmerge.cli import make_parser
+
+FOLDER = Path(__file__).parents[1] / "docs" / "commands"
+MARK = "<!-- written by scripts/command_pages.py -->\n"
+
+
+def commands() -> dict[str, argparse.ArgumentParser]:
+    """The parsers of all commands, by name."""
+    for action in make_parser()._actions:
+        if isinstance(action, argparse._SubParsersAction):
+            return dict(action.choices)
+    raise SystemExit("the command has no subcommands")
+
+
+def table(parser: argparse.ArgumentParser) -> str:
+    """One line per flag."""
+    formatter = parser._get_formatter()
+    lines = ["", "| flag | what |", "|---|---|"]
+    for action in parser._actions:
+        if isinstance(action, argparse._HelpAction) or action.help == argparse.SUPPRESS:
+            continue
+        value = "" if action.nargs == 0 else " " + formatter._format_args(action, _name(action))
+        flag = ", ".join(action.option_strings) + value if action.option_strings else str(action.metavar or action.dest)
+        text = formatter._expand_help(action) if action.help else ""
+        lines.append(f"| `{_cell(flag)}` | {_cell(text)} |")
+    return "\n".join(lines) + "\n"
+
+
+def _name(action: argparse.Action) -> str:
+    if action.choices is not None and action.metavar is None:
+        return "{" + ",".join(map(str, action.choices)) + "}"
+    return str(action.metavar or action.dest.upper())
+
+
+def _cell(text: str) -> str:
+    return " ".join(text.split()).replace("|", "\\|").replace("<", "&lt;")
+
+
+def main() -> None:
+    """Write or check."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", action="store_true", help="exit with 1 if a page is out of date")
+    check = parser.parse_args().check
+    found = commands()
+    pages = {path.stem for path in FOLDER.glob("*.md")}
+    if pages != set(found):
+        sys.exit(f"docs/commands has pages for {sorted(pages)}, but the commands are {sorted(found)}")
+    for name, command in found.items():
+        path = FOLDER / f"{name}.md"
+        before = path.read_text(encoding="utf-8")
+        head, mark, _ = before.partition(MARK)
+        if not mark:
+            sys.exit(f"{path} has no line {MARK.strip()!r}")
+        after = head + MARK + table(command)
+        if check and after != before:
+            sys.exit(f"{path} is out of date: run python scripts/command_pages.py")
+        path.write_text(after, encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

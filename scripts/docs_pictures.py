@@ -1,0 +1,68 @@
+"""Make the pictures of README and docs: the tool's own output on scikit-image's photo of a cat (CC0).
+
+    python scripts/docs_pictures.py FOLDER
+
+FOLDER holds a classifier with 14 × 14 patches and its weights, in timm's hub format. The pictures in the
+repository are of a ViT-Ti/16 that was fine-tuned on Tiny ImageNet (200 classes, photos of 64 pixels enlarged).
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+from skimage import data
+
+from tokenmerge.cli import main as tokenmerge
+
+IMAGES = Path(__file__).parents[1] / "docs" / "images"
+
+
+def screenshot(page: Path, out: Path) -> None:
+    """The explorer as a browser shows it, two settings side by side, one token lit."""
+    from playwright.sync_api import sync_playwright
+
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(
+            executable_path=shutil.which("chromium"),
+            args=["--no-sandbox", "--disable-background-networking", "--disable-quic"],
+        )
+        view: Any = browser.new_page(viewport={"width": 1000, "height": 1010})
+        view.goto(page.as_uri())
+        view.wait_for_selector("canvas")
+        view.keyboard.press("2")
+        view.locator("#step").fill("9")
+        view.locator("#step").blur()
+        box = view.locator("canvas").first.bounding_box()
+        view.mouse.move(box["x"] + 0.5 * box["width"], box["y"] + 0.45 * box["height"])
+        view.screenshot(path=out)
+        browser.close()
+
+
+def main() -> None:
+    """Make all of them."""
+    if len(sys.argv) != 2:
+        sys.exit(__doc__)
+    with tempfile.TemporaryDirectory() as folder:
+        cat = Path(folder, "cat.png")
+        pixels = data.chelsea()  # type: ignore[no-untyped-call]  # 300 × 451; the middle, as wide as it is high
+        Image.fromarray(pixels[:, 90:390]).save(cat)
+        Path(folder, "model").symlink_to(Path(sys.argv[1]).resolve())
+        os.chdir(folder)  # so that pages name no place on this machine
+        base = ["visualize", "local-dir:model", "cat.png", "--pretrained", "--r", "16"]
+        for view, name in (("picture", "cat"), ("sizes", "cat-sizes")):
+            if tokenmerge([*base, "--view", view, "--out", str(IMAGES / f"{name}.png")]):
+                sys.exit("the picture could not be made")
+        page = Path(folder, "cat.html")
+        if tokenmerge([*base, "8", "--out", str(page)]):
+            sys.exit("the page could not be made")
+        screenshot(page, IMAGES / "explorer.png")
+
+
+if __name__ == "__main__":
+    main()
