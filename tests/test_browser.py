@@ -375,6 +375,17 @@ def test_what_strangers_send(live: Live) -> None:
     status, found = live.call("/api/run?r=3", huge.getvalue())
     assert status == 400
     assert "million" in found["error"], "a small file that would be large in memory"
+    oblong = io.BytesIO()
+    Image.new("L", (40_000, 1)).save(oblong, "PNG")
+    status, found = live.call("/api/run?r=3", oblong.getvalue())
+    assert status == 400
+    assert "32 times as long" in found["error"], "its shorter side would be enlarged, the longer one with it"
+    turned = io.BytesIO()
+    exif = b"Exif\x00\x00II*\x00\xff\xff\xff\xff" + bytes(range(40))
+    Image.effect_noise((20, 20), 60).save(turned, "PNG", exif=exif)
+    assert live.call("/api/run?r=3", turned.getvalue())[0] in (200, 400), "broken EXIF is a sentence at most"
+    assert live.call("/api/run?r=3&sample=" + "1" * 5000)[0] == 400
+    assert live.call("/api/run?r=" + "1" * 390 + ":-1", good)[0] == 400
     assert live.call("/api/run?r=3", b"x" * (33 * 2**20))[0] == 413
     assert live.call("/api/run?r=3", good, X_Requested_With="")[0] == 403, "another page's form cannot send the header"
     assert live.call("/", method="GET", Host="evil.example")[0] == 400, "a name that was made to point here"

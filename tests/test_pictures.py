@@ -294,6 +294,25 @@ def test_the_trace_knows_similarity_and_attention() -> None:
         assert float((handle.trace.regions((36, 36)) < 0).float().mean()) == pytest.approx(18 / 36)
 
 
+def test_models_without_classes_and_tokens_that_merge_first(tmp_path: Path, run: Run) -> None:
+    name = write_model(tmp_path / "model", img_size=32, patch_size=8, num_classes=0)
+    picture = photo(tmp_path / "in.png", 32, 32)
+    out = tmp_path / "out.html"
+    place = ("--place", "before", "--metric", "x_pre")
+    code, text, err = run(
+        "visualize", name, picture, "--r", "2", *place, "--out", out, "--json", tmp_path / "rows.json"
+    )
+    assert code == 0, err
+    assert json.loads((tmp_path / "rows.json").read_text())[0]["top"] == [], "features are no classes"
+    code, text, err = run("visualize", name, picture, "--matcher", "attention_prune", "--r", "2", "--out", out)
+    assert code == 0, err
+    for broken in (b"\xff\xd8\xff\xe1\x00\x10Exif\x00\x00MM\x00*\xff\xff", b"GIF89a"):
+        (tmp_path / "broken.jpg").write_bytes(broken)
+        code, _, err = run("visualize", name, tmp_path / "broken.jpg", "--out", out)
+        assert code == 2
+        assert "cannot be read" in err
+
+
 def test_the_command_says_what_is_wrong(tmp_path: Path, run: Run) -> None:
     name = write_model(tmp_path / "model", img_size=32, patch_size=8)
     good = photo(tmp_path / "in.png", 40, 32)

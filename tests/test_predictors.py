@@ -77,6 +77,21 @@ def test_training_keeps_all_tokens_and_evaluation_drops_the_least_wanted() -> No
     assert model.state_dict().keys() == before.keys()
 
 
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16])
+def test_gradients_stay_finite_over_many_blocks(dtype: torch.dtype | None) -> None:
+    """What one block lets go, the next ones draw again: sizes must not become products of almost nothing."""
+    model = tiny("deit_tiny_patch16_224", depth=10)
+    add_predictors(model, range(10))
+    with tokenmerge.patched(model, r=2, matcher="dynamicvit", place="after") as handle:
+        for _ in range(3):
+            with torch.autocast("cpu", torch.bfloat16, enabled=dtype is not None):
+                logits = model.train()(images_for(model))
+            loss = ratio_loss(model, handle.schedule, 36)
+            assert loss is not None
+            (loss + logits.float().square().sum()).backward()
+    assert all(p.grad is not None and bool(p.grad.isfinite().all()) for p in model.parameters())
+
+
 def test_the_ratio_loss_leads_to_the_schedule() -> None:
     model = tiny("deit_tiny_patch16_224")
     add_predictors(model, [0, 1])

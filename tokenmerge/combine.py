@@ -85,7 +85,7 @@ def combine(x: Tensor, size: Tensor | None, members: Members, reduce: Reduce) ->
     else:
         share, total = joining_size, sizes
         if sizes.requires_grad:  # of a matcher that learns: its gradient comes through attention
-            share, total = share.detach(), total.detach()
+            share, total = share.detach().clone(), total.detach()
         if reduce == "average":
             share = torch.ones_like(share) if alive is None else alive.to(share.dtype)
             total = torch.ones_like(sizes).index_add_(0, target, share)

@@ -90,10 +90,11 @@ def add_predictors(model: nn.Module, blocks: Sequence[int]) -> None:
         block.add_module(PREDICTOR, TokenPredictor(target.channels).to(like.device, like.dtype).train(block.training))
 
 
-def remove_predictors(model: nn.Module) -> None:
-    """Take all predictors out of a model again."""
-    for block in predicting(model).values():
-        delattr(block, PREDICTOR)
+def remove_predictors(model: nn.Module, blocks: Sequence[int] | None = None) -> None:
+    """Take the predictors of some blocks, or all of them, out of a model again."""
+    for index, block in predicting(model).items():
+        if blocks is None or index in blocks:
+            delattr(block, PREDICTOR)
 
 
 def predicting(model: nn.Module) -> dict[int, nn.Module]:
@@ -108,7 +109,7 @@ def ratio_loss(model: nn.Module, schedule: Sequence[int], tokens: int) -> Tensor
 
     Args:
         model: the patched model.
-        schedule: tokens that each block drops.
+        schedule: tokens that each block drops, cut to what it can.
         tokens: that enter the first block, protected ones not counted.
 
     Returns:

@@ -14,6 +14,7 @@ from tokenmerge.errors import ConfigError
 
 Schedule = tuple[int, ...]
 RForm = int | tuple[int, float] | list[int]
+_MOST = 10**9
 
 
 def _is_int(value: object) -> bool:
@@ -44,6 +45,8 @@ def validate_r(r: RForm) -> None:
             )
         if value < 0:  # type: ignore[operator]  # checked to be an int just above
             raise ConfigError(f"r={r!r} is negative, but r counts the tokens merged in a block: use 0 or more")
+        if value > _MOST:  # type: ignore[operator]
+            raise ConfigError(f"r is larger than {_MOST:,}, but it counts the tokens merged in a block: use fewer")
 
 
 def constant(r: int, layers: int) -> Schedule:

@@ -34,8 +34,9 @@ class Trace:
         grid: patches along each axis, `(h, w)` or `(t, h, w)`, at the model's own input size; `None` if unknown.
         similarities: cosine of each token that merged and of the token it joined, in what matching compared: one `[B, r]`
             per block, in the order of its plan's sources, NaN for tokens that were dropped; `None` where none merged.
-        attention: of the class token to the tokens that entered each block, `[B, N]`, mean over heads; `None` without
-            `trace="attention"`, or where attention cannot be looked into.
+        attention: of the class token to the tokens that took part in each block's attention, `[B, N]`, mean over heads; in
+            models without a class token the mean over all tokens that look. `None` without `trace="attention"`, or where
+            attention cannot be looked into.
     """
 
     plans: tuple[MergePlan | None, ...]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+import torch
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -56,7 +57,8 @@ def predicted_pruning(
     if not predictor.training:
         return drop(lowest(F.pad(score[:, :, 0], (protected, 0), value=1.0), r, protected), count)
     stays = F.gumbel_softmax(score, hard=True, dim=2)[:, :, 0]
-    predictor.kept = (stays * size[:, protected:]).mean(dim=1)
-    gate = stays * (1 - _ALMOST_NOTHING) + _ALMOST_NOTHING
+    here = size[:, protected:] > 0.5  # what went before stays gone, and no smaller: products of gates would underflow
+    predictor.kept = (stays * here).mean(dim=1)
+    gate = torch.where(here, stays * (1 - _ALMOST_NOTHING) + _ALMOST_NOTHING, 1.0)
     everything = MergePlan.identity(batch, count, metric.device)
     return MergePlan(everything.keep, everything.source, everything.target, gate=F.pad(gate, (protected, 0), value=1.0))

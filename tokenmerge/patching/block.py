@@ -87,7 +87,7 @@ class Seen:
         tokens: tokens N that entered the block.
         device: where they are.
         similarity: of the tokens that merged, `[B, r]`, in the order of the plan's sources; `None` if none did.
-        attention: of the class token to the tokens that entered, `[B, N]`; `None` if it was not looked at.
+        attention: of the class token to the tokens in attention, `[B, N]`; `None` if it was not looked at.
     """
 
     state: TokenState
@@ -150,7 +150,8 @@ class MergeBlock:
         noted: Noted | None = Noted(close_tap(), take_inside() if watch else None)
         if spec.look:
             assert noted is not None
-            self._tokenmerge_attention = seen_by_class_token(rule, noted, state)
+            weight = state.size if spec.prop_attn or state.size is None else (state.size > 0).float()
+            self._tokenmerge_attention = seen_by_class_token(rule, noted, weight)
         if r and spec.place == "between":
             assert noted is not None
             x, state = _merge(make_plan(self, rule, noted, x_pre, x, r, spec.protected, state), x, state, spec)

@@ -144,12 +144,15 @@ def make_plan(
     return plan
 
 
-def seen_by_class_token(rule: Rule, noted: Noted, state: TokenState) -> Tensor | None:
-    """`[B, N]` float32, attention of the class token to each token; `None` where attention cannot be looked into."""
+def seen_by_class_token(rule: Rule, noted: Noted, size: Tensor | None) -> Tensor | None:
+    """`[B, N]` float32, attention of the class token to each token; `None` where attention cannot be looked into.
+
+    `size` is what weighs in it, `None` for all alike.
+    """
     if noted.inside is None:
         return None
     query, key, _, scale = noted.inside
-    return class_attention(query.detach(), key.detach(), scale, state.size, rule.class_token)
+    return class_attention(query.detach(), key.detach(), scale, size, rule.class_token)
 
 
 def _of_edges(metric: Tensor, plan: MergePlan) -> Tensor:
@@ -217,7 +220,7 @@ def _offered(block: Any, rule: Rule, noted: Noted, x: Tensor, state: TokenState)
         given["values"] = _inside(rule, noted, "v")
     if "attention" in wanted:
         _inside(rule, noted, "q")  # or say why not
-        given["attention"] = seen_by_class_token(rule, noted, state)
+        given["attention"] = seen_by_class_token(rule, noted, state.size)
     if "anchor" in wanted:
         anchor = state.anchor()
         start = counting(x.shape[1], x.device).expand(x.shape[0], -1)

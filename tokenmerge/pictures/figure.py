@@ -97,16 +97,17 @@ def plot_trace(
         blocks = [len(trace.plans) - 1 if block is None else block]
     else:
         blocks = list(block)
+        if not blocks:
+            raise InputError("no block was given to draw: give one or more, or None for the last")
     frames = 1 if pixels.dim() == 3 else min(_FRAMES, pixels.shape[1])
     columns = len(blocks) + whole
     figure = new_figure(2.3 * columns, 0.35 + 2.3 * frames * pixels.shape[-2] / pixels.shape[-1])
     axes = figure.subplots(frames, columns, squeeze=False)
-    most = (
-        int(torch.bincount(trace.regions(pixels.shape[1:], blocks[-1], image).flatten() + 1)[1:].max()) if blocks else 0
-    )
+    largest = float(torch.bincount(trace.regions(pixels.shape[1:], None, image).flatten() + 1)[1:].max())
+    span = (pixels[0].numel() / (trace.tokens - trace.protected), largest)
     shown = [("input", pixels.expand(3, *pixels.shape[1:]))] if whole else []
     for one in blocks:
-        painted = paint(pixels, trace.regions(pixels.shape[1:], one, image), view, most)
+        painted = paint(pixels, trace.regions(pixels.shape[1:], one, image), view, span)
         shown.append((f"after block {range(len(trace.plans))[one]}: {_left(trace, one)}", painted))
     for column, (title, painted) in enumerate(shown):
         for row in range(frames):

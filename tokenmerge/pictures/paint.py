@@ -19,7 +19,7 @@ _DROPPED = 0.12  # how bright a dropped patch is where others show a colour of t
 _GOLDEN = (math.sqrt(5) - 1) / 2
 
 
-def paint(pixels: Tensor, region: Tensor, view: View = "picture", most: int = 0) -> Tensor:
+def paint(pixels: Tensor, region: Tensor, view: View = "picture", span: tuple[float, float] | None = None) -> Tensor:
     """Paint the tokens of one picture, or of one film.
 
     Args:
@@ -29,7 +29,8 @@ def paint(pixels: Tensor, region: Tensor, view: View = "picture", most: int = 0)
         view: "picture", every token in the mean colour of its pixels, over all frames; "outlines", the picture as it is
             with borders; "sizes", how large tokens are, logarithmic, dark for single patches; "tokens", a colour for each
             token that tells it from its neighbours, and stays the same from block to block: it goes by the first patch.
-        most: of "sizes", pixels of the token that is brightest; 0 takes the largest one here.
+        span: of "sizes", pixels of one patch, which is darkest, and of the token that is brightest; `None` takes the smallest
+            and the largest token here.
 
     Returns:
         `[3, H, W]` or `[3, T, H, W]` in [0, 1]. Dropped patches are dark.
@@ -49,7 +50,7 @@ def paint(pixels: Tensor, region: Tensor, view: View = "picture", most: int = 0)
     elif view == "outlines":
         painted = torch.where(region < 0, pixels * 2 * _DROPPED, pixels)
     elif view == "sizes":
-        painted = _sizes(region, most)
+        painted = _sizes(region, span)
     else:
         painted = _named(region)
     return torch.where(borders(region), painted * _BORDER + _GREY * (1 - _BORDER), painted)
@@ -64,12 +65,12 @@ def _mean_colours(pixels: Tensor, region: Tensor) -> Tensor:
     return colour[:, flat].reshape(pixels.shape)
 
 
-def _sizes(region: Tensor, most: int) -> Tensor:
+def _sizes(region: Tensor, span: tuple[float, float] | None) -> Tensor:
     flat = region.reshape(-1) + 1
     count = torch.bincount(flat)
     count[0] = 0
     per_token = count[count > 0]
-    low, high = float(per_token.min()), float(max(int(per_token.max()), most))
+    low, high = span or (float(per_token.min()), float(per_token.max()))
     level = (count.clamp_min(1).float() / low).log() / max(math.log(high / low), 1e-6)
     colour = table("cividis")[(level.clamp(0, 1) * 255).round().long()].T
     colour[:, 0] = _DROPPED

@@ -120,17 +120,30 @@ def load_model(args: ModelArgs) -> Any:
         raise InputError(f"images of {args.img_size} pixels are smaller than one patch: give a larger --img-size")
     if args.checkpoint is not None:
         load_checkpoint(model, args.checkpoint)
+        _load_predictors(model, args.checkpoint.parent / FILE)
     elif pretrained:
-        _load_predictors(model, args.model)
+        _load_predictors(model, _predictors_of(args.model))
     memory = {"memory_format": torch.channels_last} if args.channels_last else {}
     return model.to(device=device, dtype=DTYPES[args.dtype], **memory).eval()
 
 
-def _load_predictors(model: nn.Module, name: str) -> None:
-    """What `train --matcher dynamicvit` left beside the weights, if it did."""
+def _predictors_of(name: str) -> Path | None:
+    """Where `train --matcher dynamicvit` left predictors beside the weights, if it did."""
     kind, _, place = name.partition(":")
-    file = Path(place, FILE)
-    if kind in ("local-dir", "hf") and place and file.is_file():
+    if kind in ("local-dir", "hf") and place:
+        return Path(place, FILE)
+    if kind in ("hf_hub", "hf-hub"):
+        try:
+            from timm.models._hub import download_from_hf
+
+            return Path(download_from_hf(place, FILE))
+        except Exception:  # it has none
+            return None
+    return None
+
+
+def _load_predictors(model: nn.Module, file: Path | None) -> None:
+    if file is not None and file.is_file():
         load_predictors(model, file)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import sys
 from collections.abc import Callable, Iterable, Sequence
@@ -48,6 +49,9 @@ class Report:
                 raise InputError(f"{flag} {given!r} is a folder, but a file was expected: add a name such as {name}")
             if path is not None and not path.resolve().parent.is_dir():
                 raise InputError(f"the folder of {flag} {given!r} does not exist: make it first")
+        missing = [name for name in ("jinja2", "matplotlib") if html_path and importlib.util.find_spec(name) is None]
+        if missing:
+            raise InputError(f"{missing[0]} is not installed, but pages need it: pip install 'tokenmerge[visualize]'")
         self.out = _Console(stderr=json_path == "-", highlight=False, soft_wrap=False)
         self.err = Console(stderr=True, highlight=False)
 
@@ -95,10 +99,6 @@ class Report:
         Raises:
             InputError: if a file cannot be written, or what the page needs is missing.
         """
-        if self._html_path is not None:
-            title = self._tables[0].title if self._tables else "tokenmerge"
-            write_report(Path(self._html_path), title, self._said, self._tables, figures(), rows)
-            self.say(f"wrote {self._html_path}")
         text = json.dumps(list(rows), indent=2) + "\n"
         if self._json_path == "-":
             sys.stdout.write(text)
@@ -109,3 +109,7 @@ class Report:
                 raise InputError(
                     f"--json {self._json_path!r} cannot be written ({error.strerror}): choose another file"
                 ) from None
+        if self._html_path is not None:
+            title = self._tables[0].title if self._tables else "tokenmerge"
+            write_report(Path(self._html_path), title, self._said, self._tables, figures(), rows)
+            self.say(f"wrote {self._html_path}")

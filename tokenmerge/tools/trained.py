@@ -21,7 +21,7 @@ def as_trained(args: ModelArgs, fields: dict[str, Any]) -> dict[str, Any]:
     if fields.get("prop_attn", "auto") == "auto" and isinstance(stored.get("prop_attn"), bool):
         fields = {**fields, "prop_attn": stored["prop_attn"]}
     if "matcher" not in fields and "preset" not in fields and isinstance(stored.get("matcher"), str):
-        fields = {**fields, **{name: stored[name] for name in ("matcher", "place") if name in stored}}
+        fields = {**{name: stored[name] for name in ("matcher", "place", "metric") if name in stored}, **fields}
     return fields
 
 

@@ -8,16 +8,17 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
-from PIL import Image
+from PIL import Image, ImageOps
 
 from tokenmerge.errors import InputError
-from tokenmerge.tools.media import IMAGES
 from tokenmerge.tools.settings import Setting, parse_setting
 
 MOST_BYTES = 32 * 2**20
 """Of an uploaded file."""
 MOST_PIXELS = 64_000_000
 """Of a picture: more would take gigabytes once decoded, whatever its file takes."""
+MOST_OBLONG = 32
+"""Longer side ÷ shorter side: a picture one pixel high would be enlarged to gigabytes."""
 _FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")
 _MOST_SETTINGS = 4
 _MOST_SAMPLES = 500
@@ -37,18 +38,23 @@ def open_picture(data: bytes) -> Image.Image:
         raise InputError(
             f"the picture has far more pixels than the {MOST_PIXELS // 10**6} million that are decoded: make it smaller"
         ) from None
-    except IMAGES.unreadable:
+    except Exception:  # every decoder raises its own kinds
         raise InputError(f"the file is no picture that can be read here: give one of {kinds}") from None
     if image.width * image.height > MOST_PIXELS:
         raise InputError(
             f"the picture has {image.width}×{image.height} pixels, but at most {MOST_PIXELS // 10**6} million are decoded: "
             "make it smaller"
         )
+    if max(image.size) > MOST_OBLONG * min(image.size):
+        raise InputError(
+            f"the picture has {image.width}×{image.height} pixels, but the shorter side is enlarged to what the model takes, and the "
+            f"longer one would get too long: give one at most {MOST_OBLONG} times as long as it is wide"
+        )
     try:
         image.load()
-    except IMAGES.unreadable as error:
-        raise InputError(f"the picture is damaged ({error}): give a whole file") from None
-    return image
+        return ImageOps.exif_transpose(image) or image
+    except Exception as error:  # every decoder raises its own kinds
+        raise InputError(f"the picture is damaged ({type(error).__name__}: {error}): give a whole file") from None
 
 
 def plain_name(name: str) -> str:

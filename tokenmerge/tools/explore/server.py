@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
+import logging
+import re
 import socket
 import threading
 from pathlib import Path
@@ -16,6 +19,7 @@ from tokenmerge.timing import Spread, take_turns
 from tokenmerge.tools.explore.pictures import MOST_BYTES, open_picture, plain_name, samples_in, settings_of
 from tokenmerge.tools.media import IMAGES
 from tokenmerge.tools.models import ModelArgs, load_model
+from tokenmerge.tools.pages import printable
 from tokenmerge.tools.report import Report
 from tokenmerge.tools.settings import Setting
 from tokenmerge.tools.trained import as_trained
@@ -33,7 +37,7 @@ _HEADERS = {
 
 
 class Explorer:
-    """A model, and what it makes of pictures. One pass at a time.
+    """A model, and what it makes of pictures.
 
     Args:
         args: which model.
@@ -52,9 +56,10 @@ class Explorer:
             raise InputError(f"explore shows images, but {args.model} takes {self.loader.medium.name}: use visualize")
         self.fields = as_trained(args, fields)
         self.samples = [] if data is None else samples_in(data)
-        self.sample_names = [] if data is None else [str(path.relative_to(data)) for path in self.samples]
+        self.sample_names = [] if data is None else [printable(str(path.relative_to(data))) for path in self.samples]
         self.unmerged = merged_copies(self.model, [Setting(0, {"r": 0})], {})[0]
-        self._lock = threading.Lock()
+        self.lock = threading.Lock()
+        """Held from decoding to the answer: pictures that wait are small, decoded ones are not."""
 
     def sample(self, index: int) -> Shown:
         """One of the pictures that lie in the folder.
@@ -66,7 +71,7 @@ class Explorer:
             raise InputError(
                 f"there is no sample {index}, but {len(self.samples)} of them: choose one, or a picture of yours"
             )
-        return self.loader(self.samples[index])
+        return dataclasses.replace(self.loader(self.samples[index]), name=self.sample_names[index])
 
     def upload(self, image: Image.Image, name: str) -> Shown:
         """A picture from elsewhere."""
@@ -78,10 +83,9 @@ class Explorer:
         Raises:
             TokenMergeError: if the model cannot merge so.
         """
-        with self._lock:
-            merged = merged_copies(self.model, settings, self.fields, attention=True)
-            looks = [one.look(shown) for one in (self.unmerged, *merged)]
-            return image_data(shown, looks, self._speeds(shown, merged))
+        merged = merged_copies(self.model, settings, self.fields, attention=True)
+        looks = [one.look(shown) for one in (self.unmerged, *merged)]
+        return image_data(shown, looks, self._speeds(shown, merged))
 
     @torch.inference_mode()
     def _speeds(self, shown: Shown, merged: list[Merged]) -> list[float | None]:
@@ -103,7 +107,7 @@ def make_app(explorer: Explorer, hosts: list[str], r: str = "8") -> Any:
         from starlette.concurrency import run_in_threadpool
         from starlette.middleware import Middleware
         from starlette.middleware.trustedhost import TrustedHostMiddleware
-        from starlette.requests import Request
+        from starlette.requests import ClientDisconnect, Request
         from starlette.responses import HTMLResponse, JSONResponse, Response
         from starlette.routing import Route
     except ImportError:
@@ -115,7 +119,9 @@ def make_app(explorer: Explorer, hosts: list[str], r: str = "8") -> Any:
         return JSONResponse(found, status_code=status, headers=_HEADERS)
 
     async def page(request: Request) -> Response:
-        text = explorer_page(explorer.name, {"images": [], "live": True, "samples": explorer.sample_names}, r)
+        text = explorer_page(
+            explorer.name, {"images": [], "live": True, "samples": explorer.sample_names, "limit": MOST_BYTES}, r
+        )
         return HTMLResponse(text, headers=_HEADERS)
 
     async def run(request: Request) -> Response:
@@ -130,6 +136,11 @@ def make_app(explorer: Explorer, hosts: list[str], r: str = "8") -> Any:
             return answer(await run_in_threadpool(_found, explorer, settings, data, request.query_params))
         except TokenMergeError as error:
             return answer({"error": str(error)}, 400)
+        except ClientDisconnect:
+            return answer({"error": "the page has gone"}, 400)
+        except Exception as error:  # a page gets a sentence, whatever happens; the terminal gets the rest
+            logging.getLogger("uvicorn.error").exception("a picture could not be shown")
+            return answer({"error": f"it went wrong here ({type(error).__name__}): see the terminal"}, 500)
 
     return Starlette(
         routes=[Route("/", page), Route("/api/run", run, methods=["POST"])],
@@ -149,12 +160,13 @@ async def _limited(request: Any) -> bytes | None:
 
 
 def _found(explorer: Explorer, settings: list[Setting], data: bytes, query: Any) -> dict[str, Any]:
-    if data:
-        return explorer.run(explorer.upload(open_picture(data), query.get("name", "")), settings)
-    index = query.get("sample", "")
-    if not index.isdecimal():
-        raise InputError("no picture was given: choose a sample, or a picture of yours")
-    return explorer.run(explorer.sample(int(index)), settings)
+    with explorer.lock:
+        if data:
+            return explorer.run(explorer.upload(open_picture(data), query.get("name", "")), settings)
+        index = query.get("sample", "")
+        if not re.fullmatch(r"[0-9]{1,6}", index):
+            raise InputError("no picture was given: choose a sample, or a picture of yours")
+        return explorer.run(explorer.sample(int(index)), settings)
 
 
 def run_explore(
@@ -170,12 +182,13 @@ def run_explore(
     except ImportError:
         raise InputError("uvicorn is not installed, but explore needs it: pip install 'tokenmerge[explore]'") from None
     settings_of(r.split())
-    app_hosts = ["127.0.0.1", "localhost", "[::1]", host]
+    everywhere = host in ("0.0.0.0", "::")
+    app_hosts = ["*"] if everywhere else ["127.0.0.1", "localhost", "[::1]", host]
     try:
         listening = socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
-    except OSError as error:
+    except (OSError, OverflowError) as error:
         raise InputError(
-            f"--host {host} --port {port} cannot be used ({error.strerror or error}): choose another --port, or 0 for a free one"
+            f"--host {host} --port {port} cannot be used ({getattr(error, 'strerror', None) or error}): choose another --port, or 0 for a free one"
         ) from None
     with contextlib.closing(listening):
         app = make_app(Explorer(args, fields, data), app_hosts, r)
@@ -183,7 +196,7 @@ def run_explore(
         report.say(f"http://{shown}:{listening.getsockname()[1]}/ (Ctrl+C ends it)")
         if host not in ("127.0.0.1", "localhost", "::1"):
             report.warn(f"everybody who reaches {host} can run the model: there is no password")
-        server = uvicorn.Server(uvicorn.Config(app, log_level="warning", h11_max_incomplete_event_size=2**16))
+        server = uvicorn.Server(uvicorn.Config(app, log_level="warning", limit_concurrency=32))
         with contextlib.suppress(KeyboardInterrupt):
             server.run(sockets=[listening])
     return 0

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import datetime
 import json
+import math
 import platform
 import shlex
 import sys
@@ -35,13 +36,27 @@ def render(template: str, **values: Any) -> str:
 
 def embedded(data: Any) -> str:
     """JSON that may stand inside a script element: nothing in it can end the element."""
-    return json.dumps(data).replace("<", "\\u003c").replace("\u2028", "\\u2028").replace("\u2029", "\\u2029")
+    return json.dumps(finite(data)).replace("<", "\\u003c").replace("\u2028", "\\u2028").replace("\u2029", "\\u2029")
+
+
+def finite(data: Any) -> Any:
+    """The data with `None` for what JSON has no number for: NaN and infinities."""
+    if isinstance(data, float):
+        return data if math.isfinite(data) else None
+    if isinstance(data, Mapping):
+        return {name: finite(value) for name, value in data.items()}
+    return [finite(value) for value in data] if isinstance(data, list | tuple) else data
+
+
+def printable(text: str) -> str:
+    """Text that can be written: bytes of a file's name that are no UTF-8 become question marks."""
+    return text.encode("utf-8", "replace").decode("utf-8")
 
 
 def about_this() -> dict[str, Any]:
     """The command that is running, with what, and when: what every page says at its end."""
     return {
-        "command": shlex.join(["tokenmerge", *sys.argv[1:]]),
+        "command": printable(shlex.join(["tokenmerge", *sys.argv[1:]])),
         "versions": {
             "tokenmerge": tokenmerge.__version__,
             "torch": torch.__version__,

@@ -274,7 +274,11 @@ document.addEventListener("keydown", event => {
   else if (event.key === "ArrowRight" && !onSlider) goTo(state.step + 1);
   else if (event.key === " " && !onButton) play(state.playing === null);
   else if (event.key === "b") { at("borders").checked = !at("borders").checked; drawAll(); }
-  else if (event.key === "v") { at("view").selectedIndex = (at("view").selectedIndex + 1) % at("view").options.length; drawAll(); }
+  else if (event.key === "v") {
+    const able = [...at("view").options].filter(option => !option.disabled);
+    at("view").value = able[(able.indexOf(at("view").selectedOptions[0]) + 1) % able.length].value;
+    drawAll();
+  }
   else if (event.key === "2") { at("two").checked = !at("two").checked; makePanels(); }
   else return;
   event.preventDefault();
@@ -287,7 +291,10 @@ async function showImage(index) {
   state.image = index; state.patch = null;
   const image = await prepared(data.images[index]);
   const seen = image.looks.every(look => look.blocks.some(block => block.attention));
-  at("view").querySelector("[value=attention]").disabled = !seen;
+  const choice = at("view").querySelector("[value=attention]");
+  choice.disabled = !seen;
+  choice.textContent = image.attention;
+  if (!seen && at("view").value === "attention") at("view").value = "picture";
   at("step").max = image.looks[0].blocks.length;
   at("main").hidden = false;
   at("two").disabled = image.looks.length < 2;
@@ -302,21 +309,27 @@ function listImages() {
 at("image").addEventListener("change", () => showImage(Number(at("image").value)));
 
 // ---- the live explorer
+let asked = 0;
 async function run(body, query) {
-  const status = at("status");
+  const status = at("status"), mine = ++asked;  // an answer that was overtaken is not shown
+  if (body && body.size > data.limit) {
+    status.className = "bad"; status.textContent = `the file is larger than ${data.limit >> 20} MiB: make it smaller`;
+    return;
+  }
   status.className = ""; status.textContent = "running …"; at("run").disabled = true;
   try {
     const settings = at("r").value.trim().split(/\s+/).map(one => `r=${encodeURIComponent(one)}`).join("&");
     const answer = await fetch(`api/run?${settings}&${query}`, { method: "POST", body, headers: { "X-Requested-With": "tokenmerge" } });
     const found = await answer.json();
+    if (mine !== asked) return;
     if (!answer.ok) throw new Error(found.error);
     data.images = [found];
     listImages();
     await showImage(0);
     status.textContent = found.name;
   } catch (error) {
-    status.className = "bad"; status.textContent = error.message;
-  } finally { at("run").disabled = false; }
+    if (mine === asked) { status.className = "bad"; status.textContent = error.message; }
+  } finally { if (mine === asked) at("run").disabled = false; }
 }
 if (data.live) {
   let own = null;

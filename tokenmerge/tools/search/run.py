@@ -18,7 +18,7 @@ from tokenmerge.errors import ConfigError, InputError, TokenMergeError
 from tokenmerge.flops import ModelCost
 from tokenmerge.patching import model_cost, patch
 from tokenmerge.timing import Spread, take_turns
-from tokenmerge.tools.compare.data import Images
+from tokenmerge.tools.compare.data import Images, describe
 from tokenmerge.tools.compare.scoring import Scores, score
 from tokenmerge.tools.compare.statistics import bootstrap
 from tokenmerge.tools.compare.variants import r_for_speedup
@@ -115,8 +115,8 @@ def run_search(args: ModelArgs, search: SearchArgs, report: Report) -> int:
         import optuna
     except ImportError:
         raise InputError("Optuna is not installed, but search needs it: pip install 'tokenmerge[search]'") from None
-    if not search.output.resolve().parent.is_dir():
-        raise InputError(f"the folder of --output {str(search.output)!r} does not exist: make it first")
+    if not search.output.resolve().parent.is_dir() or search.output.is_dir():
+        raise InputError(f"--output {str(search.output)!r} is no file in a folder that exists: choose another")
     model = load_model(args)
     both = search.calibration + search.holdout
     images = Images(model, args, search.data, search.batch_size, search.workers, both)
@@ -139,6 +139,14 @@ def run_search(args: ModelArgs, search: SearchArgs, report: Report) -> int:
         )
     except Exception as error:  # databases fail in ways of their own
         raise InputError(f"--storage {search.storage!r} cannot be used ({error}): try sqlite:///search.db") from None
+    about = {"model": describe(args), "speedup": search.speedup, "images": len(images), "batch": search.batch_size}
+    about = json.loads(json.dumps(about, default=str))
+    if study.user_attrs.get("about", about) != about:
+        raise InputError(
+            f"the study {search.study!r} in {search.storage} is of {study.user_attrs['about']}, but {about} was asked for: give "
+            "another --study or --storage"
+        )
+    study.set_user_attr("about", about)
     space = _space(study, judge, search)
     _optimize(study, judge, space, search, report)
     _random_schedules(judge, space, search, report)
@@ -305,9 +313,17 @@ def _check(
         {"speedup": 1 / t.values[0], "divergence": t.values[1], "config": t.user_attrs["config"]}
         for t in study.best_trials
     ]
-    search.output.write_text(json.dumps(json.loads(best.to_json()), indent=2) + "\n", encoding="utf-8")
     beside = search.output.with_suffix(".frontier.json")
-    beside.write_text(json.dumps(sorted(frontier, key=lambda one: one["speedup"]), indent=2) + "\n", encoding="utf-8")
+    try:
+        search.output.write_text(json.dumps(json.loads(best.to_json()), indent=2) + "\n", encoding="utf-8")
+        beside.write_text(
+            json.dumps(sorted(frontier, key=lambda one: one["speedup"]), indent=2) + "\n", encoding="utf-8"
+        )
+    except OSError as error:
+        report.say(f"found: {best.to_json()}")
+        raise InputError(
+            f"--output {str(search.output)!r} cannot be written ({error.strerror}): the config is printed above"
+        ) from None
     report.say(f"wrote {search.output} (use it as --r {search.output}, or MergeConfig.from_json) and {beside}")
     return rows
 

@@ -230,6 +230,8 @@ class Loop:
     def _evaluate(self, epoch: int, bars: TrainProgress) -> list[Row]:
         """Rows for each setting of `eval_r` over the validation images of all processes."""
         if self.validation is None:
+            if self.logbook is not None:
+                self.logbook.draw()
             return []
         import tokenmerge
 

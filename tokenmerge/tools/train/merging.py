@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from tokenmerge.errors import InputError
 from tokenmerge.matching import get_entry
 from tokenmerge.patching import Handle, model_cost
-from tokenmerge.predictors import add_predictors, predicting, ratio_loss
+from tokenmerge.predictors import add_predictors, predicting, ratio_loss, remove_predictors
+from tokenmerge.schedule import cut
 from tokenmerge.tools.settings import Setting
 from tokenmerge.tools.train.args import TrainArgs
 
@@ -52,18 +53,25 @@ def with_predictors(model: nn.Module, handle: Handle, args: TrainArgs) -> Callab
         InputError: if r is to change over the epochs, which predictors cannot follow.
     """
     if not get_entry(handle.config.matcher).learned:
+        remove_predictors(model)
         return lambda: None
     if args.r_warmup_epochs or args.r_milestones:
         raise InputError(
             f"r is to change over the epochs, but the predictors of matcher {handle.config.matcher!r} learn one r: leave out "
             "--r-warmup-epochs and --r-milestones"
         )
-    have = predicting(model)
-    add_predictors(model, [index for index, r in enumerate(handle.schedule) if r and index not in have])
+    if handle.config.prop_attn is False:
+        raise InputError(
+            f"--prop-attn off was given, but matcher {handle.config.matcher!r} learns through the sizes in attention: leave it out"
+        )
     cost = model_cost(model)
+    gone = cut(handle.schedule, cost.tokens, cost.protected)
+    have = predicting(model)
+    remove_predictors(model, [index for index in have if not gone[index]])  # of an earlier run: they would not learn
+    add_predictors(model, [index for index, r in enumerate(gone) if r and index not in have])
 
     def loss() -> Tensor | None:
-        found = ratio_loss(model, handle.schedule, cost.tokens - cost.protected)
+        found = ratio_loss(model, gone, cost.tokens - cost.protected)
         return None if found is None else _RATIO_WEIGHT * found
 
     return loss

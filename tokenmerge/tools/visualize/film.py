@@ -31,6 +31,8 @@ def write_film(path: Path, shown: Sequence[Shown], looks: Sequence[Sequence[Look
     for each, of_input in zip(shown, looks, strict=True):
         frames += _frames(each, of_input, block, view)
     rate = shown[0].rate
+    if any(abs(one.rate - rate) > 0.01 * rate for one in shown):
+        raise OSError("the videos have different frame rates; give one at a time")
     if path.suffix.lower() == ".gif":
         frames[0].save(path, save_all=True, append_images=frames[1:], duration=round(1000 / rate), loop=0)
     else:
@@ -53,7 +55,9 @@ def _frames(shown: Shown, looks: Sequence[Look], block: int, view: View) -> list
 
 def _write_mp4(path: Path, frames: Sequence[Image.Image], rate: float) -> None:
     av = pyav()
-    codec = next(name for name in _CODECS if name in av.codecs_available)
+    codec = next((name for name in _CODECS if name in av.codecs_available), None)
+    if codec is None:
+        raise OSError("this PyAV has no encoder for it; .gif needs none")
     width, height = (side + side % 2 for side in frames[0].size)  # 4:2:0 has half as many colours along each axis
     try:
         with av.open(str(path), "w") as container:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,16 +13,18 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
-from tokenmerge.errors import InputError
+from tokenmerge.errors import InputError, TokenMergeError
 from tokenmerge.pictures.paint import table
 from tokenmerge.tools.inputs import preprocessing
 from tokenmerge.tools.media import IMAGES, SOUNDS, VIDEOS, Medium, frame_rate, read_sound
 from tokenmerge.tools.models import input_shape
+from tokenmerge.tools.pages import printable
 from tokenmerge.tools.sounds import Spectrogram
 from tokenmerge.tools.videos import Clip
 from tokenmerge.tracing import Trace
 
 _HALF = (0.5, 0.5, 0.5)
+_CLIP = ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))
 _IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 
 
@@ -71,6 +74,9 @@ class Loader:
 
     def __init__(self, model: Any, sampling_rate: int = 4) -> None:
         self.shape = input_shape(model)
+        channels = self.shape[-3] if len(self.shape) > 2 else 1
+        if channels not in (1, 3):
+            raise InputError(f"the model takes {channels} channels, but pictures have three: it cannot be looked at so")
         self.sampling_rate = sampling_rate
         self.mean, self.std = _normalisation(model)
         self._model = model
@@ -101,9 +107,12 @@ class Loader:
             if found is SOUNDS:
                 return self._sound(path)
             with Image.open(path) as image:
-                return self.image(image, path.name)
-        except found.unreadable as error:
-            raise InputError(f"{str(path)!r} cannot be read ({error}): give a whole file of {found.name}") from None
+                return self.image(image, printable(path.name))
+        except TokenMergeError:
+            raise
+        except Exception as error:  # every decoder raises its own kinds
+            reason = str(error) or type(error).__name__
+            raise InputError(f"{str(path)!r} cannot be read ({reason}): give a whole file of {found.name}") from None
 
     def image(self, image: Image.Image, name: str) -> Shown:
         """An opened picture, turned as its camera says."""
@@ -133,14 +142,16 @@ class Loader:
     def _video(self, path: Path) -> Shown:
         clip = Clip(self.shape, self.sampling_rate, mean=self.mean, std=self.std)(path)
         rate = frame_rate(path) / self.sampling_rate
-        return Shown(path.name, VIDEOS, self._batch(clip), self._pixels(clip.transpose(0, 1)), rate)
+        return Shown(printable(path.name), VIDEOS, self._batch(clip), self._pixels(clip.transpose(0, 1)), rate)
 
     def _sound(self, path: Path) -> Shown:
         frames, bands = self.shape[-2:]
         spectrum = Spectrogram((1, frames, bands))(read_sound(path))[0]
         level = (spectrum - spectrum.min()) / (spectrum.max() - spectrum.min()).clamp_min(1e-6)
         pixels = table("viridis")[(level.T * 255).round().long()].permute(2, 0, 1)
-        return Shown(path.name, SOUNDS, self._batch(spectrum if len(self.shape) == 2 else spectrum[None]), pixels)
+        return Shown(
+            printable(path.name), SOUNDS, self._batch(spectrum if len(self.shape) == 2 else spectrum[None]), pixels
+        )
 
     def _batch(self, tensor: Tensor) -> Tensor:
         return tensor[None].to(**self._place)
@@ -158,9 +169,21 @@ def _normalisation(model: Any) -> tuple[tuple[float, ...], tuple[float, ...]]:
     tower = getattr(model, "visual", model)
     if hasattr(tower, "image_mean") and tower.image_mean is not None:  # open_clip's
         return tuple(tower.image_mean), tuple(tower.image_std)
-    if len(input_shape(model)) == 4:
-        return _IMAGENET
-    return _HALF, _HALF  # most of transformers' processors
+    return _of_transformers(model) or (_IMAGENET if len(input_shape(model)) == 4 else (_HALF, _HALF))
+
+
+def _of_transformers(model: Any) -> tuple[tuple[float, ...], tuple[float, ...]] | None:
+    """What the image processor beside the weights says, or that of the model's kin."""
+    config = getattr(model, "config", None)
+    file = Path(str(getattr(config, "_name_or_path", "")), "preprocessor_config.json")
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+        return tuple(found["image_mean"]), tuple(found["image_std"])
+    except (OSError, ValueError, KeyError, TypeError):
+        kind = str(getattr(config, "model_type", ""))
+    if "clip" in kind or kind.startswith(("llava", "blip")):
+        return _CLIP
+    return _IMAGENET if kind.startswith(("dino", "deit", "ijepa", "vit_msn")) else None
 
 
 def mel_bands(count: int) -> list[float]:

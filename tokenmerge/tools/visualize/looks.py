@@ -13,7 +13,8 @@ from torch import Tensor
 
 from tokenmerge.errors import InputError
 from tokenmerge.patching import Handle, patch
-from tokenmerge.tools.inputs import class_names
+from tokenmerge.patching.target import find_target
+from tokenmerge.tools.inputs import class_names, num_classes
 from tokenmerge.tools.settings import Setting
 from tokenmerge.tools.variants import share_weights
 from tokenmerge.tools.visualize.load import Shown
@@ -29,12 +30,14 @@ class Look:
         trace: of the pass.
         top: the five likeliest classes and their probabilities; empty without a classifier.
         gflops: of the pass, at the model's own input size.
+        class_token: whether attention in the trace is of a class token, or a mean.
     """
 
     title: str
     trace: Trace
     top: tuple[tuple[str, float], ...]
     gflops: float
+    class_token: bool = True
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -46,12 +49,16 @@ class Merged:
         model: the copy; it shares the weights.
         handle: of its patch.
         names: of its classes, if known.
+        classifies: whether its outputs are classes at all.
+        class_token: whether it has a class token, whose attention can be shown.
     """
 
     title: str
     model: Any
     handle: Handle
     names: Sequence[str] | None
+    classifies: bool
+    class_token: bool
 
     @functools.cached_property
     def gflops(self) -> float:
@@ -62,7 +69,8 @@ class Merged:
     def look(self, shown: Shown) -> Look:
         """One pass."""
         output = self.model(shown.batch)
-        return Look(self.title, self.handle.trace, top_of(output, self.names), self.gflops)
+        top = top_of(output, self.names) if self.classifies else ()
+        return Look(self.title, self.handle.trace, top, self.gflops, self.class_token)
 
 
 def merged_copies(
@@ -81,13 +89,20 @@ def merged_copies(
     for setting in settings:
         copy = share_weights(model)
         handle = patch(copy, setting.config(trace="attention" if attention else True, **fields))
-        found.append(Merged(setting.title, copy, handle, names))
+        rule = find_target(copy).blocks[0][0]._tokenmerge_spec.rule
+        found.append(Merged(setting.title, copy, handle, names, classifies(model), rule.class_token))
     return found
+
+
+def classifies(model: Any) -> bool:
+    """Whether what the model gives are logits of classes."""
+    known = hasattr(model, "pretrained_cfg") or hasattr(model, "weights")
+    return bool(num_classes(model)) if known else getattr(model, "classifier", None) is not None
 
 
 def class_names_of(model: Any) -> list[str] | None:
     """`class_names`, for models that may have no classifier; ImageNet's in words."""
-    if not (hasattr(model, "pretrained_cfg") or hasattr(model, "weights") or getattr(model, "classifier", None)):
+    if not classifies(model):
         return None
     names = class_names(model)
     if hasattr(model, "pretrained_cfg"):

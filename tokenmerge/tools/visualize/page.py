@@ -15,7 +15,7 @@ from tokenmerge.errors import InputError
 from tokenmerge.pictures.paint import table
 from tokenmerge.pictures.regions import anchors
 from tokenmerge.pictures.sheet import to_image
-from tokenmerge.tools.pages import about_this, embedded, render
+from tokenmerge.tools.pages import about_this, embedded, finite, render
 from tokenmerge.tools.visualize.load import Shown
 from tokenmerge.tools.visualize.looks import Look
 
@@ -52,7 +52,8 @@ def explorer_page(model: str, data: dict[str, Any], r: str = "") -> str:
         live=data["live"],
         r=r,
         data=embedded({**data, "heat": _packed(heat)}),
-        about=about_this(),
+        about=about_this()
+        | ({"command": ""} if data["live"] else {}),  # visitors need not know the places of this machine
     )
 
 
@@ -74,19 +75,23 @@ def image_data(shown: Shown, looks: Sequence[Look], speeds: Sequence[float | Non
     count = torch.bincount(cells, minlength=grid[0] * grid[1])
     levels = (shown.pixels * 255).round().reshape(3, -1).double()
     total = torch.zeros(3, len(count), dtype=torch.float64).index_add_(1, cells, levels)
-    return {
-        "name": shown.name,
-        "width": width,
-        "height": height,
-        "grid": list(grid),
-        "picture": "data:image/png;base64," + base64.b64encode(file.getvalue()).decode("ascii"),
-        "sums": _packed(total.T.float()),
-        "unmerged": _about(looks[0], None),
-        "looks": [
-            {**_about(look, None if speeds is None else speeds[i]), "blocks": blocks_of(look.trace)}
-            for i, look in enumerate(looks[1:])
-        ],
-    }
+    found: dict[str, Any] = finite(
+        {
+            "name": shown.name,
+            "width": width,
+            "height": height,
+            "grid": list(grid),
+            "picture": "data:image/png;base64," + base64.b64encode(file.getvalue()).decode("ascii"),
+            "sums": _packed(total.T.float()),
+            "attention": "attention of the class token" if looks[0].class_token else "attention, mean of all tokens",
+            "unmerged": _about(looks[0], None),
+            "looks": [
+                {**_about(look, None if speeds is None else speeds[i]), "blocks": blocks_of(look.trace)}
+                for i, look in enumerate(looks[1:])
+            ],
+        }
+    )
+    return found
 
 
 def _cells(grid: Sequence[int], height: int, width: int) -> Tensor:
@@ -119,7 +124,8 @@ def blocks_of(trace: Any) -> list[dict[str, Any]]:
             block |= _events(trace, number, before)
         attention = trace.attention[number] if number < len(trace.attention) else None
         if attention is not None:
-            block["attention"] = _attention(attention[0].cpu(), before, protected)
+            seen = before if int(before.max()) + 1 == attention.shape[1] else after  # place="before" merges first
+            block["attention"] = _attention(attention[0].cpu(), seen, protected)
         found.append(block)
         before = after
     return found

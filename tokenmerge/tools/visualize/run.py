@@ -71,6 +71,8 @@ def run_visualize(
     shown = [loader(path) for path in wanted.inputs]
     merged = merged_copies(model, settings, as_trained(args, fields), attention=suffix == ".html")
     if suffix == ".html":
+        if wanted.layer != "all" or wanted.view != "picture":
+            report.warn("a page shows every layer and view: --layer and --view say nothing to it")
         unmerged = merged_copies(model, [Setting(0, {"r": 0})], {})[0]
         looks = [[one.look(each) for one in (unmerged, *merged)] for each in shown]
         write_page(wanted.out, args.model, shown, looks)
@@ -154,12 +156,14 @@ def painted(shown: Shown, look: Look, block: int, view: View, scale: int = 1) ->
     if block < 0:
         return pixels
     region = enlarged(shown.regions(look.trace, block), scale)
-    return paint(pixels, region, view, most=largest(shown, look) * scale**2)
+    return paint(pixels, region, view, span=_span(shown, look, scale))
 
 
-def largest(shown: Shown, look: Look) -> int:
-    """Pixels of the largest token after the last block, so that sizes have the same colours after all of them."""
-    return int(torch.bincount(shown.regions(look.trace, None).flatten() + 1)[1:].max())
+def _span(shown: Shown, look: Look, scale: int) -> tuple[float, float]:
+    """Pixels of a patch and of the largest token after the last block: sizes have the same colours after all blocks."""
+    largest = int(torch.bincount(shown.regions(look.trace, None).flatten() + 1)[1:].max())
+    patch = shown.pixels[0].numel() / (look.trace.tokens - look.trace.protected)
+    return patch * scale**2, float(largest * scale**2)
 
 
 def _caption(shown: Shown, look: Look) -> str:
