@@ -299,12 +299,10 @@ def test_models_without_classes_and_tokens_that_merge_first(tmp_path: Path, run:
     picture = photo(tmp_path / "in.png", 32, 32)
     out = tmp_path / "out.html"
     place = ("--place", "before", "--metric", "x_pre")
-    code, text, err = run(
-        "visualize", name, picture, "--r", "2", *place, "--out", out, "--json", tmp_path / "rows.json"
-    )
+    code, _, err = run("visualize", name, picture, "--r", "2", *place, "--out", out, "--json", tmp_path / "rows.json")
     assert code == 0, err
     assert json.loads((tmp_path / "rows.json").read_text())[0]["top"] == [], "features are no classes"
-    code, text, err = run("visualize", name, picture, "--matcher", "attention_prune", "--r", "2", "--out", out)
+    code, _, err = run("visualize", name, picture, "--matcher", "attention_prune", "--r", "2", "--out", out)
     assert code == 0, err
     for broken in (b"\xff\xd8\xff\xe1\x00\x10Exif\x00\x00MM\x00*\xff\xff", b"GIF89a"):
         (tmp_path / "broken.jpg").write_bytes(broken)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from operator import attrgetter
+from pathlib import Path
 from typing import Any
 
 import open_clip
@@ -186,3 +187,28 @@ def test_what_is_refused() -> None:
         tokenmerge.patch(cosine, r=2)
     with pytest.raises(tokenmerge.ConfigError, match=r"without sizes.*use output='full'"):
         tokenmerge.patch(build("clip-average"), r=2, output="merged")
+
+
+@pytest.mark.parametrize("name", ["vit_b_32", "vit_b_16:IMAGENET1K_SWAG_E2E_V1"])
+def test_torchvisions_weights_bring_their_preprocessing(name: str, tmp_path: Path) -> None:
+    """What `eval` and `compare` feed a model is what torchvision's own transform makes of the file."""
+    from PIL import Image
+
+    from tokenmerge.errors import InputError
+    from tokenmerge.tools.evaluate import EvalArgs, make_dataset
+    from tokenmerge.tools.inputs import class_names, num_classes
+    from tokenmerge.tools.media import IMAGES
+    from tokenmerge.tools.models import ModelArgs, skeleton
+
+    model = skeleton(ModelArgs(model=f"torchvision:{name}"))
+    (tmp_path / "tench").mkdir()
+    noise = torch.randint(0, 256, (301, 420, 3), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    Image.fromarray(noise.numpy()).save(tmp_path / "tench" / "a.png")
+    dataset = make_dataset(model, EvalArgs(data=tmp_path), IMAGES)
+    wanted = model.weights.transforms()(Image.open(tmp_path / "tench" / "a.png"))
+    assert wanted.shape[1] == model.image_size
+    torch.testing.assert_close(dataset[0][0], wanted, atol=1e-5, rtol=1e-5)
+    assert num_classes(model) == 1000
+    assert (class_names(model) or [""])[0] == "tench"
+    with pytest.raises(InputError, match="has no weights 'NOPE'"):
+        skeleton(ModelArgs(model="torchvision:vit_b_32:NOPE"))
