@@ -156,7 +156,7 @@ def test_train_and_evaluate(train: Run, data: Path, tmp_path: Path, capsys: pyte
     code, _, err = train("--r", "5,0", "--epochs", "2", *settings, "--distill-weight", "0.5")
     assert code == 0, err
     folder = tmp_path / "run" / "model"
-    assert (folder / "predictors.safetensors").is_file()
+    assert (folder / "tokenmerge" / "predictors.safetensors").is_file()
     import timm
 
     timm.create_model(f"local-dir:{folder}", pretrained=True)  # which knows nothing of predictors

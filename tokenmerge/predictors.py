@@ -18,8 +18,8 @@ from tokenmerge.errors import ConfigError, InputError, PatchError
 from tokenmerge.patching.rule import PREDICTOR
 from tokenmerge.patching.target import find_target
 
-FILE = "predictors.safetensors"
-"""Name of the file in a trained model's folder."""
+FILE = "tokenmerge/predictors.safetensors"
+"""The file in a trained model's folder; in a folder of its own, because timm takes any weights beside a model for the model's."""
 
 
 class TokenPredictor(nn.Module):

@@ -25,6 +25,23 @@ def synchronize(device: torch.device) -> None:
         torch.accelerator.synchronize(device)
 
 
+def keep_memory() -> bool:
+    """Tell the C library to keep freed memory, for the life of the process; whether it did.
+
+    Otherwise glibc gives the top of its heap back after some passes and not after others, whatever lies there: with the page faults
+    of taking it again a model is up to a fifth slower, for minutes, and then is not. What is measured minutes apart, as by a
+    search, could not be compared.
+    """
+    import ctypes
+
+    trim_threshold, mmap_threshold = -1, -3  # glibc's malloc.h
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (OSError, AttributeError):  # another C library
+        return False
+    return bool(mallopt(trim_threshold, 2**31 - 1)) and bool(mallopt(mmap_threshold, 2**25))
+
+
 def take_turns(
     calls: Sequence[Call],
     device: torch.device,

@@ -14,6 +14,7 @@ from tokenmerge.calibrate import calibrate
 from tokenmerge.errors import ConfigError, InputError
 from tokenmerge.methods import get_method, method_names
 from tokenmerge.patching import model_cost
+from tokenmerge.timing import keep_memory
 from tokenmerge.tools.compare.data import Images, describe
 from tokenmerge.tools.compare.pages import write_outputs
 from tokenmerge.tools.compare.paper import Experiment
@@ -76,6 +77,7 @@ def run_compare(args: ModelArgs, compare: CompareArgs, fields: dict[str, Any], r
             f"--output {str(compare.output)!r} cannot be made ({error.strerror}): choose another"
         ) from None
     args = dataclasses.replace(args, of_videos=medium_of(compare.data) is VIDEOS)
+    keep_memory()
     model = load_model(args)
     if not args.pretrained and args.checkpoint is None:
         report.warn(

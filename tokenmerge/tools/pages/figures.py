@@ -39,6 +39,7 @@ def lines(
     by: str | None = None,
     error: tuple[str, str] | None = None,
     names: str | None = None,
+    alone: Sequence[str] = (),
 ) -> str | None:
     """Points of `up` against `across`, joined in order, as SVG; `None` with fewer than two of them.
 
@@ -50,6 +51,7 @@ def lines(
         by: name of what a line is drawn for each of; `None` draws one line.
         error: names of the ends of an interval around `up`, where rows have them.
         names: name of what is written at each point.
+        alone: groups whose points are not joined.
 
     Raises:
         InputError: if matplotlib is not installed.
@@ -73,7 +75,8 @@ def lines(
             label=None if group is None else str(group).replace("$", r"\$"),
             color=COLOURS[number % len(COLOURS)],
             marker=_MARKS[number % len(_MARKS)],
-            linewidth=1,
+            linewidth=0 if group in alone else 1,
+            elinewidth=1,
             capsize=2,
             markersize=5,
         )

@@ -18,7 +18,7 @@ from tokenmerge.errors import ConfigError, InputError, TokenMergeError
 from tokenmerge.flops import ModelCost
 from tokenmerge.patching import model_cost, patch
 from tokenmerge.presets import PRESETS
-from tokenmerge.timing import Spread, take_turns
+from tokenmerge.timing import Spread, keep_memory, take_turns
 from tokenmerge.tools.compare.data import Images, describe
 from tokenmerge.tools.compare.scoring import Scores, score
 from tokenmerge.tools.compare.statistics import bootstrap
@@ -118,6 +118,7 @@ def run_search(args: ModelArgs, search: SearchArgs, report: Report) -> int:
         raise InputError("Optuna is not installed, but search needs it: pip install 'tokenmerge[search]'") from None
     if not search.output.resolve().parent.is_dir() or search.output.is_dir():
         raise InputError(f"--output {str(search.output)!r} is no file in a folder that exists: choose another")
+    keep_memory()
     model = load_model(args)
     both = search.calibration + search.holdout
     images = Images(model, args, search.data, search.batch_size, search.workers, both)
@@ -171,7 +172,16 @@ def _figures(study: Any) -> list[str | None]:
         if t.values is not None
     ]
     trials.sort(key=lambda one: one["kind"])
-    return [lines(trials, "speedup", "divergence", ("speed-up, measured", "KL to the unmerged model"), by="kind")]
+    return [
+        lines(
+            trials,
+            "speedup",
+            "divergence",
+            ("speed-up, measured", "KL to the unmerged model"),
+            by="kind",
+            alone=["trial"],
+        )
+    ]
 
 
 def _shuffled(batches: list[tuple[Tensor, Tensor]], cut: int) -> tuple[list[Any], list[Any]]:

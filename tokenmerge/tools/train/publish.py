@@ -53,6 +53,7 @@ def publish(
         about |= {name: args.merging[name] for name in ("matcher", "place", "metric") if name in args.merging}
     state, predictors = split_state(model, {name: tensor.contiguous() for name, tensor in state.items()})
     if predictors:  # beside the weights, because the model's own library knows nothing of them
+        (folder / PREDICTORS).parent.mkdir(exist_ok=True)
         save_file(predictors, folder / PREDICTORS)
     if hasattr(model, "save_pretrained"):
         _publish_transformers(model, state, images, folder, about)
