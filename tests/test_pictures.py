@@ -28,7 +28,7 @@ from tokenmerge.tools.models import ModelArgs, load_model
 from tokenmerge.tools.settings import parse_setting
 from tokenmerge.tools.visualize.load import Loader, mel_bands
 from tokenmerge.tools.visualize.looks import merged_copies
-from tokenmerge.tools.visualize.run import painted
+from tokenmerge.tools.visualize.panels import painted
 
 
 @given(

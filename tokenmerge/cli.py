@@ -24,6 +24,7 @@ from tokenmerge.flags import (
     add_pretrained,
     add_prop_attn,
     add_running,
+    add_sampling_rate,
     add_weights,
     between,
     count,
@@ -152,13 +153,7 @@ def make_parser() -> argparse.ArgumentParser:
     evaluate.add_argument(
         "--class-map", metavar="FILE", help="class names in the order of the model's outputs, one per line"
     )
-    evaluate.add_argument(
-        "--sampling-rate",
-        type=count(1),
-        default=4,
-        metavar="N",
-        help="of videos, steps from frame to frame (%(default)s)",
-    )
+    add_sampling_rate(evaluate)
     evaluate.add_argument("--crop-pct", type=between(0, 1), help="override the model's own centre crop")
     evaluate.add_argument(
         "--crop-mode", choices=("squash", "border", "center"), help="override the model's own crop mode"

@@ -140,6 +140,17 @@ def add_data(command: argparse.ArgumentParser, holds: str = "images", decodes: s
     )
 
 
+def add_sampling_rate(command: argparse.ArgumentParser) -> None:
+    """`--sampling-rate`."""
+    command.add_argument(
+        "--sampling-rate",
+        type=count(1),
+        default=4,
+        metavar="N",
+        help="of videos, steps from frame to frame (%(default)s)",
+    )
+
+
 def add_running(command: argparse.ArgumentParser, batch_size: int) -> None:
     """Weights, device and batch size."""
     add_weights(command)

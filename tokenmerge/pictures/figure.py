@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from tokenmerge.errors import InputError
-from tokenmerge.pictures.paint import View, paint
+from tokenmerge.pictures.paint import View, needing_matplotlib, paint, span_of
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -35,13 +35,9 @@ def new_figure(width: float, height: float) -> Figure:
     Raises:
         InputError: if matplotlib is not installed.
     """
-    try:
+    with needing_matplotlib():
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
-    except ImportError:
-        raise InputError(
-            "matplotlib is not installed, but pictures need it: pip install 'tokenmerge[visualize]'"
-        ) from None
     figure = Figure(figsize=(width, height), layout="constrained")
     FigureCanvasAgg(figure)
     figure._repr_png_ = functools.partial(_png, figure)  # type: ignore[attr-defined]  # what IPython asks for
@@ -103,8 +99,7 @@ def plot_trace(
     columns = len(blocks) + whole
     figure = new_figure(2.3 * columns, 0.35 + 2.3 * frames * pixels.shape[-2] / pixels.shape[-1])
     axes = figure.subplots(frames, columns, squeeze=False)
-    largest = float(torch.bincount(trace.regions(pixels.shape[1:], None, image).flatten() + 1)[1:].max())
-    span = (pixels[0].numel() / (trace.tokens - trace.protected), largest)
+    span = span_of(trace.regions(pixels.shape[1:], None, image), trace.tokens - trace.protected)
     shown = [("input", pixels.expand(3, *pixels.shape[1:]))] if whole else []
     for one in blocks:
         painted = paint(pixels, trace.regions(pixels.shape[1:], one, image), view, span)

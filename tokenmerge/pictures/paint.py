@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import math
+from collections.abc import Iterator
 from typing import Literal
 
 import torch
@@ -84,6 +86,22 @@ def _named(region: Tensor) -> Tensor:
     return colour.reshape(3, *region.shape)
 
 
+def span_of(region: Tensor, patches: int) -> tuple[float, float]:
+    """Pixels of one patch, and of the largest token of a region map `[…]`: the `span` of `paint`."""
+    return region.numel() / patches, float(torch.bincount(region.flatten() + 1)[1:].max())
+
+
+@contextlib.contextmanager
+def needing_matplotlib() -> Iterator[None]:
+    """Say in a sentence if what is imported within is not installed."""
+    try:
+        yield
+    except ImportError:
+        raise InputError(
+            "matplotlib is not installed, but pictures need it: pip install 'tokenmerge[visualize]'"
+        ) from None
+
+
 @functools.cache
 def table(name: str) -> Tensor:
     """`[256, 3]` in [0, 1]: one of matplotlib's colour maps that colour-blind people can read.
@@ -91,10 +109,6 @@ def table(name: str) -> Tensor:
     Raises:
         InputError: if matplotlib is not installed.
     """
-    try:
+    with needing_matplotlib():
         from matplotlib import colormaps
-    except ImportError:
-        raise InputError(
-            "matplotlib is not installed, but pictures need it: pip install 'tokenmerge[visualize]'"
-        ) from None
     return torch.tensor(colormaps[name](range(256)), dtype=torch.float32)[:, :3]

@@ -10,6 +10,8 @@ from tokenmerge.tools.models import ModelArgs
 
 KEY = "tokenmerge"
 """Name of the entry in config.json and in the metadata of safetensors files."""
+LEARNED = ("matcher", "place", "metric")
+"""Fields that are stored with a model whose matcher learns: it is of no use with others."""
 
 
 def as_trained(args: ModelArgs, fields: dict[str, Any]) -> dict[str, Any]:
@@ -21,7 +23,7 @@ def as_trained(args: ModelArgs, fields: dict[str, Any]) -> dict[str, Any]:
     if fields.get("prop_attn", "auto") == "auto" and isinstance(stored.get("prop_attn"), bool):
         fields = {**fields, "prop_attn": stored["prop_attn"]}
     if "matcher" not in fields and "preset" not in fields and isinstance(stored.get("matcher"), str):
-        fields = {**{name: stored[name] for name in ("matcher", "place", "metric") if name in stored}, **fields}
+        fields = {**{name: stored[name] for name in LEARNED if name in stored}, **fields}
     return fields
 
 

@@ -152,7 +152,7 @@ def run_search(args: ModelArgs, search: SearchArgs, report: Report) -> int:
     space = _space(study, judge, search)
     _optimize(study, judge, space, search, report)
     _random_schedules(judge, space, search, report)
-    best, speed = _best(study, judge, search, model, space.attention, report)
+    best, speed = _best(study, judge, search, space.attention, report)
     rows = _check(best, speed, study, judge, others, search, report)
     _print(report, rows, search)
     report.write(rows, lambda: _figures(study))
@@ -298,9 +298,7 @@ def _fastest_trial(study: Any, judge: Judge, search: SearchArgs) -> tuple[MergeC
     return None, fastest
 
 
-def _best(
-    study: Any, judge: Judge, search: SearchArgs, model: Any, attention: bool, report: Report
-) -> tuple[MergeConfig, float]:
+def _best(study: Any, judge: Judge, search: SearchArgs, attention: bool, report: Report) -> tuple[MergeConfig, float]:
     """The most faithful of the best trial and of constant schedules that were measured to be fast enough, by calibration images.
 
     So what is found is, but for chance, no worse than what needs no search.
@@ -312,7 +310,7 @@ def _best(
         constants["a constant r, preset='accurate'"] = dict(PRESETS["accurate"])
     for name, fields in constants.items():
         try:
-            r, speed = r_for_speedup(model, judge.timed, fields, search.speedup, max(9, search.rounds))
+            r, speed = r_for_speedup(judge.model, judge.timed, fields, search.speedup, max(9, search.rounds))
         except ConfigError:
             continue
         finalists.append((name, MergeConfig.create(r=r, **fields), speed))

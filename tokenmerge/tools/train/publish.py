@@ -17,7 +17,7 @@ from tokenmerge.tools.folders import ClassFolder
 from tokenmerge.tools.models import ModelArgs, input_shape
 from tokenmerge.tools.train.args import TrainArgs
 from tokenmerge.tools.train.checkpoints import write_atomically
-from tokenmerge.tools.trained import KEY
+from tokenmerge.tools.trained import KEY, LEARNED
 
 _ORIGIN = (
     "tag",
@@ -50,7 +50,7 @@ def publish(
         "prop_attn": args.merging["prop_attn"],
     }
     if get_entry(str(args.merging.get("matcher", "bipartite"))).learned:  # useless without it
-        about |= {name: args.merging[name] for name in ("matcher", "place", "metric") if name in args.merging}
+        about |= {name: args.merging[name] for name in LEARNED if name in args.merging}
     state, predictors = split_state(model, {name: tensor.contiguous() for name, tensor in state.items()})
     if predictors:  # beside the weights, because the model's own library knows nothing of them
         (folder / PREDICTORS).parent.mkdir(exist_ok=True)

@@ -10,14 +10,14 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from tokenmerge.pictures import View, paint
+from tokenmerge.pictures import View
 from tokenmerge.pictures.sheet import contact_sheet, enlarged, to_image
 from tokenmerge.tools.media import pyav
 from tokenmerge.tools.visualize.load import Shown
 from tokenmerge.tools.visualize.looks import Look
+from tokenmerge.tools.visualize.panels import painted, scale_of
 
 _CODECS = ("libx264", "mpeg4")  # the first that this PyAV has
-_WIDTH = 224
 
 
 def write_film(path: Path, shown: Sequence[Shown], looks: Sequence[Sequence[Look]], block: int, view: View) -> None:
@@ -27,12 +27,12 @@ def write_film(path: Path, shown: Sequence[Shown], looks: Sequence[Sequence[Look
         InputError: if PyAV is missing.
         OSError: if the file cannot be written.
     """
-    frames: list[Image.Image] = []
-    for each, of_input in zip(shown, looks, strict=True):
-        frames += _frames(each, of_input, block, view)
     rate = shown[0].rate
     if any(abs(one.rate - rate) > 0.01 * rate for one in shown):
         raise OSError("the videos have different frame rates; give one at a time")
+    frames: list[Image.Image] = []
+    for each, of_input in zip(shown, looks, strict=True):
+        frames += _frames(each, of_input, block, view)
     if path.suffix.lower() == ".gif":
         frames[0].save(path, save_all=True, append_images=frames[1:], duration=round(1000 / rate), loop=0)
     else:
@@ -40,17 +40,13 @@ def write_film(path: Path, shown: Sequence[Shown], looks: Sequence[Sequence[Look
 
 
 def _frames(shown: Shown, looks: Sequence[Look], block: int, view: View) -> list[Image.Image]:
-    scale = max(1, round(_WIDTH / max(shown.pixels.shape[-2:])))
-    pixels = enlarged(shown.pixels, scale)
-    films = [pixels]
-    for look in looks:
-        region = enlarged(shown.regions(look.trace, block), scale) if block >= 0 else None
-        films.append(pixels if region is None else paint(pixels, region, view))
+    scale = scale_of(shown)
+    films = [enlarged(shown.pixels, scale), *(painted(shown, look, block, view, scale) for look in looks)]
     titles = [
         shown.name,
         *(f"{look.title}: {look.trace.size().shape[1] - look.trace.protected} tokens" for look in looks),
     ]
-    return [contact_sheet([[to_image(film[:, i]) for film in films]], titles) for i in range(pixels.shape[1])]
+    return [contact_sheet([[to_image(film[:, i]) for film in films]], titles) for i in range(films[0].shape[1])]
 
 
 def _write_mp4(path: Path, frames: Sequence[Image.Image], rate: float) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import math
 from collections.abc import Sequence
@@ -117,9 +118,10 @@ class Loader:
     def image(self, image: Image.Image, name: str) -> Shown:
         """An opened picture, turned as its camera says."""
         colour: Image.Image = (ImageOps.exif_transpose(image) or image).convert("RGB")
-        tensor: Tensor = self._image_transform()(colour)
+        tensor: Tensor = self._image_transform(colour)
         return Shown(name, IMAGES, self._batch(tensor), self._pixels(tensor))
 
+    @functools.cached_property
     def _image_transform(self) -> Any:
         if hasattr(self._model, "pretrained_cfg") or hasattr(self._model, "weights"):
             from timm.data.transforms_factory import create_transform

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from tokenmerge.flags import add_merging, add_model, add_weights, count
+from tokenmerge.flags import add_merging, add_model, add_sampling_rate, add_weights
 from tokenmerge.pictures import VIEWS
 
 
@@ -39,10 +39,4 @@ def add_visualize_options(command: argparse.ArgumentParser) -> None:
         metavar="FILE",
         help="a picture; .html is a page to explore; .mp4 or .gif is a film, of videos (%(default)s)",
     )
-    command.add_argument(
-        "--sampling-rate",
-        type=count(1),
-        default=4,
-        metavar="N",
-        help="of videos, steps from frame to frame (%(default)s)",
-    )
+    add_sampling_rate(command)

@@ -7,14 +7,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from PIL import Image
 from torch import Tensor
 
 from tokenmerge.errors import ConfigError, InputError
-from tokenmerge.pictures import View, paint
+from tokenmerge.pictures import View
 from tokenmerge.pictures.figure import plot_spectrograms, strip
-from tokenmerge.pictures.sheet import contact_sheet, enlarged, to_image
+from tokenmerge.pictures.sheet import contact_sheet, to_image
 from tokenmerge.tools.media import IMAGES, SOUNDS, VIDEOS
 from tokenmerge.tools.models import ModelArgs, load_model
 from tokenmerge.tools.report import Report, Row
@@ -24,11 +23,10 @@ from tokenmerge.tools.visualize.film import write_film
 from tokenmerge.tools.visualize.load import Loader, Shown, mel_bands
 from tokenmerge.tools.visualize.looks import Look, merged_copies
 from tokenmerge.tools.visualize.page import write_page
+from tokenmerge.tools.visualize.panels import painted, scale_of
 
 _FRAMES = 8
 """How many frames of a video a picture shows."""
-_WIDTH = 224
-"""Small pictures are enlarged to about this many pixels."""
 _FILMS = (".mp4", ".gif")
 
 
@@ -132,7 +130,7 @@ def sheet(shown: Sequence[Shown], looks: Sequence[Sequence[Look]], blocks: Seque
     rows, names = [], []
     for each, of_input in zip(shown, looks, strict=True):
         for look in of_input:
-            columns = [painted(each, look, block, view, _scale(each)) for block in blocks]
+            columns = [painted(each, look, block, view, scale_of(each)) for block in blocks]
             frames = [columns]
             if each.medium is VIDEOS:
                 total = columns[0].shape[1]
@@ -144,26 +142,6 @@ def sheet(shown: Sequence[Shown], looks: Sequence[Sequence[Look]], blocks: Seque
     titles = ["input" if block < 0 else f"after block {block + 1}" for block in blocks]
     foot = "dark: one patch, bright: the largest token (logarithmic)" if view == "sizes" else ""
     return contact_sheet(rows, titles, names, foot)
-
-
-def _scale(shown: Shown) -> int:
-    return max(1, round(_WIDTH / max(shown.pixels.shape[-2:])))
-
-
-def painted(shown: Shown, look: Look, block: int, view: View, scale: int = 1) -> Tensor:
-    """`[3, …, H·scale, W·scale]`: an input after a block; −1 is the input itself. Borders are one pixel wide."""
-    pixels = enlarged(shown.pixels, scale)
-    if block < 0:
-        return pixels
-    region = enlarged(shown.regions(look.trace, block), scale)
-    return paint(pixels, region, view, span=_span(shown, look, scale))
-
-
-def _span(shown: Shown, look: Look, scale: int) -> tuple[float, float]:
-    """Pixels of a patch and of the largest token after the last block: sizes have the same colours after all blocks."""
-    largest = int(torch.bincount(shown.regions(look.trace, None).flatten() + 1)[1:].max())
-    patch = shown.pixels[0].numel() / (look.trace.tokens - look.trace.protected)
-    return patch * scale**2, float(largest * scale**2)
 
 
 def _caption(shown: Shown, look: Look) -> str:

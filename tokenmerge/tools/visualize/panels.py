@@ -1,0 +1,31 @@
+"""One input after one block, painted: the part that pictures and films have in common."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from tokenmerge.pictures import View, paint
+from tokenmerge.pictures.paint import span_of
+from tokenmerge.pictures.sheet import enlarged
+from tokenmerge.tools.visualize.load import Shown
+from tokenmerge.tools.visualize.looks import Look
+
+_WIDTH = 224
+"""Small pictures are enlarged to about this many pixels."""
+
+
+def scale_of(shown: Shown) -> int:
+    """How many times a picture is enlarged."""
+    return max(1, round(_WIDTH / max(shown.pixels.shape[-2:])))
+
+
+def painted(shown: Shown, look: Look, block: int, view: View, scale: int = 1) -> Tensor:
+    """`[3, …, H·scale, W·scale]`: an input after a block; −1 is the input itself. Borders are one pixel wide.
+
+    Sizes have the same colours after all blocks: those of a patch, and of the largest token after the last block.
+    """
+    pixels = enlarged(shown.pixels, scale)
+    if block < 0:
+        return pixels
+    region, last = (enlarged(shown.regions(look.trace, one), scale) for one in (block, None))
+    return paint(pixels, region, view, span_of(last, look.trace.tokens - look.trace.protected))
