@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import threading
 from typing import Any
 
 import pytest
@@ -14,8 +16,9 @@ import tokenmerge
 from tests.tiny import images_for, tiny
 from tests.towers import TOWERS
 from tokenmerge import attention_forms
-from tokenmerge.attention import size_bias
-from tokenmerge.attention_forms import FORMS, MASKS, choose_form
+from tokenmerge.attention import close_tap, open_tap, size_bias, take_inside
+from tokenmerge.attention_call import AttentionCall
+from tokenmerge.attention_forms import FORMS, choose_form
 from tokenmerge.errors import ConfigError, InputError
 from tokenmerge.timing import take_turns
 
@@ -47,6 +50,12 @@ def reference(q: Tensor, k: Tensor, v: Tensor, size: Tensor, scale: float) -> Te
     return scores.softmax(dim=-1) @ v.double()
 
 
+def attend(form: str, q: Tensor, k: Tensor, v: Tensor, mask: Tensor, **options: Any) -> Tensor:
+    """Attention as upstream calls it, answered in that form."""
+    with AttentionCall(form):
+        return F.scaled_dot_product_attention(q, k, v, mask, **options)
+
+
 @EVERY
 @pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -68,7 +77,7 @@ def test_values_and_gradients(form: str, dtype: torch.dtype, tokens: int, channe
     backward = form != "flex" or DEVICE == "cuda"  # PyTorch's flex attention has no gradient on a CPU
     with torch.set_grad_enabled(backward):
         inputs = (q, k, v) if backward else (q.detach(), k.detach(), v.detach())
-        found = F.scaled_dot_product_attention(*inputs, mask.as_subclass(MASKS[form]), scale=scale)
+        found = attend(form, *inputs, mask, scale=scale)
     assert type(found) is Tensor
     assert found.dtype == dtype
     grads = torch.autograd.grad(found, (q, k, v), grad) if backward else ()
@@ -91,7 +100,7 @@ def test_other_ranges(form: str, dtype: torch.dtype) -> None:
     size[:, 3] = 1
     mask = size.log()[:, None, None, :]
     wanted = reference(q, k, v, mask.double().exp()[:, 0, 0], 0.125)
-    found = F.scaled_dot_product_attention(q, k, v, mask.as_subclass(MASKS[form]))
+    found = attend(form, q, k, v, mask)
     gap = (found.double() - wanted).abs().max() / wanted.abs().max()
     assert gap <= TOLERANCE[dtype], f"{gap:.1e}"
 
@@ -102,7 +111,7 @@ def test_dropout_drops_from_the_weights_alone(form: str) -> None:
     q, k = torch.zeros(2, 1, 4000, 8, 16, device=DEVICE).unbind(0)
     v = torch.ones(1, 4000, 8, 16, device=DEVICE)
     mask = torch.zeros(1, 1, 1, 8, device=DEVICE)
-    out = F.scaled_dot_product_attention(q, k, v, mask.as_subclass(MASKS[form]), dropout_p=0.5)
+    out = attend(form, q, k, v, mask, dropout_p=0.5)
     # each output is the mean of eight weights that are 0 or 2, so its variance is 1/8
     assert out.mean() == pytest.approx(1.0, abs=0.02)
     assert out[..., 0].var() == pytest.approx(1 / 8, rel=0.1)
@@ -113,18 +122,49 @@ def test_more_than_sizes_is_left_to_pytorch(form: str) -> None:
     """A mask with a row per query is no column of sizes: no form takes it apart."""
     q, k, v = torch.randn(3, 1, 2, 6, 16, device=DEVICE).unbind(0)
     mask = torch.randn(1, 1, 6, 6, device=DEVICE)
-    found = F.scaled_dot_product_attention(q, k, v, mask.as_subclass(MASKS[form]))
+    found = attend(form, q, k, v, mask)
     assert torch.equal(found, F.scaled_dot_product_attention(q, k, v, mask))
 
 
-@EVERY
-def test_a_mask_stays_a_mask_through_views_only(form: str) -> None:
-    cls = MASKS[form]
-    mask: Tensor = torch.zeros(2, 1, 1, 5).as_subclass(cls)
-    assert type(mask.expand(2, 3, 1, 5)) is cls
-    assert type(mask[:, :, :, :4]) is cls
-    assert type(mask + 1) is Tensor
-    assert type(torch.zeros(1) + mask) is Tensor
+def test_a_call_is_answered_in_its_thread_and_its_time_only() -> None:
+    """What is noted belongs to the thread that computes, and ends with the context, also after an error."""
+    q, k, v = torch.randn(3, 1, 2, 6, 16, device=DEVICE).unbind(0)
+    open_tap()
+    with AttentionCall(watch=True):
+        other = threading.Thread(target=F.scaled_dot_product_attention, args=(q, k, v))
+        other.start()
+        other.join()
+        assert take_inside() is None
+        F.scaled_dot_product_attention(q, k, v)
+    noted = take_inside()
+    assert noted is not None
+    assert noted[1] is k
+    with pytest.raises(RuntimeError), AttentionCall(watch=True):
+        raise RuntimeError
+    take_inside()
+    F.scaled_dot_product_attention(q, k, v)
+    assert take_inside() is None
+    close_tap()
+
+
+@HERE
+def test_multi_head_attention_is_answered_inside(form: str) -> None:
+    """PyTorch's own module: no mask is given to it, and the sizes act as a float key padding mask does."""
+    module = torch.nn.MultiheadAttention(32, 2, batch_first=True).eval()
+    x = torch.randn(2, 7, 32)
+    size = torch.randint(1, 9, (2, 7)).float()
+    bias = size_bias(size, x)
+    wanted = module(x, x, x, need_weights=False, key_padding_mask=size.log())[0]
+    open_tap()
+    with AttentionCall(form, watch=True, bias=bias):
+        found = module(x, x, x, need_weights=False)[0]
+    noted = take_inside()
+    close_tap()
+    torch.testing.assert_close(found, wanted, atol=2e-6, rtol=2e-5)
+    assert noted is not None
+    assert noted[1].shape == (2, 2, 7, 16)
+    with torch.no_grad():  # nothing of it is left behind
+        assert torch.equal(module(x, x, x)[0], copy.deepcopy(module)(x, x, x)[0])
 
 
 @HERE
@@ -158,6 +198,8 @@ def test_whole_models_of_transformers(name: str, form: str) -> None:
 def test_what_auto_means() -> None:
     half, full = torch.bfloat16, torch.float32
     assert choose_form("auto", "cuda", True, half).form == "cudnn"
+    assert "first pass" in choose_form("auto", "cuda", True, half).reason
+    assert choose_form("auto", "cuda", True, half, learns=True).form == "efficient"
     assert choose_form("auto", "cuda", True, full).form == "mask"
     assert choose_form("auto", "cuda", False, half).form == "mask"
     assert choose_form("auto", "cpu", False, full).form == "mask"

@@ -20,7 +20,12 @@ from tokenmerge.pairs import PairMap
 from tokenmerge.precision import autocast_dtype, no_autocast
 
 
-def size_bias(size: Tensor | None, x: Tensor, prop_attn: bool = True) -> Tensor | None:
+def attention_dtype(x: Tensor) -> torch.dtype:
+    """In which attention over `x` computes, and so wants its mask."""
+    return autocast_dtype(x.device.type) or x.dtype
+
+
+def size_bias(size: Tensor | None, x: Tensor, prop_attn: bool = True, log_size: Tensor | None = None) -> Tensor | None:
     """`log size` as an additive attention mask `[B, 1, 1, N]`; `None` while all sizes are 1.
 
     Padding has size 0, hence −inf: nothing attends to it, with or without proportional attention.
@@ -29,11 +34,14 @@ def size_bias(size: Tensor | None, x: Tensor, prop_attn: bool = True) -> Tensor 
         size: `[B, N]` float32, or `None` for all ones.
         x: the tokens `[B, N, C]`; the mask takes the dtype in which attention will compute on them.
         prop_attn: whether sizes weigh; without, only padding is masked.
+        log_size: `[B, N]`, the logarithms, where the kernel that merged has written them; used if its dtype fits.
     """
     if size is None:
         return None
+    dtype = attention_dtype(x)
+    if prop_attn and log_size is not None and log_size.dtype == dtype:
+        return log_size[:, None, None, :]
     weight = size if prop_attn else (size > 0).to(size.dtype)
-    dtype = autocast_dtype(x.device.type) or x.dtype
     log = weight.log()
     if dtype != log.dtype:
         log = log.to(dtype)
@@ -91,7 +99,7 @@ def close_tap() -> tuple[Tensor, ...]:
 
 
 def note_inside(query: Tensor, key: Tensor, value: Tensor, scale: float) -> None:
-    """What a mask saw that was asked to look (`attention_forms.watching`)."""
+    """What an `attention_call.AttentionCall` saw that was asked to watch."""
     if _tap.keys is not None:
         _tap.noted = (query, key, value, scale)
 
@@ -155,11 +163,14 @@ def _over_heads(key: Tensor, dim: int) -> Tensor:
     return sum_over_heads(key.detach(), dim).mul_(1 / key.shape[dim])
 
 
-def keys_per_head(metric: Any, keys: tuple[Tensor, ...]) -> Tensor | None:
-    """K as `[B, H, N, D]`, a view, where `metric` is the mean over its heads; else `None`."""
-    if len(keys) != 1 or metric not in (head_mean, head_mean_untransposed):
-        return None
-    return keys[0] if metric is head_mean else keys[0].transpose(1, 2)
+def heads_first(block: Any, keys: tuple[Tensor, ...]) -> Tensor | None:
+    """K as `[B, H, N, D]`, as it was noted; `None` if there are several attentions."""
+    return keys[0] if len(keys) == 1 else None
+
+
+def heads_second(block: Any, keys: tuple[Tensor, ...]) -> Tensor | None:
+    """The same, a view, of K as `[B, N, H, D]`."""
+    return keys[0].transpose(1, 2) if len(keys) == 1 else None
 
 
 def _mean(parts: tuple[Tensor, ...]) -> Tensor:

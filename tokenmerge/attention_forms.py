@@ -1,8 +1,7 @@
 """Proportional attention on fast kernels: several ways to compute `softmax(QKᵀ·scale + log size) V`, and a choice.
 
-Upstream's attention calls PyTorch's `scaled_dot_product_attention` with our mask and is never touched. The mask
-itself knows how it wants to be applied: it is a tensor whose class answers that one call (`__torch_function__`,
-the protocol PyTorch has for this), and a plain additive mask for everything else.
+`attention_call` puts them in the place of upstream's call of `scaled_dot_product_attention`. Each takes the mask
+`[B, 1 or H, 1, N]` apart in its own way; all compute the same.
 """
 
 from __future__ import annotations
@@ -12,15 +11,15 @@ import dataclasses
 import functools
 import threading
 from collections.abc import Callable
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from tokenmerge.attention import note_inside
 from tokenmerge.errors import ConfigError
+from tokenmerge.exporting import is_exporting
 
 AttentionForm = Literal["auto", "mask", "cudnn", "efficient", "math", "flex", "key_channel", "value_channel"]
 FORMS = ("auto", "mask", "cudnn", "efficient", "math", "flex", "key_channel", "value_channel")
@@ -41,7 +40,7 @@ class Choice:
     reason: str
 
 
-def choose_form(form: str, device_type: str, hopper: bool, dtype: torch.dtype) -> Choice:
+def choose_form(form: str, device_type: str, hopper: bool, dtype: torch.dtype, learns: bool = False) -> Choice:
     """What "auto" means on a device; any other form is the user's.
 
     Args:
@@ -49,13 +48,21 @@ def choose_form(form: str, device_type: str, hopper: bool, dtype: torch.dtype) -
         device_type: of the tokens, such as "cuda".
         hopper: whether it is an NVIDIA GPU of compute capability 9.0.
         dtype: in which attention computes.
+        learns: whether a gradient will be wanted.
 
-    What it says of CPUs was measured on two cores (docs/performance.md); of GPUs it is what their makers publish.
+    What it says of CPUs was measured on two cores (docs/performance.md); of GPUs it is what others report.
     """
     if form != "auto":
         return Choice(form, "as the config asks")
     if hopper and dtype in (torch.float16, torch.bfloat16):
-        return Choice("cudnn", "cuDNN's kernel takes a bias and is the fastest on Hopper")
+        if learns:
+            return Choice("efficient", "cuDNN's gradient with a mask was reported to be NaN for some numbers of tokens")
+        return Choice(
+            "cudnn",
+            "PyTorch prefers cuDNN on Hopper, too; it makes a plan for every new number of tokens, so the first pass of each "
+            "batch size takes some 0.4 s a block (reported, not measured here), which attention='efficient' avoids; where "
+            "gradients are wanted, efficient runs",
+        )
     if device_type == "cuda":
         return Choice("mask", "PyTorch's memory-efficient kernel takes a bias; handle.tune(inputs) measures all forms")
     if device_type == "cpu":
@@ -66,103 +73,31 @@ def choose_form(form: str, device_type: str, hopper: bool, dtype: torch.dtype) -
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def is_hopper(device_type: str, index: int | None) -> bool:
     """Whether the device is an NVIDIA GPU of compute capability 9.0."""
-    if device_type != "cuda" or torch.version.cuda is None:
-        return False
+    if device_type != "cuda" or torch.version.cuda is None or not torch.cuda.is_available():
+        return False  # (tensors without memory may be of a device that is not here)
     return torch.cuda.get_device_capability(index) == (9, 0)
 
 
-def choice_for(form: str, x: Tensor, dtype: torch.dtype | None = None) -> Choice:
-    """`choose_form` for tokens like `x`, computed on in `dtype` (that of `x`)."""
+def choice_for(form: str, x: Tensor, dtype: torch.dtype | None = None, learns: bool = False) -> Choice:
+    """`choose_form` for tokens like `x`, computed on in `dtype` (that of `x`).
+
+    Raises:
+        ConfigError: if the form cannot run on their device.
+    """
     if form in _NEED_CUDA and not x.is_cuda and not x.is_meta:
         raise ConfigError(
             f"attention={form!r} needs a CUDA device, but the tokens are on {x.device.type!r}: use attention='auto'"
         )
-    return choose_form(form, x.device.type, is_hopper(x.device.type, x.device.index), dtype or x.dtype)
+    return choose_form(form, x.device.type, is_hopper(x.device.type, x.device.index), dtype or x.dtype, learns)
 
 
-def with_form(bias: Tensor, form: str, watch: bool = False) -> Tensor:
-    """The mask `[B, 1, 1, N]`, made to be applied in that way.
-
-    Args:
-        bias: log sizes.
-        form: one of `FORMS`.
-        watch: whether it shall note Q, K and V on the way (`attention.take_inside`).
-
-    Raises:
-        ConfigError: if the form cannot run on its device.
-    """
-    if watch:
-        form = choice_for(form, bias).form
-        return bias.as_subclass(watching("mask" if torch.compiler.is_exporting() else form))
-    if form == "auto" and bias.device.type == "cpu":
-        return bias  # as choose_form says; said here at once, because it is asked in every block
-    form = choice_for(form, bias).form
-    if form == "mask" or torch.compiler.is_exporting():
-        return bias
-    return bias.as_subclass(MASKS[form])
-
-
-class SizedMask(Tensor):
-    """`log size` as an additive mask that attention takes in the way of its class.
-
-    Views of it stay what they are, so that upstream may reshape its mask; all other results are plain tensors.
-    """
-
-    form: ClassVar[str] = "mask"
-    watches: ClassVar[bool] = False
-
-    @classmethod
-    def __torch_function__(
-        cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        """Answer attention; leave everything else to the tensor's own function."""
-        kwargs = kwargs or {}
-        if func is F.scaled_dot_product_attention:
-            return cls.attend(*args, **kwargs)
-        with torch._C.DisableTorchFunctionSubclass():
-            out = func(*args, **kwargs)
-        return out.as_subclass(cls) if func in _VIEWS else out
-
-    @classmethod
-    def attend(
-        cls,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        attn_mask: Tensor,
-        dropout_p: float = 0.0,
-        is_causal: bool = False,
-        scale: float | None = None,
-        enable_gqa: bool = False,
-    ) -> Tensor:
-        """`scaled_dot_product_attention` with this mask."""
-        with torch._C.DisableTorchFunctionSubclass():
-            mask = attn_mask.view(attn_mask.shape)  # a plain tensor again, in a way that Dynamo traces
-            if cls.watches:
-                note_inside(query, key, value, query.shape[-1] ** -0.5 if scale is None else scale)
-            if (
-                is_causal or enable_gqa or mask.dim() != 4 or mask.shape[2] != 1
-            ):  # more than sizes: not ours to take apart
-                return F.scaled_dot_product_attention(
-                    query, key, value, mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
-                )
-            return _ATTEND[cls.form](
-                query, key, value, mask, dropout_p, query.shape[-1] ** -0.5 if scale is None else scale
-            )
-
-
-_VIEWS = {
-    Tensor.view,
-    Tensor.reshape,
-    Tensor.expand,
-    Tensor.__getitem__,
-    Tensor.unsqueeze,
-    Tensor.squeeze,
-    Tensor.contiguous,
-    Tensor.to,
-    Tensor.clone,
-    Tensor.detach,
-}
+def running_form(form: str, x: Tensor, bias: Tensor | None) -> str:
+    """The form in which attention over `x` computes now; "mask" where there is nothing to choose."""
+    if bias is None or form == "mask" or is_exporting():
+        return "mask"  # exported programs hold PyTorch's own call
+    if form == "auto" and x.device.type == "cpu":
+        return "mask"  # as `choose_form` says; said here at once, because it is asked in every block
+    return choice_for(form, x, bias.dtype, torch.is_grad_enabled() and x.requires_grad).form
 
 
 def _kernel(first: SDPBackend, *others: SDPBackend) -> Callable[..., Tensor]:
@@ -249,12 +184,7 @@ def _flex(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, dropout_p: fl
     return out
 
 
-def _mask(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, dropout_p: float, scale: float) -> Tensor:
-    return F.scaled_dot_product_attention(query, key, value, mask, dropout_p, scale=scale)
-
-
-_ATTEND: dict[str, Callable[..., Tensor]] = {
-    "mask": _mask,
+ATTEND: dict[str, Callable[..., Tensor]] = {
     "cudnn": _kernel(SDPBackend.CUDNN_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH),
     "efficient": _kernel(SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH),
     "math": _kernel(SDPBackend.MATH),
@@ -262,57 +192,4 @@ _ATTEND: dict[str, Callable[..., Tensor]] = {
     "key_channel": _key_channel,
     "value_channel": _value_channel,
 }
-
-
-class CudnnMask(SizedMask):
-    """cuDNN's kernel, or the next best where it cannot."""
-
-    form = "cudnn"
-
-
-class EfficientMask(SizedMask):
-    """The memory-efficient kernel."""
-
-    form = "efficient"
-
-
-class MathMask(SizedMask):
-    """Plain products and a softmax."""
-
-    form = "math"
-
-
-class FlexMask(SizedMask):
-    """FlexAttention."""
-
-    form = "flex"
-
-
-class KeyChannelMask(SizedMask):
-    """Further channels in Q and K."""
-
-    form = "key_channel"
-
-
-class ValueChannelMask(SizedMask):
-    """One further channel in V."""
-
-    form = "value_channel"
-
-
-MASKS: dict[str, type[SizedMask]] = {
-    mask.form: mask for mask in (CudnnMask, EfficientMask, MathMask, FlexMask, KeyChannelMask, ValueChannelMask)
-}
-
-
-def _watching(base: type[SizedMask]) -> type[SizedMask]:
-    return type(f"Watching{base.__name__}", (base,), {"watches": True, "__doc__": f"{base.__doc__} Notes Q, K and V."})
-
-
-_FORMS: dict[str, type[SizedMask]] = {"mask": SizedMask, **MASKS}
-_WATCHING = {form: _watching(mask) for form, mask in _FORMS.items()}
-
-
-def watching(form: str) -> type[SizedMask]:
-    """The mask of that form that notes Q, K and V as attention uses them."""
-    return _WATCHING[form]
+"""`(query, key, value, mask, dropout_p, scale) -> output`, all `[B, H, N, D]`, by form; "mask" is PyTorch's own call."""

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -43,6 +44,20 @@ def spread_rows(x: Tensor, index: Tensor, drops: bool) -> Tensor:
     if not drops:
         return take_rows(x, index)
     return take_rows(x, index.clamp_min(0)).masked_fill((index < 0).unsqueeze(2), 0)
+
+
+class Merged(NamedTuple):
+    """What merging gives.
+
+    Attributes:
+        x: tokens `[B, N', C]` in the dtype of those that were merged.
+        size: patches in each, `[B, N']` float32.
+        log_size: `[B, N']`: their logarithms in the dtype that was asked for, where the kernel wrote them; else `None`.
+    """
+
+    x: Tensor
+    size: Tensor
+    log_size: Tensor | None = None
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -180,8 +195,28 @@ class MergePlan:
             and their sizes `[B, N']` in float32. Dropped tokens count for nothing in either.
 
         Raises:
-            InputError: if a shape does not fit the plan, or `reduce` is unknown.
+            InputError: if a shape or the device does not fit the plan, or `reduce` is unknown.
             ConfigError: if `backend` is "triton" and cannot run, with the reasons.
+        """
+        merged = self.merge_for_attention(x, size, reduce, backend)
+        return merged.x, merged.size
+
+    def merge_for_attention(
+        self,
+        x: Tensor,
+        size: Tensor | None = None,
+        reduce: Reduce = "mean",
+        backend: Backend = "auto",
+        log: torch.dtype | None = None,
+    ) -> Merged:
+        """`merge`, and with it what the next attention adds to its scores, where that costs nothing.
+
+        Args:
+            x: see `merge`, as all but the last.
+            size: see `merge`.
+            reduce: see `merge`.
+            backend: see `merge`.
+            log: the dtype in which attention wants the logarithms of the new sizes; the fused kernel writes them.
         """
         batch, tokens = self.keep.shape[0], self.tokens_in
         if x.dim() != 3 or x.shape[:2] != (batch, tokens) or not x.is_floating_point():
@@ -191,16 +226,20 @@ class MergePlan:
             )
         if size is not None and size.shape != (batch, tokens):
             raise InputError(f"size is {tuple(size.shape)}, but this plan merges sizes of shape [{batch}, {tokens}]")
+        for name, tensor in (("x", x), ("size", size)):
+            if tensor is not None and tensor.device != self.keep.device:
+                raise InputError(
+                    f"{name} is on {str(tensor.device)!r}, but this plan is on {str(self.keep.device)!r}: move one to the other"
+                )
         plain = reduce == "mean" and not self.drops and self.weight is None and self.gate is None
         if plain and takes_triton(backend, x):
-            from tokenmerge.ops import launch
+            from tokenmerge.ops import merging
 
             size = None if size is None else size.to(torch.float32)
-            merged: tuple[Tensor, Tensor] = launch.merge(x, size, self.keep, self.source, self.target)
-            return merged
+            return Merged(*merging.merge(x, size, self.keep, self.source, self.target, log))
         kept, sizes = combine(x, size, self._flat(), reduce)
         sizes = sizes.view(batch, self.tokens_out)
-        return kept.view(batch, self.tokens_out, x.shape[2]), sizes if self.gate is None else sizes * self.gate
+        return Merged(kept.view(batch, self.tokens_out, x.shape[2]), sizes if self.gate is None else sizes * self.gate)
 
     def _flat(self) -> Members:
         """The plan in row numbers of the flattened tokens."""

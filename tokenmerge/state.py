@@ -37,6 +37,8 @@ class TokenState:
             while no token has moved.
         merged: set when the tensor that carries this state was unmerged for its reader: the real, merged
             activations `[B, N, C]`, which the next block goes on with.
+        log_size: `[B, N]`: logarithms of the sizes in the dtype of the attention that was expected next, where the kernel
+            that merged has written them.
     """
 
     size: Tensor | None = None
@@ -46,6 +48,21 @@ class TokenState:
     first_size: Tensor | None = None
     positions: Tensor | None = None
     merged: Tensor | None = None
+    log_size: Tensor | None = None
+
+    def to(self, device: torch.device) -> TokenState:
+        """The same on another device, to which something has moved the tokens."""
+
+        def moved(value: Any) -> Any:
+            if isinstance(value, Tensor):
+                return value.to(device)
+            if isinstance(value, MergePlan):
+                return dataclasses.replace(
+                    value, **{f.name: moved(getattr(value, f.name)) for f in dataclasses.fields(value)}
+                )
+            return tuple(moved(one) for one in value) if isinstance(value, tuple) else value
+
+        return dataclasses.replace(self, **{f.name: moved(getattr(self, f.name)) for f in dataclasses.fields(self)})
 
     def source(self) -> Tensor | None:
         """`[B, N0]`, int64: the current token of each token that entered block 0, −1 if dropped; `None` if none merged."""

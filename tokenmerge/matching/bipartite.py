@@ -71,11 +71,10 @@ def bipartite_matching(
         raise ConfigError(
             f"backend='triton' cannot run: its kernels compare by cosine, not by {distance!r}: use backend='auto'"
         )
-    if distance == "cosine" and takes_triton(backend, metric):
-        from tokenmerge.ops import launch
+    if distance == "cosine" and takes_triton(backend, metric, "match"):
+        from tokenmerge.ops import matching
 
-        best, partner = launch.edges(metric if metric.dim() == 4 else metric.unsqueeze(1), protected)
-        return MergePlan(*launch.plan(best, partner, tokens, r, protected))
+        return MergePlan(*matching.match(metric if metric.dim() == 4 else metric.unsqueeze(1), r, protected))
 
     first_a = protected + protected % 2
     first_b = protected + 1 - protected % 2

@@ -8,10 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tokenmerge.attention import Inside, Noted, close_tap, open_tap, size_bias, take_inside
-from tokenmerge.attention_forms import with_form
+from tokenmerge.attention import Inside, Noted, attention_dtype, close_tap, open_tap, size_bias, take_inside
+from tokenmerge.attention_call import AttentionCall
+from tokenmerge.attention_forms import running_form
 from tokenmerge.combine import Reduce
 from tokenmerge.errors import PatchError
+from tokenmerge.exporting import is_exporting
 from tokenmerge.ops import Backend
 from tokenmerge.pairs import PairMap
 from tokenmerge.patching.family import BlockFamily
@@ -143,10 +145,15 @@ class MergeBlock:
         x_pre = x if r and rule.metric == "x_pre" else None
         if r and spec.place == "before":
             x, state = _merge(make_plan(self, rule, Noted(), x, x, r, spec.protected, state), x, state, spec)
-        watch = (r > 0 and rule.looks_inside) or spec.look
-        bias, given, inside = _what_attention_sees(self, x, state, given, watch)
+        watch = (r > 0 and (rule.looks_inside or family.keys_at_call)) or spec.look
+        bias, given, inside = _what_attention_sees(self, x, state, given)
+        call = _call_of_attention(spec, x, bias, watch)
         open_tap(inside)
-        x = family.attention(self, x, bias, **given)
+        if call is None:
+            x = family.attention(self, x, bias, **given)
+        else:
+            with call:
+                x = family.attention(self, x, bias, **given)
         noted: Noted | None = Noted(close_tap(), take_inside() if watch else None)
         if spec.look:
             assert noted is not None
@@ -180,8 +187,8 @@ def _leave(block: Any, x: Tensor, state: TokenState, spec: BlockSpec, batch: int
     """What the block hands on: its tokens, with their state, or spread over the patches for who reads them."""
     if not merged:
         plans = (*state.plans, None) if spec.keep_plans or state.full_output else ()
-        state = TokenState(state.size, plans, state.full_output, state.padded, state.first_size, state.positions, None)
-    if spec.trace and not torch.compiler.is_exporting():
+        state = dataclasses.replace(state, plans=plans, merged=None)
+    if spec.trace and not is_exporting():
         noted = (vars(block).pop(name, None) for name in ("_tokenmerge_similarity", "_tokenmerge_attention"))
         block._tokenmerge_seen = Seen(_without_graph(state), batch, tokens, x.device, *noted)
     if spec.full_output or (state.full_output and not spec.merged_states):
@@ -201,25 +208,18 @@ def _without_graph(state: TokenState) -> TokenState:
 
 
 def _what_attention_sees(
-    block: Any, x: Tensor, state: TokenState, given: dict[str, Any], watch: bool
+    block: Any, x: Tensor, state: TokenState, given: dict[str, Any]
 ) -> tuple[Tensor | None, dict[str, Any], Inside]:
-    """Sizes, pair biases and positions of the current tokens, as this block's attention takes them.
-
-    With `watch`, its Q, K and V will be noted on the way.
-    """
+    """Sizes, pair biases and positions of the current tokens, as this block's attention takes them."""
     spec: BlockSpec = block._tokenmerge_spec
     family = spec.family
-    bias = size_bias(state.size, x, spec.prop_attn)
-    if watch and bias is None:
-        bias = size_bias(torch.ones(x.shape[:2], device=x.device), x)  # a mask of zeros, to look through
+    bias = size_bias(state.size, x, spec.prop_attn, state.log_size)
     pairs = _pair_map(state, spec) if family.needs_source else None
     if family.pair_bias is not None:
         between = given.pop(family.pair_bias, None)
         if between is not None:
             between = pairs(between) if pairs is not None else between
             bias = between if bias is None else between + bias
-    elif bias is not None:
-        bias = with_form(bias, spec.attention, watch)
     if family.rope is not None and given.get(family.rope) is not None and state.positions is not None:
         if spec.rotary is None:
             raise PatchError(
@@ -227,6 +227,14 @@ def _what_attention_sees(
             )
         given[family.rope] = spec.rotary.table(state.positions[:, spec.protected :], given[family.rope])
     return bias, given, Inside(bias, pairs, state.positions)
+
+
+def _call_of_attention(spec: BlockSpec, x: Tensor, bias: Tensor | None, watch: bool) -> AttentionCall | None:
+    """What answers the call of attention, or `None` where PyTorch alone does: the mode costs a Python call per function."""
+    form = running_form(spec.attention, x, bias)
+    if form == "mask" and not watch and (bias is None or not spec.family.keys_at_call):
+        return None
+    return AttentionCall(form, watch, bias if spec.family.keys_at_call else None)
 
 
 def _pair_map(state: TokenState, spec: BlockSpec) -> PairMap | None:
@@ -253,9 +261,13 @@ def _merge(plan: MergePlan, x: Tensor, state: TokenState, spec: BlockSpec) -> tu
             if spec.mean_positions
             else take_rows(positions, plan.keep)
         )
-    x, size = plan.merge(x, state.size, spec.combine, spec.backend)
+    log = attention_dtype(x) if spec.prop_attn else None
+    merged = plan.merge_for_attention(x, state.size, spec.combine, spec.backend, log)
     plans = (*state.plans, plan) if spec.keep_plans or state.full_output else ()
-    return x, TokenState(size, plans, state.full_output, state.padded, state.first_size, positions, None)
+    state = TokenState(
+        merged.size, plans, state.full_output, state.padded, state.first_size, positions, None, merged.log_size
+    )
+    return merged.x, state
 
 
 def _arriving(block: Any, x: Tensor, given: dict[str, Any]) -> tuple[TokenState, dict[str, Any]]:
@@ -277,6 +289,8 @@ def _arriving(block: Any, x: Tensor, given: dict[str, Any]) -> tuple[TokenState,
     state = state_of(x)
     if state is None or spec.index == 0:
         state = _fresh(x, spec, mask, state)
+    elif state.size is not None and state.size.device != x.device:
+        state = state.to(x.device)  # a device map has moved the tokens alone
     return _with_positions(block, x, state, given), given
 
 

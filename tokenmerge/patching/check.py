@@ -8,6 +8,7 @@ Three facts are tried on a float64 copy of one real block with a few random toke
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import importlib
 from typing import Any
@@ -15,8 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tokenmerge.attention import Inside, close_tap, open_tap, size_bias
-from tokenmerge.attention_forms import Choice, SizedMask, choice_for
+from tokenmerge.attention import Inside, close_tap, open_tap, size_bias, take_inside
+from tokenmerge.attention_call import AttentionCall
+from tokenmerge.attention_forms import Choice, choice_for
 from tokenmerge.errors import ConfigError, UnsupportedModelError
 from tokenmerge.patching.family import BlockFamily
 from tokenmerge.patching.install import install_inside
@@ -75,14 +77,23 @@ def check_block(family: BlockFamily, block: Any, channels: int, name: str, libra
 
 
 def _attend(
-    family: BlockFamily, block: Any, x: Tensor, size: Tensor | None, mask: type[Tensor] = Tensor
+    family: BlockFamily,
+    block: Any,
+    x: Tensor,
+    bias: Tensor | None = None,
+    call: type[AttentionCall] = AttentionCall,
 ) -> tuple[Tensor, tuple[Tensor, ...]]:
     """The attention branch of a block with its hooks in place, and what the tap noted."""
-    bias = size_bias(size, x)
-    bias = None if bias is None else bias.as_subclass(mask)
+    arguments = family.example(block).arguments
     open_tap(Inside(bias))
     try:
-        return family.attention(block, x, bias, **family.example(block).arguments), close_tap()
+        if family.keys_at_call or call is not AttentionCall:
+            with call(watch=family.keys_at_call, bias=bias if family.keys_at_call else None):
+                out = family.attention(block, x, bias, **arguments)
+        else:
+            out = family.attention(block, x, bias, **arguments)
+        noted = take_inside() if family.keys_at_call else None
+        return out, close_tap() if noted is None else (noted[1],)
     finally:
         close_tap()
 
@@ -92,17 +103,20 @@ def _fault(family: BlockFamily, block: Any, channels: int) -> str | None:
     example = family.example(block)
     x = _tokens(channels, example.tokens)
     no_mask = {family.mask: None} if family.mask else {}
-    theirs = type(block).forward(block, x, **no_mask, **example.arguments)
+    # nn.MultiheadAttention has a kernel of its own for inference, which rounds otherwise; it steps back within a mode
+    with AttentionCall() if family.keys_at_call else contextlib.nullcontext():
+        theirs = type(block).forward(block, x, **no_mask, **example.arguments)
     if isinstance(theirs, tuple):
         theirs = theirs[0]
     install_inside(family, block)
-    ours, keys = _attend(family, block, x, None)
+    ours, keys = _attend(family, block, x)
     if family.mlp is not None:
         ours = family.mlp(block, ours)
     if not torch.equal(ours.nan_to_num(), theirs.nan_to_num()):
         return f"its parts differ from the whole block by {_gap(ours, theirs):.1e} although nothing is merged"
-    if len(keys) != len(family.keys(block)):
-        return f"{len(family.keys(block))} modules were expected to show keys, but {len(keys)} did"
+    showing = 1 if family.keys_at_call else len(family.keys(block))
+    if len(keys) != showing:
+        return f"{showing} modules were expected to show keys, but {len(keys)} did"
     metric = family.metric(block, keys)
     if metric.dim() != 3 or metric.shape[:2] != x.shape[:2]:
         return f"its keys were expected as [1, {x.shape[1]}, head dim], but came as {tuple(metric.shape)}"
@@ -116,9 +130,9 @@ def _fault_of_bias(family: BlockFamily, block: Any, x: Tensor) -> str | None:
     crowd = torch.cat([x, x[:, -1:].expand(-1, _COPIES - 1, -1)], dim=1)
     size = torch.ones(x.shape[:2], device=x.device)
     size[:, -1] = _COPIES
-    wanted = _attend(family, block, crowd, None)[0][:, : x.shape[1]]
-    plain = _attend(family, block, x, None)[0]
-    ours = _attend(family, block, x, size)[0]
+    wanted = _attend(family, block, crowd)[0][:, : x.shape[1]]
+    plain = _attend(family, block, x)[0]
+    ours = _attend(family, block, x, size_bias(size, x))[0]
     effect, error = (wanted - plain).abs().max(), (ours - wanted).abs().max()
     if not torch.isfinite(effect) or effect <= 1e4 * torch.finfo(x.dtype).eps * wanted.abs().max():
         return None  # attention moves nothing in this block (LayerScale 0, say): there is nothing to check
@@ -139,20 +153,25 @@ def reaches_sdpa(family: BlockFamily, block: Any, channels: int) -> bool:
         return False
     seen: list[bool] = []
 
-    class Probe(SizedMask):
-        form = "math"
-
-        @classmethod
-        def attend(cls, *args: Any, **kwargs: Any) -> Tensor:
-            seen.append(True)
-            return super().attend(*args, **kwargs)
-
     with torch.no_grad(), no_autocast("cpu"):
         double = _double(block)
         install_inside(family, double)
         x = _tokens(channels, family.example(double).tokens)
-        _attend(family, double, x, torch.full(x.shape[:2], 2.0), Probe)
-    return bool(seen)
+        bias = size_bias(torch.full(x.shape[:2], 2.0), x)
+        assert bias is not None
+        sizes = bias.flatten()
+
+        class Probe(AttentionCall):
+            """Looks for the sizes in the mask of the call."""
+
+            def attend(self, query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+                mask = args[0] if args else kwargs.get("attn_mask")
+                if mask is not None and mask.shape[-1] == len(sizes):
+                    seen.append(torch.equal(mask, sizes.to(mask.dtype).expand_as(mask)))
+                return super().attend(query, key, value, *args, **kwargs)
+
+        _attend(family, double, x, bias, Probe)
+    return bool(seen) and all(seen)
 
 
 def attention_choice(target: Target, form: str) -> Choice:

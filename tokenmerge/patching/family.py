@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from tokenmerge.attention import head_mean, note_output
+from tokenmerge.attention import head_mean, head_mean_untransposed, heads_first, heads_second, note_output
 from tokenmerge.flops import BlockCost
 from tokenmerge.rotary import Rotary
 
@@ -52,6 +52,10 @@ class BlockFamily:
         refuse: reasons why this very block cannot be patched right.
         tap: `note_output` (a forward hook) or `note_input` (a forward pre-hook).
         metric: `(block, what was noted) -> [B, N, D]`: K averaged over its heads.
+        per_head: `(block, what was noted) -> [B, H, N, D]`, a view of K, or `None` where there is none: matchers that
+            average the heads themselves take it. Known by itself for the usual metrics.
+        keys_at_call: whether K is seen, and sizes are given, where attention calls `scaled_dot_product_attention`
+            (`attention_call`): the attention is `nn.MultiheadAttention`, which shows them nowhere else.
         mask: name of the argument that masks padding, if the block takes one.
         pair_bias: name of the argument that holds a bias `[1, H, N0, N0]` between original tokens.
         rope: name of the argument that holds the table of rotary positions.
@@ -74,6 +78,8 @@ class BlockFamily:
     refuse: Callable[[Any], list[str]] = no_reasons
     tap: Hook = note_output
     metric: Callable[[Any, tuple[Tensor, ...]], Tensor] = head_mean
+    per_head: Callable[[Any, tuple[Tensor, ...]], Tensor | None] | None = None
+    keys_at_call: bool = False
     mask: str | None = None
     pair_bias: str | None = None
     rope: str | None = None
@@ -93,6 +99,9 @@ class BlockFamily:
         parameters = list(inspect.signature(self.block.forward).parameters.values())[2:]
         names = tuple(p.name for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD)
         object.__setattr__(self, "arguments", names)
+        if self.per_head is None:
+            usual = {head_mean: heads_first, head_mean_untransposed: heads_second}
+            object.__setattr__(self, "per_head", usual.get(self.metric))
 
     @property
     def needs_source(self) -> bool:

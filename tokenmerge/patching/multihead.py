@@ -6,19 +6,14 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from tokenmerge.attention import fused_metric
 
+def attend(attention: Any, x: Tensor) -> Tensor:
+    """Self-attention over `x [B, N, C]`; sizes reach it, and K is seen, at its call of attention (`attention_call`).
 
-def attend(attention: Any, x: Tensor, bias: Tensor | None) -> Tensor:
-    """Self-attention over `x [B, N, C]`; the sizes go in as a float key padding mask `[B, N]`, which is added."""
-    mask = None if bias is None else bias[:, 0, 0].to(x.dtype).expand(x.shape[0], -1)
-    out: Tensor = attention(x, x, x, need_weights=False, key_padding_mask=mask)[0]
+    Its own mask of keys would be copied for every head first.
+    """
+    out: Tensor = attention(x, x, x, need_weights=False)[0]
     return out
-
-
-def metric(attention: Any, noted: tuple[Tensor, ...]) -> Tensor:
-    """The mean over heads of K `[B, N, D]`, from the tokens that K is made of."""
-    return fused_metric(noted[0], attention.in_proj_weight, attention.in_proj_bias, attention.num_heads)
 
 
 def refuse(attention: Any) -> list[str]:

@@ -9,9 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tokenmerge.attention import Noted, class_attention, keys_per_head
+from tokenmerge.attention import Noted, class_attention
 from tokenmerge.config import MergeConfig
 from tokenmerge.errors import ConfigError, PatchError
+from tokenmerge.exporting import is_exporting
 from tokenmerge.matching import Entry, check_options, get_entry
 from tokenmerge.matching.distances import unit
 from tokenmerge.ops import Backend, counting
@@ -139,7 +140,7 @@ def make_plan(
             f"matcher {rule.matcher!r} merged {plan.r} of {plan.tokens_in} tokens in {plan.keep.shape[0]} images, but block "
             f"{rule.layer} asked for {r} of {x.shape[1]} in {x.shape[0]}: it must merge exactly r, or r must be smaller"
         )
-    if rule.trace and not torch.compiler.is_exporting():
+    if rule.trace and not is_exporting():
         block._tokenmerge_similarity = _of_edges(metric, plan)
     return plan
 
@@ -172,13 +173,15 @@ def _metric(block: Any, rule: Rule, noted: Noted, x_pre: Tensor | None, x: Tenso
         metric = metric.detach()
     elif rule.metric == "k" and not rule.concat:
         keys = noted.keys
+        if family.keys_at_call and noted.inside is not None:
+            keys = (noted.inside[1],)
         if not keys:
             raise PatchError(
                 f"block {rule.layer} noted no keys, so the module that gives them was replaced since the model was patched: "
                 "unpatch before changing modules, and patch again"
             )
-        if "backend" in rule.entry.offered and not state.padded:
-            metric = keys_per_head(family.metric, keys)  # the matcher averages them
+        if "backend" in rule.entry.offered and not state.padded and family.per_head is not None:
+            metric = family.per_head(block, keys)  # the matcher averages them
         if metric is None:
             metric = family.metric(block, keys)
     else:

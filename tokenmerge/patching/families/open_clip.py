@@ -7,7 +7,6 @@ from typing import Any
 from open_clip import transformer
 from torch import Tensor, nn
 
-from tokenmerge.attention import note_input
 from tokenmerge.flops import BlockCost
 from tokenmerge.patching import multihead
 from tokenmerge.patching.family import BlockFamily, ModelFamily
@@ -18,7 +17,7 @@ NAMES = "open_clip's VisionTransformer"
 
 
 def _attention(block: Any, x: Tensor, bias: Tensor | None, **given: Any) -> Tensor:
-    out: Tensor = x + block.ls_1(multihead.attend(block.attn, block.ln_1(x), bias))
+    out: Tensor = x + block.ls_1(multihead.attend(block.attn, block.ln_1(x)))
     return out
 
 
@@ -92,9 +91,8 @@ _BLOCKS = {
         block=transformer.ResidualAttentionBlock,
         attention=_attention,
         mlp=_mlp,
-        keys=lambda block: [block.attn],
-        tap=note_input,
-        metric=lambda block, noted: multihead.metric(block.attn, noted),
+        keys=lambda block: [],
+        keys_at_call=True,
         cost=_cost,
         refuse=_refuse,
     ),

@@ -7,7 +7,6 @@ from typing import Any
 from torch import Tensor, nn
 from torchvision.models import vision_transformer as vit
 
-from tokenmerge.attention import note_input
 from tokenmerge.flops import BlockCost
 from tokenmerge.patching import multihead
 from tokenmerge.patching.family import BlockFamily, ModelFamily
@@ -17,7 +16,7 @@ NAMES = "torchvision's VisionTransformer"
 
 
 def _attention(block: Any, x: Tensor, bias: Tensor | None, **given: Any) -> Tensor:
-    out: Tensor = block.dropout(multihead.attend(block.self_attention, block.ln_1(x), bias)) + x
+    out: Tensor = block.dropout(multihead.attend(block.self_attention, block.ln_1(x))) + x
     return out
 
 
@@ -62,9 +61,8 @@ _BLOCK = BlockFamily(
     block=vit.EncoderBlock,
     attention=_attention,
     mlp=_mlp,
-    keys=lambda block: [block.self_attention],
-    tap=note_input,
-    metric=lambda block, noted: multihead.metric(block.self_attention, noted),
+    keys=lambda block: [],
+    keys_at_call=True,
     cost=_cost,
     refuse=lambda block: multihead.refuse(block.self_attention),
 )

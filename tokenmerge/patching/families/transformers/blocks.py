@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tokenmerge.attention import fused_metric, note_input, weigh_probabilities
+from tokenmerge.attention import fused_metric, head_mean, note_input, weigh_probabilities
 from tokenmerge.errors import PatchError
 from tokenmerge.flops import BlockCost
 from tokenmerge.patching.families.transformers.attention import (
@@ -92,10 +92,14 @@ def _heads(block: Any) -> int:
     raise PatchError(f"{type(attention).__name__} does not say how many heads it has: report this version")
 
 
+def _flat_per_head(block: Any, keys: tuple[Tensor, ...]) -> Tensor:
+    """K `[B, N, H·D]` as `[B, H, N, D]`, a view."""
+    return keys[0].unflatten(2, (_heads(block), -1)).transpose(1, 2)
+
+
 def _flat_metric(block: Any, keys: tuple[Tensor, ...]) -> Tensor:
     """The mean over heads of K `[B, N, H·D]`."""
-    batch, tokens, _ = keys[0].shape
-    return keys[0].reshape(batch, tokens, _heads(block), -1).mean(dim=2)
+    return head_mean(block, (_flat_per_head(block, keys),))
 
 
 def _qkv_metric(block: Any, noted: tuple[Tensor, ...]) -> Tensor:
@@ -128,6 +132,7 @@ def pre_norm(attention: str, mlp: str, masked: bool = True, **seams: Any) -> dic
         "mlp": _mlp(mlp),
         "keys": _key_module,
         "metric": _flat_metric,
+        "per_head": _flat_per_head,
         "cost": _cost,
         "refuse": _refuse,
         "ready": _check_implementation,
@@ -236,6 +241,7 @@ _BLIP = pre_norm(
     keys=lambda block: [block.self_attn],
     tap=note_input,
     metric=_qkv_metric,
+    per_head=None,
     mask=None,
 )
 _VIDEOMAE = {

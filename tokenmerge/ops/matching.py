@@ -1,0 +1,147 @@
+"""Bipartite matching by Triton kernels: keys of every head in, a plan out, in two launches (four for long inputs).
+
+1. `unit_keys_kernel`: K is read once, added over heads and divided by its length.
+2. `match_kernel`: the best edge of each A token on the matrix unit; the program that is the last of its image ranks the
+   edges and writes the plan.
+3. For long inputs ranks and plans have launches of their own, because |A|² comparisons would keep one program too long.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+
+from tokenmerge.ops.launch import Launch, is_plain, one_program_per, operator, start_all
+from tokenmerge.ops.match_kernels import match_kernel, rank_kernel, select_kernel, unit_keys_kernel
+
+LONGEST_RANKED = 1024
+"""Tokens of A up to which one program ranks the edges of an image: a million comparisons, some ten microseconds."""
+_TILE = 128  # A tokens that are ranked or placed at once, and rivals that they are compared with
+_RIVALS = 32
+_IN_FLIGHT = 64  # numbers of K that one thread of `unit_keys_kernel` has asked for and not yet seen
+_THREADS = 128
+
+Plan = tuple[Tensor, Tensor, Tensor]
+
+
+def sides(tokens: int, protected: int) -> tuple[int, int]:
+    """How many tokens A and B have."""
+    return (tokens - protected - protected % 2 + 1) // 2, (tokens - protected - 1 + protected % 2 + 1) // 2
+
+
+def _divisor(*strides: int) -> int:
+    """The largest power of two up to 16 that divides all of these."""
+    step = 16
+    while any(stride % step for stride in strides):
+        step //= 2
+    return step
+
+
+def _unit_keys(keys: Tensor, unit: Tensor, arrived: Tensor) -> Launch:
+    batch, heads, tokens, dim = keys.shape
+    padded = max(16, triton.next_power_of_2(dim))
+    rows = max(1, min(16, 16 * _THREADS // padded))
+    tiles = one_program_per(tokens, rows)
+    step = _divisor(*keys.stride()[:3])
+    strides = [stride // step for stride in keys.stride()[:3]]
+    at_once = max(1, _IN_FLIGHT * _THREADS // (rows * padded))
+    constants = {
+        "DIM": dim,
+        "WIDTH": unit.shape[3],
+        "PADDED": padded,
+        "STEP": step,
+        "HEADS": min(at_once, triton.next_power_of_2(heads)),
+        "ROWS": rows,
+    }
+    arguments = (keys, unit, arrived, *strides, keys.stride(3), tokens, heads, tiles)
+    return Launch(unit_keys_kernel, batch * tiles, arguments, constants)
+
+
+def _match(unit: Tensor, best: Tensor, partner: Tensor, arrived: Tensor, plan: Plan, protected: int, r: int) -> Launch:
+    batch, _, tokens, width = unit.shape
+    rows = 64 if best.shape[1] > 32 else 16
+    tiles = one_program_per(best.shape[1], rows)
+    constants = {
+        "WIDTH": width,
+        "K": next(k for k in (64, 32, 16) if width % k == 0),
+        "UNROLLED": width <= 128,
+        "PLAN": best.shape[1] <= LONGEST_RANKED,
+        "ROWS": rows,
+        "COLUMNS": 64,
+        "TILE": _TILE,
+        "RIVALS": _RIVALS,
+        "num_stages": 3 if width <= 64 else 2,  # more would not fit into the shared memory of small cards
+    }
+    return Launch(
+        match_kernel, batch * tiles, (unit, best, partner, arrived, *plan, tokens, tiles, r, protected), constants
+    )
+
+
+def plan_of_edges(best: Tensor, partner: Tensor, plan: Plan, tokens: int, r: int, protected: int) -> list[Launch]:
+    """Launches that rank edges `[B, |A|]` and write the plan of the r best."""
+    batch, count = best.shape
+    rank = torch.empty_like(partner)
+    tiles = one_program_per(count, _TILE)
+    ranks = {"TILE": _TILE, "RIVALS": _RIVALS}
+    return [
+        Launch(rank_kernel, batch * tiles, (best, rank, count, tiles), ranks),
+        Launch(select_kernel, batch, (best, partner, rank, *plan, tokens, r, protected), {"TILE": _TILE}),
+    ]
+
+
+def empty_plan(keys: Tensor, tokens: int, r: int) -> Plan:
+    """Memory for `keep [B, N']`, `source [B, r]` and `target [B, r]`, int64."""
+    batch = keys.shape[0]
+    keep, source, target = (keys.new_empty(batch, n, dtype=torch.int64) for n in (tokens - r, r, r))
+    return keep, source, target
+
+
+def launches(keys: Tensor, r: int, protected: int) -> tuple[Plan, Tensor, Tensor, list[Launch]]:
+    """The plan and the edges that the launches will write, and the launches."""
+    batch, _, tokens, dim = keys.shape
+    count_a, _ = sides(tokens, protected)
+    unit = keys.new_empty(batch, 2, tokens, -(-dim // 16) * 16, dtype=torch.float16)
+    best = keys.new_empty(batch, count_a, dtype=torch.float32)
+    partner = keys.new_empty(batch, count_a, dtype=torch.int32)
+    arrived = keys.new_empty(batch, dtype=torch.int32)
+    plan = empty_plan(keys, tokens, r)
+    found = [_unit_keys(keys, unit, arrived), _match(unit, best, partner, arrived, plan, protected, r)]
+    if count_a > LONGEST_RANKED:
+        found += plan_of_edges(best, partner, plan, tokens, r, protected)
+    return plan, best, partner, found
+
+
+def _run(keys: Tensor, r: int, protected: int) -> Plan:
+    plan, _, _, found = launches(keys, r, protected)
+    start_all(found)
+    return plan
+
+
+@operator("tokenmerge::match", lambda keys, r, protected: empty_plan(keys, keys.shape[2], r))
+def _operator(keys: Tensor, r: int, protected: int) -> tuple[Tensor, Tensor, Tensor]:
+    return _run(keys, r, protected)
+
+
+def match(keys: Tensor, r: int, protected: int) -> Plan:
+    """`keep [B, N']`, `source [B, r]` and `target [B, r]`, int64, of the r most similar pairs: see `MergePlan`.
+
+    Args:
+        keys: `[B, H, N, D]`, float16, bfloat16 or float32, any strides; averaged over H. Takes no gradient.
+        r: tokens to merge away, from 1 to (N − protected) // 2.
+        protected: leading tokens that take no part.
+    """
+    keys = keys.detach()
+    plan: Plan = _run(keys, r, protected) if is_plain(keys) else _operator(keys, r, protected)
+    return plan
+
+
+def compiled_for(dtype: torch.dtype, heads: int, dim: int) -> list[Any]:
+    """Compile what matching keys of that dtype and shape needs, for Triton's current target, without any memory."""
+    compiled = []
+    for tokens in (197, 4 * LONGEST_RANKED):
+        keys = torch.empty(1, tokens, 3, heads, dim, dtype=dtype, device="meta").permute(2, 0, 3, 1, 4)[1]
+        compiled += [launch.compile() for launch in launches(keys, 8, 1)[3]]
+    return compiled
