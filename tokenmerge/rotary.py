@@ -16,6 +16,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from tokenmerge.errors import PatchError
+from tokenmerge.fakes import has_values
 from tokenmerge.precision import no_autocast
 
 _STEP = 24.0  # largest ratio of two frequencies between which an angle can be unwrapped in half precision
@@ -53,6 +55,11 @@ class AxialRotary:
 
     def positions(self, table: Any) -> Tensor:
         """Coordinates `[1 or B, N, P]`, float32: slow channels say roughly where, fast ones exactly."""
+        if not self.ladders:
+            raise PatchError(
+                "the rotary frequencies had no values when the model was patched (it was on the meta device, or fake), so "
+                "positions cannot be read: load the weights, then patch it again"
+            )
         sin, cos = (part.float() for part in self.unpack(table))
         frequencies = self.frequencies(self.module).to(sin.device)
         columns = []
@@ -82,7 +89,7 @@ def axial_rotary(
     """An `AxialRotary` with its ladders, from the frequencies as they are now."""
     speeds = frequencies(module)
     ladders: list[tuple[int, ...]] = []
-    for row in [] if speeds.is_meta else speeds.abs().tolist():
+    for row in speeds.abs().tolist() if has_values(speeds) else []:
         slow_to_fast = sorted((speed, channel) for channel, speed in enumerate(row) if speed > 0)
         ladder = slow_to_fast[:1]
         for below, above in zip(slow_to_fast[1:], [*slow_to_fast[2:], (math.inf, -1)], strict=False):

@@ -2,49 +2,38 @@
 
 from __future__ import annotations
 
-import functools
+import math
 from typing import Literal
 
 import torch
 from torch import Tensor
 
+from tokenmerge.ops import ascending_order
+
 Partition = Literal["alternating", "sequential", "random", "checkerboard"]
 PARTITIONS = ("alternating", "sequential", "random", "checkerboard")
 
 
-def shuffled(count: int, seed: int) -> list[int]:
-    """`0 … count − 1` in an order that looks random and is the same each time; plain integers, so that it compiles."""
+def shuffled(count: int, seed: int, device: torch.device) -> Tensor:
+    """`0 … count − 1` in an order that looks random and is the same each time and everywhere, `[count]` int64.
 
-    def key(i: int) -> int:
-        mixed = ((i + 1) * 0x9E3779B1 + (seed + 1) * 0x85EBCA6B) % 2**32
-        mixed = (mixed ^ (mixed >> 15)) * 0x2C1B3C6D % 2**32
-        mixed = (mixed ^ (mixed >> 12)) * 0x297A2D39 % 2**32
-        return mixed ^ (mixed >> 15)
+    It is computed where it is wanted: a list made in Python would have to be copied there in every pass.
+    """
+    mixed = ((torch.arange(count, device=device) + 1) * 0x9E3779B1 + (seed + 1) * 0x85EBCA6B) % 2**32
+    mixed = (mixed ^ (mixed >> 15)) * 0x2C1B3C6D % 2**32
+    mixed = (mixed ^ (mixed >> 12)) * 0x297A2D39 % 2**32
+    return ascending_order((mixed ^ (mixed >> 15)).unsqueeze(0))[0]
 
-    return sorted(range(count), key=key)
 
-
-def _order(partition: str, tokens: int, protected: int, grid: tuple[int, ...] | None, layer: int) -> tuple[int, ...]:
-    free = range(protected, tokens)
-    first_a = protected + protected % 2  # an even position of the reordered tokens is on side A
-    count_a = len(range(first_a, tokens, 2))
+def _on_a(partition: str, free: int, count_a: int, columns: int, layer: int, device: torch.device) -> Tensor:
+    """`[free]` boolean: which of the tokens that may merge are on side A, `count_a` of them."""
+    place = torch.arange(free, device=device)
     if partition == "random":
-        order = [free[i] for i in shuffled(len(free), layer)]
-        a, b = sorted(order[:count_a]), sorted(order[count_a:])
-    elif partition == "checkerboard" and grid is not None:
-        columns = grid[-1]
-        black = [free[i] for i in range(len(free)) if (i // columns + i % columns) % 2 == 0]
-        a = black[:count_a]
-        b = sorted(set(free) - set(a))
-    else:
-        a, b = list(free[:count_a]), list(free[count_a:])
-    order = list(range(protected)) + [0] * len(free)
-    order[first_a::2] = a
-    order[protected + 1 - protected % 2 :: 2] = b
-    return tuple(order)
-
-
-_order_once = functools.lru_cache(maxsize=256)(_order)
+        return torch.zeros_like(place).scatter_(0, shuffled(free, layer, device), place) < count_a
+    if partition == "checkerboard":
+        black = (place // columns + place % columns) % 2 == 0
+        return black & (black.cumsum(0) <= count_a)
+    return place < count_a
 
 
 def partition_order(
@@ -60,15 +49,16 @@ def partition_order(
         protected: leading tokens that are on neither side.
         grid: patches along each axis.
         layer: number of the block.
-        device: where the order is wanted.
+        device: where the order is wanted, and computed: nothing is copied there.
     """
-    if partition == "checkerboard":
-        patches = 1
-        for extent in grid or (0,):
-            patches *= extent
-        if patches != tokens - protected:
-            return None
-    if partition == "alternating":
+    if partition == "alternating" or (partition == "checkerboard" and math.prod(grid or (0,)) != tokens - protected):
         return None
-    order = _order if torch.compiler.is_compiling() else _order_once  # Dynamo looks through caches
-    return torch.tensor(order(partition, tokens, protected, grid, layer), device=device)
+    free = tokens - protected
+    first_a, first_b = protected + protected % 2, protected + 1 - protected % 2  # even positions are on side A
+    count_a = len(range(first_a, tokens, 2))
+    on_a = _on_a(partition, free, count_a, (grid or (1,))[-1], layer, device)
+    sides = ascending_order((~on_a).to(torch.int64).unsqueeze(0))[0] + protected
+    order = torch.arange(tokens, device=device)
+    order[first_a::2] = sides[:count_a]
+    order[first_b::2] = sides[count_a:]
+    return order

@@ -22,7 +22,7 @@ def random_pruning(metric: Tensor, r: int, protected: int = 0, layer: int = 0, s
     """Drop r tokens at random: what any other method must beat. The same for every image and in every pass."""
     r = _cut(metric, r, protected)
     batch, tokens, _ = metric.shape
-    drawn = torch.tensor(shuffled(tokens - protected, 1000 * seed + layer), device=metric.device)[:r] + protected
+    drawn = shuffled(tokens - protected, 1000 * seed + layer, metric.device)[:r] + protected
     return drop(drawn.expand(batch, -1), tokens)
 
 

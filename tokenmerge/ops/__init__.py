@@ -3,6 +3,15 @@
 from tokenmerge.ops.choice import BACKENDS, Backend, takes_triton, triton_refusals
 from tokenmerge.ops.counting import counting
 from tokenmerge.ops.heads import sum_over_heads
-from tokenmerge.ops.ordering import descending_order
+from tokenmerge.ops.ordering import ascending_order, descending_order
 
-__all__ = ["BACKENDS", "Backend", "counting", "descending_order", "sum_over_heads", "takes_triton", "triton_refusals"]
+__all__ = [
+    "BACKENDS",
+    "Backend",
+    "ascending_order",
+    "counting",
+    "descending_order",
+    "sum_over_heads",
+    "takes_triton",
+    "triton_refusals",
+]

@@ -55,12 +55,7 @@ def _fault(operation: Operation, index: int, dtype: torch.dtype, heads: int, dim
 
     try:
         with torch.cuda.device(index):
-            if operation == "match":
-                compiled = matching.compiled_for(dtype, heads, dim)
-            else:
-                compiled = [
-                    one for sized in (False, True) for one in merging.compiled_for(dtype, dtype, sized, gradient=True)
-                ]
+            compiled = matching.compiled_for(dtype, heads, dim) if operation == "match" else merging.compiled_for(dtype)
             for kernel in compiled:
                 kernel._init_handles()  # loads it, which fails where its shared memory does not fit
     except Exception as error:  # Triton, its assembler and the driver each have their own

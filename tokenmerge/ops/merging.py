@@ -136,13 +136,17 @@ def _backward(ctx: Any, grad: Tensor | None, *_: Tensor | None) -> tuple[Tensor 
 _operator.register_autograd(_backward, setup_context=_remember)
 
 
-def compiled_for(dtype: torch.dtype, log: torch.dtype | None, sized: bool, gradient: bool) -> list[Any]:
-    """Compile what merging tokens of that dtype needs, for Triton's current target, without any memory."""
-    x = torch.empty(1, 40, 768, dtype=dtype, device="meta")
-    size = torch.empty(1, 40, device="meta") if sized else None
-    keep, source = (torch.empty(1, n, dtype=torch.int64, device="meta") for n in (32, 8))
+def launches(x: Tensor, sized: bool, r: int, log: torch.dtype | None) -> list[Launch]:
+    """Those that merge r of the tokens `x`, and bring its gradient back; the tensors may be on the "meta" device."""
+    batch, tokens, _ = x.shape
+    size = x.new_empty(batch, tokens, dtype=torch.float32) if sized else None
+    keep, source, target = (x.new_empty(batch, n, dtype=torch.int64) for n in (tokens - r, r, r))
     out = _empty_merged(x, keep, log)
-    found = [_merge(x, size, keep, source, source, out)]
-    if gradient:
-        found.append(_gradient(out[0], size, out[1], keep, source, source, x))
-    return [launch.compile() for launch in found]
+    gradient = _gradient(out[0], size, out[1], keep, source, target, x)
+    return [_merge(x, size, keep, source, target, out), gradient]
+
+
+def compiled_for(dtype: torch.dtype) -> list[Any]:
+    """Compile what merging tokens of that dtype needs, for Triton's current target, without any memory."""
+    x = torch.empty(1, 197, 768, dtype=dtype, device="meta")
+    return [launch.compile() for sized in (False, True) for launch in launches(x, sized, 8, dtype)]

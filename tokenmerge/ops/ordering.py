@@ -16,3 +16,8 @@ def descending_order(values: Tensor) -> Tensor:
     if is_exporting() and torch.onnx.is_in_onnx_export():
         return values.topk(values.shape[1], dim=1).indices
     return values.argsort(dim=1, descending=True, stable=True)
+
+
+def ascending_order(values: Tensor) -> Tensor:
+    """The same from the smallest to the largest, for integers."""
+    return descending_order(-values)

@@ -20,6 +20,7 @@ from tokenmerge.attention import Inside, close_tap, open_tap, size_bias, take_in
 from tokenmerge.attention_call import AttentionCall
 from tokenmerge.attention_forms import Choice, choice_for
 from tokenmerge.errors import ConfigError, UnsupportedModelError
+from tokenmerge.fakes import lacks_values
 from tokenmerge.patching.family import BlockFamily
 from tokenmerge.patching.install import install_inside
 from tokenmerge.patching.swap import Swapped, is_sharded, restore_class
@@ -55,12 +56,12 @@ def _gap(a: Tensor, b: Tensor) -> float:
 
 
 def check_block(family: BlockFamily, block: Any, channels: int, name: str, library: str) -> None:
-    """Raise unless the row still describes this block. Skipped on the meta device, where nothing has values.
+    """Raise unless the row still describes this block. Skipped where parameters have no values (meta, fake tensors).
 
     Raises:
         UnsupportedModelError: naming upstream's version, the block, and what differs.
     """
-    if any(p.is_meta for p in block.parameters()):
+    if lacks_values(block):
         return
     with torch.no_grad(), no_autocast("cpu"):
         try:
@@ -145,9 +146,9 @@ def reaches_sdpa(family: BlockFamily, block: Any, channels: int) -> bool:
     """Whether this block's attention hands the sizes, as they are, to `scaled_dot_product_attention`.
 
     Only there can their form be chosen; attention that adds the mask to its own scores, or takes it as padding, cannot
-    tell. Assumed on the meta device, where nothing can be tried.
+    tell. Assumed of parameters without values (meta, fake tensors), where nothing can be tried.
     """
-    if any(p.is_meta for p in block.parameters()) or is_sharded(block):
+    if lacks_values(block) or is_sharded(block):
         return True  # a sharded block cannot be copied; it was tried when it was patched
     if family.needs_source:
         return False
@@ -199,7 +200,7 @@ def check_rotary(target: Target) -> None:
         UnsupportedModelError: if they do not, or the table cannot be read.
     """
     model, family = target.model, target.family
-    if family.rotary_example is None or any(p.is_meta for p in model.parameters()):
+    if family.rotary_example is None or lacks_values(model):
         return
     for index in {0, len(target.blocks) - 1}:
         rotary = family.rotary(model, index)

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from tokenmerge.errors import PatchError
+from tokenmerge.exporting import is_exporting
 
 _MASKED = -1e4  # additive masks use −inf or the smallest number of their dtype
 
@@ -31,14 +32,16 @@ def padding_sizes(mask: Tensor | None, batch: int, tokens: int) -> Tensor | None
         )
     seen = (mask if mask.dtype == torch.bool else mask > _MASKED)[:, 0]
     valid = seen.any(dim=1)  # what any query sees; queries that are padding may see anything
-    if not torch.compiler.is_compiling():  # compiled code cannot look at values
-        plain = mask.dtype == torch.bool or bool(((mask == 0) | (mask <= _MASKED)).all())
+    if not is_exporting():
         asks = valid.unsqueeze(2) if mask.shape[2] == tokens else torch.ones_like(seen[:, :, :1])
-        if not plain or not bool(((seen == valid.unsqueeze(1)) | ~asks).all()):
-            raise PatchError(
-                "the attention mask given to a model that merges tokens is more than padding (its queries see different "
-                "tokens, or it holds a bias): merged tokens cannot obey it; run the images one by one or without it"
-            )
+        fits = ((seen == valid.unsqueeze(1)) | ~asks).all()
+        if mask.dtype != torch.bool:
+            fits = fits & ((mask == 0) | (mask <= _MASKED)).all()
+        _require(
+            fits,
+            "the attention mask given to a model that merges tokens is more than padding (its queries see different "
+            "tokens, or it holds a bias): merged tokens cannot obey it; run the images one by one or without it",
+        )
     return valid.to(torch.float32).expand(batch, -1)
 
 
@@ -56,13 +59,27 @@ def padding_in_pairs(bias: Tensor | None, check: bool) -> bool:
         return False
     if bias.shape[1] == 1:  # the same for every head: padding, not relative positions
         return True
-    padded = check and not torch.compiler.is_compiling() and bool((bias <= _MASKED).any())
-    if bias.shape[0] > 1 or padded:
-        raise PatchError(
-            "the mask given holds relative positions and padding in one, and merged tokens cannot obey it: "
-            "run the images one by one, or without the mask"
-        )
+    both = (
+        "the mask given holds relative positions and padding in one, and merged tokens cannot obey it: "
+        "run the images one by one, or without the mask"
+    )
+    if bias.shape[0] > 1:
+        raise PatchError(both)
+    if check and not is_exporting():
+        _require((bias > _MASKED).all(), both)
     return False
+
+
+def _require(condition: Tensor, otherwise: str) -> None:
+    """Raise with that sentence unless the condition, one boolean, is true.
+
+    In plain Python on a CPU it is a `PatchError`. Compiled code and other devices check without waiting for the value,
+    so that CUDA graphs can be captured: there PyTorch's own assertion fails, with the same sentence.
+    """
+    if condition.device.type != "cpu" or torch.compiler.is_compiling():
+        torch._assert_async(condition, otherwise)
+    elif not bool(condition):
+        raise PatchError(otherwise)
 
 
 def apart_from_padding(metric: Tensor, size: Tensor) -> Tensor:

@@ -96,12 +96,13 @@ def _frequencies(rope: Any) -> Tensor:
         return torch.stack([torch.where(rope.axis == axis, speeds, 0.0) for axis in (1, 2)])
     if rope.bands is not None:
         return _on_two_axes(rope.bands.float())
-    # a cached table without its bands: they follow from the settings
+    # a cached table without its bands: they follow from the settings, and are made where they are wanted
+    count, where = rope.dim // 4, {"device": rope.pos_embed.device}
     if rope.in_pixels:
-        bands = pos_embed_sincos.pixel_freq_bands(rope.dim // 4, float(rope.max_res), linear_bands=rope.linear_bands)
+        bands = pos_embed_sincos.pixel_freq_bands(count, float(rope.max_res), linear_bands=rope.linear_bands, **where)
     else:
-        bands = pos_embed_sincos.freq_bands(rope.dim // 4, temperature=rope.temperature, step=1)
-    return _on_two_axes(bands.float().to(rope.pos_embed.device))
+        bands = pos_embed_sincos.freq_bands(count, temperature=rope.temperature, step=1, **where)
+    return _on_two_axes(bands.float())
 
 
 def _unpacker(half: bool) -> Any:

@@ -1,0 +1,151 @@
+"""Compile every Triton kernel for GPUs that need not be here, and read what the machine code needs.
+
+    python scripts/kernels.py                                   # the whole table (`make kernels`)
+    python scripts/kernels.py --targets 90 --dims 64 --dtypes bfloat16
+
+Each kernel is compiled through its own launcher, with the arguments that a model gives it, by the Triton that is installed.
+Compiling is all that this shows: nothing is run, so neither results nor speed are tested. Exit code 1 if a kernel does not
+compile, keeps more than 64 bytes of its variables in memory ("stack": registers ran out), or needs more shared memory than
+the target has.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+if os.environ.pop("TRITON_INTERPRET", "0") == "1":  # read when Triton is imported
+    print("TRITON_INTERPRET is set, but an interpreter compiles nothing: it is ignored here", file=sys.stderr)
+os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")  # what Triton does by itself, said so that it does not warn
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.runtime import driver
+
+from tokenmerge.ops import matching, merging
+from tokenmerge.ops.launch import INTERPRETED, Launch
+
+MOST_STACK = 64
+SHARED = {80: 166_912, 86: 101_376, 89: 101_376, 90: 232_448, 100: 232_448, 120: 101_376}
+"""Bytes of shared memory that one program may have, by target (CUDA's programming guide, compute capabilities)."""
+DIMS = (32, 64, 72, 80, 88, 96, 128)
+DTYPES = ("float32", "bfloat16", "float16")
+Row = dict[str, Any]
+
+
+class Target:
+    """Stands for Triton's driver: names a target, and has no device to start anything on."""
+
+    def __init__(self, capability: int) -> None:
+        self.target = GPUTarget("cuda", capability, 32)
+
+    def get_current_target(self) -> GPUTarget:
+        """What to compile for."""
+        return self.target
+
+    def get_current_device(self) -> int:
+        """Triton keeps compiled kernels by device: each target must be another one, or its predecessor's would be found."""
+        return int(self.target.arch)
+
+    def get_current_stream(self, device: int) -> int:
+        """Asked for, and of no use."""
+        return 0
+
+    def get_active_torch_device(self) -> torch.device:
+        """The same."""
+        return torch.device("cpu")
+
+
+def launches(dims: list[int], dtypes: list[str]) -> Iterator[tuple[str, Launch]]:
+    """Every kernel as models start it, with a few words on what makes this start special."""
+    for name in dtypes:
+        dtype = getattr(torch, name)
+        for dim in dims:
+            heads = 12
+            for tokens in (1370, 5000):  # a plan in the same launch, and in launches of its own
+                qkv = torch.empty(2, tokens, 3, heads, dim, dtype=dtype, device="meta")
+                for launch in matching.launches(qkv.permute(2, 0, 3, 1, 4)[1], 40, 1)[3]:
+                    kernel = launch.kernel.__name__
+                    words = [f"D={dim}"] if kernel in ("unit_keys_kernel", "match_kernel") else []
+                    words += [name] if kernel == "unit_keys_kernel" else []
+                    words += ["and plan" if launch.constants["PLAN"] else "edges"] if kernel == "match_kernel" else []
+                    yield " ".join([kernel, *words]), launch
+        for sized in (False, True):
+            x = torch.empty(2, 1370, 768, dtype=dtype, device="meta")
+            logs = (dtype,) if name != "float32" else (dtype, torch.bfloat16, torch.float16)  # these two: autocast
+            for log in logs:
+                for launch in merging.launches(x, sized, 40, log):
+                    size = "sizes" if sized else "no sizes"
+                    words = (
+                        [name, size, f"log {log}".replace("torch.", "")] if "LOG" in launch.constants else [name, size]
+                    )
+                    yield " ".join([launch.kernel.__name__, *words]), launch
+
+
+def resources(cubin: bytes) -> Row:
+    """Registers and bytes of stack of machine code, as cuobjdump reads them."""
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        done = subprocess.run([tool, "--dump-resource-usage", file.name], capture_output=True, text=True, check=True)
+    found = dict(re.findall(r"(REG|STACK):(\d+)", done.stdout + done.stderr))
+    return {"registers": int(found["REG"]), "stack": int(found["STACK"])}
+
+
+def compile_one(launch: Launch, capability: int) -> Row:
+    """What the compiled kernel needs, and what is wrong with it, if anything."""
+    try:
+        compiled = launch.compile()
+    except Exception as error:  # Triton has many
+        return {"fault": f"{type(error).__name__}: {str(error).strip().splitlines()[-1]}"}
+    cubin = compiled.asm.get("cubin")
+    if not cubin:
+        return {"fault": "no machine code came out"}
+    row = {**resources(cubin), "shared": int(compiled.metadata.shared)}
+    if row["stack"] > MOST_STACK:
+        row["fault"] = f"more than {MOST_STACK} bytes of stack"
+    elif row["shared"] > SHARED[capability]:
+        row["fault"] = f"more shared memory than the {SHARED[capability]} bytes of the target"
+    return row
+
+
+def main() -> int:
+    """Compile, print, judge."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--targets", nargs="+", type=int, choices=sorted(SHARED), default=sorted(SHARED))
+    parser.add_argument("--dims", nargs="+", type=int, default=list(DIMS), help="head sizes")
+    parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=list(DTYPES))
+    args = parser.parse_args()
+    assert not INTERPRETED
+    count, faults, seen = 0, 0, set()
+    print(f"Triton {triton.__version__}, torch {torch.__version__}")
+    print(f"{'target':<8}{'kernel':<58}{'registers':>10}{'stack':>7}{'shared':>8}")
+    for capability in args.targets:
+        driver.set_active(Target(capability))
+        for words, launch in launches(args.dims, args.dtypes):
+            if (capability, words) in seen:
+                continue
+            seen.add((capability, words))
+            row, count = compile_one(launch, capability), count + 1
+            cells = "".join(
+                f"{row.get(name, '-'):>{width}}" for name, width in (("registers", 10), ("stack", 7), ("shared", 8))
+            )
+            print(f"sm_{capability:<5}{words:<58}{cells}", flush=True)
+            if "fault" in row:
+                faults += 1
+                print(f"        ^ {row['fault']}", flush=True)
+    print(f"{count} kernels compiled for {len(args.targets)} targets, {faults} faults")
+    return 1 if faults or not count else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
