@@ -16,7 +16,8 @@ from common import Row, record
 from torch import Tensor
 from torch.nn import functional as F
 
-from tokenmerge.attention_forms import FORMS, MASKS
+from tokenmerge.attention_call import AttentionCall
+from tokenmerge.attention_forms import FORMS
 from tokenmerge.timing import Call
 from tokenmerge.tools.device import DTYPES
 from tokenmerge.tools.report import Report
@@ -37,16 +38,23 @@ SHAPES = {  # B, H, N, D
 def calls_for(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, forms: list[str], backward: bool) -> dict[str, Call]:
     """One call per form, the one without sizes first."""
 
-    def one(bias: Tensor | None) -> Call:
+    def one(form: str | None) -> Call:
         def call() -> Any:
             with torch.set_grad_enabled(backward):
-                out = F.scaled_dot_product_attention(q, k, v, bias)
+                out = F.scaled_dot_product_attention(q, k, v) if form is None else attend(form, q, k, v, mask)
                 return torch.autograd.grad(out, (q, k, v), v) if backward else out
 
         return call
 
-    masks = {form: mask if form == "mask" else mask.as_subclass(MASKS[form]) for form in forms}
-    return {"no sizes": one(None), **{form: one(bias) for form, bias in masks.items()}}
+    return {"no sizes": one(None), **{form: one(form) for form in forms}}
+
+
+def attend(form: str, q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+    """Attention as upstream calls it, answered in that form."""
+    if form == "mask":
+        return F.scaled_dot_product_attention(q, k, v, mask)
+    with AttentionCall(form):
+        return F.scaled_dot_product_attention(q, k, v, mask)
 
 
 def gap(form: str, q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> float:
@@ -54,8 +62,7 @@ def gap(form: str, q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> float:
     q, k, v, mask = (x[:1].detach() for x in (q, k, v, mask))
     scores = q.double() @ k.double().transpose(2, 3) * q.shape[-1] ** -0.5 + mask.double()
     wanted = scores.softmax(dim=-1) @ v.double()
-    bias = mask if form == "mask" else mask.as_subclass(MASKS[form])
-    found = F.scaled_dot_product_attention(q, k, v, bias)
+    found = attend(form, q, k, v, mask)
     return float((found.double() - wanted).abs().max() / wanted.abs().max())
 
 

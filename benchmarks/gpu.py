@@ -1,93 +1,143 @@
-"""Everything that a GPU is needed for, in one command.
+"""Everything that a GPU is needed for, in one run of at most 300 seconds.
 
-    python benchmarks/gpu.py                  # checks, forms of attention, operations, models, training, scaling
-    python benchmarks/gpu.py --parts check attention ops
-    python benchmarks/gpu.py --parts models --only vit_large_patch16_224@512 --batch-sizes 64 --mode default   # in pieces
+    python benchmarks/gpu.py                        # all steps, in the order of their worth
+    python benchmarks/gpu.py --steps ops models     # some of them again
+    python benchmarks/gpu.py --rehearse             # the same steps on small work, on a CPU, in under a minute
+    python benchmarks/gpu.py --into-results FOLDER  # later, anywhere: the rows of a run into results.csv
 
-Needs PyTorch with Triton, timm, rich, pytest, hypothesis and transformers; tokenmerge need not be installed. The kernels
-are checked first, and nothing is measured if they are wrong. All rows go to results.csv; the table at the end is made from
-it: the merged model, eager and compiled, against the best dense one.
+It needs PyTorch with Triton, timm, transformers, pytest with pytest-xdist, and hypothesis; tokenmerge need not be
+installed. Each step is a process with a time limit of its own, and none stops the next. Figures go to rows.jsonl in $OUT
+(or benchmarks/out) the moment they are known, with the card's name; the table comes last. `make benchmarks-gpu` is for
+people with a GPU and time: it runs the long benchmarks as well.
 """
 
 from __future__ import annotations
 
 import argparse
-import csv
+import concurrent.futures
+import json
+import os
 import subprocess
 import sys
+import time
 from pathlib import Path
+from typing import Any
 
-import torch
-from common import RESULTS, processor
+from common import append
+from gpu_steps import ROWS, STEPS
 
 from tokenmerge.tools.report import Report
 
 HERE = Path(__file__).parent
-CUDA = ["--device", "cuda", "--dtype", "bfloat16"]
-PARTS = {
-    "check": [["-m", "pytest", "-q", "tests/test_ops.py", "tests/test_attention_forms.py"]],
-    "attention": [[str(HERE / "attention.py"), *CUDA]],
-    "ops": [[str(HERE / "ops.py"), *CUDA]],
-    "models": [[str(HERE / "models.py"), *CUDA]],
-    "training": [[str(HERE / "training.py"), *CUDA], [str(HERE / "training.py"), *CUDA, "--compile"]],
-    "scaling": [[str(HERE / "scaling.py"), *CUDA]],
-}
+SECONDS = 300
 
 
-def table(report: Report, device: str) -> None:
-    """The models on this processor, each from its latest run."""
-    runs: dict[tuple[str, ...], dict[str, float]] = {}
-    made_by: dict[tuple[str, ...], tuple[str, str, str]] = {}
-    with RESULTS.open(newline="") as file:
-        for row in csv.DictReader(file):
-            if row["benchmark"] != "models" or row["processor"] != device:
-                continue
-            key = tuple(row[name] for name in ("model", "img_size", "r", "batch_size", "dtype"))
-            run = (row["date"], row["commit"], row["command"])
-            if made_by.get(key) != run:
-                runs[key], made_by[key] = {}, run
-            runs[key][row["variant"]] = float(row["ms"])
+def read(folder: Path) -> list[dict[str, Any]]:
+    """The rows that a run has written."""
+    path = folder / ROWS
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def models_table(rows: list[dict[str, Any]]) -> list[list[str]]:
+    """A line per model and mode: milliseconds, and speed-ups over the dense model and over the best dense one."""
+    times: dict[tuple[str, str], dict[str, dict[str, float]]] = {}
+    ratios: dict[tuple[str, str], float] = {}
+    for row in rows:
+        if row.get("what") == "model":
+            key = (f"{row['model']}@{row['img_size']}", str(row["batch_size"]))
+            times.setdefault(key, {}).setdefault(row["mode"], {})[row["variant"]] = row["ms"]
+            ratios[key] = row["flops_ratio"]
     lines = []
-    for (model, size, r, batch, _), ms in runs.items():
-        best = min((ms[name] for name in ("dense", "dense compiled") if name in ms), default=None)
-        pairs = ((ms.get("dense"), "merged"), (best, "merged compiled"))
-        cells = [f"{base / ms[name]:.2f}" if base and name in ms else "-" for base, name in pairs]
-        both = {"merged compiled", "sliced compiled"} <= ms.keys()
-        overhead = f"{ms['merged compiled'] / ms['sliced compiled']:.2f}" if both else "-"
-        lines.append((f"{model}@{size}", r, batch, *cells, overhead))
-    columns = ("model", "r", "batch", "eager /\neager dense", "compiled /\nbest dense", "overhead,\ncompiled")
-    report.table(f"merged models on {device}", columns, lines)
+    for key, modes in times.items():
+        best = min(ms["dense"] for ms in modes.values() if "dense" in ms)
+        for mode, ms in modes.items():
+            if {"dense", "merged"} <= ms.keys():
+                figures = (ms["dense"], ms["merged"], ms["dense"] / ms["merged"], best / ms["merged"], ratios[key])
+                lines.append([*key, mode, *(f"{figure:.2f}" for figure in figures)])
+    return lines
+
+
+def show(report: Report, rows: list[dict[str, Any]], minutes: list[list[str]]) -> None:
+    """The tables, from the rows alone."""
+    shapes = [
+        [
+            row["op"],
+            *(str(row[name]) for name in ("tokens", "head_dim")),
+            *(f"{row[name]:.3f}" for name in ("ms", "floor_ms")),
+        ]
+        + [f"{row['over_floor']:.2f}"]
+        for row in rows
+        if row.get("what") == "op"
+    ]
+    report.table("operations", ("operation", "N", "D", "ms", "floor", "over floor"), shapes)
+    forms = [
+        [row["form"], str(row["tokens"]), f"{row['ms']:.3f}", f"{row['first_ms']:.0f}", f"{row['tflops']:.0f}"]
+        for row in rows
+        if row.get("what") == "attention" and "ms" in row
+    ]
+    report.table("attention", ("form", "N", "ms", "first call, ms", "TFLOP/s"), forms)
+    columns = ("model", "batch", "mode", "dense,\nms", "merged,\nms", "/ dense", "/ best\ndense", "FLOPs")
+    report.table("models", columns, models_table(rows))
+    report.table("steps", ("step", "seconds", "limit", "ended"), minutes)
+
+
+def run(folder: Path, steps: list[str], rehearse: bool, report: Report) -> list[list[str]]:
+    """Run steps in turn, in a rehearsal two at a time; what each took and how it ended."""
+    deadline = time.monotonic() + SECONDS
+
+    def one(step: str) -> list[str]:
+        limit = min(float(STEPS[step][1]), deadline - time.monotonic())
+        start = time.monotonic()
+        if limit < 5:
+            return [step, "0", "0", "left out: no time"]
+        report.say(f"== {step}")
+        command = [sys.executable, str(HERE / "gpu_steps.py"), step, "--out", str(folder)]
+        try:
+            done = subprocess.run([*command, "--rehearse"] if rehearse else command, timeout=limit, check=False)
+            how = "well" if done.returncode == 0 else f"exit code {done.returncode}"
+        except subprocess.TimeoutExpired:
+            how = "time ran out"
+        return [step, f"{time.monotonic() - start:.0f}", f"{limit:.0f}", how]
+
+    with concurrent.futures.ThreadPoolExecutor(2 if rehearse else 1) as pool:
+        return list(pool.map(one, steps))
 
 
 def main() -> int:
-    """Run the parts in turn; stops at the first that fails."""
+    """Run, append, print; 1 if a step or a test on the device failed."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
-    parser.add_argument("--only", default="", help="models: only those whose name@size contains this")
-    parser.add_argument("--batch-sizes", nargs="+", default=["1", "8", "64", "256"], help="models: batch sizes")
-    parser.add_argument(
-        "--mode", default="max-autotune", help="models: mode of torch.compile (default, reduce-overhead, …)"
-    )
+    parser.add_argument("--steps", nargs="+", choices=STEPS, default=list(STEPS))
+    parser.add_argument("--rehearse", action="store_true", help="small work on a CPU: are the steps in order?")
+    parser.add_argument("--into-results", type=Path, metavar="FOLDER", help="append the rows of a run to results.csv")
     args = parser.parse_args()
     report = Report()
-    if not torch.cuda.is_available():
-        report.warn("PyTorch sees no CUDA device here, but all of this needs one: nothing was run")
-        return 2
-    for part in args.parts:
-        for command in PARTS[part]:
-            more = (
-                ["--only", args.only, "--batch-sizes", *args.batch_sizes, "--mode", args.mode]
-                if part == "models"
-                else []
+    if args.into_results is not None:
+        rows = [row for row in read(args.into_results) if not row["rehearsal"]]
+        if not rows:
+            report.warn(
+                f"{args.into_results / ROWS} holds no rows of a GPU, but those of a run were expected: give its folder"
             )
-            report.say(f"== {part}: {' '.join(command)}")
-            code = subprocess.run([sys.executable, *command, *more], cwd=HERE.parent, check=False).returncode
-            if code:
-                report.warn(f"{part} failed with exit code {code}: the rest was not run")
-                return code
-    if "models" in args.parts:
-        table(report, processor("cuda"))
-    return 0
+            return 2
+        append(rows)
+        report.say(f"{len(rows)} rows appended to results.csv")
+        return 0
+    if not args.rehearse:
+        import torch
+
+        if not torch.cuda.is_available():
+            report.warn(
+                "PyTorch sees no CUDA device here, but all of this needs one: nothing was run (--rehearse needs none)"
+            )
+            return 2
+    folder = Path(os.environ.get("OUT") or HERE / "out")
+    folder.mkdir(parents=True, exist_ok=True)
+    before = len(read(folder))
+    ended = run(folder, args.steps, args.rehearse, report)
+    rows = read(folder)[before:]
+    show(report, rows, ended)
+    report.say(f"{len(rows)} rows in {folder / ROWS}")
+    failed = any(row.get("exit_code") for row in rows) or any(step[-1] != "well" for step in ended)
+    return 1 if failed else 0
 
 
 if __name__ == "__main__":

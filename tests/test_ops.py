@@ -201,9 +201,8 @@ def test_plans_of_images_do_not_mix(monkeypatch: pytest.MonkeyPatch) -> None:
     same_plan(together, bipartite_matching(keys, 70, 1, backend="torch"))
     for index in range(5):
         alone = bipartite_matching(keys[index : index + 1], 70, 1, backend="triton")
-        same_plan(
-            alone, MergePlan(*(part[index : index + 1] for part in (together.keep, together.source, together.target)))
-        )
+        keep, source, target = (part[index : index + 1] for part in (together.keep, together.source, together.target))
+        same_plan(alone, MergePlan(keep, source, target))
     monkeypatch.setattr(matching, "LONGEST_RANKED", 0)  # ranks and plans in launches of their own
     same_plan(together, bipartite_matching(keys, 70, 1, backend="triton"))
 

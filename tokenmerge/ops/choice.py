@@ -48,9 +48,12 @@ def device_refusal(device: torch.device) -> str | None:
     return None
 
 
-@functools.cache
+_faults: dict[tuple[torch.dtype, str], None] = {}
+"""What did not compile in this process, by the dtype of the tokens."""
+
+
 def _fault(operation: Operation, index: int, dtype: torch.dtype, heads: int, dim: int) -> str | None:
-    """Why the kernels of an operation do not compile for a device that is here; in words, tried once."""
+    """Why the kernels of an operation do not compile for a device that is here; in words."""
     from tokenmerge.ops import matching, merging
 
     try:
@@ -60,8 +63,15 @@ def _fault(operation: Operation, index: int, dtype: torch.dtype, heads: int, dim
                 kernel._init_handles()  # loads it, which fails where its shared memory does not fit
     except Exception as error:  # Triton, its assembler and the driver each have their own
         first = (str(error).strip() or repr(error)).splitlines()[0]
-        return f"the kernels do not compile for {torch.cuda.get_device_name(index)} ({type(error).__name__}: {first})"
+        fault = f"the kernels do not compile for {torch.cuda.get_device_name(index)} ({type(error).__name__}: {first})"
+        _faults[dtype, fault] = None
+        return fault
     return None
+
+
+def faults(dtype: torch.dtype) -> list[str]:
+    """Why kernels for tokens of that dtype did not compile when they were wanted."""
+    return [fault for found, fault in _faults if found == dtype]
 
 
 @functools.cache

@@ -100,7 +100,7 @@ class BlockFamily:
         names = tuple(p.name for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD)
         object.__setattr__(self, "arguments", names)
         if self.per_head is None:
-            usual = {head_mean: heads_first, head_mean_untransposed: heads_second}
+            usual: dict[Any, Any] = {head_mean: heads_first, head_mean_untransposed: heads_second}
             object.__setattr__(self, "per_head", usual.get(self.metric))
 
     @property

@@ -15,7 +15,7 @@ from tokenmerge.patching.check import attention_choice, check_block, check_rotar
 from tokenmerge.patching.install import install_block, install_model, remove_hooks
 from tokenmerge.patching.root import Patch, merge_blocks
 from tokenmerge.patching.rule import check_rule
-from tokenmerge.patching.specs import matching_in_words, rule_for, set_specs
+from tokenmerge.patching.specs import backend_choice, matching_in_words, rule_for, set_specs
 from tokenmerge.patching.summary import Summary, summarize
 from tokenmerge.patching.swap import Swapped, check_restorable, original_class, restore_class
 from tokenmerge.patching.target import (
@@ -128,6 +128,7 @@ class Handle:
             target.family.pooling(model),
             patch.prop_attn,
             attention_choice(target, patch.config.attention),
+            backend_choice(target, patch.config),
             matching_in_words(patch.config),
             self.schedule,
             target.cost(patch.config.place),

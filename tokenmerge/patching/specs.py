@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import torch
+
+from tokenmerge.attention_forms import Choice
 from tokenmerge.combine import Reduce
 from tokenmerge.config import MergeConfig
+from tokenmerge.matching import get_entry
+from tokenmerge.ops import triton_refusals
+from tokenmerge.ops.choice import faults
 from tokenmerge.patching.block import BlockSpec
 from tokenmerge.patching.root import Patch
 from tokenmerge.patching.rule import Rule
 from tokenmerge.patching.target import Target
+from tokenmerge.precision import autocast_dtype
 
 
 def rule_for(target: Target, config: MergeConfig, index: int) -> Rule:
@@ -45,6 +52,25 @@ def matching_in_words(config: MergeConfig) -> str:
     words = [f"{name} {getattr(config, name)}" for name in names if getattr(config, name) != getattr(usual, name)]
     words += [f"{name}={value}" for name, value in config.options.items()]
     return ", ".join([config.matcher, *words])
+
+
+def backend_choice(target: Target, config: MergeConfig) -> Choice:
+    """What runs matching and merging in the model as it is now, "triton" or "torch", and why."""
+    if config.backend == "torch":
+        return Choice("torch", "as the config asks")
+    tokens = next(target.model.parameters())
+    dtype = autocast_dtype(tokens.device.type) or tokens.dtype
+    like = torch.empty(0, 1, 0, 64, dtype=dtype, device="meta" if tokens.is_meta else tokens.device)
+    reasons = [*triton_refusals(like, "match"), *triton_refusals(like.flatten(1, 2), "merge"), *faults(dtype)]
+    if reasons:
+        return Choice("torch", "; ".join(dict.fromkeys(reasons)))
+    parts = [
+        *(["matching"] if "backend" in get_entry(config.matcher).offered and config.distance == "cosine" else []),
+        *(["merging"] if config.combine == "mean" else []),
+    ]
+    if not parts:
+        return Choice("torch", f"there is no kernel for matcher {config.matcher!r} with combine={config.combine!r}")
+    return Choice("triton", f"{' and '.join(parts)} by kernels")
 
 
 def set_specs(target: Target, record: Patch) -> None:

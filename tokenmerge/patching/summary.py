@@ -22,6 +22,8 @@ class Summary:
         prop_attn: whether sizes weigh in attention.
         attention: which form of attention runs with sizes (see `MergeConfig.attention`).
         attention_reason: why, in words.
+        backend: what matches and merges, "triton" or "torch".
+        backend_reason: why, in words.
         matcher: name of the matching algorithm.
         requested: r per block as asked for.
         r: r per block after cutting it to what is possible at the model's own input size.
@@ -38,6 +40,8 @@ class Summary:
     prop_attn: bool
     attention: str
     attention_reason: str
+    backend: str
+    backend_reason: str
     matcher: str
     requested: Schedule
     r: Schedule
@@ -57,6 +61,7 @@ class Summary:
             f"  prefix tokens {self.protected}, pooling {self.pooling}",
             f"  proportional attention {'on' if self.prop_attn else 'off'}",
             *textwrap.wrap(f"  attention form {self.attention}: {self.attention_reason}", 80, subsequent_indent="    "),
+            *textwrap.wrap(f"  backend {self.backend}: {self.backend_reason}", 80, subsequent_indent="    "),
             f"  {self.flops_before / 1e9:.4g} -> {self.flops_after / 1e9:.4g} GFLOPs per image "
             f"({100 / self.flops_ratio:.1f} %)",
             "  block   tokens in   merged   tokens out   GFLOPs",
@@ -70,7 +75,14 @@ class Summary:
 
 
 def summarize(
-    model: str, pooling: str, prop_attn: bool, choice: Choice, matcher: str, schedule: Schedule, cost: ModelCost
+    model: str,
+    pooling: str,
+    prop_attn: bool,
+    choice: Choice,
+    backend: Choice,
+    matcher: str,
+    schedule: Schedule,
+    cost: ModelCost,
 ) -> Summary:
     """The summary of a model of that cost under `schedule`."""
     return Summary(
@@ -81,6 +93,8 @@ def summarize(
         prop_attn=prop_attn,
         attention=choice.form,
         attention_reason=choice.reason,
+        backend=backend.form,
+        backend_reason=backend.reason,
         matcher=matcher,
         requested=schedule,
         r=cut(schedule, cost.tokens, cost.protected),

@@ -94,7 +94,8 @@ def _heads(block: Any) -> int:
 
 def _flat_per_head(block: Any, keys: tuple[Tensor, ...]) -> Tensor:
     """K `[B, N, H·D]` as `[B, H, N, D]`, a view."""
-    return keys[0].unflatten(2, (_heads(block), -1)).transpose(1, 2)
+    per_head: Tensor = keys[0].unflatten(2, (_heads(block), -1)).transpose(1, 2)
+    return per_head
 
 
 def _flat_metric(block: Any, keys: tuple[Tensor, ...]) -> Tensor:

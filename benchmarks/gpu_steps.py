@@ -1,0 +1,289 @@
+"""The steps of `gpu.py`, each a process of its own: what breaks one of them (a lost device, a hang) cannot reach the next.
+
+    python benchmarks/gpu_steps.py ops --out FOLDER [--rehearse]
+
+Every figure is appended to FOLDER/rows.jsonl the moment it is known.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+if "--rehearse" in sys.argv:
+    os.environ["TRITON_INTERPRET"] = "1"  # kernels run on the CPU then; read when Triton is imported
+
+import torch
+from common import where
+from torch import Tensor
+
+import tokenmerge
+from tokenmerge.attention_call import AttentionCall
+from tokenmerge.attention_forms import FORMS
+from tokenmerge.ops import launch, matching, triton_refusals
+from tokenmerge.timing import Call, synchronize, take_turns
+
+ROOT = Path(__file__).resolve().parents[1]
+ROWS = "rows.jsonl"
+
+
+class Bench:
+    """Where a step runs and where its figures go.
+
+    Attributes:
+        device: "cuda", or "cpu" in a rehearsal.
+        rehearse: whether to do everything small.
+        dtype: of tokens.
+        rates: bytes per second of a copy and multiply-adds per second of a product, as the step `card` measured them.
+    """
+
+    def __init__(self, step: str, folder: Path, rehearse: bool) -> None:
+        self.step, self.folder, self.rehearse = step, folder, rehearse
+        self.device = torch.device("cpu" if rehearse else "cuda")
+        self.dtype = torch.float32 if rehearse else torch.bfloat16
+        self.made_by = {
+            **where("gpu", self.device.type),
+            "step": step,
+            "rehearsal": rehearse,
+            "dtype": str(self.dtype)[6:],
+        }
+
+    def note(self, **values: Any) -> None:
+        """Append one row and print it."""
+        with (self.folder / ROWS).open("a") as file:
+            file.write(json.dumps({**self.made_by, **values}) + "\n")
+        print(
+            "  " + ", ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in values.items()),
+            flush=True,
+        )
+
+    @functools.cached_property
+    def rates(self) -> tuple[float, float]:
+        """See above; a step that runs alone measures them itself."""
+        numbers, side = (2**20, 256) if self.rehearse else (2**28, 8192)
+        source = torch.randn(numbers, device=self.device)
+        target = torch.empty_like(source)
+        a, b = (torch.randn(side, side, device=self.device).to(self.dtype) for _ in range(2))
+        copy, product = self.times([lambda: target.copy_(source), lambda: a @ b])
+        return 8 * numbers / copy, side**3 / product
+
+    def times(self, calls: list[Call], rounds: int = 12) -> list[float]:
+        """Median seconds of calls that take turns."""
+        rounds = 2 if self.rehearse else rounds
+        return [statistics.median(one) for one in take_turns(calls, self.device, 2, rounds)]
+
+    def first(self, call: Call) -> float:
+        """Seconds of a call that was never made before: it compiles, and libraries make their plans."""
+        synchronize(self.device)
+        start = time.perf_counter()
+        call()
+        synchronize(self.device)
+        return time.perf_counter() - start
+
+
+def card(bench: Bench) -> None:
+    """What is here, and its two ceilings."""
+    import transformers
+    import triton
+
+    bandwidth, rate = bench.rates
+    bench.note(
+        what="ceilings",
+        copy_gb_per_s=bandwidth / 1e9,
+        product_tflops=2 * rate / 1e12,
+        triton=triton.__version__,
+        transformers=transformers.__version__,
+        cudnn=torch.backends.cudnn.version() or 0,
+        kernels="; ".join(triton_refusals(torch.empty(1, 8, 64, device=bench.device, dtype=bench.dtype))) or "run",
+    )
+
+
+def checks(bench: Bench) -> None:
+    """The kernels and the forms of attention against their references, on this very device."""
+    few = ["-k", "test_an_empty_batch"] if bench.rehearse else ["-n", "12", "-m", "not slow"]
+    files = ["tests/test_ops.py"] if bench.rehearse else ["tests/test_ops.py", "tests/test_attention_forms.py"]
+    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", *few, *files]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    (bench.folder / "checks.log").write_text(done.stdout + done.stderr)
+    failed = [line for line in done.stdout.splitlines() if line.startswith(("FAILED", "ERROR"))]
+    bench.note(what="tests", exit_code=done.returncode, failed=len(failed), first_failure="".join(failed[:1]))
+
+
+def op_calls(
+    started: list[launch.Launch], keys: Tensor, x: Tensor, size: Tensor, plan: tokenmerge.MergePlan, r: int
+) -> dict[str, Call]:
+    """What `ops` measures."""
+    return {
+        "unit keys": started[0].start,
+        "unit keys and match": lambda: launch.start_all(started),
+        "matching": lambda: matching.match(keys, r, 1),
+        "merge": lambda: plan.merge_for_attention(x, size, "mean", "triton", x.dtype),
+        "matching in torch": lambda: tokenmerge.bipartite_matching(keys, r, 1, backend="torch"),
+        "merge in torch": lambda: plan.merge(x, size, backend="torch"),
+    }
+
+
+def ops(bench: Bench) -> None:
+    """Each launch and each operation against its floor: the bytes it must move, or the products it must make."""
+    bandwidth, rate = bench.rates
+    shapes = [(1, 17, 2, 32)] if bench.rehearse else [(64, 197, 12, 64), (64, 577, 12, 64), (64, 1370, 16, 80)]
+    for batch, tokens, heads, dim in shapes:
+        r, channels = max(1, tokens // 25), heads * dim
+        keys = torch.randn(batch, tokens, 3, heads, dim, device=bench.device).to(bench.dtype).permute(2, 0, 3, 1, 4)[1]
+        x = torch.randn(batch, tokens, channels, device=bench.device).to(bench.dtype)
+        size = torch.ones(batch, tokens, device=bench.device)
+        started = matching.launches(keys, r, 1)[3]
+        plan = tokenmerge.MergePlan(*matching.match(keys, r, 1))
+        calls = op_calls(started, keys, x, size, plan, r)
+        width = -(-dim // 16) * 16
+        unit = (keys.numel() * keys.element_size() + 4 * batch * tokens * width) / bandwidth
+        match = max(3 * batch * (tokens / 2) ** 2 * dim / rate, 4 * batch * tokens * width / bandwidth)
+        merge = (2 * tokens - r) * batch * channels * x.element_size() / bandwidth
+        floors = {"unit keys": unit, "unit keys and match": unit + match, "matching": unit + match, "merge": merge}
+        graphed = {name: captured(call, bench) for name, call in calls.items()}
+        for name, seconds in zip(calls, bench.times(list(graphed.values()), 30), strict=True):
+            floor = floors.get(name, floors["matching" if "matching" in name else "merge"])
+            shape = {"batch_size": batch, "tokens": tokens, "heads": heads, "head_dim": dim, "r": r}
+            bench.note(what="op", op=name, **shape, ms=1e3 * seconds, floor_ms=1e3 * floor, over_floor=seconds / floor)
+
+
+def attention(bench: Bench) -> None:
+    """Every form at three shapes, and what its first call costs: cuDNN plans, flex compiles."""
+    shapes = [(1, 2, 33, 32)] if bench.rehearse else [(64, 12, 197, 64), (64, 16, 1025, 64), (64, 16, 1370, 80)]
+    forms = ["math", "key_channel"] if bench.rehearse else [form for form in FORMS if form != "auto"]
+    for batch, heads, tokens, dim in shapes:
+        qkv = torch.randn(batch, tokens, 3, heads, dim, device=bench.device).to(bench.dtype)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)
+        mask = torch.randint(1, 9, (batch, tokens), device=bench.device).float().log().to(v)[:, None, None, :]
+
+        def attend(form: str, q: Tensor = q, k: Tensor = k, v: Tensor = v, mask: Tensor = mask) -> Any:
+            with torch.inference_mode():
+                if form == "no sizes":
+                    return torch.nn.functional.scaled_dot_product_attention(q, k, v)
+                with AttentionCall(form):
+                    return torch.nn.functional.scaled_dot_product_attention(q, k, v, mask)
+
+        calls, firsts = {}, {}
+        for form in ("no sizes", *forms):
+            calls[form] = functools.partial(attend, form)
+            try:
+                firsts[form] = bench.first(calls[form])
+            except RuntimeError as error:  # a kernel that refuses the shape
+                bench.note(what="attention", form=form, tokens=tokens, fault=str(error).splitlines()[0])
+                del calls[form]
+        shape = {"batch_size": batch, "heads": heads, "tokens": tokens, "head_dim": dim}
+        for form, seconds in zip(calls, bench.times(list(calls.values())), strict=True):
+            rate = 4 * batch * heads * tokens**2 * dim / seconds / 1e12
+            bench.note(what="attention", form=form, **shape, ms=1e3 * seconds, first_ms=1e3 * firsts[form], tflops=rate)
+
+
+def captured(call: Call, bench: Bench) -> Call:
+    """The same as a CUDA graph that only replays; in a rehearsal the call itself."""
+    if bench.device.type != "cuda":
+        return call
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side), torch.inference_mode():
+        for _ in range(3):
+            call()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph), torch.inference_mode():
+        call()
+    return graph.replay
+
+
+def model_calls(
+    bench: Bench, name: str, size: int, r: int, batch: int, prepare: Callable[[Any], Any] = lambda model: model
+) -> tuple[dict[str, Call], dict[str, Any]]:
+    """Forward passes of a model, dense and merged, prepared in some way, and what they are."""
+    import timm  # not by every step: it takes seconds
+
+    small: dict[str, Any] = {"depth": 3, "embed_dim": 48, "num_heads": 3} if bench.rehearse else {}
+    size, batch = (96, 2) if bench.rehearse else (size, batch)
+    made = {}
+    for variant in ("dense", "merged"):
+        with bench.device:  # a large model takes long to initialise on a CPU
+            torch.manual_seed(0)
+            made[variant] = timm.create_model(name, img_size=size, **small).eval().to(bench.dtype)
+    handle = tokenmerge.patch(made["merged"], r=min(r, 4) if bench.rehearse else r)
+    images = torch.randn(batch, 3, size, size, device=bench.device).to(bench.dtype)
+
+    def one(model: Any) -> Call:
+        def call() -> Any:
+            with torch.no_grad():
+                return model(images)
+
+        return call
+
+    summary = handle.summary()
+    shape = {"model": name, "img_size": size, "r": r, "batch_size": batch, "flops_ratio": summary.flops_ratio}
+    return {variant: one(prepare(model)) for variant, model in made.items()}, {**shape, "attention": summary.attention}
+
+
+def models(bench: Bench, wanted: list[tuple[str, int, int, int]]) -> None:
+    """Dense and merged, eager and then as CUDA graphs captured by hand."""
+    for job in wanted:
+        calls, shape = model_calls(bench, *job)
+        firsts = {variant: bench.first(call) for variant, call in calls.items()}
+        for mode, wrapped in (("eager", calls), ("graph", {v: captured(call, bench) for v, call in calls.items()})):
+            for variant, seconds in zip(wrapped, bench.times(list(wrapped.values()), 8), strict=True):
+                bench.note(
+                    what="model", **shape, variant=variant, mode=mode, ms=1e3 * seconds, first_ms=1e3 * firsts[variant]
+                )
+        del calls, wrapped
+        if bench.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+
+def compiled(bench: Bench) -> None:
+    """`torch.compile` in its default mode, dense and merged."""
+    backend = "aot_eager" if bench.rehearse else "inductor"
+    compiler = functools.partial(torch.compile, backend=backend)
+    calls, shape = model_calls(bench, "vit_base_patch16_224", 224, 16, 64, compiler)
+    firsts = {variant: bench.first(call) for variant, call in calls.items()}
+    for variant, seconds in zip(calls, bench.times(list(calls.values()), 12), strict=True):
+        bench.note(
+            what="model", **shape, variant=variant, mode="compiled", ms=1e3 * seconds, first_ms=1e3 * firsts[variant]
+        )
+
+
+STEPS: dict[str, tuple[Callable[[Bench], None], int]] = {
+    "card": (card, 30),
+    "checks": (checks, 75),
+    "ops": (ops, 40),
+    "attention": (attention, 45),
+    "models": (
+        lambda bench: models(bench, [("vit_base_patch16_224", 224, 16, 64), ("vit_large_patch16_224", 512, 40, 64)]),
+        60,
+    ),
+    "extremes": (
+        lambda bench: models(bench, [("vit_huge_patch14_224", 518, 40, 64), ("vit_small_patch16_224", 224, 13, 1)]),
+        75,
+    ),
+    "compile": (compiled, 75),
+}
+"""Each with its limit in seconds, in the order of their worth."""
+
+
+def main() -> None:
+    """Run one step."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("step", choices=STEPS)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--rehearse", action="store_true")
+    args = parser.parse_args()
+    STEPS[args.step][0](Bench(args.step, args.out, args.rehearse))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,34 @@
+"""One of two processes that take turns: a merged model of whatever tokenmerge is on the path, a pass each time it is told.
+
+Started by `overhead.py --against COMMIT`, once with this tree on PYTHONPATH and once with that commit's. It reads lines and
+answers each with the seconds of one forward pass.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+
+import timm
+import torch
+
+import tokenmerge
+
+
+def main() -> None:
+    """`turns.py NAME SIZE R BATCH`."""
+    name, size, r, batch = sys.argv[1], *(int(word) for word in sys.argv[2:])
+    torch.manual_seed(0)
+    model = timm.create_model(name, img_size=size).eval()
+    tokenmerge.patch(model, r=r)
+    images = torch.randn(batch, 3, size, size)
+    print(tokenmerge.__file__, flush=True)
+    with torch.inference_mode():
+        for _ in sys.stdin:
+            start = time.perf_counter()
+            model(images)
+            print(time.perf_counter() - start, flush=True)
+
+
+if __name__ == "__main__":
+    main()
