@@ -13,7 +13,7 @@ OLD := .venv-oldest
 # (the interpreter of its Triton, 3.6, cannot run with a newer NumPy)
 OLDEST := torch==2.11.0 torchvision==0.26.0 timm==1.0.26 transformers==5.17.0 open_clip_torch==3.3.0 accelerate==1.12.0 numpy==2.3.5
 
-.PHONY: demo test test-fast test-oldest check docs overhead benchmarks benchmarks-gpu clean
+.PHONY: demo test test-fast test-oldest check kernels docs overhead benchmarks benchmarks-gpu clean
 
 demo: $(STAMP)
 	$(BIN)/tokenmerge demo
@@ -44,6 +44,11 @@ check: $(STAMP)
 	$(BIN)/mkdocs build --strict --quiet
 	$(BIN)/python -m build --wheel --outdir dist
 
+# every Triton kernel, compiled for GPUs that need not be here, by the oldest and the newest Triton
+kernels: $(STAMP) $(OLD)/.installed
+	$(OLD)/bin/python scripts/kernels.py
+	$(BIN)/python scripts/kernels.py
+
 docs: $(STAMP)
 	$(BIN)/mkdocs serve
 
@@ -55,9 +60,10 @@ benchmarks: $(STAMP)
 	for script in overhead models scaling attention ops training; do $(BIN)/python benchmarks/$$script.py || exit 1; done
 	$(BIN)/python benchmarks/plot.py
 
-# the same on a GPU, kernels checked first; what it needs is said in benchmarks/gpu.py
+# on a GPU, for people with time: the prepared run of 300 s first, then the long ones; what they need is said in benchmarks/gpu.py
 benchmarks-gpu:
 	$(PYTHON) benchmarks/gpu.py
+	for script in attention ops models training scaling; do $(PYTHON) benchmarks/$$script.py --device cuda --dtype bfloat16 || exit 1; done
 
 $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)

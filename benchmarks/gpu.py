@@ -61,11 +61,9 @@ def show(report: Report, rows: list[dict[str, Any]], minutes: list[list[str]]) -
     """The tables, from the rows alone."""
     shapes = [
         [
-            row["op"],
-            *(str(row[name]) for name in ("tokens", "head_dim")),
-            *(f"{row[name]:.3f}" for name in ("ms", "floor_ms")),
+            *(str(row[name]) for name in ("op", "tokens", "head_dim")),
+            *(f"{row[n]:.3f}" for n in ("ms", "floor_ms", "over_floor")),
         ]
-        + [f"{row['over_floor']:.2f}"]
         for row in rows
         if row.get("what") == "op"
     ]

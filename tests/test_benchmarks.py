@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import csv
+import json
+import os
 import runpy
 import subprocess
 import sys
@@ -33,7 +35,7 @@ def results(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     path = tmp_path / "benchmarks" / "results.csv"
     path.parent.mkdir()
     (tmp_path / "docs").mkdir()
-    for module in (common, plot, gpu):
+    for module in (common, plot):
         monkeypatch.setattr(module, "RESULTS", path)
     monkeypatch.setattr(plot, "IMAGES", tmp_path / "docs" / "images")
     return path
@@ -150,32 +152,76 @@ def test_figures_come_from_rows_alone(results: Path, monkeypatch: pytest.MonkeyP
     assert (plot.IMAGES / "scaling.svg").read_text() == first[1]
 
 
-def test_the_gpu_command(results: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    """Without a GPU it says so; with one it runs existing files, stops at the first failure, and ends with a table."""
+def test_the_gpu_command_without_a_gpu(
+    results: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    """It says so and runs nothing; a folder without rows of a GPU adds nothing to the results."""
     monkeypatch.setattr(sys, "argv", ["gpu.py"])
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert gpu.main() == 2
     assert "sees no CUDA device" in capsys.readouterr().err
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(gpu, "processor", lambda device: "some GPU")
-    ran: list[list[str]] = []
-    codes = iter([0] * 3 + [1])
-
-    class Done:
-        def __init__(self, command: list[str], **_: Any) -> None:
-            ran.append(command[1:])
-            self.returncode = next(codes)
-
-    monkeypatch.setattr(subprocess, "run", Done)
-    assert gpu.main() == 1
-    assert len(ran) == 4
-    assert all(Path(word).is_file() for command in ran for word in command if word.endswith(".py") and "/" in word[:1])
-    times = {"dense": 10.0, "dense compiled": 8.0, "merged": 6.0, "merged compiled": 4.0, "sliced compiled": 3.9}
-    shape = {"benchmark": "models", "processor": "some GPU", "model": "vit", "img_size": 512, "batch_size": 64, "r": 40}
-    shape |= {"dtype": "bfloat16", "date": "today", "commit": "a", "command": "models.py"}
-    common.append([{**shape, "variant": "dense", "ms": 1.0, "commit": "older"}])
-    common.append([{**shape, "variant": name, "ms": ms} for name, ms in times.items()])
-    codes = iter([0] * 9)
+    row = {"step": "ops", "rehearsal": True, "what": "op", "ms": 1.0}
+    (tmp_path / "rows.jsonl").write_text(json.dumps(row) + "\n")
+    monkeypatch.setattr(sys, "argv", ["gpu.py", "--into-results", str(tmp_path)])
+    assert gpu.main() == 2
+    assert "holds no rows of a GPU" in capsys.readouterr().err
+    assert not results.exists()
+    with (tmp_path / "rows.jsonl").open("a") as file:
+        file.write(json.dumps({**row, "rehearsal": False, "processor": "some GPU"}) + "\n")
     assert gpu.main() == 0
+    assert [one["processor"] for one in read(results)] == ["some GPU"]
+
+
+def test_a_step_that_fails_or_hangs_stops_no_other(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    """Each is a process with a limit; how it ended is in the table, and the exit code says that not all went well."""
+    ran: list[str] = []
+
+    def pretend(command: list[str], timeout: float, **_: Any) -> Any:
+        ran.append(command[2])
+        if command[2] == "card":
+            raise subprocess.TimeoutExpired(command, timeout)
+        return subprocess.CompletedProcess(command, 3 if command[2] == "checks" else 0)
+
+    monkeypatch.setattr(subprocess, "run", pretend)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setenv("OUT", str(tmp_path))
+    monkeypatch.setattr(sys, "argv", ["gpu.py", "--steps", "card", "checks", "ops"])
+    assert gpu.main() == 1
     out = capsys.readouterr().out
-    assert all(text in out for text in ("vit@512", "1.67", "2.00", "1.03"))
+    assert ran == ["card", "checks", "ops"]
+    assert all(text in out for text in ("time ran out", "exit code 3", "well"))
+    assert sum(limit for _, limit in gpu.STEPS.values()) <= 400  # each may be slow, not all of them
+    shape = {"what": "model", "model": "vit", "img_size": 512, "batch_size": 64, "flops_ratio": 2.0}
+    times = {("eager", "dense"): 10.0, ("eager", "merged"): 6.0, ("graph", "dense"): 8.0, ("graph", "merged"): 4.0}
+    rows = [{**shape, "mode": mode, "variant": variant, "ms": ms} for (mode, variant), ms in times.items()]
+    assert gpu.models_table(rows) == [
+        ["vit@512", "64", "eager", "10.00", "6.00", "1.67", "1.33", "2.00"],
+        ["vit@512", "64", "graph", "8.00", "4.00", "2.00", "2.00", "2.00"],
+    ]
+
+
+@pytest.mark.slow
+def test_the_rehearsal_passes_every_step(tmp_path: Path) -> None:
+    """As a contributor runs it before a GPU is there; every step leaves rows."""
+    environment = {**os.environ, "OUT": str(tmp_path)}
+    command = [sys.executable, str(FOLDER / "gpu.py"), "--rehearse"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    rows = [json.loads(line) for line in (tmp_path / "rows.jsonl").read_text().splitlines()]
+    assert {row["step"] for row in rows} == set(gpu.STEPS)
+    assert all(row["rehearsal"] and row["processor"] for row in rows)
+
+
+@pytest.mark.slow
+def test_two_trees_take_turns(
+    results: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """This tree against its own commit: two processes, pass by pass, each with its own tokenmerge."""
+    if not (FOLDER.parent / ".git").exists():
+        pytest.skip("needs the repository's history")
+    monkeypatch.setattr(common, "CPU_MODELS", (("deit_tiny_patch16_224", 64, 2, 2),))
+    run("overhead.py", "--against", "HEAD", "--rounds", "3", "--processes", "1", monkeypatch=monkeypatch)
+    assert "mean ratio" in capsys.readouterr().out
+    assert [row["variant"] for row in read(results)] == ["over HEAD"]
