@@ -22,6 +22,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
 import attention
 import common
 import gpu
+import gpu_steps
 import ops
 import plot
 import straightforward
@@ -192,7 +193,8 @@ def test_a_step_that_fails_or_hangs_stops_no_other(
     out = capsys.readouterr().out
     assert ran == ["card", "checks", "ops"]
     assert all(text in out for text in ("time ran out", "exit code 3", "well"))
-    assert sum(limit for _, limit in gpu.STEPS.values()) <= 400  # each may be slow, not all of them
+    limits = [limit for _, limit in gpu_steps.STEPS.values()]
+    assert sum(limits) <= 400  # each may be slow, not all of them
     shape = {"what": "model", "model": "vit", "img_size": 512, "batch_size": 64, "flops_ratio": 2.0}
     times = {("eager", "dense"): 10.0, ("eager", "merged"): 6.0, ("graph", "dense"): 8.0, ("graph", "merged"): 4.0}
     rows = [{**shape, "mode": mode, "variant": variant, "ms": ms} for (mode, variant), ms in times.items()]
@@ -210,7 +212,7 @@ def test_the_rehearsal_passes_every_step(tmp_path: Path) -> None:
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     rows = [json.loads(line) for line in (tmp_path / "rows.jsonl").read_text().splitlines()]
-    assert {row["step"] for row in rows} == set(gpu.STEPS)
+    assert {row["step"] for row in rows} == set(gpu_steps.STEPS)
     assert all(row["rehearsal"] and row["processor"] for row in rows)
 
 

@@ -107,7 +107,7 @@ class MergeBlock:
     """
 
     _tokenmerge_spec: BlockSpec
-    _tokenmerge_seen: Seen
+    _tokenmerge_seen: Seen | None
     _tokenmerge_attention: Tensor | None
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -172,7 +172,8 @@ class MergeBlock:
 
     def _untouched(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
         """Upstream's own forward: nothing merges anywhere, so any argument may be given."""
-        vars(self).pop("_tokenmerge_seen", None)  # no older pass may be taken for this one
+        if getattr(self, "_tokenmerge_seen", None) is not None:
+            self._tokenmerge_seen = None  # no older pass may be taken for this one
         return super().forward(x, *args, **kwargs)  # type: ignore[misc]  # upstream's block comes next
 
     def _get_name(self) -> str:
@@ -189,8 +190,10 @@ def _leave(block: Any, x: Tensor, state: TokenState, spec: BlockSpec, batch: int
         plans = (*state.plans, None) if spec.keep_plans or state.full_output else ()
         state = dataclasses.replace(state, plans=plans, merged=None)
     if spec.trace and not is_exporting():
-        noted = (vars(block).pop(name, None) for name in ("_tokenmerge_similarity", "_tokenmerge_attention"))
+        noted = [getattr(block, name, None) for name in ("_tokenmerge_similarity", "_tokenmerge_attention")]
         block._tokenmerge_seen = Seen(_without_graph(state), batch, tokens, x.device, *noted)
+        # (set, not removed: Dynamo of torch 2.11 cannot look into a module's dict)
+        block._tokenmerge_similarity = block._tokenmerge_attention = None
     if spec.full_output or (state.full_output and not spec.merged_states):
         full = state.unmerge(x)
         out = carry(full, dataclasses.replace(state, merged=x) if full is not x else state)

@@ -32,6 +32,10 @@ from tokenmerge.schedule import Schedule, expand, flops_target, keep_ratio, max_
 from tokenmerge.tracing import Trace
 
 
+_OURS = ("_tokenmerge_spec", "_tokenmerge_seen", "_tokenmerge_attention", "_tokenmerge_similarity", "_tokenmerge_patch")
+"""Attributes that only a patched module has."""
+
+
 class Handle:
     """A patched model's controls. It holds no state of its own, so any number may exist for one model."""
 
@@ -160,7 +164,8 @@ class Handle:
             raise PatchError(
                 "tracing is off for this model: turn it on with handle.update(trace=True), then run the model"
             )
-        seen = [vars(block)["_tokenmerge_seen"] for block in merge_blocks(model) if "_tokenmerge_seen" in vars(block)]
+        noted = [vars(block).get("_tokenmerge_seen") for block in merge_blocks(model)]
+        seen = [one for one in noted if one is not None]
         if not seen:
             raise PatchError("no forward pass has run since tracing was turned on: call the model first")
         sizes = tuple(one.state.size for one in seen)
@@ -340,6 +345,6 @@ def _restore(model: Any) -> None:
     for module in swapped:
         restore_class(module)
     for module in model.modules():
-        for name in ("_tokenmerge_spec", "_tokenmerge_seen", "_tokenmerge_attention", "_tokenmerge_patch"):
-            vars(module).pop(name, None)
+        for name in [name for name in vars(module) if name in _OURS]:
+            del vars(module)[name]
         remove_hooks(module)

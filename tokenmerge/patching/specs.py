@@ -59,6 +59,8 @@ def backend_choice(target: Target, config: MergeConfig) -> Choice:
     if config.backend == "torch":
         return Choice("torch", "as the config asks")
     tokens = next(target.model.parameters())
+    if config.backend == "auto" and not tokens.is_cuda:
+        return Choice("torch", f"the model is on {tokens.device.type!r}, and the kernels need a CUDA device")
     dtype = autocast_dtype(tokens.device.type) or tokens.dtype
     like = torch.empty(0, 1, 0, 64, dtype=dtype, device="meta" if tokens.is_meta else tokens.device)
     reasons = [*triton_refusals(like, "match"), *triton_refusals(like.flatten(1, 2), "merge"), *faults(dtype)]
