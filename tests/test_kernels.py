@@ -69,6 +69,31 @@ def test_what_does_not_compile_is_seen(tmp_path: Path, name: str) -> None:
     assert ("Any" in done.stdout) == ("Any" in new)
 
 
+VARIANTS = """
+import torch
+from triton.runtime import driver
+from scripts.kernels import Target
+from tokenmerge.ops import matching, merging
+
+driver.set_active(Target(90))
+found = {}
+for tokens in (577, 560, 197, 184, 173, 100, 99, 83):
+    qkv = torch.empty(3, tokens, 3, 12, 64, dtype=torch.bfloat16, device="meta")
+    x = torch.empty(3, tokens, 768, dtype=torch.bfloat16, device="meta")
+    for launch in matching.launches(qkv.permute(2, 0, 3, 1, 4)[1], 16, 1)[3] + merging.launches(x, True, 16, x.dtype):
+        found.setdefault(launch.kernel.__name__, set()).add(launch.compile().hash)
+print({name: len(hashes) for name, hashes in found.items()})
+"""
+
+
+def test_blocks_of_a_model_share_their_kernels() -> None:
+    """Numbers of tokens are no constants of the compiler: every block would compile its own."""
+    done = without_interpreter("-c", VARIANTS)
+    assert done.returncode == 0, done.stderr
+    names = ("unit_keys_kernel", "match_kernel", "merge_kernel", "merge_gradient_kernel")
+    assert done.stdout.strip() == str(dict.fromkeys(names, 1))
+
+
 def test_older_cards_are_told_so(monkeypatch: pytest.MonkeyPatch) -> None:
     """Before Ampere Triton multiplies without the matrix unit, and there the edges would spill."""
     monkeypatch.setattr(choice, "interpreted", lambda: False)
