@@ -7,6 +7,8 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+# byte code is made when a module is first imported: of the modules installed, most never are, and making it takes over a minute
+PIP := --quiet --no-compile
 
 # the oldest versions that pass, in an environment of their own
 OLD := .venv-oldest
@@ -32,7 +34,7 @@ test-oldest: $(OLD)/.installed
 $(OLD)/.installed: pyproject.toml Makefile
 	$(PYTHON) -m venv $(OLD)
 	$(OLD)/bin/python -m pip install --quiet --upgrade pip
-	$(OLD)/bin/python -m pip install --quiet $(OLDEST) --editable ".[dev]"
+	$(OLD)/bin/python -m pip install $(PIP) $(OLDEST) --editable ".[dev]"
 	touch $@
 
 check: $(STAMP)
@@ -68,7 +70,7 @@ benchmarks-gpu:
 $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[dev]"
+	$(BIN)/python -m pip install $(PIP) --constraint constraints.txt --editable ".[dev]"
 	touch $(STAMP)
 
 clean:
