@@ -1,7 +1,7 @@
 """Compile every Triton kernel for GPUs that need not be here, and read what the machine code needs.
 
     python scripts/kernels.py                                   # the whole table (`make kernels`)
-    python scripts/kernels.py --targets 90 --dims 64 --dtypes bfloat16
+    python scripts/kernels.py --targets 90 --dims 64 --dtypes bfloat16 --kernels match_kernel
 
 Each kernel is compiled through its own launcher, with the arguments that a model gives it, by the Triton that is installed.
 Compiling is all that this shows: nothing is run, so neither results nor speed are tested. Exit code 1 if a kernel does not
@@ -124,6 +124,7 @@ def main() -> int:
     parser.add_argument("--targets", nargs="+", type=int, choices=sorted(SHARED), default=sorted(SHARED))
     parser.add_argument("--dims", nargs="+", type=int, default=list(DIMS), help="head sizes")
     parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=list(DTYPES))
+    parser.add_argument("--kernels", nargs="+", help="names of kernels (default: all)")
     args = parser.parse_args()
     assert not INTERPRETED
     count, faults, seen = 0, 0, set()
@@ -132,7 +133,7 @@ def main() -> int:
     for capability in args.targets:
         driver.set_active(Target(capability))
         for words, launch in launches(args.dims, args.dtypes):
-            if (capability, words) in seen:
+            if (capability, words) in seen or launch.kernel.__name__ not in (args.kernels or [launch.kernel.__name__]):
                 continue
             seen.add((capability, words))
             row, count = compile_one(launch, capability), count + 1
