@@ -108,6 +108,7 @@ def test_a_speedup_that_is_out_of_reach_is_named(run: Run, model_dir: Path, data
     assert "out of reach" in err
 
 
+@pytest.mark.slow
 def test_the_papers_experiments_run_on_any_model(run: Run, model_dir: Path, data: Path, tmp_path: Path) -> None:
     words = (
         "compare",
@@ -153,6 +154,7 @@ def test_bad_input_is_one_sentence(run: Run, args: tuple[str, ...], words: str) 
     assert len(err.strip().splitlines()) == 1 or err.startswith("warning")
 
 
+@pytest.mark.slow
 def test_search_finds_writes_and_resumes(run: Run, model_dir: Path, data: Path, tmp_path: Path) -> None:
     pytest.importorskip("optuna")
     words: tuple[object, ...] = (

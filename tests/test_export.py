@@ -46,7 +46,7 @@ def export(model: nn.Module, images: torch.Tensor, path: Path, format: str, **fi
 @pytest.mark.parametrize("name", NAMES)
 def test_torch_export(name: str, tmp_path: Path) -> None:
     """Exported with a batch of 2; verified with 1, 2 and 3."""
-    model = tiny(name)
+    model = tiny(name, depth=2)
     tokenmerge.patch(model, r=5, backend="torch")
     gap = export(model, images_for(model), tmp_path, "pt2")
     assert gap <= 2e-6
@@ -56,7 +56,7 @@ def test_torch_export(name: str, tmp_path: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 def test_onnx(name: str, tmp_path: Path) -> None:
-    model = tiny(name)
+    model = tiny(name, depth=2)
     tokenmerge.patch(model, r=5, backend="torch")
     gap = export(model, images_for(model), tmp_path, "onnx")
     assert gap <= 1e-4
@@ -77,7 +77,7 @@ def test_onnx(name: str, tmp_path: Path) -> None:
 )
 def test_transformers(name: str, format: str, tmp_path: Path) -> None:
     tower = next(tower for tower in TOWERS if tower.name == name)
-    model = tower.build()
+    model = tower.build(num_hidden_layers=2)
     tokenmerge.patch(model, r=5, backend="torch")
     (images,) = tower.feed(2).values()
     gap = export(model, images, tmp_path, format)

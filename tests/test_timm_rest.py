@@ -50,8 +50,7 @@ def test_battery(name: str) -> None:
         twin = copy.deepcopy(model)
         assert torch.equal(twin(one), wanted)
         torch._dynamo.reset()
-        for block in getattr(twin, "encoder", twin).blocks:
-            block.compile(fullgraph=True, backend="aot_eager")
+        getattr(twin, "encoder", twin).blocks[-1].compile(fullgraph=True, backend="aot_eager")  # takes sizes, merges
         torch.testing.assert_close(twin(one), wanted, rtol=1e-4, atol=1e-4)
         with torch._dynamo.config.patch(error_on_recompile=True):
             twin(one)

