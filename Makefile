@@ -22,14 +22,14 @@ demo: $(STAMP)
 
 # one thread for each of two processes: with two each, they wait for one another half of the time
 test: demo
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m "not slow"
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m slow
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal -m "not slow"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal -m slow
 
 test-fast: $(STAMP)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m "not slow"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal -m "not slow"
 
 test-oldest: $(OLD)/.installed
-	OMP_NUM_THREADS=1 $(OLD)/bin/python -m pytest -n 2 -m "not slow"
+	OMP_NUM_THREADS=1 $(OLD)/bin/python -m pytest -n 2 --dist worksteal -m "not slow"
 
 $(OLD)/.installed: pyproject.toml Makefile
 	$(PYTHON) -m venv $(OLD)

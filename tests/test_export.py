@@ -54,7 +54,9 @@ def test_torch_export(name: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(
+    "name", [name for name in NAMES if name.startswith(("deit_tiny_patch", "eva", "beit", "cait"))]
+)
 def test_onnx(name: str, tmp_path: Path) -> None:
     model = tiny(name, depth=2)
     tokenmerge.patch(model, r=5, backend="torch")
@@ -66,13 +68,9 @@ def test_onnx(name: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "format"),
     [
-        ("vit.ViTModel", "onnx"),
-        ("vit.ViTModel", "pt2"),
         ("vit.ViTModel", "aoti"),
-        ("videomae.VideoMAEModel", "onnx"),
         ("videomae.VideoMAEModel", "pt2"),
         ("dinov3_vit.DINOv3ViTModel", "onnx"),
-        ("dinov3_vit.DINOv3ViTModel", "pt2"),
     ],
 )
 def test_transformers(name: str, format: str, tmp_path: Path) -> None:
@@ -144,9 +142,9 @@ def test_a_model_that_cannot_be_exported(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_command(model_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     output, rows = tmp_path / "deit.pt2", tmp_path / "rows.json"
-    line = ["export", "deit_tiny_patch16_224", "--r", "8", "--format", "pt2", "-o", str(output), "--json", str(rows)]
+    line = ["export", f"local-dir:{model_dir}", "--r", "8", "--format", "pt2", "-o", str(output), "--json", str(rows)]
     assert main(line) == 0
     assert "verified" in capsys.readouterr().out
     (row,) = json.loads(rows.read_text())
@@ -155,7 +153,7 @@ def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert row["bytes"] == output.stat().st_size
     extra = {METADATA: ""}
     torch.export.load(output, extra_files=extra)
-    assert json.loads(extra[METADATA])["model"] == "deit_tiny_patch16_224"
+    assert json.loads(extra[METADATA])["model"] == f"local-dir:{model_dir}"
 
 
 @pytest.mark.parametrize(
