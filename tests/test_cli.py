@@ -273,12 +273,12 @@ def test_demo_and_module_entry(tmp_path: Path) -> None:
     """In a process of its own, without the terminal: as somebody tries it first."""
     environment = {**os.environ, "COLUMNS": "80"}
     command = [sys.executable, "-m", "tokenmerge", "demo", "--json", "demo.json", "--output", "demo.png"]
-    command += ["--r", "8", "--r", "16"]  # lists add up, and the baseline comes by itself
+    command += ["--r", "8", "--r", "16", "24"]  # lists add up, and the baseline comes by itself
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert max(map(len, done.stdout.splitlines())) <= 80
     rows = json.loads((tmp_path / "demo.json").read_text())
-    assert [row["r"] for row in rows] == [0, 8, 16]
+    assert [row["r"] for row in rows] == [0, 8, 16, 24]
     assert rows[0]["top1"] > 95
     assert rows[1]["top1"] > rows[0]["top1"] - 3
     with Image.open(tmp_path / "demo.png") as picture:
@@ -289,6 +289,8 @@ def test_demo_and_module_entry(tmp_path: Path) -> None:
 def test_eval_reproduces_the_reference(run: Run, shared: Path) -> None:
     model = f"local-dir:{shared}/data/vit_tiny_patch16_224_tinyimagenet"
     command = ("eval", model, "--pretrained", "--data", shared / "data/tiny-imagenet/val", "--json", "-")
-    rows = json.loads(run(*command, "--r", 16)[1])
-    assert [row["top1"] for row in rows] == pytest.approx([67.45], abs=0.15)
-    assert [row["images"] for row in rows] == [2000]
+    rows = json.loads(run(*command, "--r", 0, 16)[1])
+    assert [row["top1"] for row in rows] == pytest.approx([70.15, 67.45], abs=0.15)
+    assert [row["images"] for row in rows] == [2000, 2000]
+    (row,) = json.loads(run(*command, "--r", 16, "--prop-attn", "off")[1])
+    assert row["top1"] == pytest.approx(63.75, abs=0.15)
