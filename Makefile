@@ -1,6 +1,6 @@
 # Two commands do all the set-up on a machine that has Python 3.11 or newer and make:
 #   make demo   virtual environment, installation, the main job
-#   make test   the same, then every test
+#   make test   the same set-up, then every test
 # Their plain pip equivalents stand in README.md.
 
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
@@ -21,9 +21,8 @@ demo: $(STAMP)
 	$(BIN)/tokenmerge demo
 
 # one thread for each of two processes: with two each, they wait for one another half of the time
-test: demo
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal -m "not slow"
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal -m slow
+test: $(STAMP)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
 
 test-fast: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal -m "not slow"

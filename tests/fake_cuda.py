@@ -2,6 +2,7 @@
 
     python -m tests.fake_cuda launches   # the table: one model of each library, dense and merged
     python -m tests.fake_cuda passes     # every family and option: no host read, no copy from the host
+    python -m tests.fake_cuda devices models graph   # several in one process: what is printed says what each is about
 
 Run by `test_fake_cuda.py` in a process of its own, because Triton's interpreter must be off. Fake tensors have a device and
 a shape and no values: whatever reads a value raises. This shows what is dispatched, not that it is right or fast.
@@ -9,6 +10,7 @@ a shape and no values: whatever reads a value raises. This shows what is dispatc
 
 from __future__ import annotations
 
+import importlib
 import os
 import sys
 from collections.abc import Callable, Iterator, Mapping
@@ -257,6 +259,79 @@ def print_passes() -> int:
     return wrong
 
 
+def print_devices() -> int:
+    """Whether sizes and plans go with the tokens to another device, as a device map moves activations between blocks."""
+    model: Any = timm.create_model("vit_tiny_patch16_224", depth=4).eval()
+    tokenmerge.patch(model, r=8, trace=True)
+    for block in model.blocks[2:]:
+        block.register_forward_pre_hook(lambda module, args: tuple(x.to("cuda:1") for x in args))
+    state, second = model.state_dict(), ("blocks.2", "blocks.3", "norm.", "head.")
+    with FakeTensorMode(), torch.no_grad():
+        weights = {
+            name: torch.empty(x.shape, device="cuda:1" if name.startswith(second) else "cuda:0")
+            for name, x in state.items()
+        }
+        out = torch.func.functional_call(model, weights, (torch.empty(2, 3, 224, 224, device="cuda:0"),))
+    print(f"two devices: the output is on {out.device}")
+    return int(out.device != torch.device("cuda:1"))
+
+
+def print_models() -> int:
+    """Models that never had values, on "meta" and fake, are patched and run; how many went wrong."""
+    wrong = 0
+    for name in ("vit_tiny_patch16_224", "deit_tiny_distilled_patch16_224", "vit_small_patch14_reg4_dinov2"):
+        with torch.device("meta"):
+            meta = timm.create_model(name, depth=3)
+        wanted = tokenmerge.patch(meta, r=8).summary().tokens[-1]
+        model: Any = timm.create_model(name, depth=3).eval()
+        with FakeTensorMode():
+            for module in model.modules():
+                for key, value in list(module._parameters.items()):
+                    if value is not None:
+                        module._parameters[key] = nn.Parameter(torch.empty(value.shape, device="cuda"))
+                for key, buffer in list(module._buffers.items()):
+                    if buffer is not None:
+                        module._buffers[key] = torch.empty(buffer.shape, device="cuda")
+            tokens = tokenmerge.patch(model, r=8).summary().tokens[-1]
+            out = model(torch.empty(2, 3, *model.patch_embed.img_size, device="cuda"))
+        print(f"without values: {name}, {tokens} tokens at the end, {list(out.shape)}")
+        wrong += tokens != wanted or len(out) != 2
+    return wrong
+
+
+def print_graph() -> int:
+    """Whether a traced graph holds the Triton kernels themselves and no closed operators; last, because it sets a target."""
+    from torch._functorch.aot_autograd import aot_export_joint_simple
+    from triton.runtime import driver
+
+    from tokenmerge.ops import matching, merging
+
+    driver.set_active(
+        importlib.import_module("scripts.kernels").Target(90)
+    )  # so that the kernels can be read: what they write is found out that way
+
+    def both(keys: Tensor, x: Tensor) -> Any:
+        plan = matching.match(keys, 4, 1)
+        return merging.merge(x, None, *plan, torch.bfloat16)
+
+    with FakeTensorMode():
+        keys, x = (torch.empty(*shape, device="cuda", dtype=torch.bfloat16) for shape in ((2, 3, 50, 64), (2, 50, 192)))
+        traced: Any = aot_export_joint_simple(both, (keys, x), trace_joint=False)
+    graph = traced.graph
+    names = [str(node.target) for node in graph.nodes if node.op == "call_function"]
+    kernels, closed = (sum(word in name for name in names) for word in ("triton_kernel_wrapper", "tokenmerge"))
+    print(f"a traced graph: {kernels} Triton kernels, {closed} closed operators")
+    return int(kernels != 3 or closed != 0)
+
+
+PARTS = {
+    "launches": print_launches,
+    "passes": print_passes,
+    "devices": print_devices,
+    "models": print_models,
+    "graph": print_graph,
+}
+
 if __name__ == "__main__":
     torch.set_num_threads(1)  # processes are forked
-    sys.exit(1 if {"launches": print_launches, "passes": print_passes}[sys.argv[1]]() else 0)
+    sys.exit(1 if sum([PARTS[name]() for name in sys.argv[1:]]) else 0)

@@ -16,6 +16,8 @@ from tokenmerge import timing
 from tokenmerge.cli import main
 from tokenmerge.tools import bench, break_even
 from tokenmerge.tools.compare import variants
+from tokenmerge.tools.demo import run as demo
+from tokenmerge.tools.demo.digits import load_digits
 from tokenmerge.tools.demo.export import export_demo
 from tokenmerge.tools.search import run as search
 
@@ -64,7 +66,10 @@ def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def brief(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whatever takes turns to be measured has one: what comes out is no measurement, but it comes out."""
+    """Whatever takes turns to be measured has one, and the demo has 60 digits.
+
+    What comes out is no measurement, but it comes out.
+    """
 
     def once(calls: Any, device: Any, warmup: int, rounds: int, *rest: Any, **options: Any) -> list[list[float]]:
         return timing.take_turns(calls, device, 0, 1, *rest, **options)
@@ -72,6 +77,7 @@ def brief(monkeypatch: pytest.MonkeyPatch) -> None:
     for module in (bench, break_even, variants, search):
         assert module.take_turns is timing.take_turns
         monkeypatch.setattr(module, "take_turns", once)
+    monkeypatch.setattr(demo, "load_digits", lambda: [part[-60:] for part in load_digits()])
 
 
 @pytest.mark.slow

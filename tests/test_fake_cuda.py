@@ -25,108 +25,29 @@ def without_interpreter(*words: str, path: Path = ROOT) -> subprocess.CompletedP
     )
 
 
-def test_launches_per_block() -> None:
-    """Dense and three more at most, from the second block on, in every library; printed for who runs pytest with -s."""
-    done = without_interpreter("-m", "tests.fake_cuda", "launches")
+def test_the_path_that_a_gpu_takes() -> None:
+    """Launches, host reads and copies, devices, models without values, and what a compiler sees; see `fake_cuda.py`.
+
+    In one process, because importing every library takes most of its time. What it prints is shown by `pytest -s`.
+    """
+    done = without_interpreter("-m", "tests.fake_cuda", "passes", "launches", "devices", "models", "graph")
     print(done.stdout)
     assert done.returncode == 0, done.stdout + done.stderr
-    rows = [
-        line
-        for line in done.stdout.splitlines()
-        if line.startswith(("timm", "transformers", "torchvision", "open_clip"))
-    ]
+    lines = done.stdout.splitlines()
+    # dense and three more at most, from the second block on, in every library
+    rows = [line for line in lines if line.startswith(("timm", "transformers", "torchvision", "open_clip"))]
     assert len(rows) == 4
     assert all("match_kernel, merge_kernel, unit_keys_kernel" in row for row in rows)
-
-
-def test_nothing_is_read_back() -> None:
-    """Families, options and forms run on tensors without values: no host read, and no copy from the host."""
-    done = without_interpreter("-m", "tests.fake_cuda", "passes")
-    assert done.returncode == 0, done.stdout + done.stderr
-    count, wrong = (int(word) for word in done.stdout.splitlines()[-1].split() if word.isdigit())
+    # families, options and forms on tensors without values: no host read, and no copy from the host
+    (passes,) = (line for line in lines if line.endswith(" wrong"))
+    count, wrong = (int(word) for word in passes.split() if word.isdigit())
     assert wrong == 0
     assert count >= 70
-
-
-GRAPH = """
-import torch
-from torch._functorch.aot_autograd import aot_export_joint_simple
-from torch._subclasses.fake_tensor import FakeTensorMode
-from triton.runtime import driver
-from scripts.kernels import Target
-from tokenmerge.ops import matching, merging
-
-driver.set_active(Target(90))  # so that the kernels can be read: what they write is found out that way
-
-def both(keys, x):
-    plan = matching.match(keys, 4, 1)
-    return merging.merge(x, None, *plan, torch.bfloat16)
-
-with FakeTensorMode():
-    keys, x = (torch.empty(*shape, device="cuda", dtype=torch.bfloat16) for shape in ((2, 3, 50, 64), (2, 50, 192)))
-    graph = aot_export_joint_simple(both, (keys, x), trace_joint=False).graph
-print([str(node.target) for node in graph.nodes if node.op == "call_function"])
-"""
-
-
-def test_the_compiler_sees_the_kernels() -> None:
-    """A traced graph holds the Triton kernels themselves, not closed operators, so Inductor can place and fuse around them."""
-    done = without_interpreter("-c", GRAPH)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.count("triton_kernel_wrapper") == 3, done.stdout
-    assert "tokenmerge" not in done.stdout
-
-
-DEVICES = """
-import timm, torch, tokenmerge
-from torch._subclasses.fake_tensor import FakeTensorMode
-
-model = timm.create_model("vit_tiny_patch16_224", depth=4).eval()
-tokenmerge.patch(model, r=8, trace=True)
-moved = lambda module, args: tuple(x.to("cuda:1") for x in args)
-for block in model.blocks[2:]:
-    block.register_forward_pre_hook(moved)
-state, second = model.state_dict(), ("blocks.2", "blocks.3", "norm.", "head.")
-with FakeTensorMode(), torch.no_grad():
-    weights = {n: torch.empty(p.shape, device="cuda:1" if n.startswith(second) else "cuda:0") for n, p in state.items()}
-    out = torch.func.functional_call(model, weights, (torch.empty(2, 3, 224, 224, device="cuda:0"),))
-print(out.device)
-"""
-
-
-def test_sizes_follow_the_tokens_to_another_device() -> None:
-    """As a device map moves activations between blocks: sizes and plans go with them."""
-    done = without_interpreter("-c", DEVICES)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.strip() == "cuda:1"
-
-
-FAKE = """
-import timm, torch, tokenmerge
-from torch._subclasses.fake_tensor import FakeTensorMode
-
-for name in ("vit_tiny_patch16_224", "deit_tiny_distilled_patch16_224", "vit_small_patch14_reg4_dinov2"):
-    with torch.device("meta"):
-        meta = timm.create_model(name, depth=3)
-    print(tokenmerge.patch(meta, r=8).summary().tokens[-1])
-    fake = timm.create_model(name, depth=3).eval()
-    with FakeTensorMode():
-        for module in fake.modules():
-            for tensors in (module._parameters, module._buffers):
-                for key, value in tensors.items():
-                    if value is not None:
-                        like = torch.empty(value.shape, device="cuda", requires_grad=value.requires_grad)
-                        tensors[key] = torch.nn.Parameter(like) if tensors is module._parameters else like
-        handle = tokenmerge.patch(fake, r=8)
-        size = fake.patch_embed.img_size
-        print(handle.summary().tokens[-1], fake(torch.empty(2, 3, *size, device="cuda")).shape[0])
-"""
-
-
-def test_models_without_values_can_be_patched() -> None:
-    done = without_interpreter("-c", FAKE)
-    assert done.returncode == 0, done.stderr
-    assert len(done.stdout.split()) == 9
+    # sizes and plans go with the tokens to another device, as a device map moves activations between blocks
+    assert "two devices: the output is on cuda:1" in lines
+    assert sum(line.startswith("without values: ") for line in lines) == 3
+    # a traced graph holds the Triton kernels themselves, so Inductor can place and fuse around them
+    assert "a traced graph: 3 Triton kernels, 0 closed operators" in lines
 
 
 def test_a_kernel_starts_on_the_device_of_its_tensors(monkeypatch: pytest.MonkeyPatch) -> None:

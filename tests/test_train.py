@@ -19,6 +19,8 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
+from tests import processes
+from tests.processes import Command
 from tokenmerge.cli import main
 from tokenmerge.tools.folders import ShareOfBatches
 from tokenmerge.tools.settings import parse_setting
@@ -428,8 +430,8 @@ def dataclass_with(args: TrainArgs, **changes: Any) -> TrainArgs:
 
 
 def command(data: Path, output: Path, *args: str) -> list[str]:
-    """`tokenmerge train` in a process of its own."""
-    words = ["-m", "tokenmerge", "train", MODEL, *KWARGS, "--data", str(data), "--output", str(output), *args]
+    """The words of `tokenmerge train`, for a process of its own."""
+    words = ["train", MODEL, *KWARGS, "--data", str(data), "--output", str(output), *args]
     return [*words, "--workers", "0", "--device", "cpu", "--warmup-epochs", "0"]
 
 
@@ -440,8 +442,8 @@ LONG = (*FULL, "--batch-size", "4", "--recovery-interval", "1", "--epochs", "12"
 def long(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a long run that nothing disturbed."""
     folder = tmp_path_factory.mktemp("long")
-    subprocess.run([sys.executable, *command(data, folder, *LONG)], check=True, capture_output=True)
-    return folder
+    processes.call(command(data, folder / "run", *LONG), folder / "long")
+    return folder / "run"
 
 
 @pytest.mark.slow
@@ -451,46 +453,38 @@ def test_killed_at_random_instants(data: Path, long: Path, tmp_path: Path) -> No
     run = tmp_path / "run"
     for _ in range(60):
         before = len(list((run / "checkpoints").glob("update-*"))) if run.exists() else 0
-        process = subprocess.Popen(
-            [sys.executable, *command(data, run, *LONG, *(("--resume", "auto") if before else ()))],
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.PIPE,
-        )
+        process = Command(command(data, run, *LONG, *(("--resume", "auto") if before else ())), tmp_path / "said")
         if kills < 5:
             _wait_for_progress(run, process)
             time.sleep(float(torch.rand((), generator=generator)) * 0.4)
-            if process.poll() is None:
-                process.send_signal(signal.SIGKILL)
+            if process.running:
+                process.send(signal.SIGKILL)
                 kills += 1
-            process.communicate()
+            process.wait()
             continue
-        _, err = process.communicate(timeout=120)
-        assert process.returncode == 0, err.decode()
+        assert process.wait() == 0, process.err
         break
     assert kills == 5
     assert same(weights(run), weights(long))
 
 
-def _wait_for_progress(run: Path, process: subprocess.Popen[bytes]) -> None:
+def _wait_for_progress(run: Path, process: Command) -> None:
     """Until the run has written something new."""
     folder = run / "checkpoints"
     known = set(folder.iterdir()) if folder.exists() else set()
-    while process.poll() is None and not (folder.exists() and set(folder.iterdir()) - known):
+    while process.running and not (folder.exists() and set(folder.iterdir()) - known):
         time.sleep(0.01)
 
 
 @pytest.mark.slow
 def test_sigterm_saves_and_exits_well(data: Path, long: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
-    process = subprocess.Popen(
-        [sys.executable, *command(data, run, *LONG)], stdout=subprocess.PIPE, stderr=subprocess.PIPE
-    )
+    process = Command(command(data, run, *LONG), tmp_path / "said")
     _wait_for_progress(run, process)
-    process.send_signal(signal.SIGTERM)
-    out, err = process.communicate(timeout=60)
-    assert process.returncode == 0, err.decode()
-    assert b"stopped and saved after update" in out
-    assert subprocess.run([sys.executable, *command(data, run, *LONG, "--resume", "auto")], check=False).returncode == 0
+    process.send(signal.SIGTERM)
+    assert process.wait() == 0, process.err
+    assert "stopped and saved after update" in process.out
+    processes.call(command(data, run, *LONG, "--resume", "auto"), tmp_path / "again")
     assert same(weights(run), weights(long))
 
 
@@ -505,8 +499,8 @@ PLAIN = ("--r", "3", "--epochs", "3", "--lr", "0.003", "--eval-r", "0", "3", "--
 def alone(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a run on one process."""
     folder = tmp_path_factory.mktemp("alone")
-    subprocess.run([sys.executable, *command(data, folder, *PLAIN, "--batch-size", "8")], check=True)
-    return folder
+    processes.call(command(data, folder / "run", *PLAIN, "--batch-size", "8"), folder / "alone")
+    return folder / "run"
 
 
 @pytest.mark.slow
@@ -514,9 +508,12 @@ def alone(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_two_processes_learn_what_one_does(data: Path, alone: Path, tmp_path: Path, how: tuple[str, ...]) -> None:
     """The same losses and accuracy with the same global batch, every validation image counted once."""
     share = "2" if "--grad-accum-steps" in how else "4"
-    words = command(data, tmp_path / "two", *PLAIN, "--batch-size", share, *how)[1:]
-    done = subprocess.run([*TWO, *words], check=False, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    words = command(data, tmp_path / "two", *PLAIN, "--batch-size", share, *how)
+    if how:
+        processes.call_on_two(words, tmp_path / "said")
+    else:  # once as a person starts them
+        done = subprocess.run([*TWO, "tokenmerge", *words], check=False, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
     for kind, names in (("train", ("loss", "lr")), ("eval", ("top1", "images"))):
         one, two = rows(alone, kind), rows(tmp_path / "two", kind)
         assert len(one) == len(two) > 0
@@ -530,33 +527,27 @@ def test_two_processes_learn_what_one_does(data: Path, alone: Path, tmp_path: Pa
 def test_a_sharded_run_goes_on_where_it_was_stopped(data: Path, tmp_path: Path) -> None:
     plain = ("--r", "3", "--epochs", "3", "--batch-size", "4", "--recovery-interval", "1", "--checkpoint-hist", "9")
     whole, again = tmp_path / "whole", tmp_path / "again"
-    subprocess.run([*TWO, *command(data, whole, *plain, "--fsdp")[1:]], check=True, capture_output=True)
+    processes.call_on_two(command(data, whole, *plain, "--fsdp"), tmp_path / "first")
     shutil.copytree(whole, again)
     checkpoints = sorted((again / "checkpoints").glob("update-*"))
     assert len(checkpoints) > 2
     for late in checkpoints[2:]:
         shutil.rmtree(late)
     shutil.rmtree(again / "model")
-    resumed = command(data, again, *plain, "--fsdp", "--resume", "auto")[1:]
-    done = subprocess.run([*TWO, *resumed], check=False, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert "going on after update 2" in done.stdout
+    said = processes.call_on_two(command(data, again, *plain, "--fsdp", "--resume", "auto"), tmp_path / "second")
+    assert "going on after update 2" in said
     assert same(weights(whole), weights(again))
 
 
 @pytest.mark.slow
 def test_evaluation_on_two_processes_counts_every_image_once(data: Path, tmp_path: Path) -> None:
-    subprocess.run(
-        [sys.executable, *command(data, tmp_path / "run", "--r", "3", "--epochs", "1", "-b", "4")], check=True
-    )
+    processes.call(command(data, tmp_path / "run", "--r", "3", "--epochs", "1", "-b", "4"), tmp_path / "said")
     words = ["eval", f"local-dir:{tmp_path / 'run' / 'model'}", "--pretrained", "--data", str(data / "val")]
     words += ["--r", "0", "8", "--workers", "0", "--batch-size", "4"]
     found = []
-    for launcher in ([], ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]):
-        file = tmp_path / f"{len(launcher)}.json"
-        start = [*launcher, "-m", "--", "tokenmerge"] if launcher else ["-m", "tokenmerge"]
-        done = subprocess.run([sys.executable, *start, *words, "--json", str(file)], check=False, capture_output=True)
-        assert done.returncode == 0, done.stderr.decode()
+    for call in (processes.call, processes.call_on_two):
+        file = tmp_path / f"{call.__name__}.json"
+        call([*words, "--json", str(file)], tmp_path / call.__name__)
         found.append([(row["r"], row["images"], row["top1"], row["skipped"]) for row in json.loads(file.read_text())])
     assert found[0] == found[1]
     assert [row[1] for row in found[0]] == [6, 6]
