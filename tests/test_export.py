@@ -43,7 +43,7 @@ def export(model: nn.Module, images: torch.Tensor, path: Path, format: str, **fi
     return written.difference
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", [*NAMES[:3], *(pytest.param(name, marks=pytest.mark.slow) for name in NAMES[3:])])
 def test_torch_export(name: str, tmp_path: Path) -> None:
     """Exported with a batch of 2; verified with 1, 2 and 3."""
     model = tiny(name, depth=2)

@@ -56,6 +56,7 @@ MUTANTS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", MUTANTS)
 def test_what_does_not_compile_is_seen(tmp_path: Path, name: str) -> None:
     """As the kernels once were: green in the interpreter, and of no use on a GPU."""

@@ -130,7 +130,7 @@ def test_drop_path_and_dropout_train() -> None:
         assert torch.equal(value, second[key])
 
 
-@pytest.mark.parametrize("whole", [True, False])
+@pytest.mark.parametrize("whole", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_compiles_without_graph_breaks(whole: bool) -> None:
     torch._dynamo.reset()
     model = tiny("vit_base_patch14_reg4_dinov2", global_pool="avg")
