@@ -306,9 +306,8 @@ def print_graph() -> int:
 
     from tokenmerge.ops import matching, merging
 
-    driver.set_active(
-        importlib.import_module("scripts.kernels").Target(90)
-    )  # so that the kernels can be read: what they write is found out that way
+    # so that the kernels can be read: what they write is found out that way
+    driver.set_active(importlib.import_module("scripts.kernels").Target(90))
 
     def both(keys: Tensor, x: Tensor) -> Any:
         plan = matching.match(keys, 4, 1)
@@ -334,4 +333,6 @@ PARTS = {
 
 if __name__ == "__main__":
     torch.set_num_threads(1)  # processes are forked
+    if len(sys.argv) < 2:
+        sys.exit(f"nothing was asked for: give some of {', '.join(PARTS)}")
     sys.exit(1 if sum([PARTS[name]() for name in sys.argv[1:]]) else 0)

@@ -130,41 +130,35 @@ def test_drop_path_and_dropout_train() -> None:
         assert torch.equal(value, second[key])
 
 
-@pytest.mark.parametrize("whole", [True, pytest.param(False, marks=pytest.mark.slow)])
-def test_compiles_without_graph_breaks(whole: bool) -> None:
+@pytest.mark.parametrize(
+    ("backend", "whole"),
+    [
+        ("aot_eager", True),
+        pytest.param("aot_eager", False, marks=pytest.mark.slow),
+        pytest.param("inductor", True, marks=pytest.mark.slow),
+    ],
+)
+def test_compiles_without_graph_breaks(backend: str, whole: bool) -> None:
     torch._dynamo.reset()
     model = tiny("vit_base_patch14_reg4_dinov2", global_pool="avg")
     images = images_for(model)
     tokenmerge.patch(model, r=[5, 0, 7], trace=True)
     with torch.no_grad():
         wanted = model(images)
+    slopes = gradients(model, images)
     compiled: Any = model
     if whole:
-        compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+        compiled = torch.compile(model, fullgraph=True, backend=backend)
     else:
         for block in model.blocks:
-            block.compile(fullgraph=True, backend="aot_eager")
+            block.compile(fullgraph=True, backend=backend)
     with torch.no_grad():
         torch.testing.assert_close(compiled(images), wanted, rtol=1e-4, atol=1e-4)
         assert tokenmerge.handle(compiled).trace.source().shape == (2, 41)
-    gradients(compiled, images)
-
-
-@pytest.mark.slow
-def test_inductor_trains() -> None:
-    """Inductor's code for a training step: the same output, trace and gradients (test_export.py has it for inference)."""
-    torch._dynamo.reset()
-    model = tiny("vit_base_patch14_reg4_dinov2", global_pool="avg", depth=2)
-    images = images_for(model)
-    tokenmerge.patch(model, r=[5, 7], trace=True)
-    output, wanted = model(images), gradients(model, images)
-    compiled: Any = torch.compile(model, fullgraph=True)
-    torch.testing.assert_close(compiled(images), output, rtol=1e-4, atol=1e-4)
-    assert tokenmerge.handle(compiled).trace.source().shape == (2, 41)
     found = gradients(compiled, images)
-    assert len(found) == len(wanted) > 0
-    for one, other in zip(found.values(), wanted.values(), strict=True):
-        torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-4)
+    assert len(found) == len(slopes)
+    for slope, wanted in zip(found.values(), slopes.values(), strict=True):
+        torch.testing.assert_close(slope, wanted, rtol=1e-3, atol=1e-4)
 
 
 def test_a_model_that_never_ran_compiles() -> None:

@@ -143,15 +143,12 @@ def test_bfloat16(tower: Tower) -> None:
 @EVERY
 @torch.no_grad()
 def test_a_compiled_block(tower: Tower) -> None:
-    """The last one, which takes sizes and merges: compiling costs seconds, and the blocks are of one class.
-
-    What a family brings is Python, so Dynamo is asked; AOTAutograd sees the same operators in test_matchers.py.
-    """
+    """The last one, which takes sizes and merges: compiling costs seconds, and the blocks are of one class."""
     model, feed = tower.build(), tower.feed(2)
     with tokenmerge.patched(model, r=list(SCHEDULE)):
         wanted = model(**feed).last_hidden_state
         torch._dynamo.reset()
-        attrgetter(tower.blocks)(model)[-1].compile(fullgraph=True, backend="eager")
+        attrgetter(tower.blocks)(model)[-1].compile(fullgraph=True, backend="aot_eager")
         _close(model(**feed).last_hidden_state, wanted)
         with torch._dynamo.config.patch(error_on_recompile=True):
             model(**feed)

@@ -370,15 +370,15 @@ def test_models_that_a_flat_merge_does_not_fit(build: Callable[[], Any], reason:
     assert [type(module) for module in model.modules()] == before
 
 
-class OwnForward(ViTLayer):  # type: ignore[misc]
+class OwnForward(ViTLayer):
     """A layer that does something of its own."""
 
     def forward(self, hidden_states: Tensor, attention_mask: Tensor | None = None, **kwargs: Any) -> Tensor:
         """Twice upstream's."""
-        return 2 * super().forward(hidden_states, attention_mask, **kwargs)  # type: ignore[no-any-return]
+        return 2 * super().forward(hidden_states, attention_mask, **kwargs)
 
 
-class OwnName(ViTLayer):  # type: ignore[misc]
+class OwnName(ViTLayer):
     """A layer that only has another name."""
 
 
