@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 from collections.abc import Callable
@@ -38,6 +39,17 @@ CLASSES = ("ant", "bee", "cat")
 _NAMES = ("test_every_name[", "test_every_other_flat_name[")
 
 SHARED = Path(os.environ.get("TOKENMERGE_SHARED", Path(__file__).resolve().parents[2] / "shared"))
+
+
+def pytest_collection_finish() -> None:
+    """What is there before the first test is not looked through again; a test that looks for leaks collects by itself."""
+    gc.collect()
+    gc.freeze()
+
+
+def pytest_unconfigure() -> None:
+    """Triton's bindings complain of what is still alive at the end."""
+    gc.unfreeze()
 
 
 @pytest.fixture(scope="session")

@@ -92,7 +92,7 @@ def run(script: str, *options: str, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_every_script_runs(results: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     """As a person runs them, but on small work; and the figures can be drawn from what they wrote."""
     monkeypatch.setattr(common, "CPU_MODELS", (("deit_tiny_patch16_224", 64, 2, 2),))
-    run("overhead.py", "--rounds", "2", monkeypatch=monkeypatch)
+    run("overhead.py", "--rounds", "2", "--processes", "2", monkeypatch=monkeypatch)
     variants = ("dense", "straightforward", "sliced", "merged")
     run("models.py", "--rounds", "2", "--variants", *variants, monkeypatch=monkeypatch)
     monkeypatch.setitem(attention.SHAPES, "cpu", [(1, 2, 9, 16)])

@@ -53,15 +53,22 @@ def commands(page: Path) -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder in which the pages find what they name; of each class as few images as `search` and `train` take."""
-    folder = tmp_path_factory.mktemp("commands")
-    export_demo(folder / "digits")
+def exported(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What `demo --export` writes; of each class as few images as `search` and `train` take."""
+    folder = tmp_path_factory.mktemp("commands") / "digits"
+    export_demo(folder)
     for split, kept in (("train", 12), ("val", 8)):
-        for images in (folder / "digits" / split).iterdir():
+        for images in (folder / split).iterdir():
             for file in sorted(images.iterdir())[kept:]:
                 file.unlink()
     return folder
+
+
+@pytest.fixture
+def digits(exported: Path, tmp_path: Path) -> Path:
+    """A folder of the page's own in which it finds what it names; one page exports all digits again."""
+    shutil.copytree(exported, tmp_path / "digits")
+    return tmp_path
 
 
 @pytest.fixture
@@ -94,12 +101,9 @@ def test_every_command_of_the_pages_runs(
 
 
 @pytest.mark.slow
-def test_every_command_of_the_readme_runs(
-    digits: Path, brief: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+def test_every_command_of_the_readme_runs(digits: Path, brief: None, monkeypatch: pytest.MonkeyPatch) -> None:
     """Those that no page of a command has as well."""
-    shutil.copytree(digits / "digits", tmp_path / "digits")
-    monkeypatch.chdir(tmp_path)
+    monkeypatch.chdir(digits)
     lines = commands(ROOT / "README.md")
     names = "demo inspect inspect bench bench export eval visualize compare search train"
     assert [line.split()[1] for line in lines] == names.split()
