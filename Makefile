@@ -8,8 +8,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 # byte code is made when a module is first imported: of the modules installed, most never are, and making it takes over a minute
-# (and it is kept, also where the environment says otherwise, as that of many containers does: or each process makes it anew)
 PIP := --quiet --no-compile
+# and it is kept then, also where the environment of a container says otherwise: or each process would make it anew
 unexport PYTHONDONTWRITEBYTECODE
 
 # the oldest versions that pass, in an environment of their own

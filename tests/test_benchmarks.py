@@ -177,12 +177,10 @@ def test_a_step_that_fails_or_hangs_stops_no_other(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     """Each is a process with a limit; how it ended is in the table, and the exit code says that not all went well."""
-    ran: list[str] = []
-    given: dict[str, float] = {}
+    ran: list[tuple[str, float]] = []
 
     def pretend(command: list[str], timeout: float, **_: Any) -> Any:
-        ran.append(command[2])
-        given[command[2]] = timeout
+        ran.append((command[2], timeout))
         if command[2] == "card":
             raise subprocess.TimeoutExpired(command, timeout)
         return subprocess.CompletedProcess(command, 3 if command[2] == "checks" else 0)
@@ -193,14 +191,13 @@ def test_a_step_that_fails_or_hangs_stops_no_other(
     monkeypatch.setattr(sys, "argv", ["gpu.py", "--steps", "card", "checks", "ops"])
     assert gpu.main() == 1
     out = capsys.readouterr().out
-    assert ran == ["card", "checks", "ops"]
-    assert all(text in out for text in ("time ran out", "exit code 3", "well"))
     limits = {step: limit for step, (_, limit) in gpu_steps.STEPS.items()}
+    assert ran == [(step, limits[step]) for step in ("card", "checks", "ops")]
+    assert all(text in out for text in ("time ran out", "exit code 3", "well"))
     assert sum(limits.values()) <= 400  # each may be slow, not all of them
-    assert given == {step: limits[step] for step in ran}
     monkeypatch.setattr(sys, "argv", ["gpu.py", "--rehearse", "--steps", "ops"])
     gpu.main()  # on a CPU that others use too: only what hangs is ended
-    assert given["ops"] == gpu.PATIENCE * limits["ops"]
+    assert ran[3:] == [("ops", gpu.PATIENCE * limits["ops"])]
     shape = {"what": "model", "model": "vit", "img_size": 512, "batch_size": 64, "flops_ratio": 2.0}
     times = {("eager", "dense"): 10.0, ("eager", "merged"): 6.0, ("graph", "dense"): 8.0, ("graph", "merged"): 4.0}
     rows = [{**shape, "mode": mode, "variant": variant, "ms": ms} for (mode, variant), ms in times.items()]

@@ -156,9 +156,9 @@ def test_compiles_without_graph_breaks(backend: str, whole: bool) -> None:
         torch.testing.assert_close(compiled(images), wanted, rtol=1e-4, atol=1e-4)
         assert tokenmerge.handle(compiled).trace.source().shape == (2, 41)
     found = gradients(compiled, images)
-    assert len(found) == len(slopes)
-    for slope, wanted in zip(found.values(), slopes.values(), strict=True):
-        torch.testing.assert_close(slope, wanted, rtol=1e-3, atol=1e-4)
+    assert len(found) == len(slopes) > 0
+    for one, other in zip(found.values(), slopes.values(), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-4)
 
 
 def test_a_model_that_never_ran_compiles() -> None:
