@@ -16,9 +16,9 @@ from common import Row, record
 from torch import Tensor
 from torch.nn import functional as F
 
-from tokenmerge.attention_call import AttentionCall
-from tokenmerge.attention_forms import FORMS
-from tokenmerge.timing import Call
+from tokenmerge.attention.call import AttentionCall
+from tokenmerge.attention.forms import FORMS
+from tokenmerge.ops.timing import Call
 from tokenmerge.tools.device import DTYPES
 from tokenmerge.tools.report import Report
 

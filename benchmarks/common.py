@@ -18,7 +18,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run from a clone that is not installed, too
 
-from tokenmerge.timing import Call, Spread, ratio, take_turns
+from tokenmerge.ops.timing import Call, Spread, ratio, take_turns
 
 Row = dict[str, Any]
 RESULTS = Path(__file__).with_name("results.csv")

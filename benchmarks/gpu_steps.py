@@ -27,10 +27,10 @@ from common import where
 from torch import Tensor
 
 import tokenmerge
-from tokenmerge.attention_call import AttentionCall
-from tokenmerge.attention_forms import FORMS
+from tokenmerge.attention.call import AttentionCall
+from tokenmerge.attention.forms import FORMS
 from tokenmerge.ops import launch, matching, triton_refusals
-from tokenmerge.timing import Call, synchronize, take_turns
+from tokenmerge.ops.timing import Call, synchronize, take_turns
 
 ROOT = Path(__file__).resolve().parents[1]
 ROWS = "rows.jsonl"

@@ -29,7 +29,7 @@ from tokenmerge.matching import get_matcher
 from tokenmerge.matching.distances import similarities, unit
 from tokenmerge.matching.joining import join
 from tokenmerge.patching import patch
-from tokenmerge.state import carry, state_of
+from tokenmerge.patching.state import carry, state_of
 from tokenmerge.tools.compare.data import Images
 from tokenmerge.tools.compare.scoring import Scores, score
 from tokenmerge.tools.compare.statistics import bootstrap

@@ -21,7 +21,7 @@ from straightforward import straightforward
 from torch import Tensor
 
 import tokenmerge
-from tokenmerge.timing import Call, peak_memory
+from tokenmerge.ops.timing import Call, peak_memory
 from tokenmerge.tools.device import DTYPES
 from tokenmerge.tools.report import Report
 from tokenmerge.tools.variants import share_weights, sliced

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from tokenmerge import bipartite_matching
 from tokenmerge.ops import triton_refusals
-from tokenmerge.timing import Call, peak_memory, take_turns
+from tokenmerge.ops.timing import Call, peak_memory, take_turns
 from tokenmerge.tools.device import DTYPES
 from tokenmerge.tools.report import Report
 

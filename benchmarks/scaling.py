@@ -15,7 +15,7 @@ from common import Row, record
 from timm.models.vision_transformer import VisionTransformer
 
 import tokenmerge
-from tokenmerge.timing import Call, peak_memory
+from tokenmerge.ops.timing import Call, peak_memory
 from tokenmerge.tools.device import DTYPES
 from tokenmerge.tools.report import Report
 from tokenmerge.tools.variants import share_weights

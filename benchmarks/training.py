@@ -17,7 +17,7 @@ from common import Row, record
 from torch.nn import functional as F
 
 import tokenmerge
-from tokenmerge.timing import Call, peak_memory
+from tokenmerge.ops.timing import Call, peak_memory
 from tokenmerge.tools.device import DTYPES
 from tokenmerge.tools.report import Report
 

@@ -29,7 +29,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import tokenmerge
 from tests.tiny import images_for, tiny
 from tests.towers import TOWERS
-from tokenmerge.attention_call import AttentionCall
+from tokenmerge.attention.call import AttentionCall
 from tokenmerge.ops.launch import Launch
 from tokenmerge.patching.target import find_target
 

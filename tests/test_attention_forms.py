@@ -15,12 +15,12 @@ from torch.nn import functional as F
 import tokenmerge
 from tests.tiny import images_for, tiny
 from tests.towers import TOWERS
-from tokenmerge import attention_forms
-from tokenmerge.attention import close_tap, open_tap, size_bias, take_inside
-from tokenmerge.attention_call import AttentionCall
-from tokenmerge.attention_forms import FORMS, choose_form
+from tokenmerge.attention import forms as attention_forms
+from tokenmerge.attention.call import AttentionCall
+from tokenmerge.attention.forms import FORMS, choose_form
+from tokenmerge.attention.tap import close_tap, open_tap, size_bias, take_inside
 from tokenmerge.errors import ConfigError, InputError
-from tokenmerge.timing import take_turns
+from tokenmerge.ops.timing import take_turns
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 EVERY = pytest.mark.parametrize("form", [form for form in FORMS if form not in ("auto", "mask")])

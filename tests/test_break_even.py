@@ -10,7 +10,7 @@ import pytest
 
 from tests.tiny import tiny
 from tokenmerge.cli import main
-from tokenmerge.timing import Spread
+from tokenmerge.ops.timing import Spread
 from tokenmerge.tools import break_even
 from tokenmerge.tools.break_even import batches_up_to, ladder, pays, sparse
 

@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 
 import tokenmerge
-from tokenmerge import timing
 from tokenmerge.cli import main
+from tokenmerge.ops import timing
 from tokenmerge.tools import bench, break_even
 from tokenmerge.tools.compare import variants
 from tokenmerge.tools.demo import run as demo

@@ -204,7 +204,7 @@ def spy() -> Callable[[], dict[str, Any]]:
 
 def test_class_attention_counts_sizes() -> None:
     """A token of size 3 draws what three equal tokens would; without a class token the mean over queries counts."""
-    from tokenmerge.attention import class_attention
+    from tokenmerge.attention.tap import class_attention
 
     query, key = torch.randn(1, 2, 5, 4, dtype=torch.float64), torch.randn(1, 2, 5, 4, dtype=torch.float64)
     size = torch.tensor([[1.0, 1, 3, 1, 1]])

@@ -11,7 +11,7 @@ from torch import Tensor
 
 import tokenmerge
 from tokenmerge import MergePlan, bipartite_matching
-from tokenmerge.attention import size_bias
+from tokenmerge.attention.tap import size_bias
 from tokenmerge.errors import ConfigError
 from tokenmerge.ops import matching, takes_triton, triton_refusals
 

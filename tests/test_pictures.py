@@ -21,14 +21,14 @@ from tests.conftest import Run
 from tests.pictures import expected, photo, write_model
 from tests.tiny import images_for, tiny
 from tokenmerge import InputError
-from tokenmerge.pictures import VIEWS, View, borders, paint, region_map
-from tokenmerge.pictures.figure import as_pixels, strip
-from tokenmerge.pictures.regions import anchors
 from tokenmerge.tools.models import ModelArgs, load_model
 from tokenmerge.tools.settings import parse_setting
 from tokenmerge.tools.visualize.load import Loader, mel_bands
 from tokenmerge.tools.visualize.looks import merged_copies
 from tokenmerge.tools.visualize.panels import painted
+from tokenmerge.tracing import VIEWS, View, borders, paint, region_map
+from tokenmerge.tracing.figure import as_pixels, strip
+from tokenmerge.tracing.regions import anchors
 
 
 @given(

@@ -18,8 +18,7 @@ from tokenmerge import ConfigError, InputError, PatchError
 from tokenmerge.cli import main
 from tokenmerge.matching import get_matcher
 from tokenmerge.matching.learned import _ALMOST_NOTHING
-from tokenmerge.patching.rule import PREDICTOR
-from tokenmerge.predictors import (
+from tokenmerge.matching.predictors import (
     add_predictors,
     load_predictors,
     predicting,
@@ -27,6 +26,7 @@ from tokenmerge.predictors import (
     remove_predictors,
     save_predictors,
 )
+from tokenmerge.patching.rule import PREDICTOR
 
 
 def test_a_tiny_size_gives_the_gradient_of_a_masked_softmax() -> None:

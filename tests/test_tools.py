@@ -14,7 +14,7 @@ import tokenmerge
 from tests.test_timm_models import KINDS
 from tests.tiny import images_for, tiny
 from tokenmerge.errors import ConfigError
-from tokenmerge.timing import Spread, peak_memory, ratio, take_turns
+from tokenmerge.ops.timing import Spread, peak_memory, ratio, take_turns
 from tokenmerge.tools.settings import parse_setting
 from tokenmerge.tools.variants import share_weights, sliced
 

@@ -15,7 +15,7 @@ from torch import Tensor
 import tokenmerge
 from tests.tiny import randomize
 from tokenmerge.patching.block import MergeBlock
-from tokenmerge.state import CarryThrough
+from tokenmerge.patching.state import CarryThrough
 
 hf: Any = transformers  # its configs have annotations that `**fields` cannot meet
 R = [3, 0, 4]

@@ -6,7 +6,6 @@ Importing this package imports torch and nothing else that is heavy; timm and th
 imported when a model of theirs is patched.
 """
 
-from tokenmerge.calibrate import calibrate, diffrate_schedule
 from tokenmerge.config import MergeConfig
 from tokenmerge.errors import (
     ConfigError,
@@ -20,10 +19,11 @@ from tokenmerge.flops import BlockCost, ModelCost, vit_cost
 from tokenmerge.matching import Matcher, bipartite_matching, register_matcher
 from tokenmerge.methods import Method, get_method, method_names, register_method
 from tokenmerge.patching import Handle, Summary, handle, is_patched, model_cost, patch, patched, unpatch
+from tokenmerge.patching.calibrate import calibrate, diffrate_schedule
+from tokenmerge.patching.state import token_sizes
 from tokenmerge.plan import MergePlan
 from tokenmerge.presets import PRESETS
-from tokenmerge.state import token_sizes
-from tokenmerge.tracing import Trace
+from tokenmerge.tracing.trace import Trace
 
 __version__ = "0.1.0"
 

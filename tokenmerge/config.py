@@ -7,12 +7,12 @@ import json
 from collections.abc import Mapping
 from typing import Any, Literal
 
-from tokenmerge.attention_forms import FORMS, AttentionForm
-from tokenmerge.combine import REDUCTIONS
+from tokenmerge.attention.forms import FORMS, AttentionForm
 from tokenmerge.errors import ConfigError, UnknownFieldError
 from tokenmerge.matching.distances import DISTANCES, Distance
 from tokenmerge.matching.partitions import PARTITIONS, Partition
 from tokenmerge.ops import BACKENDS, Backend
+from tokenmerge.ops.combine import REDUCTIONS
 from tokenmerge.presets import PRESETS
 from tokenmerge.schedule import RForm, validate_r
 

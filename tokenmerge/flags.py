@@ -8,7 +8,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from tokenmerge.attention_forms import FORMS
+from tokenmerge.attention.forms import FORMS
 from tokenmerge.config import CHOICES
 from tokenmerge.matching import matcher_names
 from tokenmerge.presets import PRESETS

@@ -15,9 +15,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from tokenmerge.combine import Members, Reduce, combine
 from tokenmerge.errors import InputError
 from tokenmerge.ops import Backend, counting, descending_order, takes_triton
+from tokenmerge.ops.combine import Members, Reduce, combine
 
 _INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 DROPPED = -1

@@ -12,8 +12,8 @@ from tokenmerge.matching.distances import Distance, as_product, unit
 from tokenmerge.matching.partitions import Partition, partition_order
 from tokenmerge.matching.registry import check_matching_input, register_matcher
 from tokenmerge.ops import Backend, counting, descending_order, sum_over_heads, takes_triton
+from tokenmerge.ops.precision import no_autocast
 from tokenmerge.plan import MergePlan, take_rows
-from tokenmerge.precision import no_autocast
 from tokenmerge.schedule import max_merges
 
 _FEW = 2**13

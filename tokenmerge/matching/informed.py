@@ -9,8 +9,8 @@ from tokenmerge.matching.distances import similarities, unit
 from tokenmerge.matching.partitions import Partition, partition_order
 from tokenmerge.matching.registry import check_matching_input, register_matcher
 from tokenmerge.ops import counting
+from tokenmerge.ops.precision import no_autocast
 from tokenmerge.plan import MergePlan
-from tokenmerge.precision import no_autocast
 from tokenmerge.schedule import max_merges
 
 Rows = Tensor | slice

@@ -1,4 +1,4 @@
-"""Dropping tokens that a trained head lets go (DynamicViT). The head is in `tokenmerge.predictors`."""
+"""Dropping tokens that a trained head lets go (DynamicViT). The head is in `tokenmerge.matching.predictors`."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from tokenmerge.matching.registry import check_matching_input, register_matcher
 from tokenmerge.plan import MergePlan
 
 if TYPE_CHECKING:
-    from tokenmerge.predictors import TokenPredictor
+    from tokenmerge.matching.predictors import TokenPredictor
 
 _ALMOST_NOTHING = 1e-6
 """What a token that training lets go counts for in attention.
@@ -50,7 +50,7 @@ def predicted_pruning(
     if predictor is None or tokens is None or size is None:
         raise ConfigError(
             f"matcher 'dynamicvit' drops tokens in block {layer}, which has no trained predictor: train the model with "
-            "`tokenmerge train --matcher dynamicvit`, or tokenmerge.predictors.add_predictors(model, blocks) and your own loop"
+            "`tokenmerge train --matcher dynamicvit`, or tokenmerge.matching.predictors.add_predictors(model, blocks) and your own loop"
         )
     size = size.detach()
     score = predictor(tokens[:, protected:], size[:, protected:])

@@ -24,7 +24,7 @@ OFFERED = {
     "layers": "how many blocks there are",
     "distance": "MergeConfig.distance",
     "partition": "MergeConfig.partition",
-    "predictor": "the block's trained predictor (tokenmerge.predictors), or None",
+    "predictor": "the block's trained predictor (tokenmerge.matching.predictors), or None",
     "backend": "MergeConfig.backend; such a matcher must also take keys [B, H, N, D] not averaged over heads yet",
 }
 """What a matcher may ask for by naming a parameter so."""

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from tokenmerge.errors import ConfigError
-from tokenmerge.exporting import is_exporting
+from tokenmerge.ops.exporting import is_exporting
 
 Backend = Literal["auto", "torch", "triton"]
 BACKENDS = ("auto", "torch", "triton")

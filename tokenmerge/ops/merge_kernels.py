@@ -1,6 +1,6 @@
 """Triton kernels of merging: the size-weighted mean with sizes and their logarithms, and its gradient.
 
-`tokenmerge.ops.merging` starts them; the reference in plain torch is `tokenmerge.combine`. All arithmetic is float32.
+`tokenmerge.ops.merging` starts them; the reference in plain torch is `tokenmerge.ops.combine`. All arithmetic is float32.
 Parameters have no annotations, because Triton's compiler evaluates them.
 """
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from tokenmerge.exporting import is_exporting
+from tokenmerge.ops.exporting import is_exporting
 
 
 def descending_order(values: Tensor) -> Tensor:

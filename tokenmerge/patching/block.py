@@ -8,21 +8,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tokenmerge.attention import Inside, Noted, attention_dtype, close_tap, open_tap, size_bias, take_inside
-from tokenmerge.attention_call import AttentionCall
-from tokenmerge.attention_forms import running_form
-from tokenmerge.combine import Reduce
+from tokenmerge.attention.call import AttentionCall
+from tokenmerge.attention.forms import running_form
+from tokenmerge.attention.pairs import PairMap
+from tokenmerge.attention.rotary import Rotary
+from tokenmerge.attention.tap import Inside, Noted, attention_dtype, close_tap, open_tap, size_bias, take_inside
 from tokenmerge.errors import PatchError
-from tokenmerge.exporting import is_exporting
 from tokenmerge.ops import Backend
-from tokenmerge.pairs import PairMap
-from tokenmerge.patching.family import BlockFamily
+from tokenmerge.ops.combine import Reduce
+from tokenmerge.ops.exporting import is_exporting
+from tokenmerge.patching.families.family import BlockFamily
 from tokenmerge.patching.masks import padding_in_pairs, padding_sizes
 from tokenmerge.patching.rule import Rule, make_plan, seen_by_class_token
+from tokenmerge.patching.state import TokenState, carry, state_of
 from tokenmerge.plan import MergePlan, take_rows
-from tokenmerge.rotary import Rotary
 from tokenmerge.schedule import keep_step, max_merges
-from tokenmerge.state import TokenState, carry, state_of
 
 STATE = "_tokenmerge_state"
 """Name of the argument by which a block's call hands the state of its input to its forward."""

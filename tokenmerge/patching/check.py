@@ -16,16 +16,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tokenmerge.attention import Inside, close_tap, open_tap, size_bias, take_inside
-from tokenmerge.attention_call import AttentionCall
-from tokenmerge.attention_forms import Choice, choice_for
+from tokenmerge.attention.call import AttentionCall
+from tokenmerge.attention.forms import Choice, choice_for
+from tokenmerge.attention.tap import Inside, close_tap, open_tap, size_bias, take_inside
 from tokenmerge.errors import ConfigError, UnsupportedModelError
-from tokenmerge.fakes import lacks_values
-from tokenmerge.patching.family import BlockFamily
+from tokenmerge.ops.fakes import lacks_values
+from tokenmerge.ops.precision import autocast_dtype, no_autocast
+from tokenmerge.patching.families.family import BlockFamily
 from tokenmerge.patching.install import install_inside
 from tokenmerge.patching.swap import Swapped, is_sharded, restore_class
 from tokenmerge.patching.target import Target
-from tokenmerge.precision import autocast_dtype, no_autocast
 
 _COPIES = 9  # equal tokens that one token stands for in the third test
 

@@ -29,7 +29,7 @@ from tokenmerge.patching.target import (
 )
 from tokenmerge.patching.tune import measure_forms
 from tokenmerge.schedule import Schedule, expand, flops_target, keep_ratio, max_merges, token_counts
-from tokenmerge.tracing import Trace
+from tokenmerge.tracing.trace import Trace
 
 _OURS = ("_tokenmerge_spec", "_tokenmerge_seen", "_tokenmerge_attention", "_tokenmerge_similarity", "_tokenmerge_patch")
 """Attributes that only a patched module has."""

@@ -6,11 +6,11 @@ from typing import Any
 
 from torch import nn
 
-from tokenmerge.attention import note_input
+from tokenmerge.attention.tap import note_input
 from tokenmerge.patching.block import MergeBlock
-from tokenmerge.patching.family import BlockFamily, ModelFamily
+from tokenmerge.patching.families.family import BlockFamily, ModelFamily
+from tokenmerge.patching.state import CarryThrough, end_wish, note_wish, unmerge_input, wish_always, wish_hidden_states
 from tokenmerge.patching.swap import swap_class
-from tokenmerge.state import CarryThrough, end_wish, note_wish, unmerge_input, wish_always, wish_hidden_states
 
 
 def install_inside(row: BlockFamily, block: Any) -> None:

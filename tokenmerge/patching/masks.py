@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from tokenmerge.errors import PatchError
-from tokenmerge.exporting import is_exporting
+from tokenmerge.ops.exporting import is_exporting
 
 _MASKED = -1e4  # additive masks use −inf or the smallest number of their dtype
 

@@ -11,8 +11,8 @@ from torch import nn
 
 from tokenmerge.config import MergeConfig
 from tokenmerge.patching.block import MergeBlock
+from tokenmerge.patching.state import wish_full_output
 from tokenmerge.schedule import Schedule
-from tokenmerge.state import wish_full_output
 
 
 @dataclasses.dataclass(eq=False)

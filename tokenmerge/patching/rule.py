@@ -9,17 +9,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tokenmerge.attention import Noted, class_attention
+from tokenmerge.attention.tap import Noted, class_attention
 from tokenmerge.config import MergeConfig
 from tokenmerge.errors import ConfigError, PatchError
-from tokenmerge.exporting import is_exporting
 from tokenmerge.matching import Entry, check_options, get_entry
 from tokenmerge.matching.distances import unit
 from tokenmerge.ops import Backend, counting
-from tokenmerge.patching.family import BlockFamily
+from tokenmerge.ops.exporting import is_exporting
+from tokenmerge.patching.families.family import BlockFamily
 from tokenmerge.patching.masks import apart_from_padding
+from tokenmerge.patching.state import TokenState
 from tokenmerge.plan import MergePlan, take_rows
-from tokenmerge.state import TokenState
 
 _FROM_ATTENTION = ("q", "v", "kv")
 

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import torch
 
-from tokenmerge.attention_forms import Choice
-from tokenmerge.combine import Reduce
+from tokenmerge.attention.forms import Choice
 from tokenmerge.config import MergeConfig
 from tokenmerge.matching import get_entry
 from tokenmerge.ops import triton_refusals
 from tokenmerge.ops.choice import faults
+from tokenmerge.ops.combine import Reduce
+from tokenmerge.ops.precision import autocast_dtype
 from tokenmerge.patching.block import BlockSpec
 from tokenmerge.patching.root import Patch
 from tokenmerge.patching.rule import Rule
 from tokenmerge.patching.target import Target
-from tokenmerge.precision import autocast_dtype
 
 
 def rule_for(target: Target, config: MergeConfig, index: int) -> Rule:

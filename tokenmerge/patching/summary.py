@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import textwrap
 
-from tokenmerge.attention_forms import Choice
+from tokenmerge.attention.forms import Choice
 from tokenmerge.flops import ModelCost
 from tokenmerge.schedule import Schedule, cut, token_counts
 

@@ -10,7 +10,7 @@ from torch import nn
 from tokenmerge.errors import PatchError, UnsupportedModelError
 from tokenmerge.flops import ModelCost
 from tokenmerge.patching.families import block_family, misread, model_family, supported_models, why_not
-from tokenmerge.patching.family import BlockFamily, ModelFamily
+from tokenmerge.patching.families.family import BlockFamily, ModelFamily
 from tokenmerge.patching.root import Patch
 from tokenmerge.patching.swap import is_sharded, original_class
 

@@ -8,12 +8,12 @@ from typing import Any
 
 import torch
 
-from tokenmerge.attention_forms import FORMS
+from tokenmerge.attention.forms import FORMS
 from tokenmerge.errors import ConfigError, InputError
+from tokenmerge.ops.timing import Spread, take_turns
 from tokenmerge.patching.check import attention_choice
 from tokenmerge.patching.root import merge_blocks
 from tokenmerge.patching.target import Target
-from tokenmerge.timing import Spread, take_turns
 
 
 def use_form(model: Any, form: str) -> None:

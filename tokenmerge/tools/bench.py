@@ -15,8 +15,8 @@ from torch import Tensor
 from torch._dynamo.exc import TorchDynamoException
 
 from tokenmerge.errors import InputError
+from tokenmerge.ops.timing import Call, Spread, peak_memory, ratio, take_turns
 from tokenmerge.patching import Summary, patch
-from tokenmerge.timing import Call, Spread, peak_memory, ratio, take_turns
 from tokenmerge.tools.device import place
 from tokenmerge.tools.models import ModelArgs, input_shape, load_model
 from tokenmerge.tools.pages.figures import lines

@@ -15,10 +15,10 @@ import torch
 
 from tokenmerge.config import MergeConfig
 from tokenmerge.errors import InputError
+from tokenmerge.ops.timing import Spread, take_turns
 from tokenmerge.patching import patch
 from tokenmerge.patching.target import find_target
 from tokenmerge.schedule import Schedule, max_merges
-from tokenmerge.timing import Spread, take_turns
 from tokenmerge.tools.bench import BenchArgs, compile_now, passes, prepare
 from tokenmerge.tools.device import place
 from tokenmerge.tools.models import ModelArgs, input_shape, load_model

@@ -18,8 +18,8 @@ from PIL import Image
 from torch import Tensor
 
 from tokenmerge.errors import InputError
+from tokenmerge.ops.timing import synchronize
 from tokenmerge.patching import model_cost, patch
-from tokenmerge.timing import synchronize
 from tokenmerge.tools.device import place
 from tokenmerge.tools.folders import ClassFolder, batches
 from tokenmerge.tools.inputs import class_names, classifier_input, logits_of, num_classes, preprocessing

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from tokenmerge.patching.family import BlockFamily
+from tokenmerge.patching.families.family import BlockFamily
 from tokenmerge.patching.swap import swap_class
 from tokenmerge.patching.target import find_target
 from tokenmerge.schedule import Schedule, max_merges

@@ -10,7 +10,7 @@ from typing import Protocol, cast
 from torch import nn
 
 from tokenmerge.errors import UnsupportedModelError
-from tokenmerge.patching.family import BlockFamily, ModelFamily
+from tokenmerge.patching.families.family import BlockFamily, ModelFamily
 
 LIBRARIES = {
     name: f"tokenmerge.patching.families.{name}" for name in ("timm", "transformers", "torchvision", "open_clip")

@@ -8,9 +8,9 @@ from open_clip import transformer
 from torch import Tensor, nn
 
 from tokenmerge.flops import BlockCost
-from tokenmerge.patching import multihead
-from tokenmerge.patching.family import BlockFamily, ModelFamily
-from tokenmerge.patching.linear import linear_weights
+from tokenmerge.patching.families import multihead
+from tokenmerge.patching.families.family import BlockFamily, ModelFamily
+from tokenmerge.patching.families.linear import linear_weights
 from tokenmerge.patching.root import MergeRoot
 
 NAMES = "open_clip's VisionTransformer"

@@ -10,11 +10,11 @@ from typing import Any
 
 import torch
 
-from tokenmerge.calibrate import calibrate
 from tokenmerge.errors import ConfigError, InputError
 from tokenmerge.methods import get_method, method_names
+from tokenmerge.ops.timing import keep_memory
 from tokenmerge.patching import model_cost
-from tokenmerge.timing import keep_memory
+from tokenmerge.patching.calibrate import calibrate
 from tokenmerge.tools.compare.data import Images, describe
 from tokenmerge.tools.compare.pages import write_outputs
 from tokenmerge.tools.compare.paper import Experiment

@@ -16,9 +16,9 @@ from tokenmerge.config import MergeConfig
 from tokenmerge.errors import ConfigError, TokenMergeError
 from tokenmerge.matching import get_entry
 from tokenmerge.methods import Method
+from tokenmerge.ops.timing import Spread, take_turns
 from tokenmerge.patching import Handle, model_cost, patch
 from tokenmerge.schedule import constant
-from tokenmerge.timing import Spread, take_turns
 from tokenmerge.tools.settings import Setting
 from tokenmerge.tools.variants import share_weights, sliced
 

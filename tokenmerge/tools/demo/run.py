@@ -12,13 +12,13 @@ from torch import Tensor
 
 from tokenmerge.errors import InputError
 from tokenmerge.patching import patched
-from tokenmerge.pictures import paint
-from tokenmerge.pictures.sheet import contact_sheet, enlarged, to_image
 from tokenmerge.tools.demo.digits import load_digits, load_model
 from tokenmerge.tools.demo.export import export_demo
 from tokenmerge.tools.evaluate import add_in_turns, scores
 from tokenmerge.tools.report import Report, Row
 from tokenmerge.tools.settings import Setting
+from tokenmerge.tracing import paint
+from tokenmerge.tracing.sheet import contact_sheet, enlarged, to_image
 
 _BATCH = 60
 _SHOWN = (0, 5, 10, 15, 20)  # which test images the picture shows

@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 
 from tokenmerge.errors import InputError, TokenMergeError
-from tokenmerge.timing import Spread, take_turns
+from tokenmerge.ops.timing import Spread, take_turns
 from tokenmerge.tools.explore.pictures import MOST_BYTES, open_picture, plain_name, samples_in, settings_of
 from tokenmerge.tools.media import IMAGES
 from tokenmerge.tools.models import ModelArgs, load_model

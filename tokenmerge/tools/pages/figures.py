@@ -6,7 +6,7 @@ import io
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from tokenmerge.pictures.figure import new_figure
+from tokenmerge.tracing.figure import new_figure
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -13,11 +13,11 @@ import torch
 
 import tokenmerge
 from tokenmerge.errors import InputError
-from tokenmerge.pictures.figure import new_figure
 from tokenmerge.tools.pages import Table, write_report
 from tokenmerge.tools.pages.figures import svg
 from tokenmerge.tools.report import Row
 from tokenmerge.tools.train.checkpoints import write_atomically
+from tokenmerge.tracing.figure import new_figure
 
 
 class Logbook:

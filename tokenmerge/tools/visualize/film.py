@@ -10,12 +10,12 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from tokenmerge.pictures import View
-from tokenmerge.pictures.sheet import contact_sheet, enlarged, to_image
 from tokenmerge.tools.media import pyav
 from tokenmerge.tools.visualize.load import Shown
 from tokenmerge.tools.visualize.looks import Look
 from tokenmerge.tools.visualize.panels import painted, scale_of
+from tokenmerge.tracing import View
+from tokenmerge.tracing.sheet import contact_sheet, enlarged, to_image
 
 _CODECS = ("libx264", "mpeg4")  # the first that this PyAV has
 

@@ -15,14 +15,14 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 from tokenmerge.errors import InputError, TokenMergeError
-from tokenmerge.pictures.paint import table
 from tokenmerge.tools.inputs import preprocessing
 from tokenmerge.tools.media import IMAGES, SOUNDS, VIDEOS, Medium, frame_rate, read_sound
 from tokenmerge.tools.models import input_shape
 from tokenmerge.tools.pages import printable
 from tokenmerge.tools.sounds import Spectrogram
 from tokenmerge.tools.videos import Clip
-from tokenmerge.tracing import Trace
+from tokenmerge.tracing.paint import table
+from tokenmerge.tracing.trace import Trace
 
 _HALF = (0.5, 0.5, 0.5)
 _CLIP = ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))

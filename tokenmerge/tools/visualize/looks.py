@@ -18,7 +18,7 @@ from tokenmerge.tools.inputs import class_names, num_classes
 from tokenmerge.tools.settings import Setting
 from tokenmerge.tools.variants import share_weights
 from tokenmerge.tools.visualize.load import Shown
-from tokenmerge.tracing import Trace
+from tokenmerge.tracing.trace import Trace
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 
 from tokenmerge.flags import add_merging, add_model, add_sampling_rate, add_weights
-from tokenmerge.pictures import VIEWS
+from tokenmerge.tracing import VIEWS
 
 
 def add_visualize_options(command: argparse.ArgumentParser) -> None:

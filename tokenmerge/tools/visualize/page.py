@@ -12,12 +12,12 @@ import torch
 from torch import Tensor
 
 from tokenmerge.errors import InputError
-from tokenmerge.pictures.paint import table
-from tokenmerge.pictures.regions import anchors
-from tokenmerge.pictures.sheet import to_image
 from tokenmerge.tools.pages import about_this, embedded, finite, render
 from tokenmerge.tools.visualize.load import Shown
 from tokenmerge.tools.visualize.looks import Look
+from tokenmerge.tracing.paint import table
+from tokenmerge.tracing.regions import anchors
+from tokenmerge.tracing.sheet import to_image
 
 _GONE = 65535
 """Stands for −1, a patch that was dropped."""

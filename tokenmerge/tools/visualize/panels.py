@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from tokenmerge.pictures import View, paint
-from tokenmerge.pictures.paint import span_of
-from tokenmerge.pictures.sheet import enlarged
 from tokenmerge.tools.visualize.load import Shown
 from tokenmerge.tools.visualize.looks import Look
+from tokenmerge.tracing import View, paint
+from tokenmerge.tracing.paint import span_of
+from tokenmerge.tracing.sheet import enlarged
 
 _WIDTH = 224
 """Small pictures are enlarged to about this many pixels."""

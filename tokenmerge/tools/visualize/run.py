@@ -11,9 +11,6 @@ from PIL import Image
 from torch import Tensor
 
 from tokenmerge.errors import ConfigError, InputError
-from tokenmerge.pictures import View
-from tokenmerge.pictures.figure import plot_spectrograms, strip
-from tokenmerge.pictures.sheet import contact_sheet, to_image
 from tokenmerge.tools.media import IMAGES, SOUNDS, VIDEOS
 from tokenmerge.tools.models import ModelArgs, load_model
 from tokenmerge.tools.report import Report, Row
@@ -24,6 +21,9 @@ from tokenmerge.tools.visualize.load import Loader, Shown, mel_bands
 from tokenmerge.tools.visualize.looks import Look, merged_copies
 from tokenmerge.tools.visualize.page import write_page
 from tokenmerge.tools.visualize.panels import painted, scale_of
+from tokenmerge.tracing import View
+from tokenmerge.tracing.figure import plot_spectrograms, strip
+from tokenmerge.tracing.sheet import contact_sheet, to_image
 
 _FRAMES = 8
 """How many frames of a video a picture shows."""
@@ -38,7 +38,7 @@ class VisualizeArgs:
         inputs: files.
         out: file to write; its suffix says what: a picture, a film, or a page.
         layer: "all", "last", or after how many blocks.
-        view: one of `tokenmerge.pictures.VIEWS`.
+        view: one of `tokenmerge.tracing.VIEWS`.
         sampling_rate: of videos, steps from frame to frame.
     """
 

@@ -7,9 +7,9 @@ import importlib
 
 from torch import nn
 
+from tokenmerge.patching.families.family import BlockFamily, ModelFamily
 from tokenmerge.patching.families.timm import vit
 from tokenmerge.patching.families.timm.refused import REFUSED
-from tokenmerge.patching.family import BlockFamily, ModelFamily
 
 NAMES = "timm's plain vision transformers"
 

@@ -8,12 +8,12 @@ from typing import Any
 from timm.models import cait
 from torch import Tensor
 
-from tokenmerge.attention import fused_metric, inside, note_input
+from tokenmerge.attention.tap import fused_metric, inside, note_input
 from tokenmerge.flops import BlockCost
+from tokenmerge.patching.families.family import BlockFamily, ModelFamily
+from tokenmerge.patching.families.linear import linear_weights
 from tokenmerge.patching.families.timm.seams import isotropic
 from tokenmerge.patching.families.timm.vit import stem_cost
-from tokenmerge.patching.family import BlockFamily, ModelFamily
-from tokenmerge.patching.linear import linear_weights
 from tokenmerge.patching.swap import original_class
 
 

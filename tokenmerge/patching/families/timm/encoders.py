@@ -8,9 +8,9 @@ from typing import Any
 from timm.models import deepseek_vit, qwen3_vit
 from torch import Tensor
 
+from tokenmerge.patching.families.family import BlockFamily, ModelFamily
 from tokenmerge.patching.families.timm.eva import cost, refuse, rotary, rotary_table
 from tokenmerge.patching.families.timm.seams import isotropic
-from tokenmerge.patching.family import BlockFamily, ModelFamily
 
 
 def _attention(block: Any, x: Tensor, bias: Tensor | None, **given: Any) -> Tensor:

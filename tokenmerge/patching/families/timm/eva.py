@@ -12,12 +12,12 @@ from timm.layers.attention import AttentionRope
 from timm.models import eva
 from torch import Tensor
 
+from tokenmerge.attention.rotary import MixedRotary, Rotary, axial_rotary
 from tokenmerge.flops import BlockCost
+from tokenmerge.patching.families.family import BlockFamily, ModelFamily
+from tokenmerge.patching.families.linear import linear_weights
 from tokenmerge.patching.families.timm.seams import isotropic
-from tokenmerge.patching.family import BlockFamily, ModelFamily
-from tokenmerge.patching.linear import linear_weights
 from tokenmerge.patching.swap import original_class
-from tokenmerge.rotary import MixedRotary, Rotary, axial_rotary
 
 # --- blocks -----------------------------------------------------------------------------------------------
 

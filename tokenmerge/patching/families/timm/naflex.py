@@ -7,11 +7,11 @@ from typing import Any
 
 from timm.models import naflexvit
 
+from tokenmerge.attention.rotary import Rotary
+from tokenmerge.patching.families.family import BlockFamily, ModelFamily
+from tokenmerge.patching.families.linear import linear_weights
 from tokenmerge.patching.families.timm.eva import rotary
 from tokenmerge.patching.families.timm.seams import isotropic
-from tokenmerge.patching.family import BlockFamily, ModelFamily
-from tokenmerge.patching.linear import linear_weights
-from tokenmerge.rotary import Rotary
 
 
 def _grid(model: Any) -> tuple[int, int]:

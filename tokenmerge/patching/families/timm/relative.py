@@ -9,11 +9,11 @@ from timm.models import beit
 from timm.models import vision_transformer_relpos as relpos
 from torch import Tensor
 
-from tokenmerge.attention import note_input, projected_metric
+from tokenmerge.attention.tap import note_input, projected_metric
 from tokenmerge.flops import BlockCost
+from tokenmerge.patching.families.family import BlockFamily, Example, ModelFamily
+from tokenmerge.patching.families.linear import linear_weights
 from tokenmerge.patching.families.timm.seams import FollowsTokens, isotropic
-from tokenmerge.patching.family import BlockFamily, Example, ModelFamily
-from tokenmerge.patching.linear import linear_weights
 from tokenmerge.patching.swap import original_class
 
 

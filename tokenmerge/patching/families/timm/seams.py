@@ -6,10 +6,10 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from tokenmerge.attention import inside
+from tokenmerge.attention.tap import inside
+from tokenmerge.patching.families.family import ModelFamily
+from tokenmerge.patching.families.linear import linear_weights
 from tokenmerge.patching.families.timm.vit import image_shape, stem_cost
-from tokenmerge.patching.family import ModelFamily
-from tokenmerge.patching.linear import linear_weights
 from tokenmerge.patching.root import MergeRoot
 
 WORDS = {

@@ -17,14 +17,14 @@ from timm.models import deit, vision_transformer
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from tokenmerge.attention import head_mean_untransposed, size_bias
+from tokenmerge.attention.tap import head_mean_untransposed, size_bias
 from tokenmerge.errors import PatchError
 from tokenmerge.flops import BlockCost
-from tokenmerge.patching.family import BlockFamily, ModelFamily
-from tokenmerge.patching.linear import linear_weights
+from tokenmerge.patching.families.family import BlockFamily, ModelFamily
+from tokenmerge.patching.families.linear import linear_weights
 from tokenmerge.patching.root import MergeRoot
+from tokenmerge.patching.state import state_of, weighted_mean
 from tokenmerge.patching.swap import original_class
-from tokenmerge.state import state_of, weighted_mean
 
 # timm grew these classes over time; a row for a class that this timm lacks is left out
 _DiffAttention: type[nn.Module] | None = getattr(vision_transformer, "DiffAttention", None)

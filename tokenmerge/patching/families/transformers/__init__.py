@@ -9,10 +9,10 @@ import inspect
 
 from torch import nn
 
+from tokenmerge.patching.families.family import BlockFamily, ModelFamily
 from tokenmerge.patching.families.transformers.blocks import LAYERS, WITHOUT_MASK
 from tokenmerge.patching.families.transformers.models import MISREADERS, TOWERS
 from tokenmerge.patching.families.transformers.refused import REFUSED
-from tokenmerge.patching.family import BlockFamily, ModelFamily
 
 NAMES = "transformers' plain vision, video and audio transformers"
 

@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from tokenmerge.attention import inside
+from tokenmerge.attention.tap import inside
 
 CAN_CARRY = ("eager", "sdpa")
 """Implementations that add a mask `[B, 1, 1, N]` to their scores; flash attention reads it as padding instead."""

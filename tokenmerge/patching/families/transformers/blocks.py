@@ -8,9 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tokenmerge.attention import fused_metric, head_mean, note_input, weigh_probabilities
+from tokenmerge.attention.tap import fused_metric, head_mean, note_input, weigh_probabilities
 from tokenmerge.errors import PatchError
 from tokenmerge.flops import BlockCost
+from tokenmerge.patching.families.family import Example
+from tokenmerge.patching.families.linear import linear_weights
 from tokenmerge.patching.families.transformers.attention import (
     CAN_CARRY,
     FollowsTokens,
@@ -18,8 +20,6 @@ from tokenmerge.patching.families.transformers.attention import (
     TurnsByPosition,
     refuse_implementation,
 )
-from tokenmerge.patching.family import Example
-from tokenmerge.patching.linear import linear_weights
 
 _ATTENTIONS = ("attention", "self_attn")
 

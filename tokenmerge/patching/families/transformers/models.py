@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tokenmerge.rotary import Rotary, axial_rotary
+from tokenmerge.attention.rotary import Rotary, axial_rotary
 
 Grid = tuple[int, ...] | None
 

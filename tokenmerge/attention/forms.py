@@ -19,7 +19,7 @@ from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from tokenmerge.errors import ConfigError
-from tokenmerge.exporting import is_exporting
+from tokenmerge.ops.exporting import is_exporting
 
 AttentionForm = Literal["auto", "mask", "cudnn", "efficient", "math", "flex", "key_channel", "value_channel"]
 FORMS = ("auto", "mask", "cudnn", "efficient", "math", "flex", "key_channel", "value_channel")

@@ -13,9 +13,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from tokenmerge.attention import head_mean, head_mean_untransposed, heads_first, heads_second, note_output
+from tokenmerge.attention.rotary import Rotary
+from tokenmerge.attention.tap import head_mean, head_mean_untransposed, heads_first, heads_second, note_output
 from tokenmerge.flops import BlockCost
-from tokenmerge.rotary import Rotary
 
 Hook = Callable[..., Any]
 

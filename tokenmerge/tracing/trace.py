@@ -11,13 +11,13 @@ import torch
 from torch import Tensor
 
 from tokenmerge.errors import InputError
+from tokenmerge.patching.state import TokenState, carry
 from tokenmerge.plan import MergePlan, source_map, spread_rows
-from tokenmerge.state import TokenState, carry
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-    from tokenmerge.pictures import View
+    from tokenmerge.tracing import View
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -92,7 +92,7 @@ class Trace:
         Raises:
             InputError: if there is no such block or image, or the grid is unknown or of other axes.
         """
-        from tokenmerge.pictures.regions import anchors, region_map
+        from tokenmerge.tracing.regions import anchors, region_map
 
         if not -self.batch <= image < self.batch:
             raise InputError(f"image {image} is not in this trace, which has images 0 … {self.batch - 1}")
@@ -128,7 +128,7 @@ class Trace:
         Raises:
             InputError: if matplotlib is missing, there is no such block or image, or the picture has other axes than the grid.
         """
-        from tokenmerge.pictures.figure import plot_trace
+        from tokenmerge.tracing.figure import plot_trace
 
         return plot_trace(self, picture, block, view, image)
 

@@ -11,13 +11,13 @@ import torch
 from torch import Tensor
 
 from tokenmerge.errors import InputError
-from tokenmerge.pictures.paint import View, needing_matplotlib, paint, span_of
+from tokenmerge.tracing.paint import View, needing_matplotlib, paint, span_of
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-    from tokenmerge.tracing import Trace
+    from tokenmerge.tracing.trace import Trace
 
 _FRAMES = 6
 """How many frames of a video a figure shows."""

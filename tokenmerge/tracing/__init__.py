@@ -1,6 +1,6 @@
 """Pictures of merged tokens. The core imports this only when a picture is asked for."""
 
-from tokenmerge.pictures.paint import VIEWS, View, paint
-from tokenmerge.pictures.regions import borders, region_map
+from tokenmerge.tracing.paint import VIEWS, View, paint
+from tokenmerge.tracing.regions import borders, region_map
 
 __all__ = ["VIEWS", "View", "borders", "paint", "region_map"]

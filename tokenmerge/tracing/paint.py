@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from tokenmerge.errors import InputError
-from tokenmerge.pictures.regions import borders
+from tokenmerge.tracing.regions import borders
 
 View = Literal["picture", "outlines", "sizes", "tokens"]
 VIEWS = ("picture", "outlines", "sizes", "tokens")

@@ -16,8 +16,8 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
-from tokenmerge.attention import note_inside
-from tokenmerge.attention_forms import ATTEND
+from tokenmerge.attention.forms import ATTEND
+from tokenmerge.attention.tap import note_inside
 
 
 class AttentionCall(TorchFunctionMode):

@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from tokenmerge.attention.pairs import PairMap
 from tokenmerge.ops import sum_over_heads
-from tokenmerge.pairs import PairMap
-from tokenmerge.precision import autocast_dtype, no_autocast
+from tokenmerge.ops.precision import autocast_dtype, no_autocast
 
 
 def attention_dtype(x: Tensor) -> torch.dtype:
