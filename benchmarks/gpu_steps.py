@@ -110,7 +110,7 @@ def card(bench: Bench) -> None:
 def checks(bench: Bench) -> None:
     """The kernels and the forms of attention against their references, on this very device."""
     few = ["-k", "test_an_empty_batch"] if bench.rehearse else ["-n", "12", "-m", "not slow"]
-    files = ["tests/test_ops.py"] if bench.rehearse else ["tests/test_ops.py", "tests/test_attention_forms.py"]
+    files = ["tests/ops/test_ops.py"] if bench.rehearse else ["tests/ops/test_ops.py", "tests/attention/test_forms.py"]
     command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", *few, *files]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     (bench.folder / "checks.log").write_text(done.stdout + done.stderr)

@@ -20,9 +20,9 @@ import torchvision
 import transformers
 
 import tokenmerge
-from tests import flat
-from tests.tiny import tiny
-from tests.towers import TOWERS as TESTED
+from tests.helpers import flat
+from tests.helpers.tiny import tiny
+from tests.helpers.towers import TOWERS as TESTED
 from tokenmerge.patching.families.timm.refused import REFUSED as TIMM_REFUSED
 from tokenmerge.patching.families.transformers.models import TOWERS
 from tokenmerge.patching.families.transformers.refused import REFUSED as HF_REFUSED

@@ -23,8 +23,8 @@ from hypothesis import HealthCheck, settings
 from PIL import Image
 from safetensors.torch import save_file
 
-from tests import flat
-from tests.tiny import tiny
+from tests.helpers import flat
+from tests.helpers.tiny import tiny
 from tokenmerge import methods
 from tokenmerge.cli import main
 from tokenmerge.matching import registry

@@ -10,7 +10,7 @@ from timm.layers.config import set_fused_attn
 from torch.utils.flop_counter import FlopCounterMode
 
 import tokenmerge
-from tests.tiny import images_for, tiny
+from tests.helpers.tiny import images_for, tiny
 from tokenmerge.schedule import expand
 
 TINY: dict[str, Any] = {"embed_dim": 192, "depth": 12}

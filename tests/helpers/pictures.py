@@ -1,0 +1,76 @@
+"""Models and files to look at, and what a picture of them must be, worked out pixel by pixel."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import timm
+from PIL import Image
+from safetensors.torch import save_file
+
+from tests.helpers.tiny import randomize
+
+SMALL = {"embed_dim": 48, "depth": 6, "num_heads": 3, "num_classes": 7}
+
+
+def write_model(folder: Path, architecture: str = "vit_tiny_patch16_224", **arguments: Any) -> str:
+    """A small random model in timm's hub format; its name for the command."""
+    arguments = {**SMALL, **arguments}
+    classes = arguments.pop("num_classes")
+    model = timm.create_model(architecture, num_classes=classes, **arguments).eval()
+    randomize(model)
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file({name: value.contiguous() for name, value in model.state_dict().items()}, folder / "model.safetensors")
+    size = arguments["img_size"]
+    height, width = (size, size) if isinstance(size, int) else size
+    pretrained = {
+        "input_size": [int(arguments.get("in_chans", 3)), height, width],
+        "mean": [0.5] * 3,
+        "std": [0.5] * 3,
+        "crop_pct": 1.0,
+        "num_classes": classes,
+        "interpolation": "bicubic",
+        "first_conv": "patch_embed.proj",
+        "classifier": "head",
+    }
+    config = {
+        "architecture": architecture,
+        "num_classes": classes,
+        "model_args": arguments,
+        "pretrained_cfg": pretrained,
+    }
+    (folder / "config.json").write_text(json.dumps(config))
+    return f"local-dir:{folder}"
+
+
+def photo(path: Path, width: int = 64, height: int = 64, seed: int = 0) -> Path:
+    """Blobs of colour: some patches are alike, most are not."""
+    rng = np.random.default_rng(seed)
+    small = Image.fromarray(rng.integers(0, 256, (5, 7, 3), dtype=np.uint8))
+    picture = small.resize((width, height), Image.Resampling.BICUBIC)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    picture.save(path, quality=95)
+    return path
+
+
+def expected(pixels: Any, names: Any, grid: tuple[int, int]) -> Any:
+    """`[H, W, 3]` of floats, tokens in their mean colour with borders: one loop over pixels, nothing shared with the library.
+
+    pixels `[H, W, 3]`, names `[h·w]`: the token of each patch.
+    """
+    height, width, _ = pixels.shape
+    names = np.asarray(names).reshape(grid)
+    token = np.array(
+        [[names[y * grid[0] // height, x * grid[1] // width] for x in range(width)] for y in range(height)]
+    )
+    out = np.zeros(pixels.shape)
+    for name in np.unique(token):
+        out[token == name] = pixels[token == name].mean(axis=0)
+    for y in range(height):
+        for x in range(width):
+            if (y and token[y, x] != token[y - 1, x]) or (x and token[y, x] != token[y, x - 1]):
+                out[y, x] = out[y, x] * 0.25 + 255 * 0.45 * 0.75
+    return out

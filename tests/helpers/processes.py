@@ -1,0 +1,108 @@
+"""The command in processes of its own, without importing everything again for each: to be killed, or several at once.
+
+Python's fork server imports the libraries once; each process is forked from it and is what `python -m tokenmerge` would be
+then. Importing takes most of the time of these tests otherwise. Where the launcher itself matters, a test starts it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import multiprocessing
+import os
+import socket
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+
+@functools.cache
+def _context() -> Any:
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["tests.helpers.processes", "tokenmerge.cli", "timm", "torchvision", "accelerate"])
+    return context
+
+
+def _run(words: Sequence[str], out: Path, environment: Mapping[str, str]) -> None:
+    """In the new process: output to the files, then the command."""
+    for number, name in ((1, "out"), (2, "err")):
+        file = os.open(f"{out}.{name}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+        os.dup2(file, number)
+    os.environ.update(environment)
+    import torch
+
+    from tokenmerge.cli import main
+
+    torch.set_num_threads(1)
+    with open(1, "w", closefd=False) as sys.stdout, open(2, "w", closefd=False) as sys.stderr:
+        sys.exit(main(list(words)))
+
+
+class Command:
+    """`tokenmerge` with these words, running; its output goes to files beside `out`."""
+
+    def __init__(self, words: Sequence[str], out: Path, environment: Mapping[str, str] | None = None) -> None:
+        self.path = out
+        self.process = _context().Process(target=_run, args=(words, out, environment or {}))
+        self.process.start()
+
+    @property
+    def running(self) -> bool:
+        """Whether it has not ended."""
+        return bool(self.process.is_alive())
+
+    def send(self, signal: int) -> None:
+        """Send a signal, if it has not ended."""
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(self.process.pid, signal)
+
+    def wait(self, seconds: float = 180) -> int:
+        """Its exit code, negative for a signal.
+
+        Raises:
+            TimeoutError: if it takes longer; it is killed then.
+        """
+        self.process.join(seconds)
+        if self.process.exitcode is None:
+            self.process.kill()
+            raise TimeoutError(f"the command still runs after {seconds} s:\n{self.out}{self.err}")
+        return int(self.process.exitcode)
+
+    @property
+    def out(self) -> str:
+        """What it wrote to standard output so far."""
+        return _text(f"{self.path}.out")
+
+    @property
+    def err(self) -> str:
+        """What it wrote to standard error so far."""
+        return _text(f"{self.path}.err")
+
+
+def _text(path: str) -> str:
+    return Path(path).read_text() if Path(path).exists() else ""
+
+
+def call(words: Sequence[str], out: Path) -> str:
+    """Run the command to its end, which must be a good one; its standard output."""
+    command = Command(words, out)
+    assert command.wait() == 0, command.err
+    return command.out
+
+
+def call_on_two(words: Sequence[str], out: Path) -> str:
+    """The same on two processes, with the variables that torchrun sets; standard output of the first."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    commands = []
+    for rank in ("0", "1"):
+        variables = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
+        variables |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+        commands.append(Command(words, out.with_name(f"{out.name}{rank}"), variables))
+    end = time.monotonic() + 180
+    codes = [command.wait(max(1, end - time.monotonic())) for command in commands]
+    assert codes == [0, 0], "".join(command.err for command in commands)
+    return commands[0].out
