@@ -30,6 +30,7 @@ import tokenmerge
 from tokenmerge.attention.call import AttentionCall
 from tokenmerge.attention.forms import FORMS
 from tokenmerge.ops import launch, matching, triton_refusals
+from tokenmerge.ops.combine import merge_rows
 from tokenmerge.ops.timing import Call, synchronize, take_turns
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -126,7 +127,7 @@ def op_calls(
         "unit keys": started[0].start,
         "unit keys and match": lambda: launch.start_all(started),
         "matching": lambda: matching.match(keys, r, 1),
-        "merge": lambda: plan.merge_for_attention(x, size, "mean", "triton", x.dtype),
+        "merge": lambda: merge_rows(x, size, plan, "mean", "triton", x.dtype),
         "matching in torch": lambda: tokenmerge.bipartite_matching(keys, r, 1, backend="torch"),
         "merge in torch": lambda: plan.merge(x, size, backend="torch"),
     }

@@ -26,8 +26,9 @@ from torch import Tensor
 import tokenmerge
 from tokenmerge import MergePlan
 from tokenmerge.matching import get_matcher
-from tokenmerge.matching.distances import similarities, unit
+from tokenmerge.matching.distances import similarities
 from tokenmerge.matching.joining import join
+from tokenmerge.ops.basics import unit
 from tokenmerge.patching import patch
 from tokenmerge.patching.state import carry, state_of
 from tokenmerge.tools.compare.data import Images
@@ -119,7 +120,7 @@ def corrected(model: Any, unmerged: Any, batches: Any) -> list[float]:
             if state is None or state.size is None:
                 return out
             by = torch.where(state.size > 1, factor, 1.0).unsqueeze(2)
-            return carry(out * by, state)
+            return carry(out * by, like=out)
 
         block.register_forward_hook(scale)
     return factors

@@ -39,7 +39,7 @@ CANDIDATES: dict[str, dict[str, Any]] = {
     "tome": {},
     "norm": {"combine": "norm"},
     "max_norm": {"combine": "max_norm"},
-    "norm, order": {"combine": "norm", "order": "keep"},
+    "norm, order": {"combine": "norm", "order": "spatial"},
     "norm, checkerboard": {"combine": "norm", "partition": "checkerboard"},
     "norm, metric x": {"combine": "norm", "metric": "x"},
     "norm, K and V": {"combine": "norm", "metric": "kv"},
@@ -86,7 +86,7 @@ CANDIDATES: dict[str, dict[str, Any]] = {
     },
     "tokens 0.5, attention 0.5, from 4, order": {
         **informed(token_weight=0.5, attention_power=0.5, attention_from=4),
-        "order": "keep",
+        "order": "spatial",
     },
     "tokens 0.5, sizes": informed(token_weight=0.5, size_penalty="sqrt_harmonic"),
     "tokens 0.5, attention 0.5, from 4, sizes": informed(

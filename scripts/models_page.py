@@ -42,7 +42,7 @@ from transformers import Dinov2Config, Dinov2ForImageClassification
 
 model = Dinov2ForImageClassification(Dinov2Config(num_hidden_layers=2, hidden_size=96, num_attention_heads=3)).eval()
 handle = tokenmerge.patch(model, r=16)  # finds the tower inside, and patches only it
-print(handle.output_tokens)  # 257: unmerged tokens leave the tower, so the head averages what it should
+print(handle.output_tokens())  # 257: unmerged tokens leave the tower, so the head averages what it should
 model(torch.randn(1, 3, 224, 224)).logits
 ```
 

@@ -48,7 +48,7 @@ def test_unknown_field_is_a_type_error() -> None:
     [
         {"r": -1},
         {"r": 8, "flops": 0.5},
-        {"keep": 0.4},
+        {"keep": 0.0},
         {"keep": 1.5},
         {"flops": 0},
         {"flops": float("nan")},

@@ -136,7 +136,7 @@ def test_half_precision_is_accumulated_in_float32(dtype: Any) -> None:
     y = torch.randn(2, 20, 4).to(dtype)
     out, new_size = few.merge(y)
     alone = new_size == 1
-    assert torch.equal(out[alone], y.gather(1, few.keep.unsqueeze(2).expand(-1, -1, 4))[alone])
+    assert torch.equal(out[alone], y.gather(1, few.kept.unsqueeze(2).expand(-1, -1, 4))[alone])
 
 
 def test_gradients_in_float64() -> None:

@@ -6,7 +6,7 @@ Importing this package imports torch and nothing else that is heavy; timm and th
 imported when a model of theirs is patched.
 """
 
-from tokenmerge.config import MergeConfig
+from tokenmerge.config import PRESETS, MergeConfig
 from tokenmerge.errors import (
     ConfigError,
     InputError,
@@ -18,12 +18,11 @@ from tokenmerge.errors import (
 from tokenmerge.flops import BlockCost, ModelCost, vit_cost
 from tokenmerge.matching import Matcher, bipartite_matching, register_matcher
 from tokenmerge.methods import Method, get_method, method_names, register_method
-from tokenmerge.patching import Handle, Summary, handle, is_patched, model_cost, patch, patched, unpatch
+from tokenmerge.patching import Handle, Summary, handle_of, is_patched, model_cost, patch, patched, unpatch
 from tokenmerge.patching.calibrate import calibrate, diffrate_schedule
-from tokenmerge.patching.state import token_sizes
+from tokenmerge.patching.state import carry, token_sizes
 from tokenmerge.plan import MergePlan
-from tokenmerge.presets import PRESETS
-from tokenmerge.tracing.trace import Trace
+from tokenmerge.tracing.trace import Trace, trace_of
 
 __version__ = "0.1.0"
 
@@ -47,9 +46,10 @@ __all__ = [
     "__version__",
     "bipartite_matching",
     "calibrate",
+    "carry",
     "diffrate_schedule",
     "get_method",
-    "handle",
+    "handle_of",
     "is_patched",
     "method_names",
     "model_cost",
@@ -58,6 +58,7 @@ __all__ = [
     "register_matcher",
     "register_method",
     "token_sizes",
+    "trace_of",
     "unpatch",
     "vit_cost",
 ]

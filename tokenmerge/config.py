@@ -1,37 +1,105 @@
-"""`MergeConfig`: everything a user can choose, in one frozen dataclass with a JSON round trip."""
+"""`MergeConfig`: everything a user can choose, in one frozen dataclass with a JSON round trip.
+
+A field is written here and nowhere else: its type, whose `Literal` holds the choices; its help, which flags, summaries and
+pages quote; and what it needs of other fields (`MergeConfig.__post_init__`) and of the matcher (`by_matcher`).
+"""
 
 from __future__ import annotations
 
 import dataclasses
 import json
+import math
+import typing
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Any, Literal, NoReturn
 
-from tokenmerge.attention.forms import FORMS, AttentionForm
 from tokenmerge.errors import ConfigError, UnknownFieldError
-from tokenmerge.matching.distances import DISTANCES, Distance
-from tokenmerge.matching.partitions import PARTITIONS, Partition
-from tokenmerge.ops import BACKENDS, Backend
-from tokenmerge.ops.combine import REDUCTIONS
-from tokenmerge.presets import PRESETS
 from tokenmerge.schedule import RForm, validate_r
 
-SCHEDULE_FIELDS = ("r", "keep", "flops", "speedup")
 Metric = Literal["k", "q", "v", "kv", "x_pre", "x"]
-Combine = Literal["mean", "average", "max", "keep", "norm", "max_norm", "tofu"]
-CHOICES = {
-    "metric": ("k", "q", "v", "kv", "x_pre", "x"),
-    "distance": DISTANCES,
-    "heads": ("mean", "concat"),
-    "partition": PARTITIONS,
-    "combine": (*(one for one in REDUCTIONS if one != "sum"), "tofu"),
-    "place": ("before", "between", "after"),
-    "order": ("partition", "keep"),
-    "positions": ("mean", "destination"),
-    "output": ("auto", "merged", "full"),
-    "attention": FORMS,
-    "backend": BACKENDS,
+Heads = Literal["mean", "concat"]
+Distance = Literal["cosine", "dot", "euclidean", "softmax"]
+Partition = Literal["alternating", "sequential", "random", "checkerboard"]
+Combine = Literal["mean", "average", "max", "destination", "norm", "max_norm", "tofu"]
+Place = Literal["before", "between", "after"]
+AttentionForm = Literal["auto", "mask", "cudnn", "efficient", "math", "flex", "key_channel", "value_channel"]
+Backend = Literal["auto", "torch", "triton"]
+
+PRESETS: Mapping[str, Mapping[str, Any]] = {
+    # the paper's choices, which are the defaults
+    "paper": {
+        "matcher": "bipartite",
+        "metric": "k",
+        "heads": "mean",
+        "distance": "cosine",
+        "partition": "alternating",
+        "combine": "mean",
+        "place": "between",
+    },
+    # chosen by how little it moves predictions, on training images and photos, and confirmed on others (docs/compare.md): what is
+    # compared is half keys and half the tokens themselves, weighted by class attention; merged tokens keep their length
+    "accurate": {
+        "matcher": "informed",
+        "options": {"attention_power": 0.5, "token_weight": 0.5},
+        "partition": "checkerboard",
+        "combine": "norm",
+    },
 }
+"""Sets of fields under a name: `patch(model, speedup=2, preset="accurate")`."""
+
+
+def _immutable(self: Any, *_: Any, **__: Any) -> NoReturn:
+    raise TypeError("a config cannot be changed: make another one with MergeConfig.create, or call handle.update(…)")
+
+
+class FrozenList(list):  # type: ignore[type-arg]  # of anything
+    """A list that cannot be changed; equal to a list of the same entries."""
+
+    __setitem__ = __delitem__ = __iadd__ = __imul__ = _immutable
+    append = extend = insert = pop = remove = clear = sort = reverse = _immutable
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return FrozenList, (list(self),)
+
+
+class FrozenDict(dict):  # type: ignore[type-arg]  # of anything
+    """A dict that cannot be changed; equal to a dict of the same entries."""
+
+    __setitem__ = __delitem__ = __ior__ = _immutable
+    pop = popitem = clear = update = setdefault = _immutable
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return FrozenDict, (dict(self),)
+
+
+def _frozen(value: Any) -> Any:
+    """A copy of lists and mappings, however deep, that nobody can change."""
+    if isinstance(value, Mapping):
+        return FrozenDict({key: _frozen(entry) for key, entry in value.items()})
+    return FrozenList([_frozen(entry) for entry in value]) if isinstance(value, list) else value
+
+
+def _thawed(value: Any) -> Any:
+    """The same as plain lists and dicts."""
+    if isinstance(value, Mapping):
+        return {key: _thawed(entry) for key, entry in value.items()}
+    return [_thawed(entry) for entry in value] if isinstance(value, list) else value
+
+
+def setting(default: Any, text: str, group: str = "", by_matcher: bool = False) -> Any:
+    """A field of `MergeConfig`.
+
+    Args:
+        default: its value unless the user chooses.
+        text: its help, one sentence without the choices.
+        group: "schedule" for the fields of which one is given; "matching" for those that say what merges; "running" for
+            those that change no result; else "".
+        by_matcher: whether it is the matcher that obeys it, by taking a parameter of that name.
+    """
+    metadata = {"help": text, "group": group, "by_matcher": by_matcher}
+    if isinstance(default, dict):
+        return dataclasses.field(default_factory=lambda: FrozenDict(default), metadata=metadata)
+    return dataclasses.field(default=default, metadata=metadata)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -39,66 +107,100 @@ class MergeConfig:
     """How a model merges its tokens.
 
     Exactly one of `r`, `keep`, `flops` and `speedup` says how many tokens each block merges; which one is only
-    demanded when a model is patched, so that a config without any can be completed by `replace`.
-
-    Attributes:
-        r: tokens merged per block: an int; a pair `(r, inflect)`, linear from `r·(1 − inflect)` to
-            `r·(1 + inflect)`; or a list with one int per block, padded with 0 when short.
-        keep: fraction of the unprotected tokens that each block keeps, in [0.5, 1].
-        flops: FLOPs after merging ÷ before, in (0, 1]: the constant r that comes closest from below.
-        speedup: FLOPs before merging ÷ after, at least 1: `flops=1/speedup`, what the arithmetic allows. Measured
-            speed-ups come close to it for large models and batches, and fall short for small ones.
-        prop_attn: proportional attention, `softmax(QKᵀ/√d + log size)` (paper, section 3). "auto" is off for
-            weights pretrained by MAE and used off the shelf, where the family can tell, and on otherwise.
-        attention: how sizes reach the attention kernel: as a "mask" that PyTorch finds a kernel for; on the "cudnn",
-            "efficient" or "math" kernel; by "flex" attention; or without a mask, as a "key_channel" or
-            "value_channel" more. "auto" goes by the device. All compute the same.
-        order: how the tokens that are left are ordered: "partition" is the paper's (those that could have
-            merged, then those that could have been joined), "keep" leaves them in ascending position.
-        positions: where a merged token stands for attention that knows positions (rotary, relative bias):
-            "mean" of the patches it stands for, weighted by size, or "destination", that of the token joined.
-        output: what leaves the last block: "merged" tokens; "full", spread back over the patches, so that
-            whatever reads them needs to know nothing of sizes; "auto" lets the family choose.
-        matcher: name of a registered matching algorithm; "bipartite" is the paper's.
-        options: further arguments of the matcher, by name (`tokenmerge.matching.get_entry(name).options`).
-        metric: what matching compares (paper, table 1a): "k", the keys; "q"; "v"; "kv", K and V side by side, each of
-            length 1; "x_pre", the block's input; "x", the tokens after attention.
-        heads: of K, Q and V: their "mean", or "concat", all of them side by side (table 1c).
-        distance: "cosine", "dot", "euclidean" or "softmax" (table 1b).
-        partition: the sides of bipartite matching (table 1e): "alternating", "sequential", "random", or "checkerboard"
-            on the grid of patches in the first block and alternating after it.
-        combine: what becomes of tokens that merge (table 1d): "mean", weighted by size (the paper's); "average"; "max";
-            "keep" the one that is joined; "norm", the mean's direction with the mean of the lengths; "max_norm", with the
-            largest length; "tofu", "keep" in the first half of the blocks and "max_norm" in the second.
-        place: where tokens merge: "before" attention (by `metric="x_pre"`), "between" attention and MLP (the paper's),
-            or "after" the MLP.
-        backend: what matches and merges: "triton" kernels, plain "torch", or "auto", Triton on a GPU.
-        trace: keep the plans of the latest forward pass for `Handle.trace`; "attention" keeps what the class token looked
-            at in each block, too.
+    demanded when a model is patched, so that a config without any can be completed by `create`. All but `r` are resolved
+    for the number of tokens that arrives. `help_of(name)` says what a field is, and `choices_of(name)` what it may be;
+    docs/settings.md lists all of them.
 
     Raises:
         ConfigError: for a value that means nothing.
     """
 
-    r: RForm | None = None
-    keep: float | None = None
-    flops: float | None = None
-    speedup: float | None = None
-    prop_attn: bool | Literal["auto"] = "auto"
-    attention: AttentionForm = "auto"
-    order: Literal["partition", "keep"] = "partition"
-    positions: Literal["mean", "destination"] = "mean"
-    output: Literal["auto", "merged", "full"] = "auto"
-    matcher: str = "bipartite"
-    options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
-    metric: Metric = "k"
-    heads: Literal["mean", "concat"] = "mean"
-    distance: Distance = "cosine"
-    partition: Partition = "alternating"
-    combine: Combine = "mean"
-    place: Literal["before", "between", "after"] = "between"
-    backend: Backend = "auto"
-    trace: bool | Literal["attention"] = False
+    r: RForm | None = setting(
+        None,
+        "tokens merged per block: an int; a pair (r, inflect), linear from r·(1 − inflect) to r·(1 + inflect); or a list with "
+        "one int per block, padded with 0 when short",
+        "schedule",
+    )
+    keep: float | list[float] | None = setting(
+        None,
+        "fraction of the unprotected tokens that each block keeps: a number, or a list with one for each block",
+        "schedule",
+    )
+    flops: float | None = setting(
+        None,
+        "FLOPs after merging ÷ before, in (0, 1]: the constant r that comes closest from below",
+        "schedule",
+    )
+    speedup: float | None = setting(
+        None,
+        "FLOPs before merging ÷ after, at least 1: flops=1/speedup, what the arithmetic allows; measured speed-ups come close "
+        "to it for large models and batches, and fall short for small ones",
+        "schedule",
+    )
+    prop_attn: bool | Literal["auto"] = setting(
+        "auto",
+        "proportional attention, softmax(QKᵀ/√d + log size) (paper, section 3); auto is as the weights were trained: off for "
+        "weights pretrained by MAE and used off the shelf, where the family can tell, and on otherwise",
+    )
+    attention: AttentionForm = setting(
+        "auto",
+        "how sizes reach the attention kernel: as a mask, for which PyTorch finds a kernel; on the cudnn, efficient or math "
+        "kernel; by flex attention; or without a mask, as a channel more of K or V; auto goes by the device, and all compute "
+        "the same",
+        "running",
+    )
+    order: Literal["partition", "spatial"] = setting(
+        "partition",
+        "how the tokens that are left are ordered: by partition as in the paper (those that could have merged, then those "
+        "that could have been joined), or in ascending position",
+    )
+    positions: Literal["mean", "destination"] = setting(
+        "mean",
+        "where a merged token stands for attention that knows positions (rotary, relative bias): at the mean of the patches "
+        "it stands for, weighted by size, or at the token joined",
+    )
+    output: Literal["auto", "merged", "full"] = setting(
+        "auto",
+        "what leaves the last block: merged tokens, or full ones, spread back over the patches, so that whatever reads them "
+        "needs to know nothing of sizes; auto lets the family choose",
+    )
+    matcher: str = setting("bipartite", "name of a registered matching algorithm; bipartite is the paper's", "matching")
+    options: Mapping[str, Any] = setting({}, "further arguments of the matcher, by name", "matching")
+    metric: Metric = setting(
+        "k",
+        "what is compared (paper, table 1a): the keys; queries; values; K and V side by side, each of length 1; the block's "
+        "input; the tokens after attention",
+        "matching",
+    )
+    heads: Heads = setting("mean", "of K, Q and V: their mean, or all of them side by side (table 1c)", "matching")
+    distance: Distance = setting("cosine", "how it is compared (table 1b)", "matching", by_matcher=True)
+    partition: Partition = setting(
+        "alternating",
+        "sides of bipartite matching (table 1e); checkerboard is on the grid of patches in the first block, and alternating "
+        "after it",
+        "matching",
+        by_matcher=True,
+    )
+    combine: Combine = setting(
+        "mean",
+        "what becomes of tokens that merge (table 1d): the mean, weighted by size; the average; the maximum; the token that is "
+        "joined; the mean's direction with the mean of the lengths, or with the largest length; tofu is destination in the "
+        "first half of the blocks and max_norm in the second",
+        "matching",
+    )
+    place: Place = setting(
+        "between",
+        "where tokens merge: before attention (with metric x_pre), between attention and MLP, or after the MLP",
+        "matching",
+    )
+    backend: Backend = setting(
+        "auto", "what matches and merges; auto is Triton's kernels on a GPU", "running", by_matcher=True
+    )
+    trace: bool | Literal["attention", "rollout"] = setting(
+        False,
+        "keep what passes merged: plans travel with the features, and those of the latest whole pass are `Handle.trace`; "
+        "attention keeps what the class token looked at in each block, too, and rollout the attention of all blocks together",
+    )
 
     def __post_init__(self) -> None:
         given = [name for name in SCHEDULE_FIELDS if getattr(self, name) is not None]
@@ -106,33 +208,32 @@ class MergeConfig:
             raise ConfigError(f"{' and '.join(given)} were all given, but they contradict each other: choose one")
         if self.r is not None:
             validate_r(self.r)
-            if isinstance(self.r, list):  # a copy, so that the caller's list cannot change a frozen config
-                object.__setattr__(self, "r", list(self.r))
-        for name, low in (("keep", 0.5), ("flops", 0.0)):
-            value = getattr(self, name)
-            if value is not None and not (_is_number(value) and low <= value <= 1 and value > 0):
-                interval = "[0.5, 1]" if low else "(0, 1]"
-                raise ConfigError(f"{name}={value!r}, but it is a fraction and must lie in {interval}: try {name}=0.7")
-        if self.speedup is not None and not (_is_number(self.speedup) and 1 <= self.speedup <= 1000):
-            raise ConfigError(f"speedup={self.speedup!r}, but it says how many times fewer FLOPs: try speedup=2")
-        if self.prop_attn not in (True, False, "auto") or not isinstance(self.prop_attn, bool | str):
-            raise ConfigError(
-                f"prop_attn={self.prop_attn!r}, but it must be True, False or 'auto': use 'auto' if unsure"
-            )
-        for name, choices in CHOICES.items():
-            if not isinstance(getattr(self, name), str) or getattr(self, name) not in choices:
-                raise ConfigError(f"{name}={getattr(self, name)!r}, but it must be one of {', '.join(choices)}")
-        if not isinstance(self.matcher, str):
-            raise ConfigError(
-                f"matcher={self.matcher!r}, but it must be the name of a registered matcher: try 'bipartite'"
-            )
         if not isinstance(self.options, Mapping) or not all(isinstance(key, str) for key in self.options):
             raise ConfigError(
                 f"options={self.options!r}, but it must map names to values: try options={{'iterations': 5}}"
             )
-        object.__setattr__(self, "options", dict(self.options))  # a copy, as of r
-        if self.trace not in (True, False, "attention") or not isinstance(self.trace, bool | str):
-            raise ConfigError(f"trace={self.trace!r}, but it must be True, False or 'attention'")
+        for name in ("r", "keep", "options"):  # copies, so that nobody can change a frozen config from outside
+            object.__setattr__(self, name, _frozen(getattr(self, name)))
+        self._check_fractions()
+        if not isinstance(self.matcher, str):
+            raise ConfigError(
+                f"matcher={self.matcher!r}, but it must be the name of a registered matcher: try 'bipartite'"
+            )
+        for name in CHOICES:
+            value = getattr(self, name)
+            if not any(value is choice or (isinstance(value, str) and value == choice) for choice in choices_of(name)):
+                words = ", ".join(map(str, choices_of(name)))
+                raise ConfigError(f"{name}={value!r}, but it must be one of {words}: choose one of them")
+
+    def _check_fractions(self) -> None:
+        keep = self.keep if isinstance(self.keep, list) else [] if self.keep is None else [self.keep]
+        for value in keep:
+            if not (_is_number(value) and 0 < value <= 1):
+                raise ConfigError(f"keep={self.keep!r}, but a fraction must lie in (0, 1]: try keep=0.7")
+        if self.flops is not None and not (_is_number(self.flops) and 0 < self.flops <= 1):
+            raise ConfigError(f"flops={self.flops!r}, but it is a fraction and must lie in (0, 1]: try flops=0.7")
+        if self.speedup is not None and not (_is_number(self.speedup) and 1 <= self.speedup <= 1000):
+            raise ConfigError(f"speedup={self.speedup!r}, but it says how many times fewer FLOPs: try speedup=2")
 
     @classmethod
     def create(cls, config: MergeConfig | None = None, preset: str | None = None, **fields: Any) -> MergeConfig:
@@ -159,11 +260,10 @@ class MergeConfig:
                 f"config is {config!r} of type {type(config).__name__}, but it must be a MergeConfig: "
                 "write patch(model, r=8) or patch(model, MergeConfig(r=8))"
             )
-        known = [field.name for field in dataclasses.fields(cls)]
         for name in fields:
-            if name not in known:
+            if name not in FIELDS:
                 raise UnknownFieldError(
-                    f"{name!r} is no field of MergeConfig, which has {', '.join(known)}: check the spelling"
+                    f"{name!r} is no field of MergeConfig, which has {', '.join(FIELDS)}: check the spelling"
                 )
         if fields.get("matcher", config.matcher) != config.matcher:
             fields = {"options": {}, **fields}
@@ -171,12 +271,32 @@ class MergeConfig:
             fields = {**dict.fromkeys(SCHEDULE_FIELDS), **fields}
         return dataclasses.replace(config, **fields)
 
+    @property
+    def scheduled(self) -> bool:
+        """Whether it says how much to merge."""
+        return any(getattr(self, name) is not None for name in SCHEDULE_FIELDS)
+
+    def changed(self, group: str | None = None) -> dict[str, Any]:
+        """Fields, of one group or all, whose values are not the defaults."""
+        usual = MergeConfig()
+        names = [name for name in FIELDS if group is None or FIELDS[name].metadata["group"] == group]
+        return {name: getattr(self, name) for name in names if getattr(self, name) != getattr(usual, name)}
+
     def to_json(self) -> str:
-        """This config as one JSON object; a pair `(r, inflect)` becomes `{"r": …, "inflect": …}`."""
-        fields = dataclasses.asdict(self)
+        """This config as one JSON object; a pair `(r, inflect)` becomes `{"r": …, "inflect": …}`.
+
+        Raises:
+            ConfigError: if an option's value has no form in JSON.
+        """
+        fields = {name: _thawed(getattr(self, name)) for name in FIELDS}
         if isinstance(self.r, tuple):
             fields["r"] = {"r": self.r[0], "inflect": self.r[1]}
-        return json.dumps(fields)
+        try:
+            return json.dumps(fields)
+        except TypeError as error:
+            raise ConfigError(
+                f"options={self.options!r} cannot be written as JSON ({error}): use numbers, text and lists"
+            ) from None
 
     @classmethod
     def from_json(cls, text: str) -> MergeConfig:
@@ -204,5 +324,39 @@ class MergeConfig:
         return cls.create(**fields)
 
 
+FIELDS = {field.name: field for field in dataclasses.fields(MergeConfig)}
+SCHEDULE_FIELDS = tuple(name for name, field in FIELDS.items() if field.metadata["group"] == "schedule")
+_TYPES = typing.get_type_hints(MergeConfig)
+
+
+def choices_of(name: str) -> tuple[Any, ...]:
+    """What a field may be, where that is a list: `("cosine", "dot", …)`; empty for all others.
+
+    Raises:
+        UnknownFieldError: (a TypeError) if there is no such field.
+    """
+    if name not in FIELDS:
+        raise UnknownFieldError(f"{name!r} is no field of MergeConfig, which has {', '.join(FIELDS)}")
+    return _choices(_TYPES[name])
+
+
+def _choices(hint: Any) -> tuple[Any, ...]:
+    if typing.get_origin(hint) is Literal:
+        return typing.get_args(hint)
+    parts = typing.get_args(hint)
+    if not any(typing.get_origin(part) is Literal for part in parts):
+        return ()
+    return tuple(choice for part in parts for choice in ((True, False) if part is bool else _choices(part)))
+
+
+def help_of(name: str) -> str:
+    """What a field is, in one sentence."""
+    return str(FIELDS[name].metadata["help"])
+
+
+CHOICES = tuple(name for name in FIELDS if choices_of(name))
+"""The fields that are one of a list."""
+
+
 def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)

@@ -8,10 +8,8 @@ import os
 from pathlib import Path
 from typing import Any
 
-from tokenmerge.attention.forms import FORMS
-from tokenmerge.config import CHOICES
+from tokenmerge.config import FIELDS, PRESETS, choices_of, help_of
 from tokenmerge.matching import matcher_names
-from tokenmerge.presets import PRESETS
 
 _R_HELP = (
     "tokens merged per block, one or more of: 8 (in every block), 16:-1 (r:inflect, falling to 0), 8,8,0 (one per "
@@ -21,16 +19,6 @@ _MODEL_HELP = (
     "timm model name, local-dir:PATH of a folder in timm's hub format, or hf_hub:ID (reads the hub); hf:ID, hf:FOLDER or "
     "hf:TYPE of transformers, such as hf:videomae; torchvision:NAME; open_clip:NAME or open_clip:NAME:TAG"
 )
-
-
-_MATCHING = {
-    "metric": "what is compared (k)",
-    "heads": "of K, Q and V (mean)",
-    "distance": "how it is compared (cosine)",
-    "partition": "sides of bipartite matching (alternating)",
-    "combine": "what becomes of tokens that merge (mean)",
-    "place": "where they merge: before attention, between it and the MLP, after that (between)",
-}
 
 
 def add_command(
@@ -78,7 +66,7 @@ def add_prop_attn(command: argparse.ArgumentParser) -> None:
         "--prop-attn",
         choices=("auto", "on", "off"),
         default="auto",
-        help="proportional attention; auto is as the weights were trained, off for MAE-pretrained ones, else on (%(default)s)",
+        help=f"{help_of('prop_attn')} (%(default)s)",
     )
 
 
@@ -95,8 +83,9 @@ def add_matcher(command: argparse.ArgumentParser, backend: bool = True) -> None:
         metavar="NAME=VALUE",
         help="further arguments of the matcher: iterations=5",
     )
-    for name, text in _MATCHING.items():
-        command.add_argument(f"--{name}", choices=CHOICES[name], help=text)
+    for name, field in FIELDS.items():
+        if field.metadata["group"] == "matching" and choices_of(name):
+            command.add_argument(f"--{name}", choices=choices_of(name), help=f"{help_of(name)} ({field.default})")
     command.add_argument(
         "--plugin",
         action="append",
@@ -107,18 +96,10 @@ def add_matcher(command: argparse.ArgumentParser, backend: bool = True) -> None:
     )
     if not backend:
         return
-    command.add_argument(
-        "--attention",
-        choices=FORMS,
-        default="auto",
-        help="how sizes reach the attention kernel; auto goes by the device (%(default)s)",
-    )
-    command.add_argument(
-        "--backend",
-        choices=("auto", "torch", "triton"),
-        default="auto",
-        help="what matches and merges; auto is Triton's kernels on a GPU (%(default)s)",
-    )
+    for name, field in FIELDS.items():
+        if field.metadata["group"] == "running":
+            text = f"{help_of(name)} (%(default)s)"
+            command.add_argument(f"--{name}", choices=choices_of(name), default=field.default, help=text)
 
 
 def add_data(command: argparse.ArgumentParser, holds: str = "images", decodes: str = "") -> None:

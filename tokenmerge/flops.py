@@ -10,8 +10,9 @@ Per block, for N tokens of C channels: `4NC² + 2N²C` before the merge, `8NC²`
 from __future__ import annotations
 
 import dataclasses
+from typing import NamedTuple
 
-from tokenmerge.schedule import Schedule, token_counts
+from tokenmerge.schedule import Most, Schedule, token_counts
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,6 +34,24 @@ class BlockCost:
         return self.before * tokens_in + self.pair * tokens_in**2 + self.after * tokens_out
 
 
+class Ends(NamedTuple):
+    """What stands before and after the blocks, in multiply-adds for one image at the model's own input size.
+
+    Attributes:
+        stem: the patch embedding; it grows with the number of patches.
+        head: the classifier, whatever the number of tokens.
+        head_per_token: a head's part for each token that leaves the last block.
+        head_per_patch: a head's part for each token that enters the first block: it reads unmerged tokens.
+        head_per_pair: a head's part for each pair of those.
+    """
+
+    stem: int
+    head: int = 0
+    head_per_token: int = 0
+    head_per_patch: int = 0
+    head_per_pair: int = 0
+
+
 @dataclasses.dataclass(frozen=True)
 class ModelCost:
     """What a whole model costs for one image.
@@ -44,7 +63,10 @@ class ModelCost:
         stem: multiply-adds of the patch embedding.
         head: multiply-adds of the classifier.
         head_per_token: multiply-adds of an attention-pooling head for each token that leaves the last block.
+        head_per_patch: multiply-adds of a head for each token that enters the first block.
+        head_per_pair: multiply-adds of a head for each pair of those.
         place: where blocks merge (`MergeConfig.place`): before attention, between it and the MLP, or after that.
+        most: how many tokens a block can merge away.
     """
 
     tokens: int
@@ -53,11 +75,23 @@ class ModelCost:
     stem: int = 0
     head: int = 0
     head_per_token: int = 0
+    head_per_patch: int = 0
+    head_per_pair: int = 0
     place: str = "between"
+    most: Most = "half"
+
+    def at(self, tokens: int) -> ModelCost:
+        """The same model, with another number of tokens entering its first block."""
+        patches, own = tokens - self.protected, self.tokens - self.protected
+        return dataclasses.replace(self, tokens=tokens, stem=self.stem * patches // own if own else 0)
+
+    def counts(self, schedule: Schedule) -> tuple[int, ...]:
+        """Tokens entering each block under `schedule`, then those leaving the last one."""
+        return token_counts(schedule, self.tokens, self.protected, self.most)
 
     def per_block(self, schedule: Schedule) -> tuple[int, ...]:
         """Multiply-adds of each block under `schedule` (one r per block, cut where too large)."""
-        counts = token_counts(schedule, self.tokens, self.protected)
+        counts = self.counts(schedule)
         attend = counts[1:] if self.place == "before" else counts[:-1]
         leave = counts[:-1] if self.place == "after" else counts[1:]
         return tuple(block.total(n_in, n_out) for block, n_in, n_out in zip(self.blocks, attend, leave, strict=True))
@@ -65,8 +99,9 @@ class ModelCost:
     def total(self, schedule: Schedule | None = None) -> int:
         """Multiply-adds for one image under `schedule`; `None` is the unmerged model."""
         schedule = (0,) * len(self.blocks) if schedule is None else schedule
-        tokens_out = token_counts(schedule, self.tokens, self.protected)[-1]
-        return self.stem + sum(self.per_block(schedule)) + self.head + self.head_per_token * tokens_out
+        head = self.head + self.head_per_token * self.counts(schedule)[-1]
+        head += self.head_per_patch * self.tokens + self.head_per_pair * self.tokens**2
+        return self.stem + sum(self.per_block(schedule)) + head
 
     def fraction(self, schedule: Schedule) -> float:
         """FLOPs under `schedule` ÷ FLOPs of the unmerged model."""

@@ -9,10 +9,9 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-from tokenmerge.config import MergeConfig
+from tokenmerge.config import PRESETS, MergeConfig
 from tokenmerge.errors import ConfigError
 from tokenmerge.matching import get_entry, matcher_names
-from tokenmerge.presets import PRESETS
 
 
 @dataclasses.dataclass(frozen=True)

@@ -3,71 +3,35 @@
 A plan is an integer map from the tokens before a merge to the tokens after it. It is stored in the form that
 makes merging cheap: which token sits at each new position, and which further tokens join it. Every onto map
 has that form; tokens that are dropped join position −1. Merging then touches only the rows that really merge;
-all others are one row gather (`combine.py`).
+all others are one row gather (`ops/combine.py`).
 """
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterable
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from tokenmerge.config import Backend
 from tokenmerge.errors import InputError
-from tokenmerge.ops import Backend, counting, descending_order, takes_triton
-from tokenmerge.ops.combine import Members, Reduce, combine
+from tokenmerge.ops.basics import counting, descending_order, spread_rows
+from tokenmerge.ops.combine import Reduce, merge_rows
 
 _INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 DROPPED = -1
 """The position that a dropped token joins."""
 
 
-def flat_rows(index: Tensor, rows: int) -> Tensor:
-    """Row numbers into `[B·rows, C]` for an index `[B, M]` into `[B, rows, C]`; `[B·M]`, int64."""
-    return (index + counting(index.shape[0], index.device, rows).unsqueeze(1)).reshape(-1)
-
-
-def take_rows(x: Tensor, index: Tensor) -> Tensor:
-    """`out[b, m] = x[b, index[b, m]]` for x `[B, N, C]` and index `[B, M]`; `[B, M, C]`.
-
-    Whole rows of the flattened tensor: on CPU some ten times faster than `torch.gather` on an expanded index.
-    """
-    batch, rows, channels = x.shape
-    out = x.reshape(batch * rows, channels).index_select(0, flat_rows(index, rows))
-    return out.reshape(batch, index.shape[1], channels)
-
-
-def spread_rows(x: Tensor, index: Tensor, drops: bool) -> Tensor:
-    """`take_rows` where an index may be `DROPPED`, if `drops` says so: those rows are 0."""
-    if not drops:
-        return take_rows(x, index)
-    return take_rows(x, index.clamp_min(0)).masked_fill((index < 0).unsqueeze(2), 0)
-
-
-class Merged(NamedTuple):
-    """What merging gives.
-
-    Attributes:
-        x: tokens `[B, N', C]` in the dtype of those that were merged.
-        size: patches in each, `[B, N']` float32.
-        log_size: `[B, N']`: their logarithms in the dtype that was asked for, where the kernel wrote them; else `None`.
-    """
-
-    x: Tensor
-    size: Tensor
-    log_size: Tensor | None = None
-
-
 @dataclasses.dataclass(frozen=True, eq=False)
 class MergePlan:
     """Which tokens become one (paper, section 3).
 
-    All fields are int64 on the device of the tokens. `keep` and `source` together name every token once.
+    All fields are int64 on the device of the tokens. `kept` and `source` together name every token once.
 
     Attributes:
-        keep: `[B, N']`: the position before the merge of the token that sits at each position after it.
+        kept: `[B, N']`: the position before the merge of the token that sits at each position after it.
         source: `[B, r]`: positions before the merge of the tokens that are merged away.
         target: `[B, r]`: position after the merge that each of those joins; −1 drops it.
         drops: whether any target may be −1; known without looking at values.
@@ -76,7 +40,7 @@ class MergePlan:
             gets its gradient; `None` for all others.
     """
 
-    keep: Tensor
+    kept: Tensor
     source: Tensor
     target: Tensor
     drops: bool = False
@@ -86,12 +50,12 @@ class MergePlan:
     @property
     def tokens_in(self) -> int:
         """N: tokens per image before the merge."""
-        return self.keep.shape[1] + self.source.shape[1]
+        return self.kept.shape[1] + self.source.shape[1]
 
     @property
     def tokens_out(self) -> int:
         """N': tokens per image after the merge."""
-        return self.keep.shape[1]
+        return self.kept.shape[1]
 
     @property
     def r(self) -> int:
@@ -101,9 +65,9 @@ class MergePlan:
     @property
     def assign(self) -> Tensor:
         """`[B, N]`, int64: position after the merge of each token before it; −1 for a token that was dropped."""
-        new = counting(self.tokens_out, self.keep.device).expand_as(self.keep)
-        out = self.keep.new_empty(self.keep.shape[0], self.tokens_in)
-        return out.scatter_(1, self.keep, new).scatter_(1, self.source, self.target)
+        new = counting(self.tokens_out, self.kept.device).expand_as(self.kept)
+        out = self.kept.new_empty(self.kept.shape[0], self.tokens_in)
+        return out.scatter_(1, self.kept, new).scatter_(1, self.source, self.target)
 
     @classmethod
     def identity(cls, batch: int, tokens: int, device: torch.device | str | None = None) -> MergePlan:
@@ -149,19 +113,19 @@ class MergePlan:
         if tokens_out > tokens:
             return None
         position = counting(tokens, assign.device).expand_as(assign)
-        keep = assign.new_full((batch, tokens_out + drops), tokens - 1 if tokens else 0)
+        kept = assign.new_full((batch, tokens_out + drops), tokens - 1 if tokens else 0)
         bucket = assign.where(assign >= 0, tokens_out) if drops else assign  # one more, for those that are dropped
-        keep = keep.scatter_reduce(1, bucket, position, "amin", include_self=True)[:, :tokens_out]
-        is_source = torch.ones_like(assign).scatter_(1, keep, 0)
+        kept = kept.scatter_reduce(1, bucket, position, "amin", include_self=True)[:, :tokens_out]
+        is_source = torch.ones_like(assign).scatter_(1, kept, 0)
         source = descending_order(is_source)[:, : tokens - tokens_out]
-        return cls(keep, source, assign.gather(1, source), drops)
+        return cls(kept, source, assign.gather(1, source), drops)
 
     def in_order(self) -> MergePlan:
         """The same merge with the tokens left in ascending position: spatial order is kept."""
-        keep, order = self.keep.sort(dim=1)
+        kept, order = self.kept.sort(dim=1)
         target = _gather(order.argsort(dim=1), self.target, self.drops)
         gate = None if self.gate is None else self.gate.gather(1, order)
-        return MergePlan(keep, self.source, target, self.drops, self.weight, gate)
+        return MergePlan(kept, self.source, target, self.drops, self.weight, gate)
 
     def compose(self, then: MergePlan) -> MergePlan:
         """This merge followed by `then`, as one plan.
@@ -169,10 +133,10 @@ class MergePlan:
         Raises:
             InputError: if `then` does not start with as many tokens and images as this plan leaves.
         """
-        if then.tokens_in != self.tokens_out or then.keep.shape[0] != self.keep.shape[0]:
+        if then.tokens_in != self.tokens_out or then.kept.shape[0] != self.kept.shape[0]:
             raise InputError(
-                f"the next plan merges {then.keep.shape[0]}×{then.tokens_in} tokens, but this one leaves "
-                f"{self.keep.shape[0]}×{self.tokens_out}: compose plans in the order in which they were made"
+                f"the next plan merges {then.kept.shape[0]}×{then.tokens_in} tokens, but this one leaves "
+                f"{self.kept.shape[0]}×{self.tokens_out}: compose plans in the order in which they were made"
             )
         drops = self.drops or then.drops
         plan = self._from_onto(_gather(then.assign, self.assign, self.drops), then.tokens_out, drops)
@@ -187,7 +151,7 @@ class MergePlan:
         Args:
             x: tokens `[B, N, C]`, any floating dtype.
             size: how many patches each token stands for, `[B, N]`; `None` means all ones.
-            reduce: how the tokens that become one are combined (`combine.py`); "mean" is the paper's, weighted by size.
+            reduce: how the tokens that become one are combined (`ops/combine.py`); "mean" is the paper's, weighted by size.
             backend: "triton" for one fused kernel (mean only), "torch", or "auto": Triton on a GPU.
 
         Returns:
@@ -198,64 +162,8 @@ class MergePlan:
             InputError: if a shape or the device does not fit the plan, or `reduce` is unknown.
             ConfigError: if `backend` is "triton" and cannot run, with the reasons.
         """
-        merged = self.merge_for_attention(x, size, reduce, backend)
+        merged = merge_rows(x, size, self, reduce, backend)
         return merged.x, merged.size
-
-    def merge_for_attention(
-        self,
-        x: Tensor,
-        size: Tensor | None = None,
-        reduce: Reduce = "mean",
-        backend: Backend = "auto",
-        log: torch.dtype | None = None,
-    ) -> Merged:
-        """`merge`, and with it what the next attention adds to its scores, where that costs nothing.
-
-        Args:
-            x: see `merge`, as all but the last.
-            size: see `merge`.
-            reduce: see `merge`.
-            backend: see `merge`.
-            log: the dtype in which attention wants the logarithms of the new sizes; the fused kernel writes them.
-        """
-        batch, tokens = self.keep.shape[0], self.tokens_in
-        if x.dim() != 3 or x.shape[:2] != (batch, tokens) or not x.is_floating_point():
-            found = f"{tuple(x.shape)} {x.dtype}"
-            raise InputError(
-                f"x is {found}, but this plan merges floating-point tokens of shape [{batch}, {tokens}, C]"
-            )
-        if size is not None and size.shape != (batch, tokens):
-            raise InputError(f"size is {tuple(size.shape)}, but this plan merges sizes of shape [{batch}, {tokens}]")
-        for name, tensor in (("x", x), ("size", size)):
-            if tensor is not None and tensor.device != self.keep.device:
-                raise InputError(
-                    f"{name} is on {str(tensor.device)!r}, but this plan is on {str(self.keep.device)!r}: move one to the other"
-                )
-        plain = reduce == "mean" and not self.drops and self.weight is None and self.gate is None
-        if plain and takes_triton(backend, x):
-            from tokenmerge.ops import merging
-
-            size = None if size is None else size.to(torch.float32)
-            return Merged(*merging.merge(x, size, self.keep, self.source, self.target, log))
-        kept, sizes = combine(x, size, self._flat(), reduce)
-        sizes = sizes.view(batch, self.tokens_out)
-        return Merged(kept.view(batch, self.tokens_out, x.shape[2]), sizes if self.gate is None else sizes * self.gate)
-
-    def _flat(self) -> Members:
-        """The plan in row numbers of the flattened tokens."""
-        batch = self.keep.shape[0]
-        target, alive = self.target, None
-        if self.drops:
-            alive, target = target >= 0, target.clamp_min(0)
-            alive = alive.reshape(-1)
-        weight = None if self.weight is None else self.weight.reshape(-1)
-        if batch == 1:
-            return Members(self.keep.view(-1), self.source.reshape(-1), target.reshape(-1), alive, weight)
-        first = counting(batch, self.keep.device, self.tokens_in).unsqueeze(1)
-        new = counting(batch, self.keep.device, self.tokens_out).unsqueeze(1)
-        return Members(
-            (self.keep + first).view(-1), (self.source + first).view(-1), (target + new).view(-1), alive, weight
-        )
 
     def unmerge(self, x: Tensor) -> Tensor:
         """Give every token before the merge the value of the token it became: `[B, N', C]` -> `[B, N, C]`.
@@ -265,9 +173,9 @@ class MergePlan:
         Raises:
             InputError: if x has another number of images or tokens than this plan leaves.
         """
-        if x.dim() != 3 or x.shape[:2] != self.keep.shape:
+        if x.dim() != 3 or x.shape[:2] != self.kept.shape:
             raise InputError(
-                f"x is {tuple(x.shape)}, but this plan leaves tokens of shape {[*self.keep.shape]} and C channels"
+                f"x is {tuple(x.shape)}, but this plan leaves tokens of shape {[*self.kept.shape]} and C channels"
             )
         return spread_rows(x, self.assign, self.drops)
 

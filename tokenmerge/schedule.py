@@ -2,18 +2,22 @@
 
 A *schedule* is a tuple with one entry per block: how many tokens that block merges away. The forms are the
 paper's (section 3 and appendix): a constant, `(r, inflect)`, an explicit list; and two that people ask for:
-a keep ratio per block and a target for the model's total FLOPs (`tokenmerge.flops`).
+a fraction of the tokens that blocks keep, and a target for the model's total FLOPs (`tokenmerge.flops`). The last two
+depend on how many tokens arrive, so they are resolved for each number of tokens.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from typing import Literal
 
 from tokenmerge.errors import ConfigError
 
 Schedule = tuple[int, ...]
 RForm = int | tuple[int, float] | list[int]
+Most = Literal["half", "all but one"]
+"""How many unprotected tokens a matcher can merge away: bipartite ones half of them, others all but one."""
 _MOST = 10**9
 
 
@@ -85,42 +89,54 @@ def expand(r: RForm, layers: int) -> Schedule:
     return constant(r, layers)
 
 
-def max_merges(tokens: int, protected: int) -> int:
-    """The most tokens one block can merge away: half of those that are not protected (facts: `(N − p) // 2`)."""
-    return max(0, (tokens - protected) // 2)
+def max_merges(tokens: int, protected: int, most: Most = "half") -> int:
+    """The most tokens one block can merge away: half of those that are not protected, or all but one of them."""
+    free = tokens - protected
+    return max(0, free // 2 if most == "half" else free - 1)
 
 
-def cut(schedule: Schedule, tokens: int, protected: int) -> Schedule:
+def cut(schedule: Schedule, tokens: int, protected: int, most: Most = "half") -> Schedule:
     """What really happens when `tokens` tokens enter the first block: each r cut to what is possible there."""
     possible = []
     for r in schedule:
-        r = min(r, max_merges(tokens, protected))
+        r = min(r, max_merges(tokens, protected, most))
         possible.append(r)
         tokens -= r
     return tuple(possible)
 
 
-def token_counts(schedule: Schedule, tokens: int, protected: int) -> tuple[int, ...]:
+def token_counts(schedule: Schedule, tokens: int, protected: int, most: Most = "half") -> tuple[int, ...]:
     """Tokens entering each block, and last the tokens leaving the final one: `len(schedule) + 1` numbers."""
     counts = [tokens]
-    for r in cut(schedule, tokens, protected):
+    for r in cut(schedule, tokens, protected, most):
         counts.append(counts[-1] - r)
     return tuple(counts)
 
 
-def keep_step(keep: float, tokens: int, protected: int) -> int:
-    """r of a block that keeps the fraction `keep` of its unprotected tokens, rounded up; at least half stay."""
+def keep_step(keep: float, tokens: int, protected: int, most: Most = "half") -> int:
+    """r of a block that keeps the fraction `keep` of its unprotected tokens, rounded up, as far as it can."""
     free = tokens - protected
     # rounding hides binary fractions: 0.7 * 10 is 7.000000000000001, and 8 tokens would stay
     wanted = free - math.ceil(round(keep * free, 9))
-    return min(max(wanted, 0), max_merges(tokens, protected))
+    return min(max(wanted, 0), max_merges(tokens, protected, most))
 
 
-def keep_ratio(keep: float, layers: int, tokens: int, protected: int) -> Schedule:
-    """`keep_step` in every block."""
+def keep_ratio(
+    keep: float | Sequence[float], layers: int, tokens: int, protected: int, most: Most = "half"
+) -> Schedule:
+    """`keep_step` in every block; a sequence holds one fraction per block.
+
+    Raises:
+        ConfigError: if there are more fractions than blocks, or fewer.
+    """
+    fractions = [keep] * layers if isinstance(keep, int | float) else list(keep)
+    if len(fractions) != layers:
+        raise ConfigError(
+            f"keep lists {len(fractions)} blocks, but the model has {layers}: give one fraction for each block"
+        )
     schedule = []
-    for _ in range(layers):
-        r = keep_step(keep, tokens, protected)
+    for fraction in fractions:
+        r = keep_step(fraction, tokens, protected, most)
         schedule.append(r)
         tokens -= r
     return tuple(schedule)

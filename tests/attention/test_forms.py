@@ -18,7 +18,7 @@ from tests.helpers.towers import TOWERS
 from tokenmerge.attention import forms as attention_forms
 from tokenmerge.attention.call import AttentionCall
 from tokenmerge.attention.forms import FORMS, choose_form
-from tokenmerge.attention.tap import close_tap, open_tap, size_bias, take_inside
+from tokenmerge.attention.tap import Tap, open_tap, size_bias
 from tokenmerge.errors import ConfigError, InputError
 from tokenmerge.ops.timing import take_turns
 
@@ -129,22 +129,22 @@ def test_more_than_sizes_is_left_to_pytorch(form: str) -> None:
 def test_a_call_is_answered_in_its_thread_and_its_time_only() -> None:
     """What is noted belongs to the thread that computes, and ends with the context, also after an error."""
     q, k, v = torch.randn(3, 1, 2, 6, 16, device=DEVICE).unbind(0)
-    open_tap()
-    with AttentionCall(watch=True):
+    with Tap() as tap, AttentionCall(watch=True):
         other = threading.Thread(target=F.scaled_dot_product_attention, args=(q, k, v))
         other.start()
         other.join()
-        assert take_inside() is None
+        assert tap.inside is None
         F.scaled_dot_product_attention(q, k, v)
-    noted = take_inside()
-    assert noted is not None
-    assert noted[1] is k
-    with pytest.raises(RuntimeError), AttentionCall(watch=True):
-        raise RuntimeError
-    take_inside()
-    F.scaled_dot_product_attention(q, k, v)
-    assert take_inside() is None
-    close_tap()
+    assert tap.inside is not None
+    assert tap.inside[1] is k
+    with Tap() as outer:
+        with pytest.raises(RuntimeError), Tap(), AttentionCall(watch=True):
+            raise RuntimeError
+        assert open_tap() is outer
+        F.scaled_dot_product_attention(q, k, v)
+        assert outer.inside is None
+    after: Any = open_tap()
+    assert after is None
 
 
 @HERE
@@ -155,14 +155,11 @@ def test_multi_head_attention_is_answered_inside(form: str) -> None:
     size = torch.randint(1, 9, (2, 7)).float()
     bias = size_bias(size, x)
     wanted = module(x, x, x, need_weights=False, key_padding_mask=size.log())[0]
-    open_tap()
-    with AttentionCall(form, watch=True, bias=bias):
+    with Tap() as tap, AttentionCall(form, watch=True, bias=bias):
         found = module(x, x, x, need_weights=False)[0]
-    noted = take_inside()
-    close_tap()
     torch.testing.assert_close(found, wanted, atol=2e-6, rtol=2e-5)
-    assert noted is not None
-    assert noted[1].shape == (2, 2, 7, 16)
+    assert tap.inside is not None
+    assert tap.inside[1].shape == (2, 2, 7, 16)
     with torch.no_grad():  # nothing of it is left behind
         assert torch.equal(module(x, x, x)[0], copy.deepcopy(module)(x, x, x)[0])
 

@@ -26,7 +26,9 @@ def test_maps_from_merged_features() -> None:
         assert maps.shape == (2, 48, 6, 6)
         assert torch.equal(maps.flatten(2).transpose(1, 2), full[:, 1:])
         assert torch.equal(trace.to_grid(full), maps)
-        assert torch.equal(trace.to_grid(full[:, 1:]), maps)
+        assert torch.equal(trace.to_grid(tokenmerge.carry(features * 2, like=features)), maps * 2)
+        with pytest.raises(tokenmerge.InputError, match="carry no plans"):
+            trace.to_grid(full[:, 1:])
         assert trace.to_grid(features, grid=(4, 9)).shape == (2, 48, 4, 9)
         with pytest.raises(tokenmerge.InputError, match="the pass had 36 patches, but the grid is"):
             trace.to_grid(features, grid=(5, 7))
@@ -46,18 +48,18 @@ def test_maps_of_a_video() -> None:
 def test_order_keep_leaves_tokens_where_they_were() -> None:
     model = tiny("vit_small_patch16_224")
     images = images_for(model)
-    with tokenmerge.patched(model, r=6, trace=True, order="keep") as handle:
+    with tokenmerge.patched(model, r=6, trace=True, order="spatial") as handle:
         features = model.forward_features(images)
         first = [int((row == i).nonzero()[0]) for row in handle.trace.source() for i in range(features.shape[1])]
         kept = features.shape[1]
-        anchors = [handle.trace.plans[-1].keep.diff(dim=1).min()]  # type: ignore[union-attr]
+        anchors = [handle.trace.plans[-1].kept.diff(dim=1).min()]  # type: ignore[union-attr]
         assert all(int(step) > 0 for step in anchors)
         assert len(first) == 2 * kept
-        one_block = torch.stack([plan.keep for plan in handle.trace.plans[:1] if plan is not None])
+        one_block = torch.stack([plan.kept for plan in handle.trace.plans[:1] if plan is not None])
         assert bool((one_block.diff(dim=-1) > 0).all())
     with tokenmerge.patched(model, r=[6], trace=True) as handle:
         plain = model.forward_features(images)
-        handle.update(order="keep")
+        handle.update(order="spatial")
         ordered = model.forward_features(images)
         full = handle.trace.unmerge(ordered)
         handle.update(order="partition")
@@ -73,9 +75,9 @@ def test_output_is_the_users_choice_where_it_is_right() -> None:
     images = images_for(model)
     with tokenmerge.patched(model, r=4) as handle:
         merged, features = model(images), model.forward_features(images)
-        assert features.shape[1] == handle.output_tokens == 37 - 12
+        assert features.shape[1] == handle.output_tokens() == 37 - 12
         handle.update(output="full")
-        assert handle.output_tokens == 37
+        assert handle.output_tokens() == 37
         full = model.forward_features(images)
         assert full.shape[1] == 37
         assert torch.equal(tokenmerge.token_sizes(full), torch.ones(2, 37))

@@ -51,7 +51,7 @@ def test_upstream_at_r0_and_the_oracle_above(tower: Tower) -> None:
     with tokenmerge.patched(model, r=list(SCHEDULE), prop_attn=True, trace=True) as handle:
         merged = model(**feed)
         source = handle.trace.source()
-        assert handle.output_tokens == original.shape[1]
+        assert handle.output_tokens() == original.shape[1]
     assert torch.equal(model(**feed).last_hidden_state, original)
     expected, wanted = _expected(tower, model, feed)
     assert torch.equal(source, wanted.source)

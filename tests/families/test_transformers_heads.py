@@ -15,7 +15,7 @@ from torch import Tensor
 import tokenmerge
 from tests.helpers.tiny import randomize
 from tokenmerge.patching.block import MergeBlock
-from tokenmerge.patching.state import CarryThrough
+from tokenmerge.patching.hooks import CarryThrough
 
 hf: Any = transformers  # its configs have annotations that `**fields` cannot meet
 R = [3, 0, 4]
@@ -197,7 +197,7 @@ def test_only_the_layers_of_the_tower_are_patched(whole: Whole) -> None:
     handle = tokenmerge.patch(model, r=2)
     assert tokenmerge.is_patched(model)
     assert handle.summary().blocks == 3
-    assert tokenmerge.handle(model).config == handle.config
+    assert tokenmerge.handle_of(model).config == handle.config
     merging = [module for module in model.modules() if isinstance(module, MergeBlock)]
     layers = list(attrgetter(whole.layers)(whole.tower_of(model)))
     assert [id(module) for module in merging] == [id(layer) for layer in layers]

@@ -205,8 +205,10 @@ def timm_models() -> Iterator[tuple[str, nn.Module, dict[str, Tensor], dict[str,
         {"metric": "x_pre", "place": "before"},
         {"place": "after"},
     ]
-    options += [{"combine": one} for one in ("norm", "max", "keep", "average", "tofu")] + [{"preset": "accurate"}]
-    options += [{"trace": True}, {"trace": "attention"}, {"output": "full"}, {"order": "keep"}, {"prop_attn": False}]
+    options += [{"combine": one} for one in ("norm", "max", "destination", "average", "tofu")] + [
+        {"preset": "accurate"}
+    ]
+    options += [{"trace": True}, {"trace": "attention"}, {"output": "full"}, {"order": "spatial"}, {"prop_attn": False}]
     model = tiny("deit_tiny_patch16_224")
     for option in options:
         yield f"deit_tiny_patch16_224 {option}", model, {"x": images_for(model)}, option

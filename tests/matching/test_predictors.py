@@ -17,8 +17,8 @@ from tests.tools.test_train import Run, data, rows, train  # noqa: F401  (fixtur
 from tokenmerge import ConfigError, InputError, PatchError
 from tokenmerge.cli import main
 from tokenmerge.matching import get_matcher
-from tokenmerge.matching.learned import _ALMOST_NOTHING
-from tokenmerge.matching.predictors import (
+from tokenmerge.matching.learned import _ALMOST_NOTHING, PREDICTOR
+from tokenmerge.patching.predictors import (
     add_predictors,
     load_predictors,
     predicting,
@@ -26,7 +26,6 @@ from tokenmerge.matching.predictors import (
     remove_predictors,
     save_predictors,
 )
-from tokenmerge.patching.rule import PREDICTOR
 
 
 def test_a_tiny_size_gives_the_gradient_of_a_masked_softmax() -> None:

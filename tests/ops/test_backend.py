@@ -86,8 +86,8 @@ def test_the_summary_says_which_and_why() -> None:
     assert summary.backend == "torch" or torch.cuda.is_available()
     assert "backend" in str(summary)
     assert all(len(line) <= 80 for line in str(summary).splitlines())
-    tokenmerge.handle(model).update(backend="torch")
-    assert tokenmerge.handle(model).summary().backend_reason == "as the config asks"
+    tokenmerge.handle_of(model).update(backend="torch")
+    assert tokenmerge.handle_of(model).summary().backend_reason == "as the config asks"
 
 
 def test_a_compiled_model_keeps_its_backend_its_form_and_its_trace() -> None:
@@ -120,7 +120,7 @@ def test_a_compiled_model_keeps_its_backend_its_form_and_its_trace() -> None:
 
 def test_masks_that_are_more_than_padding_are_refused_when_compiled_too() -> None:
     """Where values cannot be read, PyTorch's own assertion says the sentence."""
-    from tokenmerge.patching.masks import padding_sizes
+    from tokenmerge.patching.begin import padding_sizes
 
     mask = torch.zeros(2, 1, 9, 9)
     mask[:, :, :, -2:] = -torch.inf

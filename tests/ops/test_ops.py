@@ -14,6 +14,7 @@ from tokenmerge import MergePlan, bipartite_matching
 from tokenmerge.attention.tap import size_bias
 from tokenmerge.errors import ConfigError
 from tokenmerge.ops import matching, takes_triton, triton_refusals
+from tokenmerge.ops.combine import merge_rows
 
 pytest.importorskip("triton")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -113,7 +114,7 @@ def test_equal_zero_and_huge_keys(scale: float, protected: int) -> None:
 
 
 def same_plan(one: MergePlan, other: MergePlan) -> None:
-    assert torch.equal(one.keep, other.keep)
+    assert torch.equal(one.kept, other.kept)
     assert torch.equal(one.source, other.source)
     assert torch.equal(one.target, other.target)
 
@@ -146,8 +147,8 @@ def test_merge_and_its_gradient(
     assert merged.dtype == dtype
     assert torch.equal(sizes, wanted_sizes)
     torch.testing.assert_close(merged.double(), wanted, atol=ULP[dtype], rtol=ULP[dtype])
-    alone = wanted_sizes == (1.0 if size is None else size.gather(1, plan.keep))
-    assert torch.equal(merged[alone], x.gather(1, plan.keep.unsqueeze(2).expand_as(merged))[alone])
+    alone = wanted_sizes == (1.0 if size is None else size.gather(1, plan.kept))
+    assert torch.equal(merged[alone], x.gather(1, plan.kept.unsqueeze(2).expand_as(merged))[alone])
     grad = draw(*merged.shape, dtype=dtype)
     (found,) = torch.autograd.grad(merged, x, grad)
     (true,) = torch.autograd.grad(wanted, exact, grad.double())
@@ -174,9 +175,9 @@ def test_infinite_tokens_stay_where_they_are() -> None:
     x[0, plan.source[0, 0]] = float("inf")
     alone = torch.ones(plan.tokens_out, dtype=torch.bool, device=DEVICE)
     alone[plan.target[0]] = False
-    x[0, plan.keep[0][alone][0]] = float("-inf")
+    x[0, plan.kept[0][alone][0]] = float("-inf")
     merged = plan.merge(x, backend="triton")[0]
-    assert torch.equal(merged[0, alone], x[0, plan.keep[0][alone]])
+    assert torch.equal(merged[0, alone], x[0, plan.kept[0][alone]])
 
 
 def test_strided_tokens_and_gradients() -> None:
@@ -205,7 +206,7 @@ def test_plans_of_images_do_not_mix(monkeypatch: pytest.MonkeyPatch) -> None:
     same_plan(together, bipartite_matching(keys, 70, 1, backend="torch"))
     for index in range(5):
         alone = bipartite_matching(keys[index : index + 1], 70, 1, backend="triton")
-        keep, source, target = (part[index : index + 1] for part in (together.keep, together.source, together.target))
+        keep, source, target = (part[index : index + 1] for part in (together.kept, together.source, together.target))
         same_plan(alone, MergePlan(keep, source, target))
     monkeypatch.setattr(matching, "LONGEST_RANKED", 0)  # ranks and plans in launches of their own
     same_plan(together, bipartite_matching(keys, 70, 1, backend="triton"))
@@ -216,7 +217,7 @@ def test_broken_keys_stay_in_bounds() -> None:
     keys = draw(2, 1, 50, 16)
     keys[0, 0, 7], keys[0, 0, 12], keys[1] = float("nan"), float("inf"), float("nan")
     plan = bipartite_matching(keys, 20, 1, backend="triton")
-    together = torch.cat([plan.keep, plan.source], dim=1).sort(dim=1).values
+    together = torch.cat([plan.kept, plan.source], dim=1).sort(dim=1).values
     assert torch.equal(together, torch.arange(50, device=DEVICE).expand(2, -1))
     assert bool(((plan.target >= 0) & (plan.target < plan.tokens_out)).all())
 
@@ -227,7 +228,7 @@ def test_logarithms_of_sizes(dtype: torch.dtype, tokens: int) -> None:
     """As attention adds them: the torch reference to one rounding, padding as the least number, rows aligned."""
     plan = bipartite_matching(draw(2, tokens, 8), 3, 1, backend="torch")
     size = torch.randint(0, 9, (2, tokens), device=DEVICE).float()
-    merged = plan.merge_for_attention(draw(2, tokens, 16, dtype=dtype), size, backend="triton", log=dtype)
+    merged = merge_rows(draw(2, tokens, 16, dtype=dtype), size, plan, backend="triton", log=dtype)
     assert merged.log_size is not None
     wanted = size_bias(merged.size, merged.x)
     found = size_bias(merged.size, merged.x, log_size=merged.log_size)
@@ -237,12 +238,12 @@ def test_logarithms_of_sizes(dtype: torch.dtype, tokens: int) -> None:
     assert found.untyped_storage().data_ptr() == merged.log_size.untyped_storage().data_ptr()
     torch.testing.assert_close(found, wanted, atol=ULP[dtype], rtol=ULP[dtype])
     assert all(stride % 8 == 0 for stride in found.stride()[:1])
-    assert plan.merge_for_attention(draw(2, tokens, 16), size, backend="triton").log_size is None
+    assert merge_rows(draw(2, tokens, 16), size, plan, backend="triton").log_size is None
 
 
 def test_an_empty_batch() -> None:
     plan = bipartite_matching(draw(0, 2, 20, 16), 4, 1, backend="triton")
-    assert plan.keep.shape == (0, 16)
+    assert plan.kept.shape == (0, 16)
     assert plan.merge(draw(0, 20, 8), backend="triton")[0].shape == (0, 16, 8)
 
 

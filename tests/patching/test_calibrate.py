@@ -21,7 +21,7 @@ def merged_per_block(model: Any, images: torch.Tensor) -> list[list[int]]:
     found = []
     for image in images:
         model(image[None])
-        found.append([0 if plan is None else plan.r for plan in tokenmerge.handle(model).trace.plans])
+        found.append([0 if plan is None else plan.r for plan in tokenmerge.handle_of(model).trace.plans])
     return found
 
 
@@ -40,7 +40,7 @@ def test_thresholds_keep_the_budget_on_average() -> None:
         assert r[:, 0].min() < r[:, 0].max(), "one image merges more than another"
         batch = model(images)
         assert batch.shape == (24, 7)
-        plan = tokenmerge.handle(model).trace.plans[0]
+        plan = tokenmerge.handle_of(model).trace.plans[0]
         assert plan is not None
         assert plan.r == round(float(r[:, 0].mean())), "a batch merges their mean"
 
@@ -59,10 +59,10 @@ def test_diffrates_schedules_are_read(tmp_path: Path) -> None:
     entry = {"prune_kept_num": "[37, 35, 20]", "merge_kept_num": "[34, 30, 18]"}  # lists as text, as it publishes them
     file.write_text(json.dumps({"ViT-T": {"0.1": entry}}))
     config = tokenmerge.diffrate_schedule(file, "ViT-T", "0.1", tokens=37)
-    assert config.r == [3, 4, 12]
-    assert config.options == {"pruned": [0, 0, 10]}
+    assert config.options == {"pruned": [0.0, 0.0, 10 / 12]}
     model = tiny("deit_tiny_patch16_224")
     with tokenmerge.patched(model, config, trace=True) as handle, torch.no_grad():
+        assert handle.schedule == (3, 4, 12)
         features = model.forward_features(images_for(model))
         assert features.shape[1] == 18
         assert ((handle.trace.source() < 0).sum(dim=1) >= 10).all()

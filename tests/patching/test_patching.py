@@ -103,16 +103,16 @@ def test_patching_twice_or_across_handles_is_refused() -> None:
     wrapper = nn.Sequential(model, nn.Identity())
     handle = tokenmerge.patch(wrapper, r=3)
     for target in (model, wrapper):
-        with pytest.raises(PatchError, match=r"patched already.*handle\(model\)\.update"):
+        with pytest.raises(PatchError, match=r"patched already.*handle_of\(model\)\.update"):
             tokenmerge.patch(target, r=3)
     with pytest.raises(PatchError, match="belong to a larger model"):
         tokenmerge.patch(model.blocks, r=3)
-    assert tokenmerge.handle(wrapper).config == handle.config
+    assert tokenmerge.handle_of(wrapper).config == handle.config
     tokenmerge.unpatch(wrapper)
     with pytest.raises(PatchError, match="nothing to undo"):
         tokenmerge.unpatch(model)
     with pytest.raises(PatchError, match="0 patched models"):
-        tokenmerge.handle(model)
+        tokenmerge.handle_of(model)
 
 
 def test_what_cannot_be_patched_is_left_alone() -> None:
@@ -224,7 +224,7 @@ def test_copies_and_pickles_are_patched_models_of_their_own() -> None:
         file.seek(0)
         for again in (twin, pickle.loads(pickle.dumps(model)), torch.load(file, weights_only=False)):
             assert torch.equal(again(images), wanted)
-            handle = tokenmerge.handle(again)
+            handle = tokenmerge.handle_of(again)
             handle.update(r=0)
             assert torch.equal(model(images), wanted)  # the original did not notice
             handle.remove()
@@ -299,8 +299,13 @@ def test_the_check_sees_a_lost_bias_in_every_precision(case: str, monkeypatch: p
 def test_a_patch_that_fails_half_way_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     model = tiny("vit_tiny_patch16_224")
     anatomy = [(type(m), sorted(vars(m)), len(m._forward_hooks)) for m in model.modules()]
-    module = sys.modules["tokenmerge.patching.handle"]  # the package exports a function of that name
-    monkeypatch.setattr(module, "set_specs", lambda *args: 1 / 0)
+    module = sys.modules["tokenmerge.patching.handle"]
+
+    def fails_half_way(target: Any, record: Any) -> None:
+        tokenmerge.patching.install.install(target, record)
+        _ = 1 / 0
+
+    monkeypatch.setattr(module, "install", fails_half_way)
     with pytest.raises(ZeroDivisionError):
         tokenmerge.patch(model, r=1)
     assert [(type(m), sorted(vars(m)), len(m._forward_hooks)) for m in model.modules()] == anatomy
@@ -339,7 +344,7 @@ def test_replaced_modules_and_wrong_matchers_are_named() -> None:
         pytest.raises(PatchError, match=r"merged 3 of \d+ tokens in 2 images, but block 0 asked for 2"),
     ):
         model(images)
-    for function in (tokenmerge.is_patched, tokenmerge.handle, tokenmerge.unpatch):
+    for function in (tokenmerge.is_patched, tokenmerge.handle_of, tokenmerge.unpatch):
         with pytest.raises(UnsupportedModelError, match="was expected"):
             function("vit")  # type: ignore[arg-type]
 
@@ -371,8 +376,8 @@ def test_intermediates_keep_upstreams_shapes() -> None:
         plain = model.forward_features(images)
         full, merged_maps = model.forward_intermediates(images)
         assert [m.shape for m in merged_maps] == [m.shape for m in maps] == [torch.Size([2, 48, 6, 6])] * 3
-        assert full.shape == final.shape
-        torch.testing.assert_close(full, handle.trace.unmerge(plain))
+        assert torch.equal(full, plain)  # as upstream promises
+        assert handle.trace.unmerge(full).shape == final.shape
         torch.testing.assert_close(model.forward_head(full), logits)
         layers = model.get_intermediate_layers(images, n=2, reshape=True, norm=True)
         assert [layer.shape for layer in layers] == [torch.Size([2, 48, 6, 6])] * 2
@@ -380,10 +385,11 @@ def test_intermediates_keep_upstreams_shapes() -> None:
             images, indices=[0], stop_early=True, intermediates_only=True, output_fmt="NLC"
         )
         assert early[0].shape == (2, 36, 48)
-        assert handle.trace.source().max() == 35  # the trace is of the pass that stopped after block 0: 41 − 5 tokens
+        assert handle.trace.source().max() == 25  # the latest whole pass: 41 − 15 tokens are left
         assert plain.shape == (2, 41 - 15, 48)  # forward_features gives what is left
         assert tokenmerge.token_sizes(plain).sum(1).tolist() == [41, 41]
-        assert tokenmerge.token_sizes(full).tolist() == [[1] * 41] * 2
+        assert torch.equal(tokenmerge.token_sizes(full), tokenmerge.token_sizes(plain))
+        assert tokenmerge.token_sizes(handle.trace.unmerge(full)).tolist() == [[1] * 41] * 2
         with pytest.raises(InputError, match="carry no token sizes"):
             tokenmerge.token_sizes(plain * 1)
     handle.remove()
@@ -425,8 +431,8 @@ def test_the_trace() -> None:
     with pytest.raises(PatchError, match="tracing is off"):
         _ = handle.trace
     handle.update(trace=True)
-    with pytest.raises(PatchError, match="no forward pass has run"):
-        _ = handle.trace
+    with pytest.raises(PatchError, match="no forward pass had run"):
+        _ = handle.trace.plans
     with torch.no_grad():
         features = model.forward_features(images_for(model))
     trace = handle.trace
@@ -436,8 +442,8 @@ def test_the_trace() -> None:
     assert trace.unmerge(features).shape == (2, 37, 48)
     with pytest.raises(InputError, match="block 3 is not in this trace"):
         trace.source(3)
-    with pytest.raises(InputError, match="features are"):
-        trace.unmerge(features, block=0)
+    with pytest.raises(InputError, match="carry no plans"):
+        trace.unmerge(features * 1)
     handle.update(r=0)
     with torch.no_grad():
         model(images_for(model))
@@ -457,7 +463,7 @@ def test_lost_sizes_and_masks_are_errors_not_wrong_numbers() -> None:
             model.blocks[1](model.blocks[0](torch.randn(1, 36, 48)) * 1)
         with pytest.raises(PatchError, match="an attention mask"):
             model(images, attn_mask=torch.ones(36, 36, dtype=torch.bool))
-        tokenmerge.handle(model).update(r=0)
+        tokenmerge.handle_of(model).update(r=0)
         masked = model(images, attn_mask=torch.ones(36, 36, dtype=torch.bool))
         torch.testing.assert_close(masked, model(images))
 

@@ -89,7 +89,7 @@ def test_copies_of_compiled_models_are_their_own() -> None:
         wanted = model(images)
         for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
             assert torch.equal(twin(images), wanted)
-            tokenmerge.handle(twin).update(r=0)
+            tokenmerge.handle_of(twin).update(r=0)
             for parameter in twin.blocks.parameters():
                 parameter.zero_()
             assert twin.blocks(torch.ones(1, 37, 48)).equal(torch.ones(1, 37, 48))
@@ -154,7 +154,7 @@ def test_compiles_without_graph_breaks(backend: str, whole: bool) -> None:
             block.compile(fullgraph=True, backend=backend)
     with torch.no_grad():
         torch.testing.assert_close(compiled(images), wanted, rtol=1e-4, atol=1e-4)
-        assert tokenmerge.handle(compiled).trace.source().shape == (2, 41)
+        assert tokenmerge.handle_of(compiled).trace.source().shape == (2, 41)
     found = gradients(compiled, images)
     assert len(found) == len(slopes) > 0
     for one, other in zip(found.values(), slopes.values(), strict=True):

@@ -17,11 +17,11 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 from tokenmerge.attention.forms import ATTEND
-from tokenmerge.attention.tap import note_inside
+from tokenmerge.attention.tap import open_tap
 
 
 class AttentionCall(TorchFunctionMode):
-    """Within it, attention with a mask of sizes is computed in a form of `attention_forms.FORMS`.
+    """Within it, attention with a mask of sizes is computed in a form of `attention.forms.FORMS`.
 
     A mask that is more than one number for each key (it has a row for each query) is left to PyTorch.
     """
@@ -29,7 +29,7 @@ class AttentionCall(TorchFunctionMode):
     def __init__(self, form: str = "mask", watch: bool = False, bias: Tensor | None = None) -> None:
         """Args:
         form: any but "auto".
-        watch: whether to note Q, K and V (`attention.take_inside`).
+        watch: whether to note Q, K and V (`attention.tap.Tap.inside`).
         bias: mask `[B, 1, 1, N]` for `nn.MultiheadAttention`, which is called without one.
         """
         super().__init__()
@@ -63,8 +63,9 @@ class AttentionCall(TorchFunctionMode):
     ) -> Tensor:
         """`scaled_dot_product_attention`, noted if wanted, in the chosen form where its mask is one of sizes."""
         factor = query.shape[-1] ** -0.5 if scale is None else scale
-        if self.watch:
-            note_inside(query, key, value, factor)
+        tap = open_tap() if self.watch else None
+        if tap is not None:
+            tap.inside = (query, key, value, factor)
         plain = attn_mask is None or attn_mask.dim() != 4 or attn_mask.shape[2] != 1 or attn_mask.dtype == torch.bool
         if self.form == "mask" or plain or is_causal or enable_gqa:
             return F.scaled_dot_product_attention(

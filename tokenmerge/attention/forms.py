@@ -1,6 +1,6 @@
 """Proportional attention on fast kernels: several ways to compute `softmax(QKᵀ·scale + log size) V`, and a choice.
 
-`attention_call` puts them in the place of upstream's call of `scaled_dot_product_attention`. Each takes the mask
+`attention/call.py` puts them in the place of upstream's call of `scaled_dot_product_attention`. Each takes the mask
 `[B, 1 or H, 1, N]` apart in its own way; all compute the same.
 """
 
@@ -11,18 +11,18 @@ import dataclasses
 import functools
 import threading
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any, get_args
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from tokenmerge.config import AttentionForm
 from tokenmerge.errors import ConfigError
-from tokenmerge.ops.exporting import is_exporting
+from tokenmerge.ops.modes import is_exporting
 
-AttentionForm = Literal["auto", "mask", "cudnn", "efficient", "math", "flex", "key_channel", "value_channel"]
-FORMS = ("auto", "mask", "cudnn", "efficient", "math", "flex", "key_channel", "value_channel")
+FORMS: tuple[str, ...] = get_args(AttentionForm)
 _NEED_CUDA = ("cudnn", "efficient", "flex")  # flex: on CPUs Inductor has it for inference only, and not for every N
 _LEAST_LOG = -1000.0
 """Stands for log 0 where −inf times 0 would be NaN; e to its power is 0 in every dtype."""

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from tokenmerge.errors import PatchError
-from tokenmerge.plan import take_rows
+from tokenmerge.ops.basics import take_rows
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

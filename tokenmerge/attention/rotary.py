@@ -17,8 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from tokenmerge.errors import PatchError
-from tokenmerge.ops.fakes import has_values
-from tokenmerge.ops.precision import no_autocast
+from tokenmerge.ops.basics import no_autocast
+from tokenmerge.ops.modes import has_values
 
 _STEP = 24.0  # largest ratio of two frequencies between which an angle can be unwrapped in half precision
 

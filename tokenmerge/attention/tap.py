@@ -2,22 +2,21 @@
 
 A token that stands for s patches must draw as much attention as s equal tokens would:
 `softmax(QKᵀ/√d + log s)`. Every attention that takes an additive mask can do that without being touched;
-for the others a row names the place inside where it can be put in (`inside`, below).
+for the others a row names a module inside where it can be put in (`context`, below).
 """
 
 from __future__ import annotations
 
 import dataclasses
 import threading
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from tokenmerge.attention.pairs import PairMap
-from tokenmerge.ops import sum_over_heads
-from tokenmerge.ops.precision import autocast_dtype, no_autocast
+from tokenmerge.ops.basics import autocast_dtype, no_autocast, sum_over_heads
 
 
 def attention_dtype(x: Tensor) -> torch.dtype:
@@ -49,7 +48,7 @@ def size_bias(size: Tensor | None, x: Tensor, prop_attn: bool = True, log_size: 
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Inside:
+class AttentionContext:
     """What hooks and mix-ins inside upstream's attention may need while one block runs it.
 
     Attributes:
@@ -63,51 +62,50 @@ class Inside:
     positions: Tensor | None = None
 
 
-class Noted(NamedTuple):
-    """What was noted of one block's attention.
+class _Current(threading.local):
+    """The tap that is open in this thread, so that threads may share a model."""
+
+    tap: Tap | None = None
+
+
+_current = _Current()
+
+
+class Tap:
+    """Within it, this thread's attention is given a context, and shows its keys: `with Tap(context) as tap: …`.
+
+    It is closed however the block ends, so that what one model's attention was given never reaches another's.
 
     Attributes:
+        context: what hooks inside attention may read.
         keys: what the row's `keys` modules showed.
-        inside: Q, K, V `[B, H, N, D]` as attention used them, and its scale; `None` where that was not asked for, or
-            attention did not call `scaled_dot_product_attention`.
+        inside: Q, K, V `[B, H, N, D]` as attention used them, and its scale; `None` where an `attention.call.AttentionCall`
+            was not asked for them, or attention did not call `scaled_dot_product_attention`.
     """
 
-    keys: tuple[Tensor, ...] = ()
-    inside: tuple[Tensor, Tensor, Tensor, float] | None = None
+    def __init__(self, context: AttentionContext | None = None) -> None:
+        self.context = AttentionContext() if context is None else context
+        self.keys: tuple[Tensor, ...] = ()
+        self.inside: tuple[Tensor, Tensor, Tensor, float] | None = None
+        self._before: Tap | None = None
+
+    def __enter__(self) -> Tap:
+        self._before, _current.tap = _current.tap, self
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        _current.tap, self._before = self._before, None
 
 
-class _Tap(threading.local):
-    """What one block's attention is given and shows; one per thread, so that threads may share a model."""
-
-    keys: tuple[Tensor, ...] | None = None
-    inside: Inside | None = None
-    noted: tuple[Tensor, Tensor, Tensor, float] | None = None
+def open_tap() -> Tap | None:
+    """The tap that is open in this thread, or `None`."""
+    return _current.tap
 
 
-_tap = _Tap()
-
-
-def open_tap(inside: Inside | None = None) -> None:
-    """Start noting the keys of this thread's attention, and offer it `inside`."""
-    _tap.keys, _tap.inside = (), inside
-
-
-def close_tap() -> tuple[Tensor, ...]:
-    """Stop noting; the keys that were noted since `open_tap`."""
-    keys, _tap.keys, _tap.inside = _tap.keys, None, None
-    return keys or ()
-
-
-def note_inside(query: Tensor, key: Tensor, value: Tensor, scale: float) -> None:
-    """What an `attention_call.AttentionCall` saw that was asked to watch."""
-    if _tap.keys is not None:
-        _tap.noted = (query, key, value, scale)
-
-
-def take_inside() -> tuple[Tensor, Tensor, Tensor, float] | None:
-    """What `note_inside` noted, once."""
-    noted, _tap.noted = _tap.noted, None
-    return noted
+def context() -> AttentionContext:
+    """What the running block offers to hooks inside its attention; empty outside of one."""
+    tap = _current.tap
+    return AttentionContext() if tap is None else tap.context
 
 
 def class_attention(query: Tensor, key: Tensor, scale: float, size: Tensor | None, class_token: bool) -> Tensor:
@@ -120,32 +118,33 @@ def class_attention(query: Tensor, key: Tensor, scale: float, size: Tensor | Non
         size: patches per token `[B, N]`; attention is proportional to them.
         class_token: whether the first token is one; without it, the mean attention of all tokens, N² numbers a head.
     """
+    rows = query[:, :, :1] if class_token else query
+    return attention_maps(rows, key, scale, size).mean(dim=1)
+
+
+def attention_maps(query: Tensor, key: Tensor, scale: float, size: Tensor | None) -> Tensor:
+    """`[B, M, N]` float32: attention of each query to every token, mean over heads; arguments as of `class_attention`."""
     heads = query.shape[1]
     with no_autocast(query.device.type):
-        rows = query[:, :, :1] if class_token else query
         key = key.float() if key.shape[1] == heads else key.float().repeat_interleave(heads // key.shape[1], dim=1)
-        scores = rows.float() @ key.transpose(2, 3) * scale
+        scores = query.float() @ key.transpose(2, 3) * scale
         if size is not None:
             scores = scores + size.log()[:, None, None, :]
-        return scores.softmax(dim=3).mean(dim=(1, 2))
-
-
-def inside() -> Inside:
-    """What the running block offers to hooks inside its attention; empty outside of one."""
-    return _tap.inside or Inside()
+        return scores.softmax(dim=3).mean(dim=1)
 
 
 def note_output(module: torch.nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
     """Forward hook of a module whose output holds K as attention uses it."""
-    if _tap.keys is not None:
-        _tap.keys = (*_tap.keys, output)
+    tap = _current.tap
+    if tap is not None:
+        tap.keys = (*tap.keys, output)
 
 
 def note_input(module: torch.nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Any]) -> None:
     """Forward pre-hook of an attention whose K is nowhere a module's output: notes the tokens it is made from."""
-    if _tap.keys is not None:
-        first = args[0] if args else next(iter(kwargs.values()))
-        _tap.keys = (*_tap.keys, first)
+    tap = _current.tap
+    if tap is not None:
+        tap.keys = (*tap.keys, args[0] if args else next(iter(kwargs.values())))
 
 
 def head_mean(block: Any, keys: tuple[Tensor, ...]) -> Tensor:
@@ -203,7 +202,7 @@ def fused_metric(x: Tensor, weight: Tensor, bias: Tensor | None, heads: int) -> 
 
 def weigh_probabilities(module: torch.nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
     """Forward pre-hook of the dropout after a softmax that takes no mask: `p·s / Σ p·s` is `softmax(… + log s)`."""
-    bias = inside().bias
+    bias = context().bias
     if bias is None:
         return None
     weighted = args[0] * bias.exp()

@@ -7,14 +7,14 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from tokenmerge.config import Backend, Distance, Partition
 from tokenmerge.errors import ConfigError
-from tokenmerge.matching.distances import Distance, as_product, unit
-from tokenmerge.matching.partitions import Partition, partition_order
-from tokenmerge.matching.registry import check_matching_input, register_matcher
-from tokenmerge.ops import Backend, counting, descending_order, sum_over_heads, takes_triton
-from tokenmerge.ops.precision import no_autocast
-from tokenmerge.plan import MergePlan, take_rows
-from tokenmerge.schedule import max_merges
+from tokenmerge.matching.distances import as_product
+from tokenmerge.matching.partitions import partition_order
+from tokenmerge.matching.registry import register_matcher
+from tokenmerge.ops.basics import counting, descending_order, no_autocast, sum_over_heads, take_rows, unit
+from tokenmerge.ops.choice import takes_triton
+from tokenmerge.plan import MergePlan
 
 _FEW = 2**13
 """Similarities per image up to which one operation for values and places beats two."""
@@ -56,22 +56,18 @@ def bipartite_matching(
         InputError: if `metric` has another shape or is not floating point, or `r` or `protected` is negative.
         ConfigError: if `backend` is "triton" and cannot run, with the reasons.
     """
-    check_matching_input(metric, r, protected, per_head=True)
     batch, tokens = metric.shape[0], metric.shape[-2]
-    r = min(r, max_merges(tokens, protected))
-    if r == 0:
-        return MergePlan.identity(batch, tokens, metric.device)
     metric = metric.detach()
     if partition != "alternating":
         order = partition_order(partition, tokens, protected, grid, layer, metric.device)
         if order is not None:
             plan = bipartite_matching(metric.index_select(-2, order), r, protected, backend, distance)
-            return MergePlan(order[plan.keep], order[plan.source], plan.target)
+            return MergePlan(order[plan.kept], order[plan.source], plan.target)
     if distance != "cosine" and backend == "triton":
         raise ConfigError(
             f"backend='triton' cannot run: its kernels compare by cosine, not by {distance!r}: use backend='auto'"
         )
-    if distance == "cosine" and takes_triton(backend, metric, "match"):
+    if distance == "cosine" and (metric.is_cuda or backend != "auto") and takes_triton(backend, metric, "match"):
         from tokenmerge.ops import matching
 
         return MergePlan(*matching.match(metric if metric.dim() == 4 else metric.unsqueeze(1), r, protected))
@@ -92,8 +88,8 @@ def bipartite_matching(
     a_tokens = order.mul_(2).add_(first_a)
     position = counting(tokens, metric.device)
     prefix, b_tokens = position[:protected].expand(batch, -1), position[first_b::2].expand(batch, -1)
-    keep = torch.cat([prefix, a_tokens[:, r:].sort(dim=1).values, b_tokens], dim=1)
-    return MergePlan(keep, a_tokens[:, :r], partner.add_(keep.shape[1] - b_tokens.shape[1]))
+    kept = torch.cat([prefix, a_tokens[:, r:].sort(dim=1).values, b_tokens], dim=1)
+    return MergePlan(kept, a_tokens[:, :r], partner.add_(kept.shape[1] - b_tokens.shape[1]))
 
 
 def _best_edges(a: Tensor, b: Tensor, r: int) -> tuple[Tensor, Tensor]:

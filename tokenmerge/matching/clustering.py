@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from typing import Annotated, Literal
+
 import torch
 from torch import Tensor
 
-from tokenmerge.matching.distances import unit
-from tokenmerge.matching.joining import join, most_that_join
-from tokenmerge.matching.registry import check_matching_input, register_matcher
+from tokenmerge.errors import InputError
+from tokenmerge.matching.joining import join
+from tokenmerge.matching.registry import needed, register_matcher
+from tokenmerge.matching.values import AtLeast
+from tokenmerge.ops.basics import unit
 from tokenmerge.plan import MergePlan
 
 
@@ -37,14 +41,11 @@ def _plan(nearest: Tensor, closeness: Tensor, clusters: int, protected: int) -> 
     return join(source + protected, joined + protected, count + protected)
 
 
-@register_matcher("kmeans")
-def kmeans_matching(metric: Tensor, r: int, protected: int = 0, iterations: int = 5) -> MergePlan:
+@register_matcher("kmeans", most="all but one")
+def kmeans_matching(
+    metric: Tensor, r: int, protected: int = 0, iterations: Annotated[int, AtLeast(0)] = 5
+) -> MergePlan:
     """N − r clusters by k-means with cosine similarity, started at evenly spread tokens."""
-    check_matching_input(metric, r, protected)
-    batch, tokens, _ = metric.shape
-    r = min(r, most_that_join(tokens, protected))
-    if r == 0:
-        return MergePlan.identity(batch, tokens, metric.device)
     x = unit(metric[:, protected:])
     count = x.shape[1]
     clusters = count - r
@@ -59,18 +60,16 @@ def kmeans_matching(metric: Tensor, r: int, protected: int = 0, iterations: int 
     return _plan(nearest, closeness, clusters, protected)
 
 
-@register_matcher("kmedoids")
+@register_matcher("kmedoids", most="all but one")
 def kmedoids_matching(
-    metric: Tensor, r: int, protected: int = 0, attention: Tensor | None = None, iterations: int = 5
+    metric: Tensor,
+    r: int,
+    protected: int = 0,
+    attention: Tensor | None = None,
+    iterations: Annotated[int, AtLeast(0)] = 5,
 ) -> MergePlan:
     """N − r clusters by weighted k-medoids, started at the most attended tokens (Token Pooling)."""
-    check_matching_input(metric, r, protected)
-    batch, tokens, _ = metric.shape
-    r = min(r, most_that_join(tokens, protected))
-    if r == 0:
-        return MergePlan.identity(batch, tokens, metric.device)
-    if attention is None:
-        raise TypeError("kmedoids needs the class token's attention [B, N]: give attention=…")
+    attention = needed(attention, "attention", "kmedoids")
     x, weight = unit(metric[:, protected:]), attention[:, protected:].float()
     count = x.shape[1]
     similarity = x @ x.transpose(1, 2)
@@ -88,34 +87,33 @@ def kmedoids_matching(
         fit = (similarity * weight.unsqueeze(1)).masked_fill(~together, 0).sum(dim=2)
         best = fit.new_full(medoid.shape, -torch.inf).scatter_reduce(1, nearest, fit, "amax")
         is_best = fit >= best.gather(1, nearest)
-        place = torch.where(is_best, torch.arange(count, device=x.device), -1)
-        medoid = torch.full_like(medoid, -1).scatter_reduce(1, nearest, place, "amax")
+        position = torch.where(is_best, torch.arange(count, device=x.device), -1)
+        medoid = torch.full_like(medoid, -1).scatter_reduce(1, nearest, position, "amax")
     return _plan(nearest, closeness, count - r, protected)
 
 
-@register_matcher("agglomerative")
-def agglomerative_matching(metric: Tensor, r: int, protected: int = 0, linkage: str = "average") -> MergePlan:
+@register_matcher("agglomerative", most="all but one")
+def agglomerative_matching(
+    metric: Tensor,
+    r: int,
+    protected: int = 0,
+    linkage: Literal["single", "complete", "average", "weighted"] = "average",
+) -> MergePlan:
     """N − r clusters by agglomerative clustering of cosine distances (ATC), in scipy, one image after the other.
 
     A reference: slow, on the CPU, and not compiled.
     """
-    check_matching_input(metric, r, protected)
     batch, tokens, _ = metric.shape
-    r = min(r, most_that_join(tokens, protected))
-    if r == 0:
-        return MergePlan.identity(batch, tokens, metric.device)
     try:
         from scipy.cluster import hierarchy
     except ImportError:
-        from tokenmerge.errors import InputError
-
         raise InputError("matcher 'agglomerative' needs scipy, which is not installed: pip install scipy") from None
     x = unit(metric[:, protected:])
     distance = (1 - x @ x.transpose(1, 2)).clamp_min(0).cpu().double().numpy()
     upper = torch.triu_indices(x.shape[1], x.shape[1], offset=1).numpy()
     rows = []
-    for one in distance:
-        tree = hierarchy.linkage(one[upper[0], upper[1]], method=linkage)
+    for between in distance:
+        tree = hierarchy.linkage(between[upper[0], upper[1]], method=linkage)
         label = torch.as_tensor(hierarchy.cut_tree(tree, n_clusters=x.shape[1] - r)[:, 0], dtype=torch.int64)
         rows.append(label + protected)
     prefix = torch.arange(protected).expand(batch, -1)

@@ -2,23 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Literal
-
 import torch
 from torch import Tensor
 
-Distance = Literal["cosine", "dot", "euclidean", "softmax"]
-DISTANCES = ("cosine", "dot", "euclidean", "softmax")
+from tokenmerge.config import Distance
+from tokenmerge.ops.basics import unit
 
 
-def unit(metric: Tensor) -> Tensor:
-    """`metric [B, N, D]` in float32, every vector divided by its length."""
-    metric = metric.to(torch.float32)
-    normed: Tensor = metric / torch.linalg.vector_norm(metric, dim=2, keepdim=True).clamp_min_(1e-12)
-    return normed
-
-
-def as_product(a: Tensor, b: Tensor, distance: str) -> tuple[Tensor, Tensor]:
+def as_product(a: Tensor, b: Tensor, distance: Distance) -> tuple[Tensor, Tensor]:
     """Vectors whose products are the similarities, `a' · b'`: `[B, M, D]`, `[B, K, D]` -> `[B, M, D']`, `[B, K, D']`.
 
     Args:
@@ -44,7 +35,7 @@ def as_product(a: Tensor, b: Tensor, distance: str) -> tuple[Tensor, Tensor]:
     return a, b
 
 
-def similarities(a: Tensor, b: Tensor, distance: str = "cosine") -> Tensor:
+def similarities(a: Tensor, b: Tensor, distance: Distance = "cosine") -> Tensor:
     """`[B, M, K]` float32, larger for closer vectors."""
     left, right = as_product(a, b, distance)
     scores: Tensor = left @ right.transpose(1, 2)

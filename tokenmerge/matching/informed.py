@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
+import contextlib
+import threading
+from collections.abc import Iterator
+from typing import Annotated, Literal
+
 import torch
 from torch import Tensor
 
-from tokenmerge.matching.distances import similarities, unit
-from tokenmerge.matching.partitions import Partition, partition_order
-from tokenmerge.matching.registry import check_matching_input, register_matcher
-from tokenmerge.ops import counting
-from tokenmerge.ops.precision import no_autocast
+from tokenmerge.config import Partition
+from tokenmerge.matching.distances import similarities
+from tokenmerge.matching.partitions import partition_order
+from tokenmerge.matching.registry import register_matcher
+from tokenmerge.matching.values import AtLeast, PerBlock, Within
+from tokenmerge.ops.basics import counting, no_autocast, unit
 from tokenmerge.plan import MergePlan
 from tokenmerge.schedule import max_merges
 
 Rows = Tensor | slice
-SIZE_PENALTIES = ("none", "harmonic", "sqrt_harmonic", "source", "sqrt_source")
+SizePenalty = Literal["none", "harmonic", "sqrt_harmonic", "source", "sqrt_source"]
 
 
 def _sides(order: Tensor | None, tokens: int, protected: int, device: torch.device) -> tuple[Tensor, Tensor]:
@@ -64,10 +70,10 @@ def informed_matching(
     partition: Partition = "alternating",
     grid: tuple[int, ...] | None = None,
     layer: int = 0,
-    size_penalty: str = "none",
-    attention_power: float = 0.5,
-    attention_from: int = 0,
-    token_weight: float = 0.0,
+    size_penalty: SizePenalty = "none",
+    attention_power: Annotated[float, AtLeast(0)] = 0.5,
+    attention_from: Annotated[int, AtLeast(0)] = 0,
+    token_weight: Annotated[float, Within(0, 1)] = 0.0,
 ) -> MergePlan:
     """Bipartite matching by a cost: `(1 − cos) · penalty of the sizes · (class attention of the A token) ^ power`.
 
@@ -84,18 +90,12 @@ def informed_matching(
         partition: which tokens are on which side.
         grid: patches along each axis.
         layer: number of the block.
-        size_penalty: one of `SIZE_PENALTIES`.
+        size_penalty: which penalty.
         attention_power: of the class attention; 0 leaves it out.
         attention_from: the first block that looks at it: early class attention says little.
         token_weight: part of the cost, between 0 and 1, that is the squared distance of the tokens instead of keys' cosines.
     """
-    check_matching_input(metric, r, protected)
     batch, count, _ = metric.shape
-    if size_penalty not in SIZE_PENALTIES:
-        raise ValueError(f"size_penalty={size_penalty!r}, but it must be one of {', '.join(SIZE_PENALTIES)}")
-    r = min(r, max_merges(count, protected))
-    if r == 0:
-        return MergePlan.identity(batch, count, metric.device)
     order = partition_order(partition, count, protected, grid, layer, metric.device)
     a, b = _sides(order, count, protected, metric.device)
     rows = (slice(protected + protected % 2, None, 2), slice(protected + 1 - protected % 2, None, 2))
@@ -122,8 +122,27 @@ def _in_partition(a: Tensor, b: Tensor, going: Tensor, partner: Tensor, protecte
     staying = torch.ones(batch, len(a), dtype=torch.int64, device=a.device).scatter_(1, going, 0)
     left = staying.argsort(dim=1, descending=True, stable=True)[:, : len(a) - going.shape[1]]
     prefix = counting(protected, a.device).expand(batch, -1)
-    keep = torch.cat([prefix, a[left], b.expand(batch, -1)], dim=1)
-    return MergePlan(keep, a[going], partner + (keep.shape[1] - len(b)))
+    kept = torch.cat([prefix, a[left], b.expand(batch, -1)], dim=1)
+    return MergePlan(kept, a[going], partner + (kept.shape[1] - len(b)))
+
+
+class _Collecting(threading.local):
+    """Where this thread collects the similarities of best edges, by block; `None` where it does not."""
+
+    edges: dict[int, list[Tensor]] | None = None
+
+
+_collecting = _Collecting()
+
+
+@contextlib.contextmanager
+def collecting_edges() -> Iterator[dict[int, list[Tensor]]]:
+    """Within it, `threshold_matching` notes the similarity of every best edge: `[B, |A|]` per pass, by block."""
+    before, _collecting.edges = _collecting.edges, {}
+    try:
+        yield _collecting.edges
+    finally:
+        _collecting.edges = before
 
 
 @register_matcher("threshold", adaptive=True)
@@ -132,23 +151,20 @@ def threshold_matching(
     r: int,
     protected: int = 0,
     layer: int = 0,
-    thresholds: list[float] | None = None,
-    seen: dict[int, list[Tensor]] | None = None,
+    thresholds: Annotated[list[float], PerBlock()] | None = None,
 ) -> MergePlan:
     """Merge every A token whose best B token is more similar than this block's threshold (DyMU, LTMP).
 
     `tokenmerge.calibrate` finds the thresholds at which r merge on average; without any, r merge in every image. The
     images of a batch must keep one length, so a batch merges the number that its images would merge on average. Give
-    it images alone, or of like content (`tokenmerge.tools.buckets`), and each merges about what it would alone. `seen` is for
-    `calibrate`: it collects the similarities of best edges.
+    it images alone, or of like content (`tokenmerge.tools.buckets`), and each merges about what it would alone.
     """
-    check_matching_input(metric, r, protected)
     batch, count, _ = metric.shape
     a, b = _sides(None, count, protected, metric.device)
     most = max_merges(count, protected)
     best, partner = similarities(metric[:, a], metric[:, b]).max(dim=2) if most else (metric[:, :0, 0], None)
-    if seen is not None:
-        seen.setdefault(layer, []).append(best)
+    if _collecting.edges is not None:
+        _collecting.edges.setdefault(layer, []).append(best)
     if thresholds:
         r = round(float((best > thresholds[layer]).sum()) / batch)
     r = min(r, most)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from tokenmerge.ops import counting
+from tokenmerge.ops.basics import counting
 from tokenmerge.plan import DROPPED, MergePlan
 
 
@@ -21,10 +21,10 @@ def rest_of(source: Tensor, tokens: int) -> Tensor:
     return goes.argsort(dim=1, stable=True)[:, : tokens - source.shape[1]]
 
 
-def places_of(keep: Tensor, tokens: int) -> Tensor:
-    """`[B, N]` int64: the place of each token in `keep [B, N']`; of others, anything."""
-    places = keep.new_zeros(keep.shape[0], tokens)
-    return places.scatter_(1, keep, counting(keep.shape[1], keep.device).expand_as(keep))
+def positions_in(kept: Tensor, tokens: int) -> Tensor:
+    """`[B, N]` int64: where each token is in `kept [B, N']`; of others, anything."""
+    positions = kept.new_zeros(kept.shape[0], tokens)
+    return positions.scatter_(1, kept, counting(kept.shape[1], kept.device).expand_as(kept))
 
 
 def join(source: Tensor, joined: Tensor, tokens: int) -> MergePlan:
@@ -32,8 +32,8 @@ def join(source: Tensor, joined: Tensor, tokens: int) -> MergePlan:
 
     No token of `joined` may be in `source`.
     """
-    keep = rest_of(source, tokens)
-    return MergePlan(keep, source, places_of(keep, tokens).gather(1, joined))
+    kept = rest_of(source, tokens)
+    return MergePlan(kept, source, positions_in(kept, tokens).gather(1, joined))
 
 
 def join_nearest(similarity: Tensor, source: Tensor, protected: int) -> MergePlan:
@@ -48,8 +48,3 @@ def join_nearest(similarity: Tensor, source: Tensor, protected: int) -> MergePla
 def drop(source: Tensor, tokens: int) -> MergePlan:
     """The plan in which the tokens of `source [B, r]` are dropped."""
     return MergePlan(rest_of(source, tokens), source, torch.full_like(source, DROPPED), drops=True)
-
-
-def most_that_join(tokens: int, protected: int) -> int:
-    """The most tokens that may go when one unprotected token must be left to join."""
-    return max(0, tokens - protected - 1)

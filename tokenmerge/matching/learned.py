@@ -1,21 +1,24 @@
-"""Dropping tokens that a trained head lets go (DynamicViT). The head is in `tokenmerge.matching.predictors`."""
+"""Dropping tokens that a trained predictor lets go (DynamicViT).
+
+Everything else in this library works off the shelf. A predictor does not: it is a small network inside a block, with
+weights of its own, which `tokenmerge train --matcher dynamicvit` trains together with the model.
+"""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from tokenmerge.errors import ConfigError
-from tokenmerge.matching.joining import drop, lowest, most_that_join
-from tokenmerge.matching.registry import check_matching_input, register_matcher
+from tokenmerge.matching.joining import drop, lowest
+from tokenmerge.matching.registry import register_matcher
 from tokenmerge.plan import MergePlan
 
-if TYPE_CHECKING:
-    from tokenmerge.matching.predictors import TokenPredictor
-
+PREDICTOR = "tokenmerge_predictor"
+"""A block's attribute for what a learned matcher works with."""
 _ALMOST_NOTHING = 1e-6
 """What a token that training lets go counts for in attention.
 
@@ -24,7 +27,50 @@ Not 0, because then nothing would say how much better or worse the output would 
 """
 
 
-@register_matcher("dynamicvit", learned=True)
+class TokenPredictor(nn.Module):
+    """Tokens -> log-probabilities of staying and of going (Rao et al. 2021, section 3.2).
+
+    Half of the channels of a projection describe the token, the mean of the other half over all tokens that are still
+    there describes the image; both together are classified by a network of three layers.
+
+    Args:
+        channels: C of the tokens.
+
+    Attributes:
+        kept: `[B]`, the part of the tokens that the latest training pass kept, with its gradient.
+    """
+
+    kept: Tensor | None
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        if channels % 4:
+            raise ConfigError(
+                f"a predictor halves its channels twice, but the model has {channels}: choose another matcher"
+            )
+        self.channels = channels
+        self.project = nn.Sequential(nn.LayerNorm(channels), nn.Linear(channels, channels), nn.GELU())
+        half, quarter = channels // 2, channels // 4
+        self.classify = nn.Sequential(
+            nn.Linear(channels, half), nn.GELU(), nn.Linear(half, quarter), nn.GELU(), nn.Linear(quarter, 2)
+        )
+        self.kept = None
+
+    def forward(self, tokens: Tensor, size: Tensor) -> Tensor:
+        """`[B, M, C]` and what each token counts in the mean `[B, M]` -> `[B, M, 2]`, log-probabilities."""
+        x = self.project(tokens.to(next(self.parameters()).dtype))
+        own, shared = x.chunk(2, dim=2)
+        weight = size.to(x.dtype).unsqueeze(2)
+        mean = (shared * weight).sum(dim=1, keepdim=True) / weight.sum(dim=1, keepdim=True).clamp_min(1e-6)
+        scores: Tensor = self.classify(torch.cat([own, mean.expand_as(own)], dim=2))
+        return F.log_softmax(scores.float(), dim=2)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Copies do not take part in the graph of the latest pass."""
+        return {**self.__dict__, "kept": None}
+
+
+@register_matcher("dynamicvit", learned=True, most="all but one")
 def predicted_pruning(
     metric: Tensor,
     r: int,
@@ -42,15 +88,11 @@ def predicted_pruning(
     Raises:
         ConfigError: if the block has no predictor.
     """
-    check_matching_input(metric, r, protected)
     batch, count, _ = metric.shape
-    r = min(r, most_that_join(count, protected))
-    if r == 0:
-        return MergePlan.identity(batch, count, metric.device)
     if predictor is None or tokens is None or size is None:
         raise ConfigError(
             f"matcher 'dynamicvit' drops tokens in block {layer}, which has no trained predictor: train the model with "
-            "`tokenmerge train --matcher dynamicvit`, or tokenmerge.matching.predictors.add_predictors(model, blocks) and your own loop"
+            "`tokenmerge train --matcher dynamicvit`, or tokenmerge.patching.predictors.add_predictors(model, blocks) and your own loop"
         )
     size = size.detach()
     score = predictor(tokens[:, protected:], size[:, protected:])
@@ -61,4 +103,4 @@ def predicted_pruning(
     predictor.kept = (stays * here).mean(dim=1)
     gate = torch.where(here, stays * (1 - _ALMOST_NOTHING) + _ALMOST_NOTHING, 1.0)
     everything = MergePlan.identity(batch, count, metric.device)
-    return MergePlan(everything.keep, everything.source, everything.target, gate=F.pad(gate, (protected, 0), value=1.0))
+    return MergePlan(everything.kept, everything.source, everything.target, gate=F.pad(gate, (protected, 0), value=1.0))

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import math
+from typing import Annotated
 
 import torch
 from torch import Tensor
 
-from tokenmerge.matching.distances import unit
-from tokenmerge.matching.joining import join, join_nearest, lowest, most_that_join
-from tokenmerge.matching.registry import check_matching_input, register_matcher
-from tokenmerge.ops import counting
+from tokenmerge.errors import InputError
+from tokenmerge.matching.joining import join, join_nearest, lowest
+from tokenmerge.matching.registry import needed, register_matcher
+from tokenmerge.matching.values import AtLeast, Within
+from tokenmerge.ops.basics import counting, unit
 from tokenmerge.plan import MergePlan
-from tokenmerge.schedule import max_merges
 
 
 def _similarities(metric: Tensor, protected: int) -> Tensor:
@@ -26,17 +27,13 @@ def _similarities(metric: Tensor, protected: int) -> Tensor:
     return similarity
 
 
-@register_matcher("greedy")
+@register_matcher("greedy", most="all but one")
 def greedy_matching(metric: Tensor, r: int, protected: int = 0, size: Tensor | None = None) -> MergePlan:
     """Merge the most similar pair of all tokens, r times; a merged token's metric is the size-weighted mean.
 
     What bipartite matching approximates. r rounds one after the other, each over all pairs, so it is slow.
     """
-    check_matching_input(metric, r, protected)
     batch, tokens, _ = metric.shape
-    r = min(r, most_that_join(tokens, protected))
-    if r == 0:
-        return MergePlan.identity(batch, tokens, metric.device)
     similarity = _similarities(metric, protected)
     mean = metric.float().clone()
     weight = torch.ones(batch, tokens, device=metric.device) if size is None else size.float().clone()
@@ -72,11 +69,7 @@ def mutual_matching(metric: Tensor, r: int, protected: int = 0) -> MergePlan:
     There may be fewer than r of them. Then tokens outside of such pairs follow, those with the most similar partner
     first; each joins the most similar token that stays.
     """
-    check_matching_input(metric, r, protected)
     batch, tokens, _ = metric.shape
-    r = min(r, max_merges(tokens, protected))
-    if r == 0:
-        return MergePlan.identity(batch, tokens, metric.device)
     similarity = _similarities(metric, protected)
     best, partner = similarity.max(dim=2)
     position = counting(tokens, metric.device).expand(batch, -1)
@@ -96,8 +89,8 @@ def energy_matching(
     protected: int = 0,
     layer: int = 0,
     layers: int = 12,
-    margin: float = 0.9,
-    alpha: float = 1.0,
+    margin: Annotated[float, Within(-1, 1)] = 0.9,
+    alpha: Annotated[float, AtLeast(0)] = 1.0,
 ) -> MergePlan:
     """Only the 2r tokens with the most similar surroundings may merge (PiToMe); the rest is protected.
 
@@ -105,11 +98,7 @@ def energy_matching(
     1)` below it. The margin falls linearly with depth, from `margin` to 0. In order of energy, every second of
     the 2r tokens joins the most similar of the others.
     """
-    check_matching_input(metric, r, protected)
-    batch, tokens, _ = metric.shape
-    r = min(r, max_merges(tokens, protected))
-    if r == 0:
-        return MergePlan.identity(batch, tokens, metric.device)
+    tokens = metric.shape[1]
     x = unit(metric)
     similarity = x @ x.transpose(1, 2)
     at = margin * (1 - layer / layers)
@@ -122,27 +111,27 @@ def energy_matching(
     return join(source, open_to.gather(1, between.argmax(dim=2)), tokens)
 
 
-@register_matcher("strided")
+@register_matcher("strided", most="all but one")
 def strided_matching(
     metric: Tensor,
     r: int,
     protected: int = 0,
     anchor: Tensor | None = None,
     grid: tuple[int, ...] | None = None,
-    stride: int = 2,
+    stride: Annotated[int, AtLeast(1)] = 2,
 ) -> MergePlan:
     """Tokens on a 2-D grid of destinations, one in stride × stride patches, are joined by the others (tomesd).
 
     Destinations never merge away, so that a quarter of the patches would stay for ever with `stride=2`; when the others run
     out, the stride doubles.
     """
-    check_matching_input(metric, r, protected)
     batch, tokens, _ = metric.shape
-    if anchor is None or grid is None:
-        raise TypeError("strided needs the grid of patches and each token's place in it: give anchor=… and grid=…")
-    r = min(r, most_that_join(tokens, protected))
-    if r == 0:
-        return MergePlan.identity(batch, tokens, metric.device)
+    anchor, grid = needed(anchor, "anchor", "strided"), needed(grid, "grid", "strided")
+    if len(grid) < 2 or math.prod(grid) < tokens - protected:
+        raise InputError(
+            f"matcher 'strided' was given a grid of {tuple(grid)} for {tokens - protected} tokens, but one of two axes or more "
+            "was expected that holds them all: give the grid of these very tokens"
+        )
     rows, columns = grid[-2:]
     frames = math.prod(grid[:-2])
     while tokens - protected - frames * -(-rows // stride) * -(-columns // stride) < r:

@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import math
-from typing import Literal
 
 import torch
 from torch import Tensor
 
-from tokenmerge.ops import ascending_order
-
-Partition = Literal["alternating", "sequential", "random", "checkerboard"]
-PARTITIONS = ("alternating", "sequential", "random", "checkerboard")
+from tokenmerge.config import Partition
+from tokenmerge.ops.basics import ascending_order
 
 
 def shuffled(count: int, seed: int, device: torch.device) -> Tensor:
@@ -25,7 +22,7 @@ def shuffled(count: int, seed: int, device: torch.device) -> Tensor:
     return ascending_order((mixed ^ (mixed >> 15)).unsqueeze(0))[0]
 
 
-def _on_a(partition: str, free: int, count_a: int, columns: int, layer: int, device: torch.device) -> Tensor:
+def _on_a(partition: Partition, free: int, count_a: int, columns: int, layer: int, device: torch.device) -> Tensor:
     """`[free]` boolean: which of the tokens that may merge are on side A, `count_a` of them."""
     place = torch.arange(free, device=device)
     if partition == "random":
@@ -37,7 +34,7 @@ def _on_a(partition: str, free: int, count_a: int, columns: int, layer: int, dev
 
 
 def partition_order(
-    partition: str, tokens: int, protected: int, grid: tuple[int, ...] | None, layer: int, device: torch.device
+    partition: Partition, tokens: int, protected: int, grid: tuple[int, ...] | None, layer: int, device: torch.device
 ) -> Tensor | None:
     """`[N]` int64: the tokens in an order in which every second one is on side A; `None` if they are so already.
 

@@ -2,56 +2,50 @@
 
 from __future__ import annotations
 
+from typing import Annotated
+
 import torch
 from torch import Tensor
 
 from tokenmerge.matching.distances import similarities
-from tokenmerge.matching.joining import drop, join, lowest, most_that_join, rest_of
+from tokenmerge.matching.joining import drop, join, lowest, rest_of
 from tokenmerge.matching.partitions import shuffled
-from tokenmerge.matching.registry import check_matching_input, register_matcher
+from tokenmerge.matching.registry import needed, register_matcher
+from tokenmerge.matching.values import PerBlock, Within
 from tokenmerge.plan import MergePlan
 
 
-def _cut(metric: Tensor, r: int, protected: int) -> int:
-    check_matching_input(metric, r, protected)
-    return min(r, most_that_join(metric.shape[1], protected))
-
-
-@register_matcher("random_prune")
+@register_matcher("random_prune", most="all but one")
 def random_pruning(metric: Tensor, r: int, protected: int = 0, layer: int = 0, seed: int = 0) -> MergePlan:
     """Drop r tokens at random: what any other method must beat. The same for every image and in every pass."""
-    r = _cut(metric, r, protected)
     batch, tokens, _ = metric.shape
     drawn = shuffled(tokens - protected, 1000 * seed + layer, metric.device)[:r] + protected
     return drop(drawn.expand(batch, -1), tokens)
 
 
-@register_matcher("attention_prune")
+@register_matcher("attention_prune", most="all but one")
 def attention_pruning(metric: Tensor, r: int, protected: int = 0, attention: Tensor | None = None) -> MergePlan:
     """Drop the r tokens that the class token attends to least (EViT without its fused token)."""
-    r = _cut(metric, r, protected)
-    return drop(lowest(_given(attention), r, protected), metric.shape[1])
+    attention = needed(attention, "attention", "attention_prune")
+    return drop(lowest(attention, r, protected), metric.shape[1])
 
 
-@register_matcher("evit")
+@register_matcher("evit", most="all but one")
 def attention_fusing(metric: Tensor, r: int, protected: int = 0, attention: Tensor | None = None) -> MergePlan:
     """Fuse the r + 1 tokens that the class token attends to least into one, weighted by that attention (EViT).
 
     So N − r tokens are left, one of them the fused one (EViT leaves N − r and the fused one, and does not divide its
     sum by the weights). It is last, and an ordinary token for the next block.
     """
-    r = _cut(metric, r, protected)
-    batch, tokens, _ = metric.shape
-    if r == 0:
-        return MergePlan.identity(batch, tokens, metric.device)
-    attention = _given(attention)
+    tokens = metric.shape[1]
+    attention = needed(attention, "attention", "evit")
     going = lowest(attention, r + 1, protected)
     source, fused = going[:, :-1], going[:, -1:]
-    keep = torch.cat([rest_of(going, tokens), fused], dim=1)
-    return MergePlan(keep, source, torch.full_like(source, keep.shape[1] - 1), weight=attention)
+    kept = torch.cat([rest_of(going, tokens), fused], dim=1)
+    return MergePlan(kept, source, torch.full_like(source, kept.shape[1] - 1), weight=attention)
 
 
-@register_matcher("ats")
+@register_matcher("ats", most="all but one")
 def adaptive_token_sampling(
     metric: Tensor, r: int, protected: int = 0, attention: Tensor | None = None, values: Tensor | None = None
 ) -> MergePlan:
@@ -59,11 +53,9 @@ def adaptive_token_sampling(
 
     ATS keeps fewer where one token is drawn twice; here the most significant others fill up, so that batches stay dense.
     """
-    r = _cut(metric, r, protected)
     tokens = metric.shape[1]
-    if values is None:
-        raise TypeError("ats needs values")
-    significance = _given(attention) * values.float().square().sum(dim=3).sqrt().mean(dim=1)
+    attention, values = needed(attention, "attention", "ats"), needed(values, "values", "ats")
+    significance = attention * values.float().square().sum(dim=3).sqrt().mean(dim=1)
     significance = significance[:, protected:]
     share = significance / significance.sum(dim=1, keepdim=True).clamp_min(1e-12)
     count = tokens - protected - r
@@ -76,26 +68,23 @@ def adaptive_token_sampling(
     return drop(lowest(full, r, protected), tokens)
 
 
-@register_matcher("diffrate")
+@register_matcher("diffrate", most="all but one")
 def prune_then_merge(
     metric: Tensor,
     r: int,
     protected: int = 0,
     attention: Tensor | None = None,
     layer: int = 0,
-    pruned: float | list[int] = 0.5,
+    pruned: Annotated[float, Within(0, 1)] | Annotated[list[Annotated[float, Within(0, 1)]], PerBlock()] = 0.5,
 ) -> MergePlan:
     """Of the r tokens that the class token attends to least, drop the last part and merge the rest (DiffRate).
 
-    Those that merge join the most similar token that stays. `pruned` is the part of r that is dropped, or a number for
-    each block (read by `tokenmerge.diffrate_schedule` from DiffRate's own files).
+    Those that merge join the most similar token that stays. `pruned` is the part of r that is dropped, the same in every
+    block or one for each (`tokenmerge.diffrate_schedule` reads them from DiffRate's own files).
     """
-    r = _cut(metric, r, protected)
     batch, tokens, _ = metric.shape
-    if r == 0:
-        return MergePlan.identity(batch, tokens, metric.device)
-    count = min(r, pruned[layer] if isinstance(pruned, list) else round(pruned * r))
-    going = lowest(_given(attention), r, protected)
+    count = round((pruned[layer] if isinstance(pruned, list) else pruned) * r)
+    going = lowest(needed(attention, "attention", "diffrate"), r, protected)
     merged = going[:, count:]
     similarity = similarities(metric, metric).gather(1, merged.unsqueeze(2).expand(-1, -1, tokens))
     closed = torch.zeros(batch, tokens, dtype=torch.bool, device=metric.device).scatter_(1, going, True)
@@ -106,10 +95,4 @@ def prune_then_merge(
     plan = join(going, joined, tokens)
     target = plan.target.clone()
     target[:, :count] = -1
-    return MergePlan(plan.keep, plan.source, target, drops=count > 0)
-
-
-def _given(attention: Tensor | None) -> Tensor:
-    if attention is None:
-        raise TypeError("this matcher needs the class token's attention [B, N]: give attention=…")
-    return attention
+    return MergePlan(plan.kept, plan.source, target, drops=count > 0)

@@ -1,16 +1,22 @@
-"""Matchers by name. A matcher is one function: metric, r, protected -> MergePlan; it may ask for more by name."""
+"""Matchers by name. A matcher is mathematics: metric, r, protected -> MergePlan; what can be checked is checked here.
+
+The registry checks shapes, cuts r to what is possible, answers r = 0, and knows of every option which values mean something.
+"""
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import inspect
 from collections.abc import Callable, Mapping
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol, TypeVar, cast
 
 from torch import Tensor
 
 from tokenmerge.errors import ConfigError, InputError
+from tokenmerge.matching.values import fault_of, hints_of, per_block
 from tokenmerge.plan import MergePlan
+from tokenmerge.schedule import Most, max_merges
 
 OFFERED = {
     "size": "patches per token, [B, N] float32",
@@ -19,15 +25,17 @@ OFFERED = {
     "tokens": "the tokens that will be merged, [B, N, C]",
     "values": "V, [B, H, N, D]",
     "anchor": "the original token at whose position each token stands, [B, N] int64",
-    "grid": "patches along each axis, (h, w) or (t, h, w); None if unknown",
+    "grid": "patches along each axis in this pass, (h, w) or (t, h, w); None if unknown",
     "layer": "number of the block, from 0",
     "layers": "how many blocks there are",
     "distance": "MergeConfig.distance",
     "partition": "MergeConfig.partition",
-    "predictor": "the block's trained predictor (tokenmerge.matching.predictors), or None",
+    "predictor": "the block's trained predictor (tokenmerge.matching.learned), or None",
     "backend": "MergeConfig.backend; such a matcher must also take keys [B, H, N, D] not averaged over heads yet",
 }
 """What a matcher may ask for by naming a parameter so."""
+INSIDE = frozenset({"attention", "values"})
+"""Those of them that are seen inside attention."""
 
 
 class Matcher(Protocol):
@@ -40,8 +48,9 @@ class Matcher(Protocol):
     def __call__(self, metric: Tensor, r: int, protected: int = 0) -> MergePlan:
         """Plan the merge of `r` of the N tokens in `metric [B, N, D]`; the first `protected` stay alone.
 
-        Further parameters need a default. Those named in `OFFERED` are filled in by the block that merges; all others
-        are options, given by `MergeConfig.options`.
+        `metric` is floating point, and 0 < r ≤ what is possible. Further parameters need a default. Those named in `OFFERED`
+        are filled in by the block that merges; all others are options, given by `MergeConfig.options`, whose annotations say
+        which values they may have.
         """
         ...
 
@@ -52,31 +61,45 @@ class Entry:
 
     Attributes:
         name: by which `MergeConfig.matcher` finds it.
-        matcher: the function.
+        matcher: the function, which trusts what it is given.
+        checked: the same for whoever calls it directly.
         offered: which of `OFFERED` it takes.
         options: its other parameters, with their defaults.
         adaptive: whether the tokens it leaves depend on values.
         learned: whether it works with weights of its own, which must be trained first.
+        most: how many tokens it can merge away.
     """
 
     name: str
     matcher: Any
+    checked: Any
     offered: frozenset[str]
     options: Mapping[str, Any]
     adaptive: bool
     learned: bool
+    most: Most
 
     @property
     def about(self) -> str:
         """The first line of the function's docstring."""
         return (inspect.getdoc(self.matcher) or "").partition("\n")[0]
 
+    @property
+    def looks_inside(self) -> bool:
+        """Whether Q, K and V must be noted as attention uses them."""
+        return bool(self.offered & INSIDE)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return get_entry, (self.name,)  # the function is found again by its name
+
 
 _MATCHERS: dict[str, Entry] = {}
 _M = TypeVar("_M", bound=Callable[..., MergePlan])
 
 
-def register_matcher(name: str, adaptive: bool = False, learned: bool = False) -> Callable[[_M], _M]:
+def register_matcher(
+    name: str, adaptive: bool = False, learned: bool = False, most: Most = "half"
+) -> Callable[[_M], _M]:
     """Make a function selectable as `patch(model, matcher=name)`.
 
     Args:
@@ -85,6 +108,11 @@ def register_matcher(name: str, adaptive: bool = False, learned: bool = False) -
             with static shapes, and `r` is what it merges on average.
         learned: whether it needs trained weights, and so cannot be compared off the shelf; while training it may leave
             more tokens than r says.
+        most: how many of the unprotected tokens it can merge away: "half", or "all but one".
+
+    Returns:
+        A decorator. What it gives checks its arguments, cuts r, and answers r = 0 with the plan that merges nothing; blocks
+        call the function itself.
 
     Raises:
         ConfigError: if a function from elsewhere already has that name (the same one, defined again as in a notebook, takes
@@ -92,7 +120,7 @@ def register_matcher(name: str, adaptive: bool = False, learned: bool = False) -
     """
 
     def add(matcher: _M) -> _M:
-        if name in _MATCHERS and _place(_MATCHERS[name].matcher) != _place(matcher):
+        if name in _MATCHERS and _home(_MATCHERS[name].matcher) != _home(matcher):
             raise ConfigError(f"a matcher named {name!r} is registered already: choose another name")
         further = list(inspect.signature(matcher).parameters.values())[3:]
         for parameter in further:
@@ -103,13 +131,38 @@ def register_matcher(name: str, adaptive: bool = False, learned: bool = False) -
                 )
         offered = frozenset(parameter.name for parameter in further if parameter.name in OFFERED)
         options = {parameter.name: parameter.default for parameter in further if parameter.name not in OFFERED}
-        _MATCHERS[name] = Entry(name, matcher, offered, options, adaptive, learned)
-        return matcher
+        checked = _checked(name, matcher, "backend" in offered, most)
+        _MATCHERS[name] = Entry(name, matcher, checked, offered, options, adaptive, learned, most)
+        return cast("_M", checked)
 
     return add
 
 
-def _place(function: Any) -> tuple[str, str]:
+def _checked(name: str, function: Any, per_head: bool, most: Most) -> Callable[..., MergePlan]:
+    """A matcher for whoever calls it directly."""
+    signature = inspect.signature(function)
+
+    @functools.wraps(function)
+    def matcher(*args: Any, **kwargs: Any) -> MergePlan:
+        bound = signature.bind(*args, **kwargs)
+        bound.apply_defaults()
+        metric, r, protected = list(bound.arguments.values())[:3]
+        check_matching_input(metric, r, protected, per_head)
+        for given, hint in hints_of(function).items():
+            if given in kwargs and (fault := fault_of(kwargs[given], hint)):
+                raise ConfigError(f"{given}={kwargs[given]!r} of matcher {name!r}, but it must be {fault}: change it")
+        tokens = metric.shape[-2]
+        r = min(r, max_merges(tokens, protected, most))
+        if r == 0:
+            return MergePlan.identity(metric.shape[0], tokens, metric.device)
+        bound.arguments[list(bound.arguments)[1]] = r
+        plan: MergePlan = function(*bound.args, **bound.kwargs)
+        return plan
+
+    return matcher
+
+
+def _home(function: Any) -> tuple[str, str]:
     return function.__module__, function.__qualname__
 
 
@@ -122,16 +175,18 @@ def get_entry(name: str) -> Entry:
     try:
         return _MATCHERS[name]
     except KeyError:
-        raise ConfigError(f"matcher={name!r} is not registered; known are {', '.join(sorted(_MATCHERS))}") from None
+        raise ConfigError(
+            f"matcher={name!r} is not registered; known are {', '.join(sorted(_MATCHERS))}: choose one of them"
+        ) from None
 
 
 def get_matcher(name: str) -> Matcher:
-    """The matcher of that name.
+    """The matcher of that name, which checks what it is given.
 
     Raises:
         ConfigError: if there is none.
     """
-    matcher: Matcher = get_entry(name).matcher
+    matcher: Matcher = get_entry(name).checked
     return matcher
 
 
@@ -140,14 +195,42 @@ def matcher_names() -> tuple[str, ...]:
     return tuple(_MATCHERS)
 
 
-def check_options(name: str, options: Mapping[str, Any]) -> None:
-    """Raise `ConfigError` unless the matcher of that name has all of these options."""
-    known = get_entry(name).options
-    for option in options:
-        if option not in known:
+def check_options(name: str, options: Mapping[str, Any], layers: int | None = None) -> None:
+    """Raise `ConfigError` unless the matcher of that name has all of these options, and can do with their values.
+
+    Args:
+        name: of the matcher.
+        options: values by name.
+        layers: blocks of the model, where that is known: lists with an entry per block must be as long.
+    """
+    entry = get_entry(name)
+    hints = hints_of(entry.matcher)
+    for option, value in options.items():
+        if option not in entry.options:
             raise ConfigError(
-                f"matcher {name!r} has no option {option!r}; it has {', '.join(known) or 'none'}: check the spelling"
+                f"matcher {name!r} has no option {option!r}; it has {', '.join(entry.options) or 'none'}: check the spelling"
             )
+        hint = hints.get(option)
+        if hint is None:
+            continue
+        if fault := fault_of(value, hint):
+            raise ConfigError(f"option {option}={value!r} of matcher {name!r}, but it must be {fault}: change it")
+        if layers is not None and isinstance(value, list) and per_block(hint) and len(value) != layers:
+            raise ConfigError(
+                f"option {option} of matcher {name!r} lists {len(value)} blocks, but the model has {layers}: give one value for "
+                "each block"
+            )
+
+
+def needed(value: Any, name: str, matcher: str) -> Any:
+    """What a matcher asked for and cannot do without.
+
+    Raises:
+        InputError: if it was not given.
+    """
+    if value is None:
+        raise InputError(f"matcher {matcher!r} needs {OFFERED[name]}, but none was given: give {name}=…")
+    return value
 
 
 def check_matching_input(metric: Tensor, r: int, protected: int, per_head: bool = False) -> None:

@@ -6,16 +6,15 @@ import functools
 import importlib.util
 import os
 import warnings
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 
+from tokenmerge.config import Backend
 from tokenmerge.errors import ConfigError
-from tokenmerge.ops.exporting import is_exporting
+from tokenmerge.ops.modes import is_exporting
 
-Backend = Literal["auto", "torch", "triton"]
-BACKENDS = ("auto", "torch", "triton")
 Operation = Literal["match", "merge"]
 LEAST_CAPABILITY = (8, 0)
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
@@ -147,7 +146,7 @@ def takes_triton(backend: str, x: Tensor, operation: Operation = "merge") -> boo
         # kernels of their own pay where launches are what is slow; the interpreter is for tests that ask for it
         return x.is_cuda and not triton_refusals(x, operation, warn=True)
     if backend != "triton":
-        raise ConfigError(f"backend={backend!r}, but it must be one of {', '.join(BACKENDS)}")
+        raise ConfigError(f"backend={backend!r}, but it must be one of {', '.join(get_args(Backend))}")
     reasons = triton_refusals(x, operation)
     if reasons:
         raise ConfigError(f"backend='triton' cannot run: {'; '.join(reasons)}: use backend='auto'")

@@ -7,34 +7,149 @@ of a block neither its code nor its few numbers are in a cache. Rows that nothin
 
 from __future__ import annotations
 
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, Protocol, get_args
 
 import torch
 from torch import Tensor
 
+from tokenmerge.config import Backend
 from tokenmerge.errors import InputError
+from tokenmerge.ops.basics import counting
+from tokenmerge.ops.choice import takes_triton
 
-Reduce = Literal["mean", "average", "max", "keep", "norm", "max_norm", "sum"]
-REDUCTIONS = ("mean", "average", "max", "keep", "norm", "max_norm", "sum")
+Reduce = Literal["mean", "average", "max", "destination", "norm", "max_norm", "sum"]
 _TINY = 1e-12
+
+
+class Plan(Protocol):
+    """What merging reads of a `MergePlan`."""
+
+    @property
+    def kept(self) -> Tensor:
+        """`[B, N']`."""
+        ...
+
+    @property
+    def source(self) -> Tensor:
+        """`[B, r]`."""
+        ...
+
+    @property
+    def target(self) -> Tensor:
+        """`[B, r]`."""
+        ...
+
+    @property
+    def drops(self) -> bool:
+        """Whether a target may be −1."""
+        ...
+
+    @property
+    def weight(self) -> Tensor | None:
+        """`[B, N]`."""
+        ...
+
+    @property
+    def gate(self) -> Tensor | None:
+        """`[B, N']`."""
+        ...
+
+
+class Merged(NamedTuple):
+    """What merging gives.
+
+    Attributes:
+        x: tokens `[B, N', C]` in the dtype of those that were merged.
+        size: patches in each, `[B, N']` float32.
+        log_size: `[B, N']`: their logarithms in the dtype that was asked for, where the kernel wrote them; else `None`.
+    """
+
+    x: Tensor
+    size: Tensor
+    log_size: Tensor | None = None
 
 
 class Members(NamedTuple):
     """A plan in row numbers of flattened tokens.
 
     Attributes:
-        keep: `[B·N']` rows of `[B·N]` that stay.
+        kept: `[B·N']` rows of `[B·N]` that stay.
         source: `[B·r]` rows of `[B·N]` that join one of them.
         target: `[B·r]` the row of `[B·N']` that each of those joins.
         alive: `[B·r]` false where a row is dropped instead; `None` if none is.
         weight: `[B·N]` float32, what rows weigh in means; `None` stands for their sizes.
     """
 
-    keep: Tensor
+    kept: Tensor
     source: Tensor
     target: Tensor
     alive: Tensor | None = None
     weight: Tensor | None = None
+
+
+def merge_rows(
+    x: Tensor,
+    size: Tensor | None,
+    plan: Plan,
+    reduce: Reduce = "mean",
+    backend: Backend = "auto",
+    log: torch.dtype | None = None,
+) -> Merged:
+    """Merge tokens by a plan, and with them what the next attention adds to its scores, where that costs nothing.
+
+    Args:
+        x: tokens `[B, N, C]`, any floating dtype.
+        size: patches per token `[B, N]`, or `None` for all ones.
+        plan: which tokens become one.
+        reduce: how they are combined (`combine`).
+        backend: "triton" for one fused kernel ("mean" only), "torch", or "auto": Triton on a GPU.
+        log: the dtype in which attention wants the logarithms of the new sizes; the fused kernel writes them.
+
+    Raises:
+        InputError: if a shape or the device does not fit the plan, or `reduce` is unknown.
+        ConfigError: if `backend` is "triton" and cannot run, with the reasons.
+    """
+    batch, left = plan.kept.shape
+    _check(x, size, plan.kept, left + plan.source.shape[1])
+    plain = reduce == "mean" and not plan.drops and plan.weight is None and plan.gate is None
+    if plain and (x.is_cuda or backend != "auto") and takes_triton(backend, x):
+        from tokenmerge.ops import merging
+
+        size = None if size is None else size.to(torch.float32)
+        return Merged(*merging.merge(x, size, plan.kept, plan.source, plan.target, log))
+    merged, sizes = combine(x, size, _members(plan), reduce)
+    sizes = sizes.view(batch, left)
+    return Merged(merged.view(batch, left, x.shape[2]), sizes if plan.gate is None else sizes * plan.gate)
+
+
+def _check(x: Tensor, size: Tensor | None, kept: Tensor, tokens: int) -> None:
+    batch = kept.shape[0]
+    if x.dim() != 3 or x.shape[:2] != (batch, tokens) or not x.is_floating_point():
+        raise InputError(
+            f"x is {tuple(x.shape)} {x.dtype}, but this plan merges floating-point tokens of shape [{batch}, {tokens}, C]"
+        )
+    if size is not None and size.shape != (batch, tokens):
+        raise InputError(f"size is {tuple(size.shape)}, but this plan merges sizes of shape [{batch}, {tokens}]")
+    for name, tensor in (("x", x), ("size", size)):
+        if tensor is not None and tensor.device != kept.device:
+            raise InputError(
+                f"{name} is on {str(tensor.device)!r}, but this plan is on {str(kept.device)!r}: move one to the other"
+            )
+
+
+def _members(plan: Plan) -> Members:
+    """The plan in row numbers of the flattened tokens."""
+    kept, source, target, alive = plan.kept, plan.source, plan.target, None
+    (batch, left), r = kept.shape, source.shape[1]
+    if plan.drops:
+        alive, target = target >= 0, target.clamp_min(0)
+        alive = alive.reshape(-1)
+    weight = None if plan.weight is None else plan.weight.reshape(-1)
+    if batch == 1:
+        return Members(kept.view(-1), source.reshape(-1), target.reshape(-1), alive, weight)
+    first = counting(batch, kept.device, left + r).unsqueeze(1)
+    new = counting(batch, kept.device, left).unsqueeze(1)
+    return Members((kept + first).view(-1), (source + first).view(-1), (target + new).view(-1), alive, weight)
 
 
 def combine(x: Tensor, size: Tensor | None, members: Members, reduce: Reduce) -> tuple[Tensor, Tensor]:
@@ -44,8 +159,8 @@ def combine(x: Tensor, size: Tensor | None, members: Members, reduce: Reduce) ->
         x: tokens `[B, N, C]`.
         size: patches per token `[B, N]`, or `None` for all ones.
         members: which rows become one.
-        reduce: "mean", weighted by size (the paper's); "average", each member alike; "max" of every channel; "keep", the
-            token that is joined, unchanged; "norm", the direction of the size-weighted mean and the size-weighted mean of
+        reduce: "mean", weighted by size (the paper's); "average", each member alike; "max" of every channel; "destination",
+            the token that is joined, unchanged; "norm", the direction of the size-weighted mean and the size-weighted mean of
             the members' lengths, since a mean of vectors is shorter than they are; "max_norm", that direction and the
             largest member's length (ToFu); "sum".
 
@@ -55,21 +170,21 @@ def combine(x: Tensor, size: Tensor | None, members: Members, reduce: Reduce) ->
     Raises:
         InputError: if `reduce` is unknown.
     """
-    if reduce not in REDUCTIONS:
-        raise InputError(f"reduce={reduce!r}, but it must be one of {', '.join(REDUCTIONS)}")
-    keep, source, target, alive, weight = members
+    if reduce not in get_args(Reduce):
+        raise InputError(f"reduce={reduce!r}, but it must be one of {', '.join(get_args(Reduce))}")
+    stays, source, target, alive, weight = members
     rows = x.reshape(-1, x.shape[2])
-    kept = rows.index_select(0, keep)
+    kept = rows.index_select(0, stays)
     if size is None:
         joining_size = kept.new_ones(source.shape, dtype=torch.float32)
-        sizes = kept.new_ones(keep.shape, dtype=torch.float32)
+        sizes = kept.new_ones(stays.shape, dtype=torch.float32)
     else:
         size = size.to(torch.float32).reshape(-1)
-        joining_size, sizes = size.index_select(0, source), size.index_select(0, keep)
+        joining_size, sizes = size.index_select(0, source), size.index_select(0, stays)
     if alive is not None:
         joining_size = joining_size * alive
     sizes = sizes.index_add_(0, target, joining_size)
-    if reduce == "keep":
+    if reduce == "destination":
         return kept, sizes
 
     wide = torch.float64 if x.dtype == torch.float64 else torch.float32
@@ -92,7 +207,7 @@ def combine(x: Tensor, size: Tensor | None, members: Members, reduce: Reduce) ->
         elif weight is not None:
             share = weight.index_select(0, source)
             share = share if alive is None else share * alive
-            total = weight.index_select(0, keep).index_add_(0, target, share)
+            total = weight.index_select(0, stays).index_add_(0, target, share)
         # (clamped for padding, whose size is 0: it joins with weight 0, and gives way to what joins it)
         share = share.to(wide).div_(total.index_select(0, target).clamp_min_(_TINY))
         kept = _mean(kept, joining, target, share, alive, reduce)

@@ -11,93 +11,21 @@ from torch import Tensor
 from tokenmerge.attention.call import AttentionCall
 from tokenmerge.attention.forms import running_form
 from tokenmerge.attention.pairs import PairMap
-from tokenmerge.attention.rotary import Rotary
-from tokenmerge.attention.tap import Inside, Noted, attention_dtype, close_tap, open_tap, size_bias, take_inside
+from tokenmerge.attention.tap import AttentionContext, Tap, attention_dtype, size_bias
 from tokenmerge.errors import PatchError
-from tokenmerge.ops import Backend
-from tokenmerge.ops.combine import Reduce
-from tokenmerge.ops.exporting import is_exporting
-from tokenmerge.patching.families.family import BlockFamily
-from tokenmerge.patching.masks import padding_in_pairs, padding_sizes
-from tokenmerge.patching.rule import Rule, make_plan, seen_by_class_token
-from tokenmerge.patching.state import TokenState, carry, state_of
-from tokenmerge.plan import MergePlan, take_rows
-from tokenmerge.schedule import keep_step, max_merges
+from tokenmerge.ops.basics import take_rows
+from tokenmerge.ops.combine import merge_rows
+from tokenmerge.ops.modes import is_exporting
+from tokenmerge.patching.begin import begin_pass, padding_in_pairs, with_positions
+from tokenmerge.patching.look import Look, kept_for_looking, look_at, similarity_of
+from tokenmerge.patching.match import metric_from, tensors_for
+from tokenmerge.patching.record import BlockRecord, Settings
+from tokenmerge.patching.state import STATE, Step, TokenState, attach
+from tokenmerge.plan import MergePlan
+from tokenmerge.schedule import max_merges
 
-STATE = "_tokenmerge_state"
-"""Name of the argument by which a block's call hands the state of its input to its forward."""
-
-
-@dataclasses.dataclass(frozen=True)
-class BlockSpec:
-    """What one patched block does; replaced as a whole by `Handle.update`.
-
-    Attributes:
-        family: seams of upstream's block.
-        index: position of the block in the model.
-        r: tokens to merge away here.
-        keep: fraction of the unprotected tokens to keep here instead, whatever their number.
-        protected: leading tokens that never merge.
-        prop_attn: whether sizes weigh in attention.
-        attention: how they reach its kernel.
-        rule: how it decides what merges.
-        place: whether tokens merge before attention, between it and the MLP, or after that.
-        combine: what becomes of tokens that merge.
-        backend: what runs the merge.
-        in_order: whether the tokens that are left keep their order.
-        mean_positions: whether a merged token stands at the mean of its positions, not at its destination's.
-        rotary: how this block's table of rotary positions is read and written, if it takes one.
-        merged_before: whether an earlier block merges, so that a state must arrive.
-        merges_at_all: whether any block of the model merges.
-        keep_plans: whether plans travel with the sizes.
-        full_output: whether this is the last block and hands on unmerged tokens.
-        merged_states: whether hidden states that someone collects stay merged: the user asked for merged output.
-        trace: whether to note the departing state for `Handle.trace`.
-        look: whether to note what the class token attends to as well.
-    """
-
-    family: BlockFamily
-    index: int
-    r: int
-    keep: float | None
-    protected: int
-    prop_attn: bool
-    attention: str
-    rule: Rule
-    place: str
-    combine: Reduce
-    backend: Backend
-    in_order: bool
-    mean_positions: bool
-    rotary: Rotary | None
-    merged_before: bool
-    merges_at_all: bool
-    keep_plans: bool
-    full_output: bool
-    merged_states: bool
-    trace: bool
-    look: bool
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class Seen:
-    """What a traced block noted of its latest pass; for looking at, never for computing.
-
-    Attributes:
-        state: the state that left the block.
-        batch: images B.
-        tokens: tokens N that entered the block.
-        device: where they are.
-        similarity: of the tokens that merged, `[B, r]`, in the order of the plan's sources; `None` if none did.
-        attention: of the class token to the tokens in attention, `[B, N]`; `None` if it was not looked at.
-    """
-
-    state: TokenState
-    batch: int
-    tokens: int
-    device: torch.device
-    similarity: Tensor | None = None
-    attention: Tensor | None = None
+_NEVER_MIXES = ("mean", "norm", "destination")
+"""What may become of tokens that merge with padding: padding, whose size is 0, leaves the other token as it was."""
 
 
 class MergeBlock:
@@ -106,15 +34,13 @@ class MergeBlock:
     `x [B, N, C]` becomes `[B, N − r, C]`; the sizes arrive and leave as an attribute of the activation.
     """
 
-    _tokenmerge_spec: BlockSpec
-    _tokenmerge_seen: Seen | None
-    _tokenmerge_attention: Tensor | None
+    _tokenmerge: BlockRecord
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """The module's call. Hooks may put new tensors in place of what comes in (FSDP2's do, to learn when its gradient
         is there; those of device maps, to move it), so the state passes them as an argument.
         """
-        state = state_of(args[0]) if args else None
+        state = getattr(args[0], STATE, None) if args else None
         if state is not None and state.merged is None:
             kwargs[STATE] = state
         return super().__call__(*args, **kwargs)  # type: ignore[misc]  # nn.Module's
@@ -125,211 +51,240 @@ class MergeBlock:
         Raises:
             PatchError: if the sizes were lost on the way, or an argument cannot be obeyed while merging.
         """
-        spec = self._tokenmerge_spec
-        family = spec.family
-        kept = kwargs.pop(STATE, None)
-        if kept is not None and state_of(x) is None:
-            carry(x, kept)
-        given = {**dict(zip(family.arguments, args, strict=False)), **kwargs}
-        if not spec.merges_at_all and (not spec.trace or (family.mask and given.get(family.mask) is not None)):
-            return self._untouched(x, *args, **kwargs)
-        family.ready(self)
-        state, given = _arriving(self, x, given)
-        if state.merged is not None:
-            x = state.merged
-        batch, tokens, _ = x.shape
-        wanted = spec.r if spec.keep is None else keep_step(spec.keep, tokens, spec.protected)
-        r = min(wanted, max_merges(tokens, spec.protected))
+        state, given = _arrive(self, x, args, kwargs)
+        if state is None:  # nothing merges anywhere: upstream's own forward, so any argument may be given
+            return super().forward(x, *args, **kwargs)  # type: ignore[misc]  # upstream's block comes next
+        family, config = self._tokenmerge.family, state.run.settings.config
+        x = x if state.merged is None else state.merged
+        r = _r_of(self, x, state)
 
-        rule = spec.rule
-        x_pre = x if r and rule.metric == "x_pre" else None
-        if r and spec.place == "before":
-            x, state = _merge(make_plan(self, rule, Noted(), x, x, r, spec.protected, state), x, state, spec)
-        watch = (r > 0 and (rule.looks_inside or family.keys_at_call)) or spec.look
-        bias, given, inside = _what_attention_sees(self, x, state, given)
-        call = _call_of_attention(spec, x, bias, watch)
-        open_tap(inside)
-        if call is None:
-            x = family.attention(self, x, bias, **given)
-        else:
-            with call:
-                x = family.attention(self, x, bias, **given)
-        noted: Noted | None = Noted(close_tap(), take_inside() if watch else None)
-        if spec.look:
-            assert noted is not None
-            weight = state.size if spec.prop_attn or state.size is None else (state.size > 0).float()
-            self._tokenmerge_attention = seen_by_class_token(rule, noted, weight)
-        if r and spec.place == "between":
-            assert noted is not None
-            x, state = _merge(make_plan(self, rule, noted, x_pre, x, r, spec.protected, state), x, state, spec)
-        if spec.place != "after":
-            noted = None  # views of Q, K and V, which would stay in memory during the MLP
+        x_pre = x if config.metric == "x_pre" else None
+        if r and config.place == "before":
+            x, state = _merge(self, x, x_pre, Tap(), r, state)
+        x, tap, look = _attend(self, x, state, given)  # x + attention(norm1(x), log size)
+        if r and config.place == "between":
+            x, state = _merge(self, x, x_pre, tap, r, state)  # [B, N − r, C]
+        if config.place != "after":
+            tap = Tap()  # what it shows, views of Q, K and V, would stay in memory during the MLP
         if family.mlp is not None:
-            x = family.mlp(self, x)
-        if r and noted is not None:
-            x, state = _merge(make_plan(self, rule, noted, x_pre, x, r, spec.protected, state), x, state, spec)
-        return _leave(self, x, state, spec, batch, tokens, merged=r > 0)
-
-    def _untouched(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
-        """Upstream's own forward: nothing merges anywhere, so any argument may be given."""
-        if getattr(self, "_tokenmerge_seen", None) is not None:
-            self._tokenmerge_seen = None  # no older pass may be taken for this one
-        return super().forward(x, *args, **kwargs)  # type: ignore[misc]  # upstream's block comes next
+            x = family.mlp(self, x)  # x + mlp(norm2(x))
+        if r and config.place == "after":
+            x, state = _merge(self, x, x_pre, tap, r, state)
+        return _leave(self, x, state, look, merged=r > 0)
 
     def _get_name(self) -> str:
         return f"Merge{type(self).__name__}"
 
     def extra_repr(self) -> str:
         """`r` of this block, for `print(model)`."""
-        return f"r={self._tokenmerge_spec.r}"
+        schedule = self._tokenmerge.model.settings.schedule
+        return "r by the number of tokens" if schedule is None else f"r={schedule[self._tokenmerge.index]}"
 
 
-def _leave(block: Any, x: Tensor, state: TokenState, spec: BlockSpec, batch: int, tokens: int, merged: bool) -> Any:
-    """What the block hands on: its tokens, with their state, or spread over the patches for who reads them."""
-    if not merged:
-        plans = (*state.plans, None) if spec.keep_plans or state.full_output else ()
-        state = dataclasses.replace(state, plans=plans, merged=None)
-    if spec.trace and not is_exporting():
-        noted = [getattr(block, name, None) for name in ("_tokenmerge_similarity", "_tokenmerge_attention")]
-        block._tokenmerge_seen = Seen(_without_graph(state), batch, tokens, x.device, *noted)
-        # (set, not removed: Dynamo of torch 2.11 cannot look into a module's dict)
-        block._tokenmerge_similarity = block._tokenmerge_attention = None
-    if spec.full_output or (state.full_output and not spec.merged_states):
-        full = state.unmerge(x)
-        out = carry(full, dataclasses.replace(state, merged=x) if full is not x else state)
-    else:
-        out = carry(x, state)
-    return out if spec.family.wrap is None else spec.family.wrap(out)
+# --- arriving ----------------------------------------------------------------------------------------------
 
 
-def _without_graph(state: TokenState) -> TokenState:
-    """What a trace keeps of a state: not the graph of a matcher that learns."""
-    if state.size is None or not state.size.requires_grad:
-        return state
-    plans = tuple(plan and dataclasses.replace(plan, gate=None) for plan in state.plans)
-    return dataclasses.replace(state, size=state.size.detach(), plans=plans)
+def _recomputing() -> bool:
+    """Whether gradient checkpointing runs the block again, within backward."""
+    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
 
 
-def _what_attention_sees(
-    block: Any, x: Tensor, state: TokenState, given: dict[str, Any]
-) -> tuple[Tensor | None, dict[str, Any], Inside]:
-    """Sizes, pair biases and positions of the current tokens, as this block's attention takes them."""
-    spec: BlockSpec = block._tokenmerge_spec
-    family = spec.family
-    bias = size_bias(state.size, x, spec.prop_attn, state.log_size)
-    pairs = _pair_map(state, spec) if family.needs_source else None
+def _arrive(
+    block: Any, x: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[TokenState | None, dict[str, Any]]:
+    """The state of the tokens, and the arguments for attention; no state where upstream's own forward is to run."""
+    record: BlockRecord = block._tokenmerge
+    family, passed = record.family, kwargs.pop(STATE, None)
+    state: TokenState | None = getattr(x, STATE, passed)
+    if record.index == 0 and not (state is not None and _recomputing()):
+        state = None  # of an older pass, if any
+    settings = record.model.settings if state is None else state.run.settings
+    given = {**dict(zip(family.arguments, args, strict=False)), **kwargs}
+    if not settings.merges and (not settings.traces or (family.mask and given.get(family.mask) is not None)):
+        if record.index == 0 and record.model.latest is not None:
+            record.model.latest = None  # no older pass may be taken for this one
+        return None, given
+    if family.ready is not None:
+        family.ready(block)
+    mask = given.pop(family.mask, None) if family.mask else None
+    if family.pair_bias and padding_in_pairs(given.get(family.pair_bias), check=record.index == 0):
+        mask = given.pop(family.pair_bias)
+    given = _obeyed(record, given)
+    if state is None:
+        state = begin_pass(record, x, mask)
+    elif state.size is not None and state.size.device != x.device:
+        state = state.to(x.device)  # a device map has moved the tokens alone
+    if state.positions is None and (family.positions is not None or family.rope is not None):
+        state = with_positions(block, x, state, given)
+    return state, given
+
+
+def _obeyed(record: BlockRecord, given: dict[str, Any]) -> dict[str, Any]:
+    """The arguments that attention gets, once nothing is among them that merged tokens cannot obey."""
+    family = record.family
+    if family.passes or not given:
+        return given
+    known = {name: given.pop(name, None) for name in (family.rope, family.pair_bias) if name}
+    strange = [name for name, value in given.items() if value is not None and value is not False]
+    if strange:
+        raise PatchError(
+            f"{strange[0]} was given to a model that merges tokens, but merged tokens cannot obey it: "
+            "call the model without it, or handle.update(r=0) first"
+        )
+    return known
+
+
+def _r_of(block: Any, x: Tensor, state: TokenState) -> int:
+    """How many tokens merge away here."""
+    run, index = state.run, block._tokenmerge.index
+    entry, r = run.settings.entry, int(run.schedule[index])
+    if entry.adaptive or entry.learned:  # other blocks may have left more or fewer than the schedule says
+        r = min(r, max_merges(x.shape[1], run.settings.protected, entry.most))
+    return r
+
+
+# --- attention ---------------------------------------------------------------------------------------------
+
+
+def _attend(block: Any, x: Tensor, state: TokenState, given: dict[str, Any]) -> tuple[Tensor, Tap, Look | None]:
+    """`x + attention(norm1(x), log size)`, what it showed, and what is kept of that for looking at."""
+    record: BlockRecord = block._tokenmerge
+    settings, family, config = state.run.settings, record.family, state.run.settings.config
+    bias = size_bias(state.size, x, settings.prop_attn, state.log_size)
+    pairs = _pair_map(state) if family.needs_source else None
     if family.pair_bias is not None:
         between = given.pop(family.pair_bias, None)
         if between is not None:
             between = pairs(between) if pairs is not None else between
             bias = between if bias is None else between + bias
     if family.rope is not None and given.get(family.rope) is not None and state.positions is not None:
-        if spec.rotary is None:
-            raise PatchError(
-                f"block {spec.index} was given rotary positions, but the model had none when it was patched: patch it again"
-            )
-        given[family.rope] = spec.rotary.table(state.positions[:, spec.protected :], given[family.rope])
-    return bias, given, Inside(bias, pairs, state.positions)
+        given[family.rope] = _table(record, state, given[family.rope])
+    looks = config.trace in ("attention", "rollout")
+    watch = settings.looks_inside or looks or (family.keys_at_call and state.run.schedule[record.index] > 0)
+    auto_on_cpu = config.attention == "auto" and x.device.type == "cpu"
+    form = "mask" if bias is None or auto_on_cpu else running_form(config.attention, x, bias)
+    with Tap(AttentionContext(bias, pairs, state.positions)) as tap:
+        if form == "mask" and not watch and (bias is None or not family.keys_at_call):
+            x = family.attention(block, x, bias, **given)
+        else:  # a mode, which costs a Python call for every function of torch
+            with AttentionCall(form, watch, bias if family.keys_at_call else None):
+                x = family.attention(block, x, bias, **given)
+    return x, tap, look_at(tap, state) if looks else None
 
 
-def _call_of_attention(spec: BlockSpec, x: Tensor, bias: Tensor | None, watch: bool) -> AttentionCall | None:
-    """What answers the call of attention, or `None` where PyTorch alone does: the mode costs a Python call per function."""
-    form = running_form(spec.attention, x, bias)
-    if form == "mask" and not watch and (bias is None or not spec.family.keys_at_call):
-        return None
-    return AttentionCall(form, watch, bias if spec.family.keys_at_call else None)
-
-
-def _pair_map(state: TokenState, spec: BlockSpec) -> PairMap | None:
+def _pair_map(state: TokenState) -> PairMap | None:
     source = state.source()
     if source is None or state.size is None:
         return None
     anchor = state.anchor()
     assert anchor is not None
-    return PairMap(source, anchor, state.first_size, spec.mean_positions)
+    return PairMap(source, anchor, state.run.first_size, state.run.settings.config.positions == "mean")
 
 
-def _merge(plan: MergePlan, x: Tensor, state: TokenState, spec: BlockSpec) -> tuple[Tensor, TokenState]:
-    if spec.in_order:
-        plan = plan.in_order()
-    if state.padded and spec.combine not in ("mean", "norm", "keep"):
+def _table(record: BlockRecord, state: TokenState, upstream: Any) -> Any:
+    """Rotary positions of the current tokens, in the form of upstream's table."""
+    if record.rotary is None or state.positions is None:
         raise PatchError(
-            f"combine={spec.combine!r} would mix padding into the tokens of block {spec.index}: use combine='mean' for padded "
+            f"block {record.index} was given rotary positions, but the model had none when it was patched: patch it again"
+        )
+    return record.rotary.table(state.positions[:, state.run.settings.protected :], upstream)
+
+
+# --- matching and merging ----------------------------------------------------------------------------------
+
+
+def _merge(
+    block: Any, x: Tensor, x_pre: Tensor | None, tap: Tap, r: int, state: TokenState
+) -> tuple[Tensor, TokenState]:
+    """The tokens that are left, and their state."""
+    record: BlockRecord = block._tokenmerge
+    run, settings = state.run, state.run.settings
+    config = settings.config
+    metric = metric_from(block, x, x_pre, tap, state) if settings.other_metric else _keys(block, tap, state)
+    plan = _plan(block, metric, x, tap, r, state)
+    if config.order == "spatial":
+        plan = plan.in_order()
+    reduce = config.combine
+    if reduce == "tofu":  # early blocks are far from linear, so a mean of tokens is no mean of outputs
+        reduce = "destination" if record.index < settings.layers // 2 else "max_norm"
+    if run.padded and reduce not in _NEVER_MIXES:
+        raise PatchError(
+            f"combine={reduce!r} would mix padding into the tokens of block {record.index}: use combine='mean' for padded "
             "inputs, or run them without padding"
         )
     positions = state.positions
-    if positions is not None:
-        positions = (
-            plan.merge(positions, state.size, backend=spec.backend)[0]
-            if spec.mean_positions
-            else take_rows(positions, plan.keep)
-        )
-    log = attention_dtype(x) if spec.prop_attn else None
-    merged = plan.merge_for_attention(x, state.size, spec.combine, spec.backend, log)
-    plans = (*state.plans, plan) if spec.keep_plans or state.full_output else ()
-    state = TokenState(
-        merged.size, plans, state.full_output, state.padded, state.first_size, positions, None, merged.log_size
-    )
-    return merged.x, state
+    if positions is not None and config.positions == "mean":
+        positions = merge_rows(positions, state.size, plan, backend=config.backend).x
+    elif positions is not None:
+        positions = take_rows(positions, plan.kept)
+    log = attention_dtype(x) if settings.prop_attn else None
+    merged = merge_rows(x, state.size, plan, reduce, config.backend, log)
+    steps = state.steps
+    if settings.keep_plans or run.full:
+        steps = (*steps, Step(plan, similarity=similarity_of(metric, plan) if settings.traces else None))
+    return merged.x, TokenState(run, merged.size, steps, positions, None, merged.log_size, state.rollout)
 
 
-def _arriving(block: Any, x: Tensor, given: dict[str, Any]) -> tuple[TokenState, dict[str, Any]]:
-    """The state that came with `x`, or a fresh one at the start of the network; and the arguments but the mask."""
-    spec: BlockSpec = block._tokenmerge_spec
-    family = spec.family
-    mask = given.pop(family.mask, None) if family.mask else None
-    if family.pair_bias and padding_in_pairs(given.get(family.pair_bias), check=spec.index == 0):
-        mask = given.pop(family.pair_bias)
-    if not family.passes:
-        known = {name: given.pop(name, None) for name in (family.rope, family.pair_bias) if name}
-        strange = [name for name, value in given.items() if value is not None and value is not False]
-        if strange:
-            raise PatchError(
-                f"{strange[0]} was given to a model that merges tokens, but merged tokens cannot obey it: "
-                "call the model without it, or handle.update(r=0) first"
-            )
-        given = known
-    state = state_of(x)
-    if state is None or spec.index == 0:
-        state = _fresh(x, spec, mask, state)
-    elif state.size is not None and state.size.device != x.device:
-        state = state.to(x.device)  # a device map has moved the tokens alone
-    return _with_positions(block, x, state, given), given
-
-
-def _fresh(x: Tensor, spec: BlockSpec, mask: Tensor | None, wish: TokenState | None) -> TokenState:
-    """The state of tokens that nothing has merged yet."""
-    if spec.merged_before:
+def _keys(block: Any, tap: Tap, state: TokenState) -> Tensor:
+    """The paper's metric: K averaged over heads `[B, N, D]`, or for matchers that average by themselves `[B, H, N, D]`."""
+    record: BlockRecord = block._tokenmerge
+    family, keys, metric = record.family, tap.keys, None
+    if family.keys_at_call and tap.inside is not None:
+        keys = (tap.inside[1],)
+    if not keys:
         raise PatchError(
-            f"block {spec.index} received tokens without their sizes although earlier blocks merge, so "
-            "something between the blocks made a new tensor (reentrant checkpointing does): use "
-            "use_reentrant=False, and do not change activations between blocks"
+            f"block {record.index} noted no keys, so the module that gives them was replaced since the model was patched: "
+            "unpatch before changing modules, and patch again"
         )
-    size = padding_sizes(mask, x.shape[0], x.shape[1])
-    full = wish is not None and wish.full_output
-    return TokenState(size, full_output=full, padded=size is not None, first_size=size)
+    if "backend" in state.run.settings.entry.offered and not state.run.padded and family.per_head is not None:
+        metric = family.per_head(block, keys)
+    metric = family.metric(block, keys) if metric is None else metric
+    return metric if not state.run.padded else metric_from(block, metric, metric, tap, state)
 
 
-def _with_positions(block: Any, x: Tensor, state: TokenState, given: dict[str, Any]) -> TokenState:
-    """The state with the coordinates of its tokens, from the first block that needs to move them."""
-    spec: BlockSpec = block._tokenmerge_spec
-    family = spec.family
-    moves = spec.r > 0 or spec.keep is not None
-    if state.positions is not None or not moves:
-        return state
-    if family.positions is not None:
-        positions = family.positions(block, x)
-    elif family.rope is not None and spec.rotary is not None and given.get(family.rope) is not None:
-        positions = spec.rotary.positions(given[family.rope])
+def _plan(block: Any, metric: Tensor, x: Tensor, tap: Tap, r: int, state: TokenState) -> MergePlan:
+    """The matcher's plan, made sure to be what every shape after it relies on."""
+    record: BlockRecord = block._tokenmerge
+    settings: Settings = state.run.settings
+    entry, offered = settings.entry, dict(settings.offered)
+    if "layer" in entry.offered:
+        offered["layer"] = record.index
+    if "grid" in entry.offered:
+        offered["grid"] = state.run.grid
+    if settings.tensors:
+        offered.update(tensors_for(block, x, tap, state))
+    plan: MergePlan = entry.matcher(metric, r, settings.protected, **offered)
+    (batch, left), gone = plan.kept.shape, plan.source.shape[1]
+    fits = batch == x.shape[0] and left + gone == x.shape[1]
+    if not fits or (gone != r and not (entry.adaptive or (entry.learned and gone == 0))):
+        raise PatchError(
+            f"matcher {entry.name!r} merged {gone} of {left + gone} tokens in {batch} images, but block {record.index} asked for "
+            f"{r} of {x.shape[1]} in {x.shape[0]}: it must merge exactly r, or r must be smaller"
+        )
+    return plan
+
+
+# --- leaving -----------------------------------------------------------------------------------------------
+
+
+def _leave(block: Any, x: Tensor, state: TokenState, look: Look | None, merged: bool) -> Any:
+    """What the block hands on: its tokens, with their state, or spread over the patches for who reads them."""
+    record: BlockRecord = block._tokenmerge
+    run, settings = state.run, state.run.settings
+    last = record.index == settings.layers - 1
+    if not merged:
+        steps = (*state.steps, Step(None)) if settings.keep_plans or run.full else ()
+        state = dataclasses.replace(state, steps=steps, merged=None)
+    if settings.traces:
+        state = kept_for_looking(state, look)
+        if last and not is_exporting():
+            record.model.latest = state.detached()
+    if last and not torch.compiler.is_compiling():
+        record.model.ended()
+    if (last and settings.full_output) or (run.full and not settings.merged_states):
+        full = state.unmerge(x)
+        out = attach(full, dataclasses.replace(state, merged=x) if full is not x else state)
     else:
-        return state
-    batch, tokens, _ = x.shape
-    prefix = tokens - positions.shape[1]
-    if prefix != spec.protected:
-        raise PatchError(
-            f"block {spec.index} received {tokens} tokens with positions for {positions.shape[1]}, but "
-            f"{tokens - spec.protected} were expected (all but the {spec.protected} prefix tokens): do not drop tokens "
-            "or change the image size of this model while it merges"
-        )
-    positions = torch.nn.functional.pad(positions.expand(batch, -1, -1), (0, 0, prefix, 0))
-    return dataclasses.replace(state, positions=positions)
+        setattr(x, STATE, state)
+        out = x
+    return out if record.family.wrap is None else record.family.wrap(out)

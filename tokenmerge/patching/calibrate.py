@@ -9,11 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from tokenmerge.config import MergeConfig
 from tokenmerge.errors import InputError
-from tokenmerge.patching import patched
+from tokenmerge.matching.informed import collecting_edges
+from tokenmerge.patching.handle import patched
 
 
 @torch.inference_mode()
@@ -39,46 +40,49 @@ def calibrate(
         ConfigError: if the schedule means nothing.
     """
     wanted = MergeConfig.create(config, **{**fields, "matcher": "threshold", "options": {}})
-    seen: dict[int, list[Tensor]] = {}
-    with patched(model, MergeConfig.create(wanted, options={"seen": seen})) as handle:
+    with patched(model, wanted) as handle, collecting_edges() as edges:
         for batch in batches:
             model(batch)
         schedule = handle.summary().r
-    if not seen:
+    if not edges:
         raise InputError("not one block merged while calibrating: give batches of images, and a schedule that merges")
     thresholds = []
     for layer, r in enumerate(schedule):
-        if layer not in seen:
+        if layer not in edges:
             thresholds.append(1.0)
             continue
-        best = torch.cat([one.flatten() for one in seen[layer]])
-        images = sum(len(one) for one in seen[layer])
-        place = min(len(best), max(1, r * images))
-        thresholds.append(float(best.sort(descending=True).values[place - 1]) - 1e-6)
+        best = torch.cat([similarities.flatten() for similarities in edges[layer]])
+        images = sum(len(similarities) for similarities in edges[layer])
+        position = min(len(best), max(1, r * images))
+        thresholds.append(float(best.sort(descending=True).values[position - 1]) - 1e-6)
     return MergeConfig.create(wanted, options={"thresholds": thresholds})
 
 
-def diffrate_schedule(path: str | Path, model: str, target: str, tokens: int) -> MergeConfig:
+def diffrate_schedule(path: str | Path, model: str, target: str, tokens: int = 197) -> MergeConfig:
     """A schedule that DiffRate published: tokens kept after pruning and after merging, block by block.
+
+    It is kept as the fraction of its tokens that each block keeps, so that it means the same for images of another size.
+    Where the file keeps as many after merging as after pruning, or more, nothing merges in that block.
 
     Args:
         path: DiffRate's JSON file of compression rates.
         model: the entry in it, such as "ViT-S-DeiT".
         target: the GFLOPs in that, such as "2.9".
-        tokens: that enter the first block, class token included (197 for 224 pixels).
+        tokens: that entered the first block of the model that it was made for, class token included.
 
     Raises:
-        InputError: if the file has no such entry, or it holds anything but numbers of tokens that fall.
+        InputError: if the file has no such entry, holds anything but numbers of tokens that fall, or was made for another
+            number of tokens.
     """
     try:
         found = json.loads(Path(path).read_text(encoding="utf-8"))
         entry = found[model][target]
         # lists, or lists written as text
         pruned, merged = (
-            ast.literal_eval(one) if isinstance(one, str) else one
-            for one in (entry["prune_kept_num"], entry["merge_kept_num"])
+            [int(number) for number in (ast.literal_eval(listed) if isinstance(listed, str) else listed)]
+            for listed in (entry["prune_kept_num"], entry["merge_kept_num"])
         )
-        pruned, merged = [int(one) for one in pruned], [int(one) for one in merged]
+        kept = list(zip(pruned, merged, strict=True))
     except OSError as error:
         raise InputError(f"{str(path)!r} cannot be read ({error.strerror}): check the path") from None
     except (ValueError, KeyError, TypeError, SyntaxError) as error:
@@ -86,14 +90,21 @@ def diffrate_schedule(path: str | Path, model: str, target: str, tokens: int) ->
             f"{str(path)!r} holds no schedule for {model!r} at {target!r} ({type(error).__name__}: {error}): it should hold "
             "prune_kept_num and merge_kept_num, one number for each block"
         ) from None
-    r, dropped, left = [], [], tokens
-    for kept, after in zip(pruned, merged, strict=True):
-        kept, after = min(kept, left), min(after, left)
-        if not 0 < after <= kept:
+    if kept and min(kept[0]) * 2 < tokens:
+        raise InputError(
+            f"the schedule of {model!r} at {target!r} keeps {min(kept[0])} tokens in its first block, so it was not made for "
+            f"{tokens}: give the number of tokens that it was made for (197 in DiffRate's own files)"
+        )
+    keep, dropped, left = [], [], tokens
+    for after_pruning, after_merging in kept:
+        after_pruning = min(after_pruning, left)
+        after = min(after_merging, after_pruning)
+        if after < 2:
             raise InputError(
-                f"{str(path)!r} keeps {after} tokens after merging of {kept} after pruning: the file is damaged"
+                f"{str(path)!r} keeps {after} tokens of {left} in a block of {model!r}, but the class token and one more are the "
+                "least: the file is damaged"
             )
-        r.append(left - after)
-        dropped.append(left - kept)
+        keep.append((after - 1) / (left - 1))
+        dropped.append((left - after_pruning) / (left - after) if after < left else 0.0)
         left = after
-    return MergeConfig.create(r=r, matcher="diffrate", options={"pruned": dropped})
+    return MergeConfig.create(keep=keep, matcher="diffrate", options={"pruned": dropped})

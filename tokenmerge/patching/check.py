@@ -18,10 +18,10 @@ from torch import Tensor, nn
 
 from tokenmerge.attention.call import AttentionCall
 from tokenmerge.attention.forms import Choice, choice_for
-from tokenmerge.attention.tap import Inside, close_tap, open_tap, size_bias, take_inside
+from tokenmerge.attention.tap import AttentionContext, Tap, size_bias
 from tokenmerge.errors import ConfigError, UnsupportedModelError
-from tokenmerge.ops.fakes import lacks_values
-from tokenmerge.ops.precision import autocast_dtype, no_autocast
+from tokenmerge.ops.basics import autocast_dtype, no_autocast
+from tokenmerge.ops.modes import lacks_values
 from tokenmerge.patching.families.family import BlockFamily
 from tokenmerge.patching.install import install_inside
 from tokenmerge.patching.swap import Swapped, is_sharded, restore_class
@@ -86,17 +86,13 @@ def _attend(
 ) -> tuple[Tensor, tuple[Tensor, ...]]:
     """The attention branch of a block with its hooks in place, and what the tap noted."""
     arguments = family.example(block).arguments
-    open_tap(Inside(bias))
-    try:
+    with Tap(AttentionContext(bias)) as tap:
         if family.keys_at_call or call is not AttentionCall:
             with call(watch=family.keys_at_call, bias=bias if family.keys_at_call else None):
                 out = family.attention(block, x, bias, **arguments)
         else:
             out = family.attention(block, x, bias, **arguments)
-        noted = take_inside() if family.keys_at_call else None
-        return out, close_tap() if noted is None else (noted[1],)
-    finally:
-        close_tap()
+    return out, tap.keys if tap.inside is None or not family.keys_at_call else (tap.inside[1],)
 
 
 def _fault(family: BlockFamily, block: Any, channels: int) -> str | None:

@@ -3,23 +3,23 @@
 from __future__ import annotations
 
 import contextlib
+import threading
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 from torch import nn
 
-from tokenmerge.config import MergeConfig
-from tokenmerge.errors import ConfigError, PatchError
+from tokenmerge.config import FIELDS, MergeConfig
+from tokenmerge.errors import InputError, PatchError
 from tokenmerge.flops import ModelCost
-from tokenmerge.patching.check import attention_choice, check_block, check_rotary, reaches_sdpa
-from tokenmerge.patching.install import install_block, install_model, remove_hooks
-from tokenmerge.patching.root import Patch, merge_blocks
-from tokenmerge.patching.rule import check_rule
-from tokenmerge.patching.specs import backend_choice, matching_in_words, rule_for, set_specs
+from tokenmerge.patching.check import attention_choice, check_block, check_rotary
+from tokenmerge.patching.hooks import check_blocks
+from tokenmerge.patching.install import install, restore
+from tokenmerge.patching.record import ModelRecord
+from tokenmerge.patching.settings import backend_choice, matching_in_words, settings_for
 from tokenmerge.patching.summary import Summary, summarize
-from tokenmerge.patching.swap import Swapped, check_restorable, original_class, restore_class
+from tokenmerge.patching.swap import original_class
 from tokenmerge.patching.target import (
-    Target,
     check_is_module,
     find_target,
     misread_by,
@@ -28,54 +28,76 @@ from tokenmerge.patching.target import (
     refuse_if_patched,
 )
 from tokenmerge.patching.tune import measure_forms
-from tokenmerge.schedule import Schedule, expand, flops_target, keep_ratio, max_merges, token_counts
+from tokenmerge.schedule import Schedule
 from tokenmerge.tracing.trace import Trace
 
-_OURS = ("_tokenmerge_spec", "_tokenmerge_seen", "_tokenmerge_attention", "_tokenmerge_similarity", "_tokenmerge_patch")
-"""Attributes that only a patched module has."""
+_turns = threading.RLock()
+"""Patching, updating and removing take turns in a process; forward passes never wait."""
 
 
 class Handle:
-    """A patched model's controls. It holds no state of its own, so any number may exist for one model."""
+    """A patched model's controls. It holds no state of its own, so any number may exist for one model.
 
-    def __init__(self, model: nn.Module, patch: Patch) -> None:
-        self._model = model
-        self._patch = patch
+    Every field of `MergeConfig` is a property of it: `handle.r`, and `handle.r = 8` is `handle.update(r=8)`.
+    """
 
-    def _live(self) -> tuple[nn.Module, Patch]:
-        if patch_of(self._model) is not self._patch:
+    __slots__ = ("_model", "_record")
+
+    _model: nn.Module
+    _record: ModelRecord
+
+    def __init__(self, model: nn.Module, record: ModelRecord) -> None:
+        object.__setattr__(self, "_model", model)
+        object.__setattr__(self, "_record", record)
+
+    def _live(self) -> tuple[Any, ModelRecord]:
+        if patch_of(self._model) is not self._record:
             raise PatchError(
                 "this handle's model is no longer patched by it (removed, unpatched, or patched anew): "
-                "get the current handle with tokenmerge.handle(model), or patch the model again"
+                "get the current handle with tokenmerge.handle_of(model), or patch the model again"
             )
-        return self._model, self._patch
+        return self._model, self._record
+
+    def __getattr__(self, name: str) -> Any:
+        if name in FIELDS:
+            return getattr(self.config, name)
+        raise AttributeError(f"a handle has no {name!r}; it has {', '.join(FIELDS)}, and what dir(handle) lists")
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name not in FIELDS:
+            raise AttributeError(f"{name!r} cannot be set on a handle, but one of {', '.join(FIELDS)} can")
+        self.update(**{name: value})
 
     @property
     def config(self) -> MergeConfig:
         """The settings in force."""
-        return self._live()[1].config
+        return self._live()[1].settings.config
 
     @property
     def schedule(self) -> Schedule:
-        """r per block as asked for; `summary()` shows where it is cut."""
-        model, patch = self._live()
-        return patch.schedule[: len(merge_blocks(model))]  # blocks may have been pruned away since
+        """r per block as asked for, at the model's own input size; `summary()` shows where it is cut."""
+        settings = self._live()[1].settings
+        return settings.schedule_for(settings.cost.tokens)
+
+    @property
+    def has_class_token(self) -> bool:
+        """Whether the first token is a class token."""
+        return self._live()[1].settings.class_token
 
     def update(self, config: MergeConfig | None = None, **fields: Any) -> None:
-        """Change any field of the config, without patching again.
+        """Change any field of the config, without patching again. A pass that runs ends as it began.
 
         Raises:
             ConfigError: for a bad value; the model then keeps its old settings.
             UnknownFieldError: (a TypeError) for a keyword that is no field.
-            PatchError: if the model is no longer patched.
+            PatchError: if the model is no longer patched, or its blocks are not those that were.
         """
-        model, patch = self._live()
-        config = MergeConfig.create(config or patch.config, **fields)
-        target = find_target(model)
-        new = _plan_patch(target, config, patch.misread)
-        patch.config, patch.schedule = new.config, new.schedule
-        patch.prop_attn, patch.full_output = new.prop_attn, new.full_output
-        set_specs(target, patch)
+        with _turns:
+            model, record = self._live()
+            config = MergeConfig.create(config or record.settings.config, **fields)
+            check_blocks(record, record.settings.layers, model)
+            record.settings = settings_for(find_target(model), config, record.readers)
+            record.latest = None
 
     def tune(
         self, *inputs: Any, forms: Sequence[str] | None = None, rounds: int = 7, **options: Any
@@ -98,94 +120,98 @@ class Handle:
             ConfigError: if one of the given `forms` cannot run here.
             InputError: if none is left to measure.
         """
-        model, patch = self._live()
-        target = find_target(model)
-        best: str = patch.config.attention
-        try:
-            seconds = measure_forms(target, inputs, options, forms, rounds)
-            best = min(seconds, key=lambda form: seconds[form])
-        finally:
-            patch.config = MergeConfig.create(patch.config, attention=best)
-            set_specs(target, patch)
-        return seconds
+        with _turns:
+            model, record = self._live()
+            target, before = find_target(model), record.settings
+            best: Any = before.config.attention
+            try:
+                seconds = measure_forms(target, record, inputs, options, forms, rounds)
+                best = min(seconds, key=lambda form: seconds[form])
+            finally:
+                record.settings = before
+                self.update(attention=best)
+            return seconds
 
     def remove(self) -> None:
         """Give the model back exactly as it was.
 
         Raises:
-            PatchError: if the model is no longer patched by this handle.
+            PatchError: if the model is no longer patched by this handle, or another thread is inside a forward pass.
         """
-        _restore(self._live()[0])
+        with _turns:
+            model, record = self._live()
+            record.check_idle()
+            restore(model)
 
-    def summary(self) -> Summary:
-        """How many blocks are patched, r and tokens per block, FLOPs before and after, at the model's own input size."""
-        model, patch = self._live()
-        target = find_target(model)
-        if len(target.blocks) != len(self.schedule):
-            raise PatchError(
-                f"the model has {len(target.blocks)} blocks, but {len(self.schedule)} of them are patched: "
-                "unpatch before adding blocks, and patch again"
-            )
+    def summary(self, input_size: int | Sequence[int] | None = None) -> Summary:
+        """How many blocks are patched, r and tokens per block, FLOPs before and after.
+
+        Args:
+            input_size: pixels (or frames) of an input along each axis of the grid: `(height, width)`, `(frames, height,
+                width)`, or one number for all; by default the model's own.
+
+        Raises:
+            InputError: if the number of tokens cannot be known before a pass.
+            PatchError: if the blocks are not those that were patched.
+        """
+        model, record = self._live()
+        check_blocks(record, record.settings.layers, model)
+        settings, target = record.settings, find_target(model)
+        cost = target.cost(settings.config).at(target.tokens_at(input_size))
         return summarize(
-            original_class(model).__name__,
-            target.family.pooling(model),
-            patch.prop_attn,
-            attention_choice(target, patch.config.attention),
-            backend_choice(target, patch.config),
-            matching_in_words(patch.config),
-            self.schedule,
-            target.cost(patch.config.place),
+            settings,
+            model=original_class(model).__name__,
+            pooling=target.family.pooling(model),
+            choice=attention_choice(target, settings.config.attention),
+            backend=backend_choice(target, settings.config),
+            matcher=matching_in_words(settings.config),
+            schedule=settings.schedule_for(cost.tokens),
+            cost=cost,
+            input_size=input_size,
         )
 
-    @property
-    def output_tokens(self) -> int:
-        """Tokens per image that leave the last block, prefix included, at the model's own input size.
+    def output_tokens(self, layer: int = -1, input_size: int | Sequence[int] | None = None) -> int:
+        """Tokens per image that leave a block, prefix included; known before any forward pass runs.
 
-        Known before any forward pass runs: what a language model must reserve for an image whose vision tower
-        is patched with `output="merged"`.
+        A language model must reserve as many for an image whose vision tower is patched with `output="merged"`.
+
+        Args:
+            layer: which entry of `hidden_states`: 0 is what enters the first block, −1 what leaves the last one, −2 what
+                leaves the one before it.
+            input_size: see `summary`.
+
+        Raises:
+            InputError: if there is no such layer, or the number of tokens cannot be known before a pass.
         """
-        model, patch = self._live()
-        target = find_target(model)
-        tokens = target.family.tokens(model)
-        if patch.full_output:
-            return tokens
-        return token_counts(self.schedule, tokens, patch.protected)[-1]
+        model, record = self._live()
+        settings, target = record.settings, find_target(model)
+        tokens = target.tokens_at(input_size)
+        counts = settings.cost.at(tokens).counts(settings.schedule_for(tokens))
+        if not -len(counts) <= layer < len(counts):
+            raise InputError(
+                f"layer {layer} is none of the {len(counts)} hidden states of this model: give −1 for the last"
+            )
+        return tokens if settings.full_output else counts[layer]
 
     @property
     def trace(self) -> Trace:
-        """The plans of the latest forward pass.
+        """What passes merged: of features that are given to its methods, and else of the latest whole pass.
 
         Raises:
-            PatchError: if tracing is off or no pass has run since it was turned on.
+            PatchError: if tracing is off.
         """
-        model, patch = self._live()
-        if not patch.config.trace:
+        record = self._live()[1]
+        if not record.settings.traces:
             raise PatchError(
                 "tracing is off for this model: turn it on with handle.update(trace=True), then run the model"
             )
-        noted = [vars(block).get("_tokenmerge_seen") for block in merge_blocks(model)]
-        seen = [one for one in noted if one is not None]
-        if not seen:
-            raise PatchError("no forward pass has run since tracing was turned on: call the model first")
-        sizes = tuple(one.state.size for one in seen)
-        grid = find_target(model).family.grid(model)
-        return Trace(
-            plans=seen[-1].state.plans,
-            sizes=sizes,
-            protected=patch.protected,
-            tokens=seen[0].tokens,
-            batch=seen[0].batch,
-            device=seen[0].device,
-            grid=grid,
-            similarities=tuple(one.similarity for one in seen),
-            attention=tuple(one.attention for one in seen),
-        )
+        return Trace(record.latest)
 
     def __repr__(self) -> str:
         name = original_class(self._model).__name__
-        if patch_of(self._model) is not self._patch:
+        if patch_of(self._model) is not self._record:
             return f"<Handle of {name}: removed>"
-        return f"<Handle of {name}: {self._patch.config}>"
+        return f"<Handle of {name}: {self._record.settings.config}>"
 
 
 def patch(model: nn.Module, config: MergeConfig | None = None, **fields: Any) -> Handle:
@@ -207,44 +233,41 @@ def patch(model: nn.Module, config: MergeConfig | None = None, **fields: Any) ->
     """
     config = MergeConfig.create(config, **fields)
     check_is_module(model)
-    refuse_if_patched(model)
-    target = find_target(model)
-    record = _plan_patch(target, config, misread_by(model))
-    block, row = target.blocks[0]
-    check_block(row, block, target.channels, "block 0", target.family.library)
-    check_rotary(target)
-
-    try:
-        _apply(target, record)
-    except BaseException:
-        _restore(target.model)
-        raise
+    with _turns:
+        refuse_if_patched(model)
+        target = find_target(model)
+        misreaders = misread_by(model, target)
+        record = ModelRecord(target.family, settings_for(target, config, misreaders), misreaders, model)
+        block, row = target.blocks[0]
+        check_block(row, block, target.channels, "block 0", target.family.library)
+        check_rotary(target)
+        try:
+            install(target, record)
+        except BaseException:
+            restore(target.model)
+            raise
     return Handle(target.model, record)
-
-
-def _apply(target: Target, record: Patch) -> None:
-    """Everything that `_restore` undoes."""
-    target.model._tokenmerge_patch = record
-    install_model(target.family, target.model)
-    for block, row in target.blocks:
-        install_block(row, block)
-    set_specs(target, record)
 
 
 def unpatch(model: nn.Module) -> None:
     """Give every patched model in `model` back exactly as it was.
 
     Raises:
-        PatchError: if there is none.
+        PatchError: if there is none, or another thread is inside a forward pass of one.
     """
     check_is_module(model)
-    found = patched_inside(model)
-    if not found:
-        raise PatchError(
-            f"{type(model).__name__} is not patched, so there is nothing to undo: check tokenmerge.is_patched(model)"
-        )
-    for _, module in found:
-        _restore(module)
+    with _turns:
+        found = patched_inside(model)
+        if not found:
+            raise PatchError(
+                f"{type(model).__name__} is not patched, so there is nothing to undo: check tokenmerge.is_patched(model)"
+            )
+        for _, module in found:
+            record = patch_of(module)
+            if record is not None:
+                record.check_idle()
+        for _, module in found:
+            restore(module)
 
 
 @contextlib.contextmanager
@@ -257,8 +280,9 @@ def patched(model: nn.Module, config: MergeConfig | None = None, **fields: Any) 
     try:
         yield handle
     finally:
-        if patch_of(handle._model) is handle._patch:
-            handle.remove()
+        with _turns:
+            if patch_of(handle._model) is handle._record:
+                handle.remove()
 
 
 def is_patched(model: nn.Module) -> bool:
@@ -267,7 +291,7 @@ def is_patched(model: nn.Module) -> bool:
     return bool(patched_inside(model))
 
 
-def handle(model: nn.Module) -> Handle:
+def handle_of(model: nn.Module) -> Handle:
     """A handle of the patched model in `model`, for instance of a deep copy.
 
     Raises:
@@ -293,57 +317,3 @@ def model_cost(model: nn.Module) -> ModelCost:
         UnsupportedModelError: if the model is not supported.
     """
     return find_target(model).cost()
-
-
-def _plan_patch(target: Target, config: MergeConfig, misread: tuple[str, ...] = ()) -> Patch:
-    """Everything a config means for this model; raises before anything is touched."""
-    check_rule(config)
-    if rule_for(target, config, 0).looks_inside and not all(
-        reaches_sdpa(row, block, target.channels) for block, row in target.blocks[:1]
-    ):
-        raise ConfigError(
-            f"metric={config.metric!r} with matcher {config.matcher!r} looks at Q, K and V, but the attention of "
-            f"{original_class(target.model).__name__} does not call PyTorch's scaled_dot_product_attention: switch it to fused "
-            "('sdpa') attention, or use a matcher that looks at keys alone"
-        )
-    protected = target.family.protected(target.model)
-    prop_attn = not target.family.mae(target.model) if config.prop_attn == "auto" else config.prop_attn
-    output = target.family.output if config.output == "auto" else config.output
-    reasons = [*target.family.merged_output(target.model), *misread] if output == "merged" else []
-    if reasons:
-        raise ConfigError(
-            f"output='merged' would be silently wrong for {original_class(target.model).__name__} ({'; '.join(reasons)}): "
-            "use output='full'"
-        )
-    if config.attention not in ("auto", "mask"):
-        attention_choice(target, config.attention)
-    return Patch(config, _schedule(target, config), bool(prop_attn), protected, output == "full", misread)
-
-
-def _schedule(target: Target, config: MergeConfig) -> Schedule:
-    layers, protected = len(target.blocks), target.family.protected(target.model)
-    tokens = target.family.tokens(target.model)
-    if config.r is not None:
-        return expand(config.r, layers)
-    if config.keep is not None:
-        return keep_ratio(config.keep, layers, tokens, protected)
-    flops = config.flops if config.speedup is None else 1 / config.speedup
-    if flops is not None:
-        return flops_target(flops, layers, max_merges(tokens, protected), target.cost(config.place).fraction)
-    raise ConfigError(
-        "no schedule was given, but a patch needs one: pass r=8 (tokens merged per block), keep=0.9, flops=0.5 or speedup=2 "
-        "(r=0 merges nothing)"
-    )
-
-
-def _restore(model: Any) -> None:
-    """Undo everything `patch` did; looks at the modules themselves, so it works on copies, too."""
-    swapped: list[nn.Module] = [module for module in model.modules() if issubclass(type(module), Swapped)]
-    for module in swapped:
-        check_restorable(module)  # before anything is undone
-    for module in swapped:
-        restore_class(module)
-    for module in model.modules():
-        for name in [name for name in vars(module) if name in _OURS]:
-            del vars(module)[name]
-        remove_hooks(module)

@@ -1,16 +1,27 @@
-"""Putting hooks and classes on upstream's modules, and taking the hooks off again."""
+"""Putting hooks, classes and records on upstream's modules, and taking them off again."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 from torch import nn
 
 from tokenmerge.attention.tap import note_input
 from tokenmerge.patching.block import MergeBlock
-from tokenmerge.patching.families.family import BlockFamily, ModelFamily
-from tokenmerge.patching.state import CarryThrough, end_wish, note_wish, unmerge_input, wish_always, wish_hidden_states
-from tokenmerge.patching.swap import swap_class
+from tokenmerge.patching.families.family import BlockFamily
+from tokenmerge.patching.hooks import (
+    CarryThrough,
+    check_root,
+    collect,
+    collect_if_asked,
+    end_collecting,
+    note_grid,
+    unmerge_input,
+)
+from tokenmerge.patching.record import RECORD, BlockRecord, ModelRecord
+from tokenmerge.patching.swap import Swapped, check_restorable, restore_class, swap_class
+from tokenmerge.patching.target import Target
 
 
 def install_inside(row: BlockFamily, block: Any) -> None:
@@ -26,26 +37,58 @@ def install_inside(row: BlockFamily, block: Any) -> None:
         swap_class(module, mixin)
 
 
-def install_block(row: BlockFamily, block: Any) -> None:
-    """Make one block merge."""
-    install_inside(row, block)
-    swap_class(block, MergeBlock)
+def install(target: Target, record: ModelRecord) -> None:
+    """Everything that `restore` undoes."""
+    model, family = target.model, target.family
+    setattr(model, RECORD, record)
+    _install_model(record, model)
+    for index, (block, row) in enumerate(target.blocks):
+        install_inside(row, block)
+        rotary = family.rotary(model, index) if row.rope else None
+        setattr(block, RECORD, BlockRecord(record, index, row, rotary))
+        swap_class(block, MergeBlock)
 
 
-def install_model(family: ModelFamily, model: Any) -> None:
+def _install_model(record: ModelRecord, model: Any) -> None:
     """What surrounds the blocks."""
+    family = record.family
     if family.swap is not None:
         swap_class(model, family.swap)
-    family.blocks(model)[0].register_forward_pre_hook(note_wish, with_kwargs=True)
+    model.register_forward_pre_hook(check_root)
+    embed = family.embed(model)
+    for module in _told(record, [] if embed is None else [embed]):
+        module.register_forward_hook(note_grid)
     for norm in family.norms(model):
         if not isinstance(norm, CarryThrough):  # one norm in two places
             swap_class(norm, CarryThrough)
     for module in family.collectors(model):
-        wish = wish_always if family.always_collects else wish_hidden_states
-        module.register_forward_pre_hook(wish, with_kwargs=True)
-        module.register_forward_hook(end_wish, always_call=True)
-    for module in family.readers(model):
+        module.register_forward_pre_hook(collect if family.always_collects else collect_if_asked, with_kwargs=True)
+        module.register_forward_hook(end_collecting, always_call=True)
+    for module in _told(record, family.readers(model)):
         module.register_forward_pre_hook(unmerge_input)
+
+
+def _told(record: ModelRecord, modules: Iterable[nn.Module]) -> Iterable[nn.Module]:
+    """Modules whose hooks must know which model they belong to."""
+    for module in modules:
+        setattr(module, RECORD, record)
+        yield module
+
+
+def restore(model: nn.Module) -> None:
+    """Undo everything that `install` did; looks at the modules themselves, so it works on copies, too.
+
+    Raises:
+        PatchError: if something else has changed the class of a patched module since.
+    """
+    swapped: list[nn.Module] = [module for module in model.modules() if issubclass(type(module), Swapped)]
+    for module in swapped:
+        check_restorable(module)  # before anything is undone
+    for module in swapped:
+        restore_class(module)
+    for module in model.modules():
+        vars(module).pop(RECORD, None)
+        remove_hooks(module)
 
 
 def remove_hooks(module: nn.Module) -> None:

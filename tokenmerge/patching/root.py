@@ -1,82 +1,74 @@
-"""What a patched model remembers, and the base of the mix-ins that go before a model's own class."""
+"""The base of the mix-ins that go before a model's own class, for what only methods can reach."""
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-from collections.abc import Iterator
-from typing import Any, TypeGuard
+from typing import Any, NoReturn
 
-from torch import nn
+from torch import Tensor, nn
 
-from tokenmerge.config import MergeConfig
+from tokenmerge.errors import PatchError
 from tokenmerge.patching.block import MergeBlock
-from tokenmerge.patching.state import wish_full_output
-from tokenmerge.schedule import Schedule
+from tokenmerge.patching.hooks import check_root, full_outputs
+from tokenmerge.patching.record import ModelRecord
+from tokenmerge.patching.state import attach, state_of
 
 
-@dataclasses.dataclass(eq=False)
-class Patch:
-    """The one record of a patched model; every handle of the model shares it, and a copied model copies it.
-
-    Attributes:
-        config: what the user asked for.
-        schedule: r per block as asked for, before it is cut to what is possible.
-        prop_attn: `config.prop_attn` with "auto" resolved.
-        full_output: `config.output`, likewise: whether unmerged tokens leave the last block.
-        protected: number of prefix tokens.
-        misread: who around the model would misread merged tokens, and why.
-    """
-
-    config: MergeConfig
-    schedule: Schedule
-    prop_attn: bool
-    protected: int
-    full_output: bool = False
-    misread: tuple[str, ...] = ()
-
-    @property
-    def merges(self) -> bool:
-        """Whether any block merges."""
-        return any(self.schedule)
-
-
-def is_merge_block(module: nn.Module) -> TypeGuard[MergeBlock]:
-    """Whether a module is a patched block."""
-    return isinstance(module, MergeBlock)
-
-
-def merge_blocks(model: nn.Module) -> list[MergeBlock]:
+def merge_blocks(model: nn.Module) -> list[Any]:
     """The patched blocks inside a model, in order; found anew each time, because models may be pruned."""
-    return [module for module in model.modules() if is_merge_block(module)]
+    return [module for module in model.modules() if isinstance(module, MergeBlock)]
 
 
 class MergeRoot:
     """Base of the mix-ins that `ModelFamily.swap` names."""
 
-    _tokenmerge_patch: Patch
+    _tokenmerge: ModelRecord
 
-    @contextlib.contextmanager
-    def _tokenmerge_full_output(self) -> Iterator[None]:
-        """A pass within it hands on unmerged tokens, for readers that expect upstream's shapes."""
-        assert isinstance(self, nn.Module)
-        for block in merge_blocks(self):
-            # a run that stops early must not leave an older trace in the blocks it does not reach
-            vars(block).pop("_tokenmerge_seen", None)
-        with wish_full_output():
-            yield
+    @property
+    def r(self) -> NoReturn:
+        """The original's idiom, `model.r = 8`, which would change nothing here."""
+        raise AttributeError("r")
+
+    @r.setter
+    def r(self, value: Any) -> None:
+        raise PatchError(
+            f"r={value!r} was set on a patched model: write tokenmerge.handle_of(model).update(r={value!r})"
+        )
 
     def forward_intermediates(self, *args: Any, **kwargs: Any) -> Any:
-        """timm's `forward_intermediates`; every map has upstream's shape, merged tokens spread back."""
-        with self._tokenmerge_full_output():
-            return super().forward_intermediates(*args, **kwargs)  # type: ignore[misc]
+        """timm's `forward_intermediates`; every map has upstream's shape, merged tokens spread back.
+
+        What comes with the maps, the output of the last block, is what `forward_features` gives.
+        """
+        check_root(self)
+        with full_outputs():
+            result = super().forward_intermediates(*args, **kwargs)  # type: ignore[misc]
+        if isinstance(result, tuple) and len(result) == 2 and isinstance(result[0], Tensor):
+            return self._as_features(result[0]), result[1]
+        return result
+
+    def _as_features(self, full: Tensor) -> Tensor:
+        """The tokens after the last block as `forward_features` would give them."""
+        state = state_of(full)
+        if state is None or state.merged is None or state.run.settings.full_output:
+            return full
+        if len(state.steps) < state.run.settings.layers:  # it stopped early, where forward_features does not
+            return full
+        return attach(state.one_of_equals(full), dataclasses.replace(state, merged=None))
 
     def prune_intermediate_layers(self, *args: Any, **kwargs: Any) -> Any:
         """timm's; what is now the last block takes over what the last one did."""
         taken = super().prune_intermediate_layers(*args, **kwargs)  # type: ignore[misc]
-        assert isinstance(self, nn.Module)
-        blocks = merge_blocks(self)
-        if blocks:
-            full = self._tokenmerge_patch.full_output
-            blocks[-1]._tokenmerge_spec = dataclasses.replace(blocks[-1]._tokenmerge_spec, full_output=full)
+        record = self._tokenmerge
+        left = len(record.family.blocks(self))
+        record.settings = dataclasses.replace(record.settings, layers=left)
         return taken
+
+
+class MergeFeatures(MergeRoot):
+    """Mix-in before models that have `forward_features`."""
+
+    def forward_features(self, *args: Any, **kwargs: Any) -> Any:
+        """Upstream's, once it is sure that the model is as it was when it was patched."""
+        check_root(self)
+        return super().forward_features(*args, **kwargs)  # type: ignore[misc]

@@ -1,25 +1,69 @@
-"""What travels with the activations: token sizes and, when someone needs them, the plans so far.
+"""What travels with the tokens of one forward pass: its settings, sizes and, when someone needs them, the plans so far.
 
 The state is an attribute of the activation tensor itself. So it needs no shared dict (which gradient
 checkpointing breaks: blocks run again in backward, in another order) and no slot per block (which mixes up
-two views of one step). A recomputed block sees exactly the state that it saw the first time.
+two views of one step). A recomputed block sees exactly the state that it saw the first time, and what one pass
+knows no other can reach.
 """
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import threading
-from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from tokenmerge.errors import InputError
-from tokenmerge.plan import MergePlan, source_map, spread_rows, take_rows
+from tokenmerge.errors import InputError, PatchError
+from tokenmerge.ops.basics import spread_rows, take_rows
+from tokenmerge.patching.record import Settings
+from tokenmerge.plan import MergePlan, source_map
+from tokenmerge.schedule import Schedule
 
-_ATTRIBUTE = "_tokenmerge_state"
+STATE = "_tokenmerge_state"
+"""Name of the attribute; and of the argument by which a block's call hands it to its forward."""
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Pass:
+    """What holds for one forward pass from its first block on; every state of the pass refers to it.
+
+    Attributes:
+        settings: those in force when it began.
+        batch: images B.
+        tokens: tokens N0 per image that entered the first block, prefix included.
+        grid: patches along each axis, `(h, w)`, `(t, h, w)` or `(t,)`, as the embedding made them; `None` if nobody saw them.
+        schedule: r per block for these tokens, as asked for.
+        full: whether blocks hand on unmerged tokens, for readers that expect upstream's shapes.
+        first_size: `[B, N0]` float32, 0 for padding and 1 for all others; `None` without padding.
+        padded: whether some tokens may be padding.
+    """
+
+    settings: Settings
+    batch: int
+    tokens: int
+    grid: tuple[int, ...] | None
+    schedule: Schedule
+    full: bool = False
+    first_size: Tensor | None = None
+    padded: bool = False
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Step:
+    """What one block did.
+
+    Attributes:
+        plan: which tokens it made one; `None` if none.
+        size: patches per token after it, `[B, N]` float32; `None` while all are 1. Kept when tracing, as all that follows.
+        similarity: cosine of each token that merged and of the token it joined, `[B, r]` float32; NaN where it was dropped.
+        attention: of the class token to the tokens in attention, `[B, N]` float32.
+    """
+
+    plan: MergePlan | None
+    size: Tensor | None = None
+    similarity: Tensor | None = None
+    attention: Tensor | None = None
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -27,161 +71,179 @@ class TokenState:
     """Where the tokens of one activation tensor come from.
 
     Attributes:
+        run: the pass.
         size: patches per token, `[B, N]` float32; `None` while every token is one patch. Padding has size 0, and
             so weighs nothing wherever sizes weigh: in means, in attention (log 0 = −inf) and in coordinates.
-        plans: one entry per block passed, `None` where it merged nothing; empty unless plans are kept.
-        full_output: whether blocks shall hand on unmerged tokens, for readers that expect upstream's shapes.
-        padded: whether some tokens may be padding.
-        first_size: `[B, N0]` float32, 0 for padding and 1 for all others; `None` without padding.
+        steps: one for each block passed; empty unless plans are kept.
         positions: coordinates `[B, N, P]` float32 of the tokens, for attention that turns by position; `None`
             while no token has moved.
         merged: set when the tensor that carries this state was unmerged for its reader: the real, merged
             activations `[B, N, C]`, which the next block goes on with.
         log_size: `[B, N]`: logarithms of the sizes in the dtype of the attention that was expected next, where the kernel
             that merged has written them.
+        rollout: `[B, N, N0]` float32: how much of each original token is in each token (attention rollout).
     """
 
+    run: Pass
     size: Tensor | None = None
-    plans: tuple[MergePlan | None, ...] = ()
-    full_output: bool = False
-    padded: bool = False
-    first_size: Tensor | None = None
+    steps: tuple[Step, ...] = ()
     positions: Tensor | None = None
     merged: Tensor | None = None
     log_size: Tensor | None = None
+    rollout: Tensor | None = None
+
+    @property
+    def plans(self) -> tuple[MergePlan, ...]:
+        """The plans so far, without the blocks that merged nothing."""
+        return tuple(step.plan for step in self.steps if step.plan is not None)
+
+    @property
+    def drops(self) -> bool:
+        """Whether any plan may have dropped tokens."""
+        return any(plan.drops for plan in self.plans)
+
+    def detached(self) -> TokenState:
+        """The same without the graph of a matcher that learns, and without activations."""
+        steps = tuple(
+            dataclasses.replace(
+                step, plan=step.plan and dataclasses.replace(step.plan, gate=None), size=_cut_off(step.size)
+            )
+            for step in self.steps
+        )
+        return dataclasses.replace(
+            self, steps=steps, size=_cut_off(self.size), positions=None, merged=None, log_size=None
+        )
 
     def to(self, device: torch.device) -> TokenState:
         """The same on another device, to which something has moved the tokens."""
-
-        def moved(value: Any) -> Any:
-            if isinstance(value, Tensor):
-                return value.to(device)
-            if isinstance(value, MergePlan):
-                return dataclasses.replace(
-                    value, **{f.name: moved(getattr(value, f.name)) for f in dataclasses.fields(value)}
-                )
-            return tuple(moved(one) for one in value) if isinstance(value, tuple) else value
-
-        return dataclasses.replace(self, **{f.name: moved(getattr(self, f.name)) for f in dataclasses.fields(self)})
+        moved: TokenState = _moved(self, device)
+        return moved
 
     def source(self) -> Tensor | None:
         """`[B, N0]`, int64: the current token of each token that entered block 0, −1 if dropped; `None` if none merged."""
-        return source_map(plan for plan in self.plans if plan is not None)
+        return source_map(self.plans)
 
     def anchor(self) -> Tensor | None:
         """`[B, N]`, int64: the original token at whose position each current token is; `None` if none merged."""
         total: Tensor | None = None
         for plan in self.plans:
-            if plan is not None:
-                total = plan.keep if total is None else total.gather(1, plan.keep)
+            total = plan.kept if total is None else total.gather(1, plan.kept)
         return total
-
-    @property
-    def drops(self) -> bool:
-        """Whether any plan may have dropped tokens."""
-        return any(plan.drops for plan in self.plans if plan is not None)
 
     def unmerge(self, x: Tensor) -> Tensor:
         """`[B, N, C]` -> `[B, N0, C]`: each original token gets the value of the token it became, 0 if it was dropped."""
         source = self.source()
         return x if source is None else spread_rows(x, source, self.drops)
 
-    def one_of_each(self, full: Tensor) -> Tensor:
+    def one_of_equals(self, full: Tensor) -> Tensor:
         """`[B, N0, C]` -> `[B, N, C]`, the inverse of `unmerge`: of equal tokens, one stays."""
-        source = self.source()
-        if source is None or self.size is None:
-            return full
-        return take_rows(full, MergePlan.from_assign(source, self.size.shape[1]).keep)
+        anchor = self.anchor()
+        return full if anchor is None else take_rows(full, anchor)
+
+    def merge_again(self, full: Tensor) -> Tensor:
+        """The same for tokens that may no longer be equal: the mean of those that are one, `[B, N, C]`."""
+        whole: MergePlan | None = None
+        for plan in self.plans:
+            whole = plan if whole is None else whole.compose(plan)
+        return full if whole is None else whole.merge(full, self.run.first_size)[0]
 
 
-def carry(x: Tensor, state: TokenState) -> Tensor:
-    """Attach `state` to the activation tensor `x` and return `x`."""
-    setattr(x, _ATTRIBUTE, state)
+def _cut_off(size: Tensor | None) -> Tensor | None:
+    return size.detach() if size is not None and size.requires_grad else size
+
+
+def _moved(value: Any, device: torch.device) -> Any:
+    if isinstance(value, Tensor):
+        return value.to(device)
+    if isinstance(value, tuple):
+        return tuple(_moved(entry, device) for entry in value)
+    if isinstance(value, TokenState | Pass | Step | MergePlan):
+        fields = {field.name: _moved(getattr(value, field.name), device) for field in dataclasses.fields(value)}
+        return dataclasses.replace(value, **fields)
+    return value
+
+
+def attach(x: Tensor, state: TokenState) -> Tensor:
+    """Let the state travel with the activation tensor `x`, which is given back."""
+    setattr(x, STATE, state)
     return x
 
 
-def state_of(x: Tensor) -> TokenState | None:
+def state_of(x: Any) -> TokenState | None:
     """The state that travels with `x`, or `None`."""
-    state: TokenState | None = getattr(x, _ATTRIBUTE, None)
+    state: TokenState | None = getattr(x, STATE, None)
     return state
 
 
-class _Wish(threading.local):
-    """Whether this thread is inside `wish_full_output`, or inside a module that wishes it (`owner`)."""
+def needed_state(x: Tensor, reader: str) -> TokenState:
+    """The state that travels with `x`, for a reader that would be wrong without it.
 
-    full_output = False
-    owner: torch.nn.Module | None = None
-
-
-_wish = _Wish()
-
-
-@contextlib.contextmanager
-def wish_full_output() -> Iterator[None]:
-    """Passes that start within it have full output; the wish travels with the activation, also into recomputation."""
-    before, _wish.full_output = _wish.full_output, True
-    try:
-        yield
-    finally:
-        _wish.full_output = before
-
-
-def note_wish(module: torch.nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Any]) -> None:
-    """Forward pre-hook of the first block: attaches the wish for full output to what enters it."""
-    if _wish.full_output:
-        x = args[0] if args else next(iter(kwargs.values()))
-        carry(x, dataclasses.replace(state_of(x) or TokenState(), full_output=True))
-
-
-def wish_hidden_states(module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    """Forward pre-hook of modules that collect what their blocks put out (`output_hidden_states`)."""
-    wanted = kwargs.get("output_hidden_states")
-    if wanted is None:
-        wanted = getattr(getattr(module, "config", None), "output_hidden_states", False)
-    if wanted is not False and wanted is not None and not _wish.full_output:
-        _wish.full_output, _wish.owner = True, module
-
-
-def end_wish(module: torch.nn.Module, args: tuple[Any, ...], output: Any) -> None:
-    """Forward hook, called also after an error: the wish of `wish_hidden_states` ends with its module."""
-    if _wish.owner is module:
-        _wish.full_output, _wish.owner = False, None
-
-
-def wish_always(module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    """`wish_hidden_states` for modules that always collect: backbones."""
-    if not _wish.full_output:
-        _wish.full_output, _wish.owner = True, module
-
-
-def unmerge_input(module: torch.nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
-    """Forward pre-hook of heads that read all tokens and know nothing of sizes: they get the unmerged ones."""
-    state = state_of(args[0])
-    if state is None or state.merged is not None:
-        return None
-    return (state.unmerge(args[0]), *args[1:])
-
-
-class CarryThrough:
-    """Mix-in before modules that map tokens one by one (the final norm): the state passes through.
-
-    Not a hook, because hooks that ran before it may have put another tensor in place of what came in: FSDP2's do.
+    Raises:
+        PatchError: if there is none.
     """
+    state = state_of(x)
+    if state is None:
+        raise PatchError(
+            f"{reader} received tokens without their sizes although the model merges, so something before it made a new tensor: "
+            "give it the very tensor that the model made, or tokenmerge.carry(new, like=old)"
+        )
+    return state
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """The module's call."""
-        output = super().__call__(*args, **kwargs)  # type: ignore[misc]  # nn.Module's
-        state = state_of(args[0]) if args else None
-        if state is not None and state_of(output) is None:
-            carry(output, state)
-        return output
+
+def plans_needed(state: TokenState, reader: str) -> TokenState:
+    """The state, if it tells of each patch which token it became.
+
+    Raises:
+        PatchError: if tokens merged and their plans did not travel.
+    """
+    if state.size is not None and not state.steps and state.size.shape[1] != state.run.tokens:
+        raise PatchError(
+            f"{reader} received merged tokens without the plans of their merges, but it must know which token each patch became: "
+            "patch with trace=True, or handle.update(trace=True)"
+        )
+    return state
+
+
+def carry(new: Tensor, *, like: Tensor) -> Tensor:
+    """Let a new tensor carry on what is known of another one's tokens: sizes, plans, positions.
+
+    For adapters, steering vectors and hooks that put another tensor in place of a block's output:
+    `lambda module, args, output: tokenmerge.carry(output + vector, like=output)`.
+
+    Args:
+        new: `[B, N, C']`, token by token what `like` was.
+        like: `[B, N, C]`, an output of a patched model or of one of its blocks.
+
+    Returns:
+        `new`.
+
+    Raises:
+        InputError: if `like` carries nothing, or the two differ in images or tokens.
+    """
+    state = state_of(like)
+    if state is None:
+        raise InputError(
+            f"the tensor {tuple(like.shape)} to be like carries no token sizes, but the very output of a patched model, or of a "
+            "block of one, was expected: do not change it before"
+        )
+    if new.shape[:2] != like.shape[:2]:
+        raise InputError(
+            f"the new tensor is {tuple(new.shape)}, but [{like.shape[0]}, {like.shape[1]}, C] was expected: as many images and "
+            "tokens as the other"
+        )
+    if state.merged is not None:  # the next block goes on with merged tokens: those of the new tensor
+        state = dataclasses.replace(state, merged=state.merge_again(new))
+    return attach(new, state)
 
 
 def token_sizes(features: Tensor) -> Tensor:
-    """How many patches each token of a patched model's features stands for, `[B, N]`, float32.
+    """How many patches each token of a patched model's features stands for.
 
     Args:
         features: the very tensor that `forward_features` of a patched model returned, `[B, N, C]`.
+
+    Returns:
+        `[B, N]`, float32.
 
     Raises:
         InputError: if the tensor carries no sizes: it was changed since, or the model is not patched.
@@ -190,7 +252,8 @@ def token_sizes(features: Tensor) -> Tensor:
     if state is None:
         raise InputError(
             f"these features {tuple(features.shape)} carry no token sizes, but the very tensor that a patched model's "
-            "forward_features returned was expected: ask for the sizes before changing the features"
+            "forward_features returned was expected: ask for the sizes before changing the features, or "
+            "tokenmerge.carry(new, like=features)"
         )
     if state.size is None or state.merged is not None:
         return torch.ones(features.shape[:2], device=features.device)

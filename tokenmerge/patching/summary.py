@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import textwrap
+from collections.abc import Sequence
 
 from tokenmerge.attention.forms import Choice
 from tokenmerge.flops import ModelCost
-from tokenmerge.schedule import Schedule, cut, token_counts
+from tokenmerge.patching.record import Settings
+from tokenmerge.schedule import Schedule, cut
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,8 +27,9 @@ class Summary:
         backend: what matches and merges, "triton" or "torch".
         backend_reason: why, in words.
         matcher: name of the matching algorithm.
-        requested: r per block as asked for.
-        r: r per block after cutting it to what is possible at the model's own input size.
+        input_size: the input size that all of this is for, as it was given; `None` is the model's own.
+        requested: r per block as asked for, at that size.
+        r: r per block after cutting it to what is possible there.
         tokens: tokens that enter each block, then those that leave the last one.
         flops_before: multiply-adds for one image without merging.
         flops_after: multiply-adds for one image with merging.
@@ -43,6 +46,7 @@ class Summary:
     backend: str
     backend_reason: str
     matcher: str
+    input_size: int | Sequence[int] | None
     requested: Schedule
     r: Schedule
     tokens: tuple[int, ...]
@@ -55,9 +59,18 @@ class Summary:
         """FLOPs before ÷ after: the speed-up that the arithmetic alone would allow."""
         return self.flops_before / self.flops_after
 
+    @property
+    def shape_in_words(self) -> str:
+        """Which inputs all of this is for."""
+        if self.input_size is None:
+            return "inputs of the model's own size"
+        sizes = [self.input_size] if isinstance(self.input_size, int) else self.input_size
+        return f"inputs of {'×'.join(map(str, sizes))}"
+
     def __str__(self) -> str:
         lines = [
             f"{self.model}: {self.blocks} blocks patched, matcher {self.matcher}",
+            f"  for {self.shape_in_words}: {self.tokens[0]} tokens",
             f"  prefix tokens {self.protected}, pooling {self.pooling}",
             f"  proportional attention {'on' if self.prop_attn else 'off'}",
             *textwrap.wrap(f"  attention form {self.attention}: {self.attention_reason}", 80, subsequent_indent="    "),
@@ -75,30 +88,33 @@ class Summary:
 
 
 def summarize(
+    settings: Settings,
+    *,
     model: str,
     pooling: str,
-    prop_attn: bool,
     choice: Choice,
     backend: Choice,
     matcher: str,
     schedule: Schedule,
     cost: ModelCost,
+    input_size: int | Sequence[int] | None,
 ) -> Summary:
-    """The summary of a model of that cost under `schedule`."""
+    """The summary of a model with those settings, at the number of tokens that `cost` is for, under `schedule`."""
     return Summary(
         model=model,
-        blocks=len(cost.blocks),
+        blocks=settings.layers,
         protected=cost.protected,
         pooling=pooling,
-        prop_attn=prop_attn,
+        prop_attn=settings.prop_attn,
         attention=choice.form,
         attention_reason=choice.reason,
         backend=backend.form,
         backend_reason=backend.reason,
         matcher=matcher,
+        input_size=input_size,
         requested=schedule,
-        r=cut(schedule, cost.tokens, cost.protected),
-        tokens=token_counts(schedule, cost.tokens, cost.protected),
+        r=cut(schedule, cost.tokens, cost.protected, cost.most),
+        tokens=cost.counts(schedule),
         flops_before=cost.total(),
         flops_after=cost.total(schedule),
         block_flops=cost.per_block(schedule),

@@ -3,15 +3,26 @@
 from __future__ import annotations
 
 import dataclasses
+import math
+from collections.abc import Sequence
 from typing import Any
 
 from torch import nn
 
-from tokenmerge.errors import PatchError, UnsupportedModelError
-from tokenmerge.flops import ModelCost
-from tokenmerge.patching.families import block_family, misread, model_family, supported_models, why_not
-from tokenmerge.patching.families.family import BlockFamily, ModelFamily
-from tokenmerge.patching.root import Patch
+from tokenmerge.config import MergeConfig
+from tokenmerge.errors import InputError, PatchError, UnsupportedModelError
+from tokenmerge.flops import Ends, ModelCost
+from tokenmerge.matching import get_entry
+from tokenmerge.patching.families.family import (
+    BlockFamily,
+    ModelFamily,
+    block_family,
+    misread,
+    model_family,
+    supported_models,
+    why_not,
+)
+from tokenmerge.patching.record import ModelRecord, record_of
 from tokenmerge.patching.swap import is_sharded, original_class
 
 _WRAPPERS = "transformers.modeling_layers"
@@ -30,24 +41,60 @@ class Target:
         """C of the tokens."""
         return self.family.channels(self.model)
 
-    def cost(self, place: str = "between") -> ModelCost:
-        """What the model costs for one image at its own input size, when blocks merge at that place."""
-        stem, head, head_per_token = self.family.cost(self.model)
+    def cost(self, config: MergeConfig | None = None) -> ModelCost:
+        """What the model costs for one image at its own input size, when blocks merge as a config says."""
+        config = MergeConfig() if config is None else config
         return ModelCost(
             tokens=self.family.tokens(self.model),
             protected=self.family.protected(self.model),
             blocks=tuple(row.cost(block) for block, row in self.blocks),
-            stem=stem,
-            head=head,
-            head_per_token=head_per_token,
-            place=place,
+            **Ends(*self.family.cost(self.model))._asdict(),
+            place=config.place,
+            most=get_entry(config.matcher).most,
         )
 
+    def tokens_at(self, input_size: int | Sequence[int] | None) -> int:
+        """Tokens that enter the first block for inputs of that size, prefix included; `None` is the model's own size.
 
-def patch_of(module: nn.Module) -> Patch | None:
+        Raises:
+            InputError: if that cannot be known, or the size is none.
+        """
+        family, model = self.family, self.model
+        if input_size is None:
+            return family.tokens(model)
+        sizes = self._sizes(input_size)
+        grid = None if family.grid_at is None else family.grid_at(model, sizes)
+        if grid is None:
+            raise InputError(
+                f"how many tokens {original_class(model).__name__} makes of an input of {sizes} is known only once it has run: "
+                "run it with trace=True, and look at handle.trace.tokens"
+            )
+        if min(grid) < 1:
+            raise InputError(f"input_size={input_size!r} is smaller than one patch: give the size in pixels")
+        return math.prod(grid) + family.protected(model)
+
+    def _sizes(self, input_size: int | Sequence[int]) -> tuple[int, ...]:
+        own = self.family.grid(self.model)
+        axes = 2 if own is None else len(own)
+        sizes = (input_size,) * axes if isinstance(input_size, int) else tuple(input_size)
+        if len(sizes) != axes or not all(isinstance(size, int) and size > 0 for size in sizes):
+            names = {1: "(frames,)", 2: "(height, width)", 3: "(frames, height, width)"}[axes]
+            raise InputError(
+                f"input_size={input_size!r}, but {names} or one whole number for all of them was expected, in pixels or frames: "
+                "leave out batch and channels"
+            )
+        return sizes
+
+
+def patch_of(module: nn.Module) -> ModelRecord | None:
     """The record of a patched module, `None` if that very module is not patched."""
-    record: Patch | None = vars(module).get("_tokenmerge_patch")
-    return record
+    record = record_of(module)
+    return record if isinstance(record, ModelRecord) and module_is_root(record, module) else None
+
+
+def module_is_root(record: ModelRecord, module: nn.Module) -> bool:
+    """Whether the record is the module's own: norms and readers of a model hold their model's."""
+    return issubclass(original_class(module), record.family.model)
 
 
 def patched_inside(model: nn.Module) -> list[tuple[str, nn.Module]]:
@@ -60,10 +107,19 @@ def _name(module: nn.Module) -> str:
     return f"{cls.__module__}.{cls.__qualname__}"
 
 
-def misread_by(model: nn.Module) -> tuple[str, ...]:
-    """Modules around a tower that would misread merged tokens, and why."""
-    reasons = (misread(original_class(module)) for module in model.modules())
-    return tuple(reason for reason in reasons if reason is not None)
+def misread_by(model: nn.Module, target: Target) -> tuple[str, ...]:
+    """Why modules around the target, up to the one that the user holds, would misread its tokens if they were merged."""
+    if not target.family.emits(target.model):
+        return ()
+    names = [name for name, module in model.named_modules() if module is target.model]
+    around = [model.get_submodule(names[0][:end]) for end in _ends(names[0])]
+    reasons = (misread(original_class(module)) for module in around)
+    return tuple(dict.fromkeys(reason for reason in reasons if reason))
+
+
+def _ends(name: str) -> list[int]:
+    """Where the names of the modules around end: of `a.b.c` those of the whole, `a` and `a.b`."""
+    return [0, *(place for place, letter in enumerate(name) if letter == ".")] if name else []
 
 
 def _own(method: Any) -> Any:
@@ -134,7 +190,7 @@ def _examine(model: nn.Module) -> Target:
             blocks.append((block, row))
         if len({id(block) for block, _ in blocks}) < len(blocks):
             reasons.append("it runs the same block object more than once, and one block has one r")
-        if any(is_sharded(block) and "_tokenmerge_spec" not in vars(block) for block, _ in blocks):
+        if any(is_sharded(block) and record_of(block) is None for block, _ in blocks):
             reasons.append("its blocks are sharded by FSDP2 already: patch first, then shard")
         if not reasons and not blocks:
             reasons.append("it has no blocks")
@@ -155,10 +211,10 @@ def refuse_if_patched(model: nn.Module) -> None:
         assert record is not None
         where = f"its submodule {name}" if name else "the model"
         raise PatchError(
-            f"{where} is patched already ({record.config.to_json()}), but a model can be patched once: change it "
-            "with tokenmerge.handle(model).update(...), or call tokenmerge.unpatch(model) first"
+            f"{where} is patched already ({record.settings.config.to_json()}), but a model can be patched once: change it "
+            "with tokenmerge.handle_of(model).update(...), or call tokenmerge.unpatch(model) first"
         )
-    if any("_tokenmerge_spec" in vars(module) for module in model.modules()):
+    if any(record_of(module) is not None for module in model.modules()):
         raise PatchError(
             "blocks of this module belong to a larger model that is patched already: "
             "update that model's handle, or unpatch that model first"

@@ -12,23 +12,29 @@ from tokenmerge.attention.forms import FORMS
 from tokenmerge.errors import ConfigError, InputError
 from tokenmerge.ops.timing import Spread, take_turns
 from tokenmerge.patching.check import attention_choice
-from tokenmerge.patching.root import merge_blocks
+from tokenmerge.patching.record import ModelRecord
 from tokenmerge.patching.target import Target
 
 
-def use_form(model: Any, form: str) -> None:
-    """Make every block use a form, without any check."""
-    for block in merge_blocks(model):
-        block._tokenmerge_spec = dataclasses.replace(block._tokenmerge_spec, attention=form)
+def use_form(record: ModelRecord, form: Any) -> None:
+    """Make a model use a form, without any check."""
+    config = dataclasses.replace(record.settings.config, attention=form)
+    record.settings = dataclasses.replace(record.settings, config=config)
 
 
 def measure_forms(
-    target: Target, inputs: tuple[Any, ...], options: dict[str, Any], forms: Sequence[str] | None, rounds: int
+    target: Target,
+    record: ModelRecord,
+    inputs: tuple[Any, ...],
+    options: dict[str, Any],
+    forms: Sequence[str] | None,
+    rounds: int,
 ) -> dict[str, float]:
     """Median seconds of a forward pass with each form that can run; they take turns. Leaves the last one in use.
 
     Args:
         target: the patched model.
+        record: its record.
         inputs: positional arguments of a forward pass.
         options: its keyword arguments.
         forms: which forms to try; `None` tries all, and leaves out those that cannot run on these inputs.
@@ -52,7 +58,7 @@ def measure_forms(
     for form in (form for form in FORMS if form != "auto") if forms is None else forms:
         try:
             attention_choice(target, form)
-            use_form(model, form)
+            use_form(record, form)
             run()  # compiles, and shows whether it can
         except (
             ConfigError,
@@ -62,5 +68,5 @@ def measure_forms(
                 raise
             continue
         tried.append(form)
-    times = take_turns([run] * len(tried), device, 0, rounds, before=lambda which: use_form(model, tried[which]))
+    times = take_turns([run] * len(tried), device, 0, rounds, before=lambda which: use_form(record, tried[which]))
     return {form: Spread.of(measured).p50 for form, measured in zip(tried, times, strict=True)}

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from tokenmerge.errors import InputError, TokenMergeError
-from tokenmerge.matching.predictors import FILE, load_predictors
+from tokenmerge.patching.predictors import FILE, load_predictors
 from tokenmerge.patching.target import find_target
 from tokenmerge.tools.device import DTYPES, check_device
 from tokenmerge.tools.sources import SOURCES, create

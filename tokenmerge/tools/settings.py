@@ -7,9 +7,9 @@ import json
 from pathlib import Path
 from typing import Any
 
-from tokenmerge.config import SCHEDULE_FIELDS, MergeConfig
+from tokenmerge.config import FIELDS, MergeConfig
 from tokenmerge.errors import ConfigError, UnknownFieldError
-from tokenmerge.patching.rule import check_rule
+from tokenmerge.patching.match import check_matching
 
 GRAMMAR = "8 (in every block), 16:-1 (r:inflect), 8,8,0 (a list per block), keep=0.9, flops=0.5, speedup=2, or a config file ending in .json"
 
@@ -66,12 +66,9 @@ def _from_file(path: Path) -> dict[str, Any]:
         raise ConfigError(f"the config {str(path)!r} cannot be read ({error.strerror}): check the path") from None
     except (ConfigError, UnknownFieldError, UnicodeDecodeError) as error:
         raise ConfigError(f"{str(path)!r} holds no config of tokenmerge: {error}") from None
-    usual = MergeConfig()
-    names = [field.name for field in dataclasses.fields(config)]
-    fields = {name: getattr(config, name) for name in names if getattr(config, name) != getattr(usual, name)}
-    if not any(name in fields for name in SCHEDULE_FIELDS):
+    if not config.scheduled:
         raise ConfigError(f"{str(path)!r} says nothing of how much to merge: add r, keep, flops or speedup to it")
-    return fields
+    return config.changed()
 
 
 def _fields(text: str) -> dict[str, Any]:
@@ -91,21 +88,19 @@ def _fields(text: str) -> dict[str, Any]:
     return {"r": int(text)}
 
 
-_MATCHING = ("preset", "matcher", "metric", "heads", "distance", "partition", "combine", "place")
-
-
 def matching_fields(args: Any) -> dict[str, Any]:
     """The fields of `MergeConfig` that flags gave, checked.
 
     Raises:
         ConfigError: if there is no such matcher, or it has no such option.
     """
-    fields = {name: getattr(args, name) for name in _MATCHING if getattr(args, name, None) is not None}
+    names = ["preset", *(name for name, field in FIELDS.items() if field.metadata["group"] == "matching")]
+    fields = {name: getattr(args, name) for name in names if getattr(args, name, None) is not None}
     options = dict(_option(text) for text in getattr(args, "option", None) or ())
     if options:
         fields["options"] = options
     config = MergeConfig.create(**fields)
-    check_rule(config)
+    check_matching(config)
     return fields
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import io
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -16,8 +16,6 @@ from tokenmerge.tracing.paint import View, needing_matplotlib, paint, span_of
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
-
-    from tokenmerge.tracing.trace import Trace
 
 _FRAMES = 6
 """How many frames of a video a figure shows."""
@@ -79,18 +77,32 @@ def as_pixels(picture: Any) -> Tensor:
     return pixels.clamp(0, 1)
 
 
-def plot_trace(
-    trace: Trace, picture: Any, block: int | Sequence[int] | Literal["all"] | None, view: View, image: int
+def plot_regions(
+    regions: Callable[[Sequence[int], int | None], Tensor],
+    titles: Sequence[str],
+    patches: int,
+    picture: Any,
+    block: int | Sequence[int] | Literal["all"] | None,
+    view: View,
 ) -> Figure:
-    """`Trace.plot`."""
+    """`Trace.plot`.
+
+    Args:
+        regions: pixels along each axis, and after which block -> which token each pixel belongs to.
+        titles: how many tokens are left after each block, in words.
+        patches: that the picture has.
+        picture: what the model was given.
+        block: after which block; several; "all".
+        view: see `paint`.
+    """
     pixels = as_pixels(picture)
     whole = block == "all"
     if isinstance(block, str):
         if not whole:
             raise InputError(f'block={block!r}, but a number, several, None or "all" was expected')
-        blocks = strip(len(trace.plans))
+        blocks = strip(len(titles))
     elif block is None or isinstance(block, int):
-        blocks = [len(trace.plans) - 1 if block is None else block]
+        blocks = [len(titles) - 1 if block is None else block]
     else:
         blocks = list(block)
         if not blocks:
@@ -99,20 +111,17 @@ def plot_trace(
     columns = len(blocks) + whole
     figure = new_figure(2.3 * columns, 0.35 + 2.3 * frames * pixels.shape[-2] / pixels.shape[-1])
     axes = figure.subplots(frames, columns, squeeze=False)
-    span = span_of(trace.regions(pixels.shape[1:], None, image), trace.tokens - trace.protected)
+    span = span_of(regions(pixels.shape[1:], None), patches)
     shown = [("input", pixels.expand(3, *pixels.shape[1:]))] if whole else []
-    for one in blocks:
-        painted = paint(pixels, trace.regions(pixels.shape[1:], one, image), view, span)
-        shown.append((f"after block {range(len(trace.plans))[one]}: {_left(trace, one)}", painted))
+    for number in blocks:
+        painted = paint(pixels, regions(pixels.shape[1:], number), view, span)
+        position = range(len(titles))[number]
+        shown.append((f"after block {position}: {titles[position]}", painted))
     for column, (title, painted) in enumerate(shown):
         for row in range(frames):
             part = painted if painted.dim() == 3 else painted[:, row * painted.shape[1] // frames]
             _show(axes[row, column], part, title if row == 0 else "")
     return figure
-
-
-def _left(trace: Trace, block: int) -> str:
-    return f"{trace.size(block).shape[1] - trace.protected} tokens"
 
 
 def _show(axes: Axes, pixels: Tensor, title: str) -> None:

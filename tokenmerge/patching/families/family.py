@@ -1,21 +1,25 @@
 """What the patch has to know about a class of blocks and about a class of models: rows, not functions per model.
 
-A row names seams of upstream's own modules; it never copies an attention forward. Rows live in
-`families/`, one module per library, and are imported only when a model of that library is patched.
+A row names seams of upstream's own modules; it never copies an attention forward. Rows live beside this file, one
+module per library, and are imported only when a model of that library is patched; they are found by class, here.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import importlib
+import importlib.util
 import inspect
 from collections.abc import Callable, Sequence
-from typing import Any
+from functools import cache
+from typing import Any, Protocol, cast
 
 from torch import Tensor, nn
 
 from tokenmerge.attention.rotary import Rotary
 from tokenmerge.attention.tap import head_mean, head_mean_untransposed, heads_first, heads_second, note_output
-from tokenmerge.flops import BlockCost
+from tokenmerge.errors import UnsupportedModelError
+from tokenmerge.flops import BlockCost, Ends
 
 Hook = Callable[..., Any]
 
@@ -68,6 +72,7 @@ class BlockFamily:
         example: what the block is tried with.
         ready: raises if the block can no longer be run right: its attention was exchanged since, say.
         arguments: names of what upstream's forward takes after the tokens, in order; read off `block`.
+        needs_source: whether attention reads a bias between original tokens, so that their map must travel.
     """
 
     block: type[nn.Module]
@@ -90,28 +95,23 @@ class BlockFamily:
     own_pairs: bool = False
     wrap: Callable[[Tensor], Any] | None = None
     example: Callable[[Any], Example] = lambda block: Example()
-    ready: Callable[[Any], None] = lambda block: None
+    ready: Callable[[Any], None] | None = None
 
     arguments: tuple[str, ...] = dataclasses.field(init=False)
+    needs_source: bool = dataclasses.field(init=False)
 
     def __post_init__(self) -> None:
         # now, not when first asked for: that may be while Dynamo traces
         parameters = list(inspect.signature(self.block.forward).parameters.values())[2:]
         names = tuple(p.name for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD)
         object.__setattr__(self, "arguments", names)
+        object.__setattr__(self, "needs_source", self.pair_bias is not None or self.own_pairs)
         if self.per_head is None:
             usual: dict[Any, Any] = {head_mean: heads_first, head_mean_untransposed: heads_second}
             object.__setattr__(self, "per_head", usual.get(self.metric))
 
-    @property
-    def needs_source(self) -> bool:
-        """Whether attention reads a bias between original tokens, so that their map must travel."""
-        return self.pair_bias is not None or self.own_pairs
-
     def __reduce__(self) -> tuple[Any, ...]:
         # patched blocks hold their row; a copied or unpickled block finds it again by its class
-        from tokenmerge.patching.families import block_family
-
         return block_family, (self.block,)
 
 
@@ -129,12 +129,15 @@ class ModelFamily:
         tokens: tokens that enter the first block, prefix included, at the model's own input size.
         grid: patches along each axis at that size; `None` if there is no such size.
         input_shape: shape of one input without the batch, or `None` if the model takes several.
+        embed: the module that makes the patches, whose output is `[B, C, *grid]`: there a pass sees its grid.
+        grid_at: `(model, sizes of an input along the axes of the grid) -> grid`, before any pass.
         pooling: how the head reads the tokens, in words.
-        cost: multiply-adds of the patch embedding, of the head, and of the head per token it reads.
+        cost: multiply-adds of what stands before and after the blocks, at the model's own input size.
         swap: mix-in put before the model's class while it is patched, for seams only methods can reach.
         norms: modules after the blocks that map tokens one by one; sizes pass through them.
         output: what leaves the last block unless the user chooses: "merged" or "full".
-        merged_output: reasons why this very model cannot do with merged output.
+        merged_output: reasons why this very model's own modules cannot do with merged output.
+        emits: whether its tokens leave the model, so that what is around it may read them.
         readers: modules that must get unmerged tokens, when merged ones leave the last block.
         collectors: modules whose forward may be asked for the hidden states of all blocks.
         always_collects: whether they always are.
@@ -155,11 +158,14 @@ class ModelFamily:
     grid: Callable[[Any], tuple[int, ...] | None]
     input_shape: Callable[[Any], tuple[int, ...] | None]
     pooling: Callable[[Any], str]
-    cost: Callable[[Any], tuple[int, int, int]]
+    cost: Callable[[Any], Ends]
+    embed: Callable[[Any], nn.Module | None] = lambda model: None
+    grid_at: Callable[[Any, Sequence[int]], tuple[int, ...] | None] | None = None
     swap: type | None = None
     norms: Callable[[Any], Sequence[nn.Module]] = _nothing
     output: str = "full"
     merged_output: Callable[[Any], list[str]] = no_reasons
+    emits: Callable[[Any], bool] = lambda model: False
     readers: Callable[[Any], Sequence[nn.Module]] = _nothing
     collectors: Callable[[Any], Sequence[nn.Module]] = _nothing
     always_collects: bool = False
@@ -168,3 +174,102 @@ class ModelFamily:
     mae: Callable[[Any], bool] = lambda model: False
     needs_plans: Callable[[Any], bool] = lambda model: False
     refuse: Callable[[Any], list[str]] = no_reasons
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return model_family, (self.model,)  # found again by its class, as a block's
+
+
+# --- finding rows ------------------------------------------------------------------------------------------
+
+LIBRARIES = {
+    name: f"tokenmerge.patching.families.{name}" for name in ("timm", "transformers", "torchvision", "open_clip")
+}
+
+
+class _Rows(Protocol):
+    """What a library's module offers; every function answers for one exact class, not for its bases."""
+
+    NAMES: str
+    """The supported models in words."""
+
+    def model_row(self, cls: type[nn.Module]) -> ModelFamily | None:
+        """The row of a model class."""
+        ...
+
+    def block_row(self, cls: type[nn.Module]) -> BlockFamily | None:
+        """The row of a block class."""
+        ...
+
+    def why_not(self, cls: type[nn.Module]) -> str | None:
+        """Why a model class that has no row has none, where that is known."""
+        ...
+
+
+@cache
+def _rows(library: str) -> _Rows:
+    """The rows of a library, whose import failing means that it is another version than the rows know."""
+    try:
+        return cast("_Rows", importlib.import_module(LIBRARIES[library]))
+    except ImportError as error:
+        version = getattr(importlib.import_module(library), "__version__", "unknown")
+        raise UnsupportedModelError(
+            f"{library} {version} is installed, but it lacks what tokenmerge builds on ({error}): "
+            f"pip install --upgrade 'tokenmerge[{library}]'"
+        ) from None
+
+
+def _library_of(cls: type) -> str | None:
+    """The supported library that a class comes from."""
+    root = cls.__module__.split(".")[0]
+    return root if root in LIBRARIES else None
+
+
+def model_family(cls: type[nn.Module]) -> ModelFamily | None:
+    """The row of the nearest supported base of a model class, or `None`."""
+    for base in cls.__mro__:
+        library = _library_of(base)
+        row = _rows(library).model_row(base) if library else None
+        if row is not None:
+            return row
+    return None
+
+
+def block_family(cls: type[nn.Module]) -> BlockFamily | None:
+    """The row of the nearest supported base of a block class, or `None`."""
+    for base in cls.__mro__:
+        library = _library_of(base)
+        row = _rows(library).block_row(base) if library else None
+        if row is not None:
+            return row
+    return None
+
+
+def why_not(cls: type[nn.Module]) -> str | None:
+    """Why a model class has no row, where that is known."""
+    for base in cls.__mro__:
+        library = _library_of(base)
+        reason = _rows(library).why_not(base) if library else None
+        if reason is not None:
+            return reason
+    return None
+
+
+_TRANSPARENT = ("torch.nn.parallel.", "torch.nn.modules.module", "torch._dynamo.", "torch.distributed.")
+"""Where modules come from that hand on what the one inside gives, untouched."""
+
+
+def misread(cls: type[nn.Module]) -> str:
+    """Why a module around a model would misread merged tokens; empty if it would not. What is not known would."""
+    library = _library_of(cls)
+    known = getattr(_rows(library), "misread", None) if library else None
+    reason = None if known is None else cast("str | None", known(cls))
+    if reason is None:
+        transparent = cls.__module__.startswith(_TRANSPARENT)
+        return "" if transparent else f"how {cls.__name__} reads its tokens is not known"
+    return f"{cls.__name__} {reason}" if reason else ""
+
+
+def supported_models() -> str:
+    """The supported models of every installed library, for messages."""
+    names = [_rows(library).NAMES for library in LIBRARIES if importlib.util.find_spec(library) is not None]
+    return " or ".join(names) or f"those of {', '.join(LIBRARIES)} (not installed here)"

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from open_clip import transformer
 from torch import Tensor, nn
 
-from tokenmerge.flops import BlockCost
+from tokenmerge.errors import InputError
+from tokenmerge.flops import BlockCost, Ends
 from tokenmerge.patching.families import multihead
 from tokenmerge.patching.families.family import BlockFamily, ModelFamily
 from tokenmerge.patching.families.linear import linear_weights
@@ -63,10 +65,19 @@ def _merged_output(model: Any) -> list[str]:
     return [f"it reads its tokens by {_pooling(model).replace(' unmerged', '')}, without sizes"]
 
 
-def _model_cost(model: Any) -> tuple[int, int, int]:
+def _model_cost(model: Any) -> Ends:
     grid = model.grid_size[0] * model.grid_size[1]
     pool = 0 if model.attn_pool is None else linear_weights(model.attn_pool)
-    return int(model.conv1.weight.numel() * grid), int(model.proj.numel()) + pool, 0
+    return Ends(int(model.conv1.weight.numel() * grid), int(model.proj.numel()) + pool)
+
+
+def _grid_at(model: Any, sizes: Sequence[int]) -> tuple[int, ...]:
+    if tuple(sizes) != tuple(model.image_size):
+        raise InputError(
+            f"this model takes images of {'×'.join(map(str, model.image_size))} pixels only, but {'×'.join(map(str, sizes))} was "
+            "given: create it with force_image_size"
+        )
+    return tuple(model.grid_size)
 
 
 _MODEL = ModelFamily(
@@ -79,6 +90,8 @@ _MODEL = ModelFamily(
     protected=lambda model: 1,
     tokens=lambda model: int(model.grid_size[0] * model.grid_size[1] + 1),
     grid=lambda model: tuple(model.grid_size),
+    embed=lambda model: model.conv1,
+    grid_at=_grid_at,
     input_shape=lambda model: (3, *model.image_size),
     pooling=_pooling,
     cost=_model_cost,

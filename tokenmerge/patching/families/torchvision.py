@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor, nn
 from torchvision.models import vision_transformer as vit
 
-from tokenmerge.flops import BlockCost
+from tokenmerge.errors import InputError
+from tokenmerge.flops import BlockCost, Ends
 from tokenmerge.patching.families import multihead
 from tokenmerge.patching.families.family import BlockFamily, ModelFamily
 from tokenmerge.patching.families.linear import linear_weights
@@ -30,14 +32,24 @@ def _cost(block: Any) -> BlockCost:
     return BlockCost(4 * width * width, linear_weights(block.mlp), 2 * width)
 
 
-def _model_cost(model: Any) -> tuple[int, int, int]:
+def _model_cost(model: Any) -> Ends:
     patches = (model.image_size // model.patch_size) ** 2
     convolutions = [m for m in model.conv_proj.modules() if isinstance(m, nn.Conv2d)]
     side, stem = model.image_size, 0
     for convolution in convolutions:
         side //= convolution.stride[0]
         stem += convolution.weight.numel() * side * side
-    return stem if len(convolutions) > 1 else convolutions[0].weight.numel() * patches, linear_weights(model.heads), 0
+    stem = stem if len(convolutions) > 1 else convolutions[0].weight.numel() * patches
+    return Ends(stem, linear_weights(model.heads))
+
+
+def _grid_at(model: Any, sizes: Sequence[int]) -> tuple[int, ...]:
+    if tuple(sizes) != (model.image_size,) * 2:
+        raise InputError(
+            f"this model takes images of {model.image_size}×{model.image_size} pixels only, but {'×'.join(map(str, sizes))} was "
+            "given: create it with another image_size"
+        )
+    return (model.image_size // model.patch_size,) * 2
 
 
 _MODEL = ModelFamily(
@@ -49,6 +61,8 @@ _MODEL = ModelFamily(
     protected=lambda model: 1,
     tokens=lambda model: int(model.seq_length),
     grid=lambda model: (model.image_size // model.patch_size,) * 2,
+    embed=lambda model: model.conv_proj,
+    grid_at=_grid_at,
     input_shape=lambda model: (3, model.image_size, model.image_size),
     pooling=lambda model: "class token",
     cost=_model_cost,

@@ -67,7 +67,7 @@ EXPERIMENTS: Mapping[str, Experiment] = {
                 Line("distance dot", {"distance": "dot"}),
                 Line("distance softmax", {"distance": "softmax"}),
                 Line("heads concat", {"heads": "concat"}),
-                Line("combine keep one", {"combine": "keep"}),
+                Line("combine keep one", {"combine": "destination"}),
                 Line("combine max", {"combine": "max"}),
                 Line("combine average", {"combine": "average"}),
                 Line("partition sequential", {"partition": "sequential"}),

@@ -13,12 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tokenmerge.config import MergeConfig
+from tokenmerge.config import PRESETS, MergeConfig
 from tokenmerge.errors import ConfigError, InputError, TokenMergeError
 from tokenmerge.flops import ModelCost
 from tokenmerge.ops.timing import Spread, keep_memory, take_turns
 from tokenmerge.patching import model_cost, patch
-from tokenmerge.presets import PRESETS
 from tokenmerge.tools.compare.data import Images, describe
 from tokenmerge.tools.compare.scoring import Scores, score
 from tokenmerge.tools.compare.statistics import bootstrap

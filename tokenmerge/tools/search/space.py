@@ -61,7 +61,7 @@ def suggest(trial: Any, layers: int, attention: bool) -> dict[str, Any]:
         "shape": trial.suggest_categorical("shape", ["linear", "free"]),
         "last": trial.suggest_categorical("last", [False, True]),
         "combine": trial.suggest_categorical("combine", ["mean", "norm"]),
-        "order": trial.suggest_categorical("order", ["partition", "keep"]),
+        "order": trial.suggest_categorical("order", ["partition", "spatial"]),
         "matcher": trial.suggest_categorical("matcher", ["bipartite", "informed"] if attention else ["bipartite"]),
         "partition": trial.suggest_categorical("partition", ["alternating", "checkerboard"]),
     }

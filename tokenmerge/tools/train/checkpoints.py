@@ -30,7 +30,7 @@ class Checkpoints:
     """
 
     def __init__(self, folder: Path, keep: int, warn: Callable[[str], None]) -> None:
-        self.folder, self.keep, self.warn = folder, keep, warn
+        self.folder, self.kept, self.warn = folder, keep, warn
 
     def all(self) -> list[Path]:
         """Finished ones, newest first."""
@@ -58,7 +58,7 @@ class Checkpoints:
                     shutil.rmtree(target)
                 os.replace(beside, target)
                 _sync(self.folder)
-                for old in self.all()[self.keep :]:
+                for old in self.all()[self.kept :]:
                     shutil.rmtree(old, ignore_errors=True)
         except Exception as error:  # torch and safetensors have their own kinds for a full disk
             shutil.rmtree(beside, ignore_errors=True)

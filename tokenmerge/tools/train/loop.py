@@ -235,7 +235,7 @@ class Loop:
             return []
         import tokenmerge
 
-        model, handle = self.result, tokenmerge.handle(self.result)
+        model, handle = self.result, tokenmerge.handle_of(self.result)
         settings = self.args.eval_r or (merging.setting_at(self.args, epoch),)
         model.eval()
         bars.evaluation(len(self.validation))

@@ -9,8 +9,8 @@ from torch import Tensor, nn
 
 from tokenmerge.errors import InputError
 from tokenmerge.matching import get_entry
-from tokenmerge.matching.predictors import add_predictors, predicting, ratio_loss, remove_predictors
 from tokenmerge.patching import Handle, model_cost
+from tokenmerge.patching.predictors import add_predictors, predicting, ratio_loss, remove_predictors
 from tokenmerge.schedule import cut
 from tokenmerge.tools.settings import Setting
 from tokenmerge.tools.train.args import TrainArgs

@@ -8,7 +8,7 @@ from typing import Any
 from torch import nn
 
 from tokenmerge.errors import InputError
-from tokenmerge.patching.root import is_merge_block
+from tokenmerge.patching.block import MergeBlock
 from tokenmerge.tools.train.args import TrainArgs
 
 
@@ -24,7 +24,7 @@ def checkpoint_blocks(model: Any) -> None:
 
 def _layers(model: nn.Module) -> dict[str, str]:
     """timm's `group_matcher` for a patched model of transformers: embeddings, then block after block, then the rest."""
-    first = next(name for name, module in model.named_modules() if is_merge_block(module))
+    first = next(name for name, module in model.named_modules() if isinstance(module, MergeBlock))
     blocks = re.escape(first.rsplit(".", 1)[0])
     return {"stem": r"^(?:.*\.)?embeddings\.", "blocks": rf"^{blocks}\.(\d+)\."}
 

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 import tokenmerge
 from tokenmerge.matching import get_entry
-from tokenmerge.matching.predictors import FILE as PREDICTORS
-from tokenmerge.matching.predictors import split_state
+from tokenmerge.patching.predictors import FILE as PREDICTORS
+from tokenmerge.patching.predictors import split_state
 from tokenmerge.tools.folders import ClassFolder
 from tokenmerge.tools.models import ModelArgs, input_shape
 from tokenmerge.tools.train.args import TrainArgs

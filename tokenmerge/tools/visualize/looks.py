@@ -13,7 +13,6 @@ from torch import Tensor
 
 from tokenmerge.errors import InputError
 from tokenmerge.patching import Handle, patch
-from tokenmerge.patching.target import find_target
 from tokenmerge.tools.inputs import class_names, num_classes
 from tokenmerge.tools.settings import Setting
 from tokenmerge.tools.variants import share_weights
@@ -89,8 +88,7 @@ def merged_copies(
     for setting in settings:
         copy = share_weights(model)
         handle = patch(copy, setting.config(trace="attention" if attention else True, **fields))
-        rule = find_target(copy).blocks[0][0]._tokenmerge_spec.rule
-        found.append(Merged(setting.title, copy, handle, names, classifies(model), rule.class_token))
+        found.append(Merged(setting.title, copy, handle, names, classifies(model), handle.has_class_token))
     return found
 
 

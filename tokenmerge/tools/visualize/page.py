@@ -66,7 +66,7 @@ def image_data(shown: Shown, looks: Sequence[Look], speeds: Sequence[float | Non
         speeds: speed-ups over the unmerged model, of the settings, where they were measured.
     """
     trace = looks[0].trace
-    grid = trace._grid()
+    grid = trace.known_grid
     height, width = shown.pixels.shape[1:]
     file = io.BytesIO()
     to_image(shown.pixels).save(file, "PNG")
@@ -136,7 +136,7 @@ def _events(trace: Any, number: int, before: Tensor) -> dict[str, str]:
     plan, protected = trace.plans[number], trace.protected
     first = _first_patch(before, protected)
     source, target = plan.source[0].cpu(), plan.target[0].cpu()
-    joined = plan.keep[0].cpu()[target.clamp_min(0)]
+    joined = plan.kept[0].cpu()[target.clamp_min(0)]
     similarity = trace.similarities[number][0].float().cpu()
     to = first[joined].where(target >= 0, _GONE)
     return {

@@ -8,8 +8,8 @@ from typing import Any
 from timm.models import cait
 from torch import Tensor
 
-from tokenmerge.attention.tap import fused_metric, inside, note_input
-from tokenmerge.flops import BlockCost
+from tokenmerge.attention.tap import context, fused_metric, note_input
+from tokenmerge.flops import BlockCost, Ends
 from tokenmerge.patching.families.family import BlockFamily, ModelFamily
 from tokenmerge.patching.families.linear import linear_weights
 from tokenmerge.patching.families.timm.seams import isotropic
@@ -23,7 +23,7 @@ class AddsSizes:
     def forward(self, scores: Tensor) -> Tensor:
         """Upstream's mixed scores plus the bias of the sizes, per key."""
         mixed: Tensor = super().forward(scores)  # type: ignore[misc]
-        bias = inside().bias
+        bias = context().bias
         return mixed if bias is None else mixed + bias.permute(0, 2, 3, 1)
 
 
@@ -35,7 +35,7 @@ class CountsCopies:
     def forward(self, weights: Tensor) -> Tensor:
         """Upstream's mixed weights `[B, N, N, H]`; a token of size s gets the layer's bias s times."""
         mixed: Tensor = super().forward(weights)  # type: ignore[misc]
-        sizes = inside().bias
+        sizes = context().bias
         if sizes is None or self.bias is None:
             return mixed
         return mixed + (sizes.permute(0, 2, 3, 1).exp() - 1) * self.bias
@@ -68,11 +68,10 @@ def _refuse(block: Any) -> list[str]:
     return [f"its attention is {type(block.attn).__qualname__}, which is not known to carry token sizes"]
 
 
-def _model_cost(model: Any) -> tuple[int, int, int]:
+def _model_cost(model: Any) -> Ends:
     """The class attention reads all patches, unmerged: its keys and values belong to the head."""
-    tokens = model.patch_embed.num_patches
-    class_attention = sum(tokens * linear_weights(block.attn.k, block.attn.v) for block in model.blocks_token_only)
-    return stem_cost(model), linear_weights(model.head) + class_attention, 0
+    per_patch = sum(linear_weights(block.attn.k, block.attn.v) for block in model.blocks_token_only)
+    return Ends(stem_cost(model), linear_weights(model.head), head_per_patch=per_patch)
 
 
 BLOCKS: Sequence[BlockFamily] = (

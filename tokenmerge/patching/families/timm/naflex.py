@@ -8,6 +8,7 @@ from typing import Any
 from timm.models import naflexvit
 
 from tokenmerge.attention.rotary import Rotary
+from tokenmerge.flops import Ends
 from tokenmerge.patching.families.family import BlockFamily, ModelFamily
 from tokenmerge.patching.families.linear import linear_weights
 from tokenmerge.patching.families.timm.eva import rotary
@@ -32,11 +33,11 @@ def _tokens(model: Any) -> int:
     return grid[0] * grid[1] + int(model.num_prefix_tokens)
 
 
-def _cost(model: Any) -> tuple[int, int, int]:
+def _cost(model: Any) -> Ends:
     grid = _grid(model)
     stem = int(model.embeds.proj.weight.numel()) * grid[0] * grid[1]
     heads = [getattr(model, name, None) for name in ("attn_pool", "head")]
-    return stem, linear_weights(*(head for head in heads if head is not None)), 0
+    return Ends(stem, linear_weights(*(head for head in heads if head is not None)))
 
 
 def _rotary(model: Any, index: int) -> Rotary | None:
@@ -49,9 +50,22 @@ def _refuse(model: Any) -> list[str]:
     return []
 
 
+def _grid_at(model: Any, sizes: Sequence[int]) -> tuple[int, ...]:
+    patch = model.embeds.patch_size
+    return tuple(-(-size // side) for size, side in zip(sizes, patch, strict=True))
+
+
 BLOCKS: Sequence[BlockFamily] = ()
 MODELS: Sequence[ModelFamily] = (
     isotropic(
-        naflexvit.NaFlexVit, input_shape=_image, tokens=_tokens, grid=_grid, cost=_cost, rotary=_rotary, refuse=_refuse
+        naflexvit.NaFlexVit,
+        input_shape=_image,
+        tokens=_tokens,
+        grid=_grid,
+        embed=lambda model: None,  # every image of a batch has a grid of its own, and none is seen
+        grid_at=_grid_at,
+        cost=_cost,
+        rotary=_rotary,
+        refuse=_refuse,
     ),
 )

@@ -6,11 +6,12 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from tokenmerge.attention.tap import inside
+from tokenmerge.attention.tap import context
+from tokenmerge.flops import Ends
 from tokenmerge.patching.families.family import ModelFamily
 from tokenmerge.patching.families.linear import linear_weights
-from tokenmerge.patching.families.timm.vit import image_shape, stem_cost
-from tokenmerge.patching.root import MergeRoot
+from tokenmerge.patching.families.timm.vit import SHAPES, image_shape, stem_cost
+from tokenmerge.patching.root import MergeFeatures
 
 WORDS = {
     "": "none",
@@ -22,7 +23,7 @@ WORDS = {
 }
 
 
-class MergeHook(MergeRoot):
+class MergeHook(MergeFeatures):
     """Mix-in before models whose heads read unmerged tokens."""
 
 
@@ -36,9 +37,9 @@ def _merged_output(model: Any) -> list[str]:
     return [] if kind in ("", "token", "max") else [f"its {kind} pooling would not weigh tokens by their sizes"]
 
 
-def _cost(model: Any) -> tuple[int, int, int]:
+def _cost(model: Any) -> Ends:
     heads = [getattr(model, name, None) for name in ("attn_pool", "head")]
-    return stem_cost(model), linear_weights(*(head for head in heads if head is not None)), 0
+    return Ends(stem_cost(model), linear_weights(*(head for head in heads if head is not None)))
 
 
 def isotropic(model: type[nn.Module], **seams: Any) -> ModelFamily:
@@ -48,7 +49,7 @@ def isotropic(model: type[nn.Module], **seams: Any) -> ModelFamily:
         "channels": lambda model: int(model.embed_dim),
         "protected": lambda model: int(model.num_prefix_tokens),
         "tokens": lambda model: int(model.patch_embed.num_patches + model.num_prefix_tokens),
-        "grid": lambda model: tuple(model.patch_embed.grid_size),
+        **SHAPES,
         "input_shape": image_shape,
         "pooling": lambda model: WORDS.get(pool_kind(model), pool_kind(model)),
         "cost": _cost,
@@ -73,10 +74,10 @@ class FollowsTokens:
 
     def get_bias(self) -> Tensor:
         """Upstream's bias `[1, H, N0, N0]`, for the current tokens, plus the bias of their sizes."""
-        bias, sizes = _moved(super().get_bias()), inside().bias  # type: ignore[misc]
+        bias, sizes = _moved(super().get_bias()), context().bias  # type: ignore[misc]
         return bias if sizes is None else bias + sizes
 
 
 def _moved(bias: Tensor) -> Tensor:
-    pairs = inside().pairs
+    pairs = context().pairs
     return bias if pairs is None else pairs(bias)

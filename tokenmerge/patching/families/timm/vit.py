@@ -18,12 +18,12 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from tokenmerge.attention.tap import head_mean_untransposed, size_bias
-from tokenmerge.errors import PatchError
-from tokenmerge.flops import BlockCost
+from tokenmerge.errors import InputError
+from tokenmerge.flops import BlockCost, Ends
 from tokenmerge.patching.families.family import BlockFamily, ModelFamily
 from tokenmerge.patching.families.linear import linear_weights
-from tokenmerge.patching.root import MergeRoot
-from tokenmerge.patching.state import state_of, weighted_mean
+from tokenmerge.patching.root import MergeFeatures
+from tokenmerge.patching.state import needed_state, plans_needed, state_of, weighted_mean
 from tokenmerge.patching.swap import original_class
 
 # timm grew these classes over time; a row for a class that this timm lacks is left out
@@ -162,7 +162,7 @@ BLOCKS: Sequence[BlockFamily] = (
 # --- models -----------------------------------------------------------------------------------------------
 
 
-class MergeVisionTransformer(MergeRoot):
+class MergeVisionTransformer(MergeFeatures):
     """Mix-in before timm's VisionTransformer: its forward is untouched, pooling learns about sizes."""
 
     def pool(self: Any, x: Tensor, pool_type: str | None = None) -> Tensor:
@@ -173,21 +173,17 @@ class MergeVisionTransformer(MergeRoot):
         """
         upstream: Any = super().pool  # type: ignore[misc]
         kind = _pool_kind(self, pool_type)
-        state = state_of(x)
         if kind not in ("avg", "avgmax", "map", "prr"):
             return upstream(x, pool_type)  # type: ignore[no-any-return]
-        if state is None and self._tokenmerge_patch.merges:
-            raise PatchError(
-                f"{kind} pooling received tokens without their sizes, so it cannot weight them: give it the very "
-                "tensor that forward_features returned (and if model.norm was replaced since, patch again)"
-            )
-        prop_attn = self._tokenmerge_patch.prop_attn
+        reader = f"{kind} pooling"
+        state = needed_state(x, reader) if self._tokenmerge.settings.merges else state_of(x)
+        prop_attn = state is None or state.run.settings.prop_attn
         if kind == "map" and not prop_attn and state is not None and state.merged is not None:
-            return upstream(state.one_of_each(x), pool_type)  # type: ignore[no-any-return]
+            return upstream(state.one_of_equals(x), pool_type)  # type: ignore[no-any-return]
         if state is None or state.size is None or state.merged is not None:
             return upstream(x, pool_type)  # type: ignore[no-any-return]
         if kind == "prr":  # its attention takes no bias; unmerged tokens need none, and so it is always proportional
-            return upstream(state.unmerge(x), pool_type)  # type: ignore[no-any-return]
+            return upstream(plans_needed(state, reader).unmerge(x), pool_type)  # type: ignore[no-any-return]
         first = 0 if self.pool_include_prefix else self.num_prefix_tokens
         tokens, size = x[:, first:], state.size[:, first:]
         if kind == "map":
@@ -220,12 +216,7 @@ def stem_cost(model: Any) -> int:
     embed = model.patch_embed
     if type(embed) is PatchEmbed:
         return int(embed.proj.weight.numel() * embed.num_patches)
-    # convolutional stems (hybrids): counted by running them without data
-    first = next(m for m in embed.modules() if isinstance(m, nn.Conv2d))
-    shapes = {name: tensor.to("meta") for name, tensor in (*embed.named_parameters(), *embed.named_buffers())}
-    with FlopCounterMode(display=False) as counter:
-        torch.func.functional_call(embed, shapes, torch.empty(1, first.in_channels, *embed.img_size, device="meta"))
-    return int(counter.get_total_flops()) // 2
+    return _run_without_data(embed, embed.img_size)[1]  # convolutional stems (hybrids)
 
 
 def image_shape(model: Any) -> tuple[int, int, int]:
@@ -235,19 +226,57 @@ def image_shape(model: Any) -> tuple[int, int, int]:
     return first.in_channels, int(height), int(width)
 
 
-def _model_cost(model: Any) -> tuple[int, int, int]:
+def _grid_at(model: Any, sizes: Sequence[int]) -> tuple[int, ...] | None:
+    """The grid of an image of those pixels."""
+    embed = model.patch_embed
+    if tuple(sizes) == tuple(embed.img_size or ()):
+        return tuple(embed.grid_size)
+    if not getattr(model, "dynamic_img_size", not getattr(embed, "strict_img_size", True)):
+        raise InputError(
+            f"this model takes images of {'×'.join(map(str, embed.img_size))} pixels only, but {'×'.join(map(str, sizes))} was "
+            "given: create it with dynamic_img_size=True, or another img_size"
+        )
+    if type(embed) is PatchEmbed:
+        patches = zip(sizes, embed.patch_size, strict=True)
+        return tuple(-(-size // patch) if embed.dynamic_img_pad else size // patch for size, patch in patches)
+    return _run_without_data(embed, sizes)[0]
+
+
+def _run_without_data(embed: Any, sizes: Sequence[int]) -> tuple[tuple[int, ...], int]:
+    """The grid that an embedding of any kind makes, and its multiply-adds: it runs on shapes alone."""
+    first = next(m for m in embed.modules() if isinstance(m, nn.Conv2d))
+    shapes = {name: tensor.to("meta") for name, tensor in (*embed.named_parameters(), *embed.named_buffers())}
+    seen: list[tuple[int, ...]] = []
+    hook = embed.proj.register_forward_hook(lambda module, args, output: seen.append(tuple(output.shape[2:])))
+    try:
+        with FlopCounterMode(display=False) as counter:
+            torch.func.functional_call(embed, shapes, torch.empty(1, first.in_channels, *sizes, device="meta"))
+    finally:
+        hook.remove()
+    return seen[-1], int(counter.get_total_flops()) // 2
+
+
+SHAPES: dict[str, Any] = {
+    "grid": lambda model: tuple(model.patch_embed.grid_size),
+    "embed": lambda model: model.patch_embed.proj,
+    "grid_at": _grid_at,
+}
+"""How many patches there are: configured, seen in a pass, and for images of any size."""
+
+
+def _model_cost(model: Any) -> Ends:
     heads = [getattr(model, name, None) for name in ("head", "head_dist")]
     head = linear_weights(*(m for m in heads if m is not None))
     pool, kind = getattr(model, "attn_pool", None), _pool_kind(model)
     if kind == "prr":  # attention without weights, over the unmerged tokens
-        head += 2 * model.embed_dim * (model.patch_embed.num_patches + model.num_prefix_tokens) ** 2
+        return Ends(stem_cost(model), head, head_per_pair=2 * model.embed_dim)
     if kind != "map" or pool is None:
-        return stem_cost(model), head, 0
+        return Ends(stem_cost(model), head)
     per_token = linear_weights(pool.kv) + 2 * pool.latent_len * pool.num_heads * pool.head_dim
     head += linear_weights(pool) - linear_weights(pool.kv)
     if not model.pool_include_prefix:  # prefix tokens come out of the blocks, but are not pooled
         head -= per_token * model.num_prefix_tokens
-    return stem_cost(model), head, per_token
+    return Ends(stem_cost(model), head, per_token)
 
 
 def _is_mae(model: Any) -> bool:
@@ -290,13 +319,14 @@ def _vit_row(model: type[nn.Module]) -> ModelFamily:
         tokens=lambda model: int(model.patch_embed.num_patches + model.num_prefix_tokens),
         pooling=_pooling,
         channels=lambda model: int(model.embed_dim),
-        grid=lambda model: tuple(model.patch_embed.grid_size),
         input_shape=image_shape,
+        **SHAPES,
         output="merged",
         norms=lambda model: [model.norm],
         cost=_model_cost,
         mae=_is_mae,
         needs_plans=lambda model: _pool_kind(model) == "prr",
+        emits=lambda model: _pool_kind(model) == "",
         refuse=_refuse_model,
     )
 

@@ -11,7 +11,8 @@ from torch import nn
 
 from tokenmerge.patching.families.family import BlockFamily, ModelFamily
 from tokenmerge.patching.families.transformers.blocks import LAYERS, WITHOUT_MASK
-from tokenmerge.patching.families.transformers.models import MISREADERS, TOWERS
+from tokenmerge.patching.families.transformers.models import TOWERS
+from tokenmerge.patching.families.transformers.readers import READERS
 from tokenmerge.patching.families.transformers.refused import REFUSED
 
 NAMES = "transformers' plain vision, video and audio transformers"
@@ -42,8 +43,8 @@ def block_row(cls: type[nn.Module]) -> BlockFamily | None:
 
 
 def misread(cls: type[nn.Module]) -> str | None:
-    """Why a module around a tower would misread merged tokens, where that is known."""
-    return MISREADERS.get(_key(cls))
+    """Why a module around a tower would misread merged tokens; empty if it would not, `None` if that is not known."""
+    return READERS.get(_key(cls))
 
 
 def why_not(cls: type[nn.Module]) -> str | None:

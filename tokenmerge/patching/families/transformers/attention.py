@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from tokenmerge.attention.tap import inside
+from tokenmerge.attention.tap import context
 
 CAN_CARRY = ("eager", "sdpa")
 """Implementations that add a mask `[B, 1, 1, N]` to their scores; flash attention reads it as padding instead."""
@@ -23,7 +23,7 @@ def _attention_with_sizes(
 
     Where that is "eager", upstream's own eager function may ignore masks, so scores and weights are made here.
     """
-    bias = inside().bias
+    bias = context().bias
     scaling, dropout = kwargs["scaling"], kwargs.get("dropout", 0.0)
     if module.config.chosen_attention != "eager":
         out = F.scaled_dot_product_attention(query, key, value, attn_mask=bias, dropout_p=dropout, scale=scaling)
@@ -66,7 +66,7 @@ class TakesSizes:
     def config(self: Any) -> Any:
         """The model's config, or one that routes attention through the sizes."""
         own = self._tokenmerge_config
-        return own if inside().bias is None else _WithSizes(own)
+        return own if context().bias is None else _WithSizes(own)
 
     @config.setter
     def config(self: Any, value: Any) -> None:
@@ -78,7 +78,7 @@ class TurnsByPosition(TakesSizes):
 
     def get_position_ids(self: Any, x: Tensor, masks: Tensor | None = None) -> Any:
         """Frame, row and column of each token, fractional for merged ones; `[B, 1, N]` each."""
-        positions = inside().positions
+        positions = context().positions
         if positions is None:
             return super().get_position_ids(x, masks=masks)  # type: ignore[misc]
         return tuple(positions[:, None, :, axis].to(x.dtype) for axis in range(3))
@@ -89,7 +89,7 @@ class FollowsTokens:
 
     def forward(self, window_size: Any, interpolate_pos_encoding: bool = False, dim_size: int | None = None) -> Tensor:
         """Upstream's bias `[1, H, N0, N0]`, for the current tokens `[B, H, N, N]`."""
-        pairs, upstream = inside().pairs, super().forward  # type: ignore[misc]
+        pairs, upstream = context().pairs, super().forward  # type: ignore[misc]
         if pairs is None:
             return upstream(window_size, interpolate_pos_encoding, dim_size)  # type: ignore[no-any-return]
         return pairs(upstream(window_size, interpolate_pos_encoding, pairs.source.shape[1]))

@@ -260,9 +260,6 @@ LAYERS: dict[str, dict[str, Any]] = {
     "ijepa.IJepaLayer": _VIT,
     "vivit.VivitLayer": _VIT,
     "audio_spectrogram_transformer.ASTLayer": _VIT,
-    "pixio.PixioLayer": pre_norm(
-        "layernorm_before attention dropout drop_path", "layernorm_after mlp dropout drop_path"
-    ),
     "dinov2.Dinov2Layer": _DINO,
     "dinov2_with_registers.Dinov2WithRegistersLayer": _DINO,
     "dinov3_vit.DINOv3ViTLayer": {**_DINO, "rope": "position_embeddings", "example": _identity_rotation},

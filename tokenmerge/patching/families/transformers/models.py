@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from tokenmerge.attention.rotary import Rotary, axial_rotary
+from tokenmerge.flops import Ends
 
 Grid = tuple[int, ...] | None
 
@@ -151,17 +152,35 @@ def _pixtral_table(model: Any, index: int) -> Any:
 # --- rows --------------------------------------------------------------------------------------------------
 
 
-def _stem_cost(model: Any, grid: Grid) -> int:
-    """Multiply-adds of the embeddings' convolutions."""
-    if hasattr(model, "conv1"):  # Whisper: the second convolution halves the length
-        frames = int(model.config.max_source_positions)
-        return int(model.conv1.weight.numel() * 2 * frames + model.conv2.weight.numel() * frames)
+def _convolutions(model: Any) -> list[Any]:
+    """The convolutions that make patches of an input, in order."""
+    if hasattr(model, "conv1"):  # Whisper: the second one halves the length
+        return [model.conv1, model.conv2]
     blocks = [m for layer in model.modules() if isinstance(layer, nn.ModuleList) for m in layer.modules()]
     inside_blocks = {id(m) for m in blocks}
-    convolutions = [
-        m for m in model.modules() if isinstance(m, nn.Conv1d | nn.Conv2d | nn.Conv3d) and id(m) not in inside_blocks
-    ]
-    return int(sum(m.weight.numel() for m in convolutions[:1]) * math.prod(grid or (0,)))
+    kinds = nn.Conv1d | nn.Conv2d | nn.Conv3d
+    return [m for m in model.modules() if isinstance(m, kinds) and id(m) not in inside_blocks][:1]
+
+
+def _grid_at(model: Any, sizes: Sequence[int]) -> tuple[int, ...] | None:
+    """The grid of an input of those sizes, by the arithmetic of its convolutions."""
+    convolutions, grid = _convolutions(model), tuple(sizes)
+    for convolution in convolutions:
+        padding = convolution.padding if isinstance(convolution.padding, tuple) else (0,) * len(grid)
+        numbers = zip(grid, convolution.kernel_size, convolution.stride, padding, convolution.dilation, strict=True)
+        grid = tuple(
+            (size + 2 * pad - dilation * (kernel - 1) - 1) // stride + 1
+            for size, kernel, stride, pad, dilation in numbers
+        )
+    return grid if convolutions else None
+
+
+def _stem_cost(model: Any, patches: int) -> int:
+    """Multiply-adds of the embeddings' convolutions."""
+    convolutions = _convolutions(model)
+    if len(convolutions) == 2:
+        return int(convolutions[0].weight.numel() * 2 * patches + convolutions[1].weight.numel() * patches)
+    return int(sum(m.weight.numel() for m in convolutions) * patches)
 
 
 def tower(
@@ -172,7 +191,7 @@ def tower(
     pooling: str = "class token",
     tokens: Callable[[Any], int] | None = None,
     readers: Sequence[str] = (),
-    merged_output: Sequence[str] = (),
+    merged_output: Sequence[str] | Callable[[Any], list[str]] = (),
     norm: str = "",
     **seams: Any,
 ) -> dict[str, Any]:
@@ -186,7 +205,7 @@ def tower(
         pooling: how heads read the tokens, in words.
         tokens: patches at the config's own size, where there is no grid.
         readers: modules that must get unmerged tokens when merged ones leave the last layer.
-        merged_output: why merged tokens may not leave the last layer.
+        merged_output: why merged tokens may not leave the last layer: what the model's own modules do with them.
         norm: the module after the last layer, through which sizes pass on.
         seams: further fields of `ModelFamily`.
     """
@@ -213,18 +232,29 @@ def tower(
         "grid": lambda model: grid(model.config),
         "input_shape": lambda model: inputs(model.config),
         "pooling": lambda model: pooling,
-        "cost": lambda model: (_stem_cost(model, (patches(model),)), 0, 0),
+        "embed": lambda model: next(reversed(_convolutions(model)), None),
+        "grid_at": _grid_at if tokens is None else None,  # some of the patches are masked out, or of no grid
+        "cost": lambda model: Ends(_stem_cost(model, patches(model))),
         "collectors": collectors,
         "readers": lambda model: present(model, readers),
         "norms": lambda model: present(model, [norm]),
-        "merged_output": lambda model: list(merged_output),
+        "merged_output": merged_output if callable(merged_output) else lambda model: list(merged_output),
+        "emits": lambda model: True,
         **seams,
     }
 
 
-_MEAN = "heads on top of it average its tokens without sizes"
-_SHUFFLED = "what reads it shuffles its tokens on their grid"
-_CROSS = "the cross-attention of what reads it would not know the sizes"
+def _first_token_pooler(model: Any) -> list[str]:
+    return [] if getattr(model, "pooler", None) is None else ["its pooler takes the first patch for a class token"]
+
+
+def _averaging_pooler(model: Any) -> list[str]:
+    pooler = getattr(model, "pooler", None)
+    averages = pooler is not None and getattr(pooler, "layernorm", None) is not None
+    return ["its pooler averages its tokens without sizes"] if averages else []
+
+
+_MAPS = "it gives its tokens out as maps, on their grid"
 _POOLER: dict[str, Any] = {"norm": "layernorm"}
 _CLIP: dict[str, Any] = {"blocks": "encoder.layers", "norm": "post_layernorm"}
 _SIGLIP: dict[str, Any] = {
@@ -234,7 +264,6 @@ _SIGLIP: dict[str, Any] = {
     "readers": ("head",),
 }
 _DINO: dict[str, Any] = {
-    "merged_output": [_MEAN],
     "pooling": "class token, and mean of unmerged tokens",
     "norm": "layernorm",
 }
@@ -250,9 +279,11 @@ TOWERS: dict[str, dict[str, Any]] = {
         mae=lambda model: True,
         **_POOLER,
     ),
-    "ijepa.IJepaModel": tower(prefix=0, pooling="mean of unmerged tokens", merged_output=[_MEAN], **_POOLER),
+    "ijepa.IJepaModel": tower(
+        prefix=0, pooling="mean of unmerged tokens", merged_output=_first_token_pooler, **_POOLER
+    ),
     "dinov2.Dinov2Model": tower(blocks="encoder.layer", **_DINO),
-    "dinov2.Dinov2Backbone": tower(blocks="encoder.layer", always_collects=True, **_DINO),
+    "dinov2.Dinov2Backbone": tower(blocks="encoder.layer", always_collects=True, merged_output=[_MAPS], **_DINO),
     "dinov2_with_registers.Dinov2WithRegistersModel": tower(blocks="encoder.layer", prefix=_with_registers, **_DINO),
     "dinov2_with_registers.Dinov2WithRegistersBackbone": tower(
         blocks="encoder.layer", prefix=_with_registers, always_collects=True, **_DINO
@@ -270,17 +301,18 @@ TOWERS: dict[str, dict[str, Any]] = {
         rotary=_dinov3_rotary,
         rotary_example=_dinov3_table,
         always_collects=True,
+        merged_output=[_MAPS],
         **{**_DINO, "norm": "norm"},
     ),
     "beit.BeitModel": tower(
         pooling="class token or mean of unmerged tokens",
-        merged_output=["its pooler averages its tokens without sizes"],
+        merged_output=_averaging_pooler,
         **_POOLER,
     ),
     "data2vec_vision.Data2VecVisionModel": tower(
         blocks="encoder.layer",
         pooling="class token or mean of unmerged tokens",
-        merged_output=["its pooler averages its tokens without sizes"],
+        merged_output=_averaging_pooler,
         **_POOLER,
     ),
     "clip.CLIPVisionModel": tower(**_CLIP),
@@ -297,12 +329,12 @@ TOWERS: dict[str, dict[str, Any]] = {
         merged_output=["its head masks padding by position"],
     ),
     "idefics2.Idefics2VisionTransformer": tower(**{**_CLIP, "prefix": 0, "pooling": "none"}),
-    "idefics3.Idefics3VisionTransformer": tower(**{**_CLIP, "prefix": 0, "pooling": "none"}, merged_output=[_SHUFFLED]),
-    "smolvlm.SmolVLMVisionTransformer": tower(**{**_CLIP, "prefix": 0, "pooling": "none"}, merged_output=[_SHUFFLED]),
+    "idefics3.Idefics3VisionTransformer": tower(**{**_CLIP, "prefix": 0, "pooling": "none"}),
+    "smolvlm.SmolVLMVisionTransformer": tower(**{**_CLIP, "prefix": 0, "pooling": "none"}),
     "janus.JanusVisionModel": tower(**{**_CLIP, "prefix": 0, "pooling": "class token"}),
-    "blip.BlipVisionModel": tower(**_CLIP, merged_output=[_CROSS]),
-    "blip_2.Blip2VisionModel": tower(**_CLIP, merged_output=[_CROSS]),
-    "instructblip.InstructBlipVisionModel": tower(**_CLIP, merged_output=[_CROSS]),
+    "blip.BlipVisionModel": tower(**_CLIP),
+    "blip_2.Blip2VisionModel": tower(**_CLIP),
+    "instructblip.InstructBlipVisionModel": tower(**_CLIP),
     "aimv2.Aimv2VisionModel": tower(**{**_SIGLIP, "norm": "rms_norm"}),
     "pixtral.PixtralVisionModel": tower(
         blocks="transformer.layers",
@@ -310,9 +342,8 @@ TOWERS: dict[str, dict[str, Any]] = {
         pooling="none",
         rotary=_pixtral_rotary,
         rotary_example=_pixtral_table,
-        merged_output=["what reads it splits its tokens by the sizes of the images"],
     ),
-    "internvl.InternVLVisionModel": tower(blocks="encoder.layer", pooling="none", merged_output=[_SHUFFLED]),
+    "internvl.InternVLVisionModel": tower(blocks="encoder.layer", pooling="none"),
     "vivit.VivitModel": tower(grid=_video, inputs=_frames, **_POOLER),
     "videomae.VideoMAEModel": tower(
         blocks="encoder.layer",
@@ -320,7 +351,6 @@ TOWERS: dict[str, dict[str, Any]] = {
         grid=_video,
         inputs=_frames,
         pooling="mean of unmerged tokens",
-        merged_output=[_MEAN],
         mae=lambda model: True,
         **_POOLER,
     ),
@@ -340,21 +370,6 @@ TOWERS: dict[str, dict[str, Any]] = {
         grid=_sound,
         inputs=_mel,
         pooling="the decoder's cross-attention over unmerged tokens",
-        merged_output=["the decoder's cross-attention would not know the sizes"],
     ),
 }
 """Model class, as `module.Class` below `transformers.models`, to its seams."""
-
-_AVERAGES, _GRID = "averages its tokens without sizes", "puts its tokens on their grid"
-MISREADERS: dict[str, str] = {
-    name: f"{name.partition('.')[2]} {reason}"
-    for name, reason in {
-        "clip.CLIPForImageClassification": _AVERAGES,
-        "siglip.SiglipForImageClassification": _AVERAGES,
-        "siglip2.Siglip2ForImageClassification": _AVERAGES,
-        "metaclip_2.MetaClip2ForImageClassification": _AVERAGES,
-        "vit.ViTForMaskedImageModeling": _GRID,
-        "deit.DeiTForMaskedImageModeling": _GRID,
-    }.items()
-}
-"""Models around a tower that would misread merged tokens, and why."""

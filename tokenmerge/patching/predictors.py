@@ -1,68 +1,19 @@
-"""Trained heads that say which tokens a block may drop (DynamicViT).
-
-Everything else in this library works off the shelf. A predictor does not: it is a small network inside a block, with
-weights of its own, which `tokenmerge train --matcher dynamicvit` trains together with the model.
-"""
+"""Trained predictors in the blocks of a model: putting them in, training them, keeping them in a file."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from tokenmerge.errors import ConfigError, InputError, PatchError
-from tokenmerge.patching.rule import PREDICTOR
+from tokenmerge.matching.learned import PREDICTOR, TokenPredictor
 from tokenmerge.patching.target import find_target
 
 FILE = "tokenmerge/predictors.safetensors"
 """The file in a trained model's folder; in a folder of its own, because timm takes any weights beside a model for the model's."""
-
-
-class TokenPredictor(nn.Module):
-    """Tokens -> log-probabilities of staying and of going (Rao et al. 2021, section 3.2).
-
-    Half of the channels of a projection describe the token, the mean of the other half over all tokens that are still
-    there describes the image; both together are classified by a network of three layers.
-
-    Args:
-        channels: C of the tokens.
-
-    Attributes:
-        kept: `[B]`, the part of the tokens that the latest training pass kept, with its gradient.
-    """
-
-    kept: Tensor | None
-
-    def __init__(self, channels: int) -> None:
-        super().__init__()
-        if channels % 4:
-            raise ConfigError(
-                f"a predictor halves its channels twice, but the model has {channels}: choose another matcher"
-            )
-        self.channels = channels
-        self.project = nn.Sequential(nn.LayerNorm(channels), nn.Linear(channels, channels), nn.GELU())
-        half, quarter = channels // 2, channels // 4
-        self.classify = nn.Sequential(
-            nn.Linear(channels, half), nn.GELU(), nn.Linear(half, quarter), nn.GELU(), nn.Linear(quarter, 2)
-        )
-        self.kept = None
-
-    def forward(self, tokens: Tensor, size: Tensor) -> Tensor:
-        """`[B, M, C]` and what each token counts in the mean `[B, M]` -> `[B, M, 2]`, log-probabilities."""
-        x = self.project(tokens.to(next(self.parameters()).dtype))
-        own, shared = x.chunk(2, dim=2)
-        weight = size.to(x.dtype).unsqueeze(2)
-        mean = (shared * weight).sum(dim=1, keepdim=True) / weight.sum(dim=1, keepdim=True).clamp_min(1e-6)
-        scores: Tensor = self.classify(torch.cat([own, mean.expand_as(own)], dim=2))
-        return F.log_softmax(scores.float(), dim=2)
-
-    def __getstate__(self) -> dict[str, Any]:
-        """Copies do not take part in the graph of the latest pass."""
-        return {**self.__dict__, "kept": None}
 
 
 def add_predictors(model: nn.Module, blocks: Sequence[int]) -> None:

@@ -1,12 +1,21 @@
-"""Attention masks given by the caller, read as padding."""
+"""How a pass begins: what is seen of its tokens, padding read off attention masks, and their coordinates."""
 
 from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from tokenmerge.errors import PatchError
-from tokenmerge.ops.exporting import is_exporting
+from tokenmerge.ops.basics import unit
+from tokenmerge.ops.modes import is_exporting
+from tokenmerge.patching.hooks import full_wanted, take_grid
+from tokenmerge.patching.record import BlockRecord
+from tokenmerge.patching.state import Pass, TokenState, attach
+from tokenmerge.schedule import cut
 
 _MASKED = -1e4  # additive masks use −inf or the smallest number of their dtype
 
@@ -89,7 +98,62 @@ def apart_from_padding(metric: Tensor, size: Tensor) -> Tensor:
     merges first; of a token with padding −1/√2, so that they meet only where a token has no other partner
     (and then padding, having size 0, changes nothing).
     """
-    metric = metric.detach().float()
-    unit = metric / torch.linalg.vector_norm(metric, dim=2, keepdim=True).clamp_min(1e-12)
     real = (size > 0).unsqueeze(2)
-    return torch.cat([torch.where(real, unit, 0.0), torch.where(real, 1.0, -1.0)], dim=2)
+    return torch.cat([torch.where(real, unit(metric.detach()), 0.0), torch.where(real, 1.0, -1.0)], dim=2)
+
+
+def begin_pass(record: BlockRecord, x: Tensor, mask: Tensor | None) -> TokenState:
+    """The state of tokens that nothing has merged yet: counted, and on their grid, as they arrive.
+
+    Raises:
+        PatchError: if blocks before this one have merged, so that a state should have come, or the mask is no padding.
+    """
+    settings, (batch, tokens) = record.model.settings, x.shape[:2]
+    schedule = settings.schedule_for(tokens)
+    if any(schedule[: record.index]):
+        raise PatchError(
+            f"block {record.index} received tokens without their sizes although earlier blocks merge, so something between the "
+            "blocks made a new tensor (a hook, an adapter, reentrant checkpointing), or the model was patched while it ran: let "
+            "hooks give tokenmerge.carry(new, like=old), and use use_reentrant=False"
+        )
+    size, grid = padding_sizes(mask, batch, tokens), take_grid(record.model)
+    if grid is not None and math.prod(grid) != tokens - settings.protected:
+        grid = None  # patches were dropped or masked out since
+    entry = settings.entry
+    if not (entry.adaptive or entry.learned):  # which may leave other numbers of tokens
+        schedule = cut(schedule, tokens, settings.protected, entry.most)
+    run = Pass(settings, batch, tokens, grid, schedule, full_wanted(), size, size is not None)
+    state = TokenState(run, size)
+    if not torch.compiler.is_compiling():
+        record.model.began(run)
+        if torch.is_grad_enabled():
+            attach(x, state)  # gradient checkpointing finds it when it runs the block again
+    return state
+
+
+def with_positions(block: Any, x: Tensor, state: TokenState, given: dict[str, Any]) -> TokenState:
+    """The state with the coordinates of its tokens, from the first block that needs to move them.
+
+    Raises:
+        PatchError: if there are positions for another number of tokens.
+    """
+    record: BlockRecord = block._tokenmerge
+    family, protected = record.family, state.run.settings.protected
+    if not state.run.schedule[record.index]:
+        return state
+    if family.positions is not None:
+        positions = family.positions(block, x)
+    elif family.rope is not None and record.rotary is not None and given.get(family.rope) is not None:
+        positions = record.rotary.positions(given[family.rope])
+    else:
+        return state
+    batch, tokens, _ = x.shape
+    prefix = tokens - positions.shape[1]
+    if prefix != protected:
+        raise PatchError(
+            f"block {record.index} received {tokens} tokens with positions for {positions.shape[1]}, but "
+            f"{tokens - protected} were expected (all but the {protected} prefix tokens): do not drop tokens "
+            "or change the image size of this model while it merges"
+        )
+    positions = torch.nn.functional.pad(positions.expand(batch, -1, -1), (0, 0, prefix, 0))
+    return dataclasses.replace(state, positions=positions)

@@ -1,0 +1,110 @@
+"""Which values an option may have, read off its annotation.
+
+`int`, `float`, `str`, `bool`, `Literal[…]`, lists and unions of them mean what they say; numbers are finite. `Annotated`
+adds what Python cannot say: `Annotated[int, AtLeast(1)]`, `Annotated[list[float], PerBlock()]`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import inspect
+import math
+import types
+import typing
+from typing import Annotated, Any, Literal
+
+_WORDS = {int: "a whole number", float: "a finite number", str: "text", bool: "true or false"}
+
+
+@dataclasses.dataclass(frozen=True)
+class AtLeast:
+    """The least value of a number."""
+
+    low: float
+
+    def fault(self, value: Any) -> str | None:
+        """What is wrong with a value."""
+        return None if value >= self.low else f"at least {self.low:g}"
+
+
+@dataclasses.dataclass(frozen=True)
+class Within:
+    """The least and the largest value of a number."""
+
+    low: float
+    high: float
+
+    def fault(self, value: Any) -> str | None:
+        """What is wrong with a value."""
+        return None if self.low <= value <= self.high else f"between {self.low:g} and {self.high:g}"
+
+
+@dataclasses.dataclass(frozen=True)
+class PerBlock:
+    """A list with one entry for each block of the model."""
+
+    def fault(self, value: Any) -> str | None:
+        """Nothing: how many blocks there are is known when a model is patched."""
+        return None
+
+
+@functools.cache
+def hints_of(function: Any) -> dict[str, Any]:
+    """The annotations of a function's parameters, as types; those that cannot be read are left out."""
+    function = inspect.unwrap(function)
+    found = {}
+    for name, hint in getattr(function, "__annotations__", {}).items():
+        if isinstance(hint, str):
+            try:
+                hint = eval(hint, function.__globals__)  # (the code of the function itself, not of a user)
+            except Exception:  # a name that is there for type checkers alone
+                continue
+        if name != "return" and _known(hint):
+            found[name] = hint
+    return found
+
+
+def _known(hint: Any) -> bool:
+    """Whether `fault_of` can tell."""
+    origin, parts = typing.get_origin(hint), typing.get_args(hint)
+    if origin is Annotated:
+        return _known(parts[0])
+    if origin in (typing.Union, types.UnionType, list):
+        return all(_known(part) for part in parts)
+    return origin is Literal or hint in _WORDS or hint is type(None)
+
+
+def per_block(hint: Any) -> bool:
+    """Whether a list of that type has one entry for each block."""
+    parts = typing.get_args(hint)
+    if typing.get_origin(hint) is Annotated:
+        return any(isinstance(part, PerBlock) for part in parts[1:])
+    return any(per_block(part) for part in parts)
+
+
+def fault_of(value: Any, hint: Any) -> str | None:
+    """What a value should be, in words, if it is not of the type; `None` if it is."""
+    origin, parts = typing.get_origin(hint), typing.get_args(hint)
+    if origin is Annotated:
+        fault = fault_of(value, parts[0])
+        return fault or next((found for rule in parts[1:] if (found := rule.fault(value))), None)
+    if origin in (typing.Union, types.UnionType):
+        faults = [fault_of(value, part) for part in parts]
+        return None if None in faults else " or ".join(str(fault) for fault in faults)
+    if origin is Literal:
+        return None if value in parts and not isinstance(value, bool) else f"one of {', '.join(map(str, parts))}"
+    if origin is list:
+        if not isinstance(value, list | tuple):
+            return "a list"
+        return next((f"a list, each entry {fault}" for entry in value if (fault := fault_of(entry, parts[0]))), None)
+    if hint is type(None):
+        return None if value is None else "none"
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    fits = {
+        int: number and isinstance(value, int),
+        float: number and math.isfinite(value),
+        str: isinstance(value, str),
+        bool: isinstance(value, bool),
+    }
+    return None if fits[hint] else _WORDS[hint]

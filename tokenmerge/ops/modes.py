@@ -1,0 +1,29 @@
+"""What PyTorch is doing right now: exporting, or running on tensors without values; right in every supported version."""
+
+from __future__ import annotations
+
+import sys
+
+import torch
+from torch import Tensor, nn
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def is_exporting() -> bool:
+    """Whether `torch.export` or the ONNX exporter traces the model: compiling it is not exporting it.
+
+    In torch 2.11, Dynamo takes `torch.compiler.is_exporting()` for true wherever it compiles. It runs this function
+    instead of tracing it, so that the answer is Python's own.
+    """
+    return torch.compiler.is_exporting()
+
+
+def has_values(x: Tensor) -> bool:
+    """Whether there are numbers in `x` that could be looked at: it is neither on the "meta" device nor a fake tensor."""
+    fakes = sys.modules.get("torch._subclasses.fake_tensor")  # nobody has made one before it is imported
+    return not x.is_meta and (fakes is None or not isinstance(x, fakes.FakeTensor))
+
+
+def lacks_values(module: nn.Module) -> bool:
+    """Whether a parameter of the module has no numbers, so that nothing can be tried on it."""
+    return not all(has_values(parameter) for parameter in module.parameters())

@@ -1,0 +1,149 @@
+"""What surrounds the blocks: what is noted before the first one, and how sizes pass norms and reach readers.
+
+Hooks are module-level functions: closures would break when a model is copied.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tokenmerge.errors import PatchError
+from tokenmerge.patching.record import RECORD, BlockRecord, ModelRecord
+from tokenmerge.patching.state import STATE, attach, needed_state, plans_needed, state_of
+
+
+class _Ahead(threading.local):
+    """What is known before the first block, which takes it; one per thread.
+
+    Attributes:
+        full: whether the pass shall hand on unmerged tokens.
+        owner: the module within which it shall; `None` for `full_outputs`.
+        grid: patches along each axis that the embedding of a model has made.
+        grid_of: that model's record.
+    """
+
+    full = False
+    owner: nn.Module | None = None
+    grid: tuple[int, ...] | None = None
+    grid_of: ModelRecord | None = None
+
+
+_ahead = _Ahead()
+
+
+def full_wanted() -> bool:
+    """Whether passes that begin now in this thread hand on unmerged tokens."""
+    return _ahead.full
+
+
+def take_grid(record: ModelRecord) -> tuple[int, ...] | None:
+    """The grid that the embedding of this very model has just made in this thread, once; `None` if it made none."""
+    grid, whose = _ahead.grid, _ahead.grid_of
+    _ahead.grid = _ahead.grid_of = None
+    return grid if whose is record else None
+
+
+def note_grid(module: Any, args: tuple[Any, ...], output: Tensor) -> None:
+    """Forward hook of the convolution that makes patches: `[B, C, *grid]`."""
+    _ahead.grid, _ahead.grid_of = tuple(output.shape[2:]), getattr(module, RECORD, None)
+
+
+@contextlib.contextmanager
+def full_outputs() -> Iterator[None]:
+    """Passes that begin within it hand on unmerged tokens; what a pass began with stays, also when it is recomputed."""
+    before, _ahead.full = _ahead.full, True
+    try:
+        yield
+    finally:
+        _ahead.full = before
+
+
+def collect_if_asked(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Forward pre-hook of modules that may collect what their blocks put out (`output_hidden_states`)."""
+    wanted = kwargs.get("output_hidden_states")
+    if wanted is None:
+        wanted = getattr(getattr(module, "config", None), "output_hidden_states", False)
+    if wanted is not False and wanted is not None and not _ahead.full:
+        _ahead.full, _ahead.owner = True, module
+
+
+def collect(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """The same for modules that always collect: backbones."""
+    if not _ahead.full:
+        _ahead.full, _ahead.owner = True, module
+
+
+def end_collecting(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+    """Forward hook, called also after an error: the wish for full outputs ends with its module."""
+    if _ahead.owner is module:
+        _ahead.full, _ahead.owner = False, None
+
+
+def check_root(module: Any, args: tuple[Any, ...] = ()) -> None:
+    """Forward pre-hook of a patched model: what was changed behind the handle's back is noticed.
+
+    Raises:
+        PatchError: if `r` was set on the model, or blocks were added, exchanged or taken away.
+    """
+    if torch.compiler.is_compiling():  # (what is compiled was looked at before)
+        return
+    record: ModelRecord = getattr(module, RECORD)
+    outer = record.outer() if record.outer is not None else None
+    for owner in (module, outer):
+        if owner is not None and "r" in vars(owner):
+            raise PatchError(
+                f"r={vars(owner)['r']!r} was set on {type(owner).__name__}, which changes nothing: delete that attribute and write "
+                "tokenmerge.handle_of(model).update(r=…)"
+            )
+    check_blocks(record, record.settings.layers, module)
+
+
+def check_blocks(record: ModelRecord, layers: int, model: Any) -> None:
+    """Raise `PatchError` unless the blocks that the model runs are those that were patched."""
+    blocks = record.family.blocks(model)
+    if len(blocks) != layers:
+        raise PatchError(
+            f"the model has {len(blocks)} blocks, but {layers} were patched: unpatch before adding or removing blocks, and patch "
+            "again"
+        )
+    for index, block in enumerate(blocks):
+        own: BlockRecord | None = vars(block).get(RECORD)
+        if own is None or own.model is not record or own.index != index:
+            raise PatchError(
+                f"block {index} is not the one that was patched: unpatch before exchanging blocks, and patch again"
+            )
+
+
+def unmerge_input(module: Any, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
+    """Forward pre-hook of heads that read all tokens and know nothing of sizes: they get the unmerged ones.
+
+    Raises:
+        PatchError: if the tokens came without what says which patch each stands for.
+    """
+    record: ModelRecord = getattr(module, RECORD)
+    reader = type(module).__name__
+    state = needed_state(args[0], reader) if record.settings.merges else state_of(args[0])
+    if state is None or state.merged is not None:
+        return None
+    return (plans_needed(state, reader).unmerge(args[0]), *args[1:])
+
+
+class CarryThrough:
+    """Mix-in before modules that map tokens one by one (the final norm): the state passes through.
+
+    Not a hook, because hooks that ran before it may have put another tensor in place of what came in: FSDP2's do.
+    """
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """The module's call."""
+        output = super().__call__(*args, **kwargs)  # type: ignore[misc]  # nn.Module's
+        state = getattr(args[0], STATE, None) if args else None
+        if state is not None and state_of(output) is None:
+            attach(output, state)
+        return output

@@ -1,0 +1,123 @@
+"""What a block compares and offers to its matcher, where that is more than the paper's keys; and what fits together."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tokenmerge.attention.tap import Tap, class_attention
+from tokenmerge.config import FIELDS, MergeConfig
+from tokenmerge.errors import ConfigError, PatchError
+from tokenmerge.matching import check_options, get_entry
+from tokenmerge.matching.learned import PREDICTOR
+from tokenmerge.ops.basics import counting, unit
+from tokenmerge.patching.begin import apart_from_padding
+from tokenmerge.patching.record import BlockRecord
+from tokenmerge.patching.state import TokenState
+
+TENSORS = frozenset({"size", "tokens", "predictor", "values", "attention", "anchor"})
+"""What matchers may ask for that each block must make."""
+_FROM_ATTENTION = ("q", "v", "kv")
+
+
+def offered_by(config: MergeConfig, layers: int) -> dict[str, Any]:
+    """What a matcher is given that is the same in every block: its options, the fields it obeys, how many blocks there are."""
+    wanted = get_entry(config.matcher).offered
+    fields = {name for name, field in FIELDS.items() if field.metadata["by_matcher"]} & wanted
+    given: dict[str, Any] = {**config.options, **{name: getattr(config, name) for name in fields}}
+    return {**given, "layers": layers} if "layers" in wanted else given
+
+
+def looks_inside(config: MergeConfig) -> bool:
+    """Whether Q, K and V must be noted as attention uses them."""
+    from_attention = config.metric in _FROM_ATTENTION or (config.heads == "concat" and config.metric == "k")
+    return from_attention or get_entry(config.matcher).looks_inside
+
+
+def check_matching(config: MergeConfig, layers: int | None = None) -> None:
+    """Raise `ConfigError` unless the matcher can do what the config says of matching.
+
+    Args:
+        config: the settings.
+        layers: blocks of the model, where one is known.
+    """
+    entry = get_entry(config.matcher)
+    check_options(config.matcher, config.options, layers)
+    for name, field in FIELDS.items():
+        value, usual = getattr(config, name), field.default
+        if field.metadata["by_matcher"] and name not in entry.offered and value != usual and name != "backend":
+            raise ConfigError(f"{name}={value!r} means nothing to matcher {config.matcher!r}: leave it at {usual!r}")
+    if entry.most == "half":
+        keep = config.keep if isinstance(config.keep, list) else [config.keep or 1]
+        if min(keep) < 0.5:
+            raise ConfigError(
+                f"keep={config.keep!r}, but matcher {config.matcher!r} merges at most half of the tokens of a block: keep 0.5 or "
+                "more"
+            )
+    if config.place == "before":
+        if config.metric != "x_pre":
+            raise ConfigError(
+                f"place='before' merges before attention has made {config.metric!r}: give metric='x_pre' as well"
+            )
+        if entry.looks_inside:
+            raise ConfigError(
+                f"place='before' merges before attention runs, but matcher {config.matcher!r} looks at it: use place='between'"
+            )
+
+
+def metric_from(block: Any, x: Tensor, x_pre: Tensor | None, tap: Tap, state: TokenState) -> Tensor:
+    """The metric `[B, N, D]` without gradient: what the config says, with padding set apart."""
+    config = state.run.settings.config
+    if not state.run.settings.other_metric:
+        metric = x
+    elif config.metric in ("x", "x_pre"):
+        metric = x if config.metric == "x" or x_pre is None else x_pre
+        metric = metric.detach()
+    else:
+        per_head = [_inside(block, tap, part) for part in config.metric]
+        concat = config.heads == "concat"
+        parts = [part.transpose(1, 2).flatten(2) if concat else part.float().mean(dim=1) for part in per_head]
+        # each of several counts alike
+        metric = parts[0] if len(parts) == 1 else torch.cat([unit(part) for part in parts], dim=2)
+    if state.run.padded and state.size is not None:
+        metric = apart_from_padding(metric, state.size)
+    return metric
+
+
+def _inside(block: Any, tap: Tap, which: str) -> Tensor:
+    """Q, K or V as `[B, H, N, D]`, without gradient."""
+    if tap.inside is None:
+        record: BlockRecord = block._tokenmerge
+        raise PatchError(
+            f"block {record.index} should show {which.upper()}, but its attention did not call PyTorch's "
+            "scaled_dot_product_attention: switch the model to fused ('sdpa') attention, or use metric='k' and a matcher that "
+            "looks at keys alone"
+        )
+    query, key, value, _ = tap.inside
+    return {"q": query, "k": key, "v": value}[which].detach()
+
+
+def tensors_for(block: Any, x: Tensor, tap: Tap, state: TokenState) -> dict[str, Any]:
+    """The tensors that the matcher asks for, by name."""
+    settings = state.run.settings
+    wanted = settings.entry.offered
+    given: dict[str, Any] = {}
+    if "size" in wanted:
+        given["size"] = torch.ones(x.shape[:2], device=x.device) if state.size is None else state.size
+    if "tokens" in wanted:
+        given["tokens"] = x.detach()
+    if "predictor" in wanted:
+        given["predictor"] = getattr(block, PREDICTOR, None)
+    if "values" in wanted:
+        given["values"] = _inside(block, tap, "v")
+    if "attention" in wanted:
+        query, key = _inside(block, tap, "q"), _inside(block, tap, "k")
+        scale = 1.0 if tap.inside is None else tap.inside[3]
+        given["attention"] = class_attention(query, key, scale, state.size, settings.class_token)
+    if "anchor" in wanted:
+        anchor = state.anchor()
+        start = counting(x.shape[1], x.device).expand(x.shape[0], -1)
+        given["anchor"] = start if anchor is None else anchor
+    return given

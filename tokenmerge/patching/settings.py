@@ -1,0 +1,106 @@
+"""From a config to settings for one model, and to words about them."""
+
+from __future__ import annotations
+
+import torch
+
+from tokenmerge.attention.forms import Choice
+from tokenmerge.config import MergeConfig
+from tokenmerge.errors import ConfigError
+from tokenmerge.matching import get_entry
+from tokenmerge.ops.basics import autocast_dtype
+from tokenmerge.ops.choice import faults, triton_refusals
+from tokenmerge.patching.check import attention_choice, reaches_sdpa
+from tokenmerge.patching.match import TENSORS, check_matching, looks_inside, offered_by
+from tokenmerge.patching.record import Settings, resolved_schedule
+from tokenmerge.patching.swap import original_class
+from tokenmerge.patching.target import Target
+
+
+def settings_for(target: Target, config: MergeConfig, misreaders: tuple[str, ...] = ()) -> Settings:
+    """Everything a config means for a model; raises before anything is touched.
+
+    Args:
+        target: the model.
+        config: what the user asks for.
+        misreaders: why what reads the model's tokens would misread merged ones.
+
+    Raises:
+        ConfigError: if the model or the matcher cannot do what the config says.
+    """
+    family, model, entry = target.family, target.model, get_entry(config.matcher)
+    layers = len(target.blocks)
+    check_matching(config, layers)
+    name = original_class(model).__name__
+    inside = looks_inside(config)
+    if inside and not all(reaches_sdpa(row, block, target.channels) for block, row in target.blocks[:1]):
+        raise ConfigError(
+            f"metric={config.metric!r} with matcher {config.matcher!r} looks at Q, K and V, but the attention of "
+            f"{name} does not call PyTorch's scaled_dot_product_attention: switch it to fused ('sdpa') attention, or use a "
+            "matcher that looks at keys alone"
+        )
+    output = family.output if config.output == "auto" else config.output
+    reasons = [*family.merged_output(model), *misreaders] if output == "merged" else []
+    if reasons and config.output == "auto":
+        output, reasons = "full", []
+    if reasons:
+        raise ConfigError(
+            f"output='merged' would be silently wrong for {name} ({'; '.join(reasons)}): use output='full'"
+        )
+    if config.attention not in ("auto", "mask"):
+        attention_choice(target, config.attention)
+    cost = target.cost(config)
+    resolved_schedule(config, cost)  # or say why not
+    protected = cost.protected
+    needs_plans = (
+        family.needs_plans(model)
+        or any(row.needs_source for _, row in target.blocks)
+        or "anchor" in entry.offered
+        or bool(family.readers(model))
+    )
+    return Settings(
+        config=config,
+        entry=entry,
+        offered=offered_by(config, layers),
+        tensors=bool(entry.offered & TENSORS),
+        other_metric=config.metric != "k" or config.heads == "concat",
+        looks_inside=inside,
+        cost=cost,
+        layers=layers,
+        protected=protected,
+        # a model may have registers and no class token; where it cannot say, the first prefix token is one
+        class_token=protected > 0 and getattr(model, "cls_token", model) is not None,
+        prop_attn=not family.mae(model) if config.prop_attn == "auto" else bool(config.prop_attn),
+        full_output=output == "full",
+        merged_states=bool(family.collectors(model)) and output != "full",
+        keep_plans=config.trace is not False or needs_plans or output == "full",
+    )
+
+
+def matching_in_words(config: MergeConfig) -> str:
+    """The matcher, and what else of matching is not the paper's."""
+    changed = config.changed("matching")
+    options = changed.pop("options", {})
+    words = [f"{name} {value}" for name, value in changed.items() if name != "matcher"]
+    return ", ".join([config.matcher, *words, *(f"{name}={value}" for name, value in options.items())])
+
+
+def backend_choice(target: Target, config: MergeConfig) -> Choice:
+    """What runs matching and merging in the model as it is now, "triton" or "torch", and why."""
+    if config.backend == "torch":
+        return Choice("torch", "as the config asks")
+    tokens = next(target.model.parameters())
+    if config.backend == "auto" and not tokens.is_cuda:
+        return Choice("torch", f"the model is on {tokens.device.type!r}, and the kernels need a CUDA device")
+    dtype = autocast_dtype(tokens.device.type) or tokens.dtype
+    like = torch.empty(0, 1, 0, 64, dtype=dtype, device="meta" if tokens.is_meta else tokens.device)
+    reasons = [*triton_refusals(like, "match"), *triton_refusals(like.flatten(1, 2), "merge"), *faults(dtype)]
+    if reasons:
+        return Choice("torch", "; ".join(dict.fromkeys(reasons)))
+    parts = [
+        *(["matching"] if "backend" in get_entry(config.matcher).offered and config.distance == "cosine" else []),
+        *(["merging"] if config.combine == "mean" else []),
+    ]
+    if not parts:
+        return Choice("torch", f"there is no kernel for matcher {config.matcher!r} with combine={config.combine!r}")
+    return Choice("triton", f"{' and '.join(parts)} by kernels")
