@@ -1,4 +1,4 @@
-"""Write the flags of every command into its page under docs/commands, or check them.
+"""Write the flags of every command into its page under docs/commands, and every setting into docs/settings.md, or check them.
 
 python scripts/command_pages.py [--check]
 """
@@ -10,7 +10,15 @@ import sys
 from pathlib import Path
 
 from tokenmerge.cli import make_parser
+from tokenmerge.config import FIELDS, choices_of, help_of
 
+SETTINGS = Path(__file__).parents[1] / "docs" / "settings.md"
+GROUPS = {
+    "schedule": "How much merges: exactly one of these",
+    "matching": "What merges, and into what",
+    "running": "How it runs: no result changes",
+    "": "Everything else",
+}
 FOLDER = Path(__file__).parents[1] / "docs" / "commands"
 MARK = "<!-- written by scripts/command_pages.py -->\n"
 
@@ -47,11 +55,36 @@ def _cell(text: str) -> str:
     return " ".join(text.split()).replace("|", "\\|").replace("<", "&lt;")
 
 
+def settings_page() -> str:
+    """One table per group of fields of `MergeConfig`."""
+    lines = [
+        "# Settings",
+        "",
+        MARK.strip(),
+        "",
+        "These are the fields of `tokenmerge.MergeConfig`: keywords of `patch`, of `handle.update` and of `MergeConfig` itself, "
+        "and properties of a handle. A JSON file of them (`MergeConfig.to_json`) is a value of `--r`.",
+    ]
+    for group, title in GROUPS.items():
+        lines += ["", f"## {title}", "", "| setting | meaning | choices | default |", "|---|---|---|---|"]
+        for name, field in FIELDS.items():
+            if field.metadata["group"] == group:
+                choices = ", ".join(f"`{choice}`" for choice in choices_of(name))
+                default = {} if name == "options" else field.default
+                lines.append(f"| `{name}` | {_cell(help_of(name))} | {choices} | `{default}` |")
+    return "\n".join(lines) + "\n"
+
+
 def main() -> None:
     """Write or check."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", action="store_true", help="exit with 1 if a page is out of date")
     check = parser.parse_args().check
+    page = settings_page()
+    if check and (not SETTINGS.exists() or SETTINGS.read_text(encoding="utf-8") != page):
+        sys.exit(f"{SETTINGS} is out of date: run python scripts/command_pages.py")
+    if not check:
+        SETTINGS.write_text(page, encoding="utf-8")
     found = commands()
     pages = {path.stem for path in FOLDER.glob("*.md")}
     if pages != set(found):

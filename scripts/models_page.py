@@ -50,10 +50,14 @@ What every row passes: r = 0 is upstream to the bit; r > 0 equals an oracle made
 relative biases recomputed from the map; undone to the bit; deep copies; gradients of two checkpointed views; compiled
 blocks; single images; bfloat16.
 
-**Output.** Where heads are not told of sizes (everywhere but timm's `vision_transformer` and `deit`, and torchvision),
-unmerged tokens leave the last block: heads, decoders and language models then read what they would read without
-merging, in upstream's shapes. `output="merged"` hands on the merged ones where that can be right; "full only" says
-where it cannot, and is refused.
+**Output.** Where heads are not told of sizes (everywhere but timm's `vision_transformer` and `deit`, and
+torchvision), unmerged tokens leave the last block: heads, decoders and language models then read what they would read
+without merging, in upstream's shapes. `output="merged"` hands on the merged ones where that can be right. The tables
+say it of the model alone: "full only" marks models whose own head or pooler would misread merged tokens, so that they
+are refused. Modules around the model are asked, too: merged tokens are fine for a language model that takes as many
+as there are (LLaVA) and for a class token that is read alone; averages, cross-attention and layouts on a grid are
+refused, and so is any module that is not known. A bare encoder, such as `Dinov2Model` or `VideoMAEModel`, hands them
+to whoever patched it.
 
 **Positions.** `positions="mean"` (the default) puts a merged token at the size-weighted mean of its patches'
 coordinates, or gives it the mean relative bias of their pairs; `positions="destination"` takes those of the one token

@@ -225,6 +225,11 @@ class MergeConfig:
                 words = ", ".join(map(str, choices_of(name)))
                 raise ConfigError(f"{name}={value!r}, but it must be one of {words}: choose one of them")
 
+        if self.place == "before" and self.metric != "x_pre":
+            raise ConfigError(
+                f"place='before' merges before attention has made {self.metric!r}: give metric='x_pre' as well"
+            )
+
     def _check_fractions(self) -> None:
         keep = self.keep if isinstance(self.keep, list) else [] if self.keep is None else [self.keep]
         for value in keep:
@@ -270,6 +275,21 @@ class MergeConfig:
         if any(fields.get(name) is not None for name in SCHEDULE_FIELDS):
             fields = {**dict.fromkeys(SCHEDULE_FIELDS), **fields}
         return dataclasses.replace(config, **fields)
+
+    @property
+    def traces(self) -> bool:
+        """Whether passes are to be looked at."""
+        return self.trace is not False
+
+    @property
+    def looks(self) -> bool:
+        """Whether that goes for attention, too."""
+        return self.trace in ("attention", "rollout")
+
+    @property
+    def rolls_out(self) -> bool:
+        """Whether attention of all blocks is kept together."""
+        return self.trace == "rollout"
 
     @property
     def scheduled(self) -> bool:

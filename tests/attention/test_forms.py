@@ -133,18 +133,18 @@ def test_a_call_is_answered_in_its_thread_and_its_time_only() -> None:
         other = threading.Thread(target=F.scaled_dot_product_attention, args=(q, k, v))
         other.start()
         other.join()
-        assert tap.inside is None
+        early: Any = tap.inside
+        assert early is None
         F.scaled_dot_product_attention(q, k, v)
     assert tap.inside is not None
     assert tap.inside[1] is k
     with Tap() as outer:
-        with pytest.raises(RuntimeError), Tap(), AttentionCall(watch=True):
-            raise RuntimeError
+        with pytest.raises(ValueError, match="nope"), Tap(), AttentionCall(watch=True):
+            int("nope")
         assert open_tap() is outer
         F.scaled_dot_product_attention(q, k, v)
         assert outer.inside is None
-    after: Any = open_tap()
-    assert after is None
+    assert open_tap() is None
 
 
 @HERE

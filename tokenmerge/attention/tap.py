@@ -193,8 +193,15 @@ def projected_metric(x: Tensor, weight: Tensor, bias: Tensor | None, heads: int)
     return F.linear(x, mean_weight, mean_bias)
 
 
-def fused_metric(x: Tensor, weight: Tensor, bias: Tensor | None, heads: int) -> Tensor:
-    """`projected_metric` for a projection `[3·H·D, C]` that makes Q, K and V at once: its middle third makes K."""
+def fused_metric(x: Tensor, projection: Any, heads: int) -> Tensor:
+    """`projected_metric` for a linear layer that makes Q, K and V at once: its middle third makes K.
+
+    A quantised layer, whose weight is no plain tensor, runs as it is.
+    """
+    weight, bias = projection.weight, projection.bias
+    if not (isinstance(weight, Tensor) and type(weight) in (Tensor, torch.nn.Parameter)):
+        keys: Tensor = projection(x).chunk(3, dim=-1)[1]
+        return head_mean_untransposed(None, (keys.unflatten(-1, (heads, -1)),))
     width = weight.shape[0] // 3
     rows = slice(width, 2 * width)
     return projected_metric(x, weight[rows], None if bias is None else bias[rows], heads)

@@ -56,13 +56,18 @@ def bipartite_matching(
         InputError: if `metric` has another shape or is not floating point, or `r` or `protected` is negative.
         ConfigError: if `backend` is "triton" and cannot run, with the reasons.
     """
-    batch, tokens = metric.shape[0], metric.shape[-2]
     metric = metric.detach()
     if partition != "alternating":
-        order = partition_order(partition, tokens, protected, grid, layer, metric.device)
+        order = partition_order(partition, metric.shape[-2], protected, grid, layer, metric.device)
         if order is not None:
-            plan = bipartite_matching(metric.index_select(-2, order), r, protected, backend, distance)
+            plan = _alternating(metric.index_select(-2, order), r, protected, backend, distance)
             return MergePlan(order[plan.kept], order[plan.source], plan.target)
+    return _alternating(metric, r, protected, backend, distance)
+
+
+def _alternating(metric: Tensor, r: int, protected: int, backend: Backend, distance: Distance) -> MergePlan:
+    """The plan in which every second token is on side A."""
+    batch, tokens = metric.shape[0], metric.shape[-2]
     if distance != "cosine" and backend == "triton":
         raise ConfigError(
             f"backend='triton' cannot run: its kernels compare by cosine, not by {distance!r}: use backend='auto'"

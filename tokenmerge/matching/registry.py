@@ -13,6 +13,7 @@ from typing import Any, Protocol, TypeVar, cast
 
 from torch import Tensor
 
+from tokenmerge.config import MergeConfig
 from tokenmerge.errors import ConfigError, InputError
 from tokenmerge.matching.values import fault_of, hints_of, per_block
 from tokenmerge.plan import MergePlan
@@ -178,6 +179,15 @@ def get_entry(name: str) -> Entry:
         raise ConfigError(
             f"matcher={name!r} is not registered; known are {', '.join(sorted(_MATCHERS))}: choose one of them"
         ) from None
+
+
+def entry_for(config: MergeConfig) -> Entry:
+    """The matcher that a config names.
+
+    Raises:
+        ConfigError: if there is none of that name.
+    """
+    return get_entry(config.matcher)
 
 
 def get_matcher(name: str) -> Matcher:

@@ -124,10 +124,8 @@ def begin_pass(record: BlockRecord, x: Tensor, mask: Tensor | None) -> TokenStat
         schedule = cut(schedule, tokens, settings.protected, entry.most)
     run = Pass(settings, batch, tokens, grid, schedule, full_wanted(), size, size is not None)
     state = TokenState(run, size)
-    if not torch.compiler.is_compiling():
-        record.model.began(run)
-        if torch.is_grad_enabled():
-            attach(x, state)  # gradient checkpointing finds it when it runs the block again
+    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        attach(x, state)  # gradient checkpointing finds it when it runs the block again
     return state
 
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.fx import Proxy
 
 from tokenmerge.attention.call import AttentionCall
 from tokenmerge.attention.forms import running_form
@@ -17,6 +18,7 @@ from tokenmerge.ops.basics import take_rows
 from tokenmerge.ops.combine import merge_rows
 from tokenmerge.ops.modes import is_exporting
 from tokenmerge.patching.begin import begin_pass, padding_in_pairs, with_positions
+from tokenmerge.patching.leaf import as_leaf
 from tokenmerge.patching.look import Look, kept_for_looking, look_at, similarity_of
 from tokenmerge.patching.match import metric_from, tensors_for
 from tokenmerge.patching.record import BlockRecord, Settings
@@ -40,17 +42,19 @@ class MergeBlock:
         """The module's call. Hooks may put new tensors in place of what comes in (FSDP2's do, to learn when its gradient
         is there; those of device maps, to move it), so the state passes them as an argument.
         """
-        state = getattr(args[0], STATE, None) if args else None
+        state = getattr(args[0], STATE, None) if args and not isinstance(args[0], Proxy) else None
         if state is not None and state.merged is None:
             kwargs[STATE] = state
         return super().__call__(*args, **kwargs)  # type: ignore[misc]  # nn.Module's
 
-    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
-        """Upstream's block with tokens merged between attention and MLP (paper, figure 2).
+    def forward(self, x: Any, *args: Any, **kwargs: Any) -> Any:
+        """Upstream's block with tokens merged between attention and MLP (paper, figure 2); one node for torch.fx.
 
         Raises:
             PatchError: if the sizes were lost on the way, or an argument cannot be obeyed while merging.
         """
+        if isinstance(x, Proxy) and self._tokenmerge.model.settings.merges:
+            return as_leaf(self, x, *args, **kwargs)
         state, given = _arrive(self, x, args, kwargs)
         if state is None:  # nothing merges anywhere: upstream's own forward, so any argument may be given
             return super().forward(x, *args, **kwargs)  # type: ignore[misc]  # upstream's block comes next
@@ -90,12 +94,12 @@ def _recomputing() -> bool:
 
 
 def _arrive(
-    block: Any, x: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]
+    block: Any, x: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[TokenState | None, dict[str, Any]]:
     """The state of the tokens, and the arguments for attention; no state where upstream's own forward is to run."""
     record: BlockRecord = block._tokenmerge
     family, passed = record.family, kwargs.pop(STATE, None)
-    state: TokenState | None = getattr(x, STATE, passed)
+    state: TokenState | None = passed if isinstance(x, Proxy) else getattr(x, STATE, passed)
     if record.index == 0 and not (state is not None and _recomputing()):
         state = None  # of an older pass, if any
     settings = record.model.settings if state is None else state.run.settings
@@ -150,7 +154,8 @@ def _attend(block: Any, x: Tensor, state: TokenState, given: dict[str, Any]) -> 
     """`x + attention(norm1(x), log size)`, what it showed, and what is kept of that for looking at."""
     record: BlockRecord = block._tokenmerge
     settings, family, config = state.run.settings, record.family, state.run.settings.config
-    bias = size_bias(state.size, x, settings.prop_attn, state.log_size)
+    weighs = settings.prop_attn or state.run.padded
+    bias = size_bias(state.size, x, settings.prop_attn, state.log_size) if weighs else None
     pairs = _pair_map(state) if family.needs_source else None
     if family.pair_bias is not None:
         between = given.pop(family.pair_bias, None)
@@ -159,8 +164,7 @@ def _attend(block: Any, x: Tensor, state: TokenState, given: dict[str, Any]) -> 
             bias = between if bias is None else between + bias
     if family.rope is not None and given.get(family.rope) is not None and state.positions is not None:
         given[family.rope] = _table(record, state, given[family.rope])
-    looks = config.trace in ("attention", "rollout")
-    watch = settings.looks_inside or looks or (family.keys_at_call and state.run.schedule[record.index] > 0)
+    watch = settings.looks_inside or settings.looks or (family.keys_at_call and state.run.schedule[record.index] > 0)
     auto_on_cpu = config.attention == "auto" and x.device.type == "cpu"
     form = "mask" if bias is None or auto_on_cpu else running_form(config.attention, x, bias)
     with Tap(AttentionContext(bias, pairs, state.positions)) as tap:
@@ -169,7 +173,7 @@ def _attend(block: Any, x: Tensor, state: TokenState, given: dict[str, Any]) -> 
         else:  # a mode, which costs a Python call for every function of torch
             with AttentionCall(form, watch, bias if family.keys_at_call else None):
                 x = family.attention(block, x, bias, **given)
-    return x, tap, look_at(tap, state) if looks else None
+    return x, tap, look_at(tap, state) if settings.looks else None
 
 
 def _pair_map(state: TokenState) -> PairMap | None:
@@ -279,8 +283,6 @@ def _leave(block: Any, x: Tensor, state: TokenState, look: Look | None, merged: 
         state = kept_for_looking(state, look)
         if last and not is_exporting():
             record.model.latest = state.detached()
-    if last and not torch.compiler.is_compiling():
-        record.model.ended()
     if (last and settings.full_output) or (run.full and not settings.merged_states):
         full = state.unmerge(x)
         out = attach(full, dataclasses.replace(state, merged=x) if full is not x else state)

@@ -1,15 +1,19 @@
 """The check at patch time: does this upstream's block still behave as its row says?
 
-Three facts are tried on a float64 copy of one real block with a few random tokens, before anything is touched:
+Three facts are tried on a copy of one real block with a few random tokens, before anything is touched:
 1. attention branch then MLP branch, without bias, is upstream's block to the bit;
 2. the tap sees K, one vector per head and token;
 3. `log size` as attention mask makes one token count like that many equal tokens.
+
+They are tried in float64, where even a branch that LayerScale shrinks to a millionth shows what arrives in it, if the block
+has a form in float64; and as the block is, in its own dtype, on its own device, quantised or not.
 """
 
 from __future__ import annotations
 
 import contextlib
 import copy
+import dataclasses
 import importlib
 from typing import Any
 
@@ -19,34 +23,96 @@ from torch import Tensor, nn
 from tokenmerge.attention.call import AttentionCall
 from tokenmerge.attention.forms import Choice, choice_for
 from tokenmerge.attention.tap import AttentionContext, Tap, size_bias
+from tokenmerge.config import MergeConfig
 from tokenmerge.errors import ConfigError, UnsupportedModelError
 from tokenmerge.ops.basics import autocast_dtype, no_autocast
 from tokenmerge.ops.modes import lacks_values
 from tokenmerge.patching.families.family import BlockFamily
 from tokenmerge.patching.install import install_inside
+from tokenmerge.patching.record import RECORD
 from tokenmerge.patching.swap import Swapped, is_sharded, restore_class
 from tokenmerge.patching.target import Target
 
 _COPIES = 9  # equal tokens that one token stands for in the third test
 
 
-def _double(block: nn.Module) -> Any:
-    """A copy in float64 on the CPU, in evaluation mode and without hooks of the user's.
+@dataclasses.dataclass(frozen=True)
+class Probe:
+    """A copy of a block to try things on, and tokens for it.
 
-    In float64 even a branch that LayerScale shrinks to a millionth shows what arrives in it, and whatever
-    precision the model has; and a user's hook may expect other tokens than the few that are tried here.
+    Attributes:
+        block: the copy, in evaluation mode and without the user's hooks, which may expect other tokens.
+        x: `[1, N, C]` random tokens.
+        noise: what rounding may change, relative to the largest output: some steps of the dtype, or of eight bits where
+            weights or activations are rounded to so many.
     """
-    double = copy.deepcopy(block).to(device="cpu", dtype=torch.float64).eval()
-    for module in double.modules():
+
+    block: Any
+    x: Tensor
+    noise: float
+
+
+def _copied(block: nn.Module) -> Any:
+    copied = copy.deepcopy(block).eval()
+    for module in copied.modules():
         module._forward_hooks.clear()
         module._forward_pre_hooks.clear()
         if isinstance(module, Swapped):
             restore_class(module)
-    return double
+        vars(module).pop(RECORD, None)
+    return copied
 
 
-def _tokens(channels: int, count: int) -> Tensor:
-    return torch.randn(1, count, channels, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+def _tokens(channels: int, count: int, like: Tensor | None = None) -> Tensor:
+    x = torch.randn(1, count, channels, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    return x if like is None else x.to(like.device, like.dtype)
+
+
+def _in_float64(family: BlockFamily, block: nn.Module, channels: int) -> Probe | None:
+    """The block in float64 on the CPU; `None` if it has no such form, as quantised layers have none."""
+    try:
+        double = _copied(block).to(device="cpu", dtype=torch.float64)
+        probe = Probe(double, _tokens(channels, family.example(double).tokens), 1e3 * torch.finfo(torch.float64).eps)
+        found = _upstream(family, probe)
+    except Exception:  # kernels without float64 raise errors of many kinds; the block as it is will be tried then
+        return None
+    plain = all(type(parameter) is nn.Parameter for parameter in double.parameters())
+    return probe if plain and found.dtype == torch.float64 else None
+
+
+def _as_it_is(family: BlockFamily, block: nn.Module, channels: int, rounded: bool) -> Probe:
+    """The block in its own dtype, on its own device."""
+    own = _copied(block)
+    like = next((p for p in own.parameters() if p.is_floating_point()), torch.empty(0))
+    like = torch.empty(0, device=like.device, dtype=like.dtype)
+    noise = max(8 * torch.finfo(like.dtype).eps, 0.02 if rounded else 0.0)
+    return Probe(own, _tokens(channels, family.example(own).tokens, like), noise)
+
+
+def _probe(family: BlockFamily, block: nn.Module, channels: int) -> Probe:
+    """The block in float64 if it can be, else as it is."""
+    return _in_float64(family, block, channels) or _as_it_is(family, block, channels, rounded=True)
+
+
+def _upstream(family: BlockFamily, probe: Probe) -> Tensor:
+    """What upstream's own block makes of the tokens."""
+    block, no_mask = probe.block, {family.mask: None} if family.mask else {}
+    # nn.MultiheadAttention has a kernel of its own for inference, which rounds otherwise; it steps back within a mode
+    with AttentionCall() if family.keys_at_call else contextlib.nullcontext():
+        found = type(block).forward(block, probe.x, **no_mask, **_arguments(family, probe))
+    out: Tensor = found[0] if isinstance(found, tuple) else found
+    return out
+
+
+def _arguments(family: BlockFamily, probe: Probe) -> dict[str, Any]:
+    """The arguments of the row's example, in the dtype and on the device of the tokens."""
+
+    def fitted(value: Any) -> Any:
+        if isinstance(value, Tensor) and value.is_floating_point():
+            return value.to(probe.x.device, probe.x.dtype)
+        return tuple(fitted(part) for part in value) if isinstance(value, tuple) else value
+
+    return {name: fitted(value) for name, value in family.example(probe.block).arguments.items()}
 
 
 def _gap(a: Tensor, b: Tensor) -> float:
@@ -63,50 +129,58 @@ def check_block(family: BlockFamily, block: Any, channels: int, name: str, libra
     """
     if lacks_values(block):
         return
-    with torch.no_grad(), no_autocast("cpu"):
-        try:
-            fault = _fault(family, _double(block), channels)
-        except Exception as error:  # whatever upstream raises, the reader needs to know which block and version
-            fault = f"running it in parts failed with {type(error).__name__}: {error}"
+    device = next((parameter.device.type for parameter in block.parameters()), "cpu")
+    with torch.no_grad(), no_autocast("cpu"), no_autocast(device):
+        double = _in_float64(family, block, channels)
+        fault = None if double is None else _fault(family, double)
+        fault = fault or _fault(family, _as_it_is(family, block, channels, rounded=double is None))
     if fault:
         version = getattr(importlib.import_module(library), "__version__", "unknown")
         raise UnsupportedModelError(
-            f"{name} ({type(block).__module__}.{type(block).__qualname__}, {library} {version}) no longer behaves as "
-            f"tokenmerge expects: {fault}; use a {library} version that tokenmerge lists as tested, or report this one",
+            f"{name} ({type(block).__module__}.{type(block).__qualname__}, {library} {version}) cannot be patched: {fault}",
             (fault,),
         )
 
 
 def _attend(
     family: BlockFamily,
-    block: Any,
+    probe: Probe,
     x: Tensor,
     bias: Tensor | None = None,
     call: type[AttentionCall] = AttentionCall,
 ) -> tuple[Tensor, tuple[Tensor, ...]]:
     """The attention branch of a block with its hooks in place, and what the tap noted."""
-    arguments = family.example(block).arguments
+    arguments = _arguments(family, probe)
     with Tap(AttentionContext(bias)) as tap:
         if family.keys_at_call or call is not AttentionCall:
             with call(watch=family.keys_at_call, bias=bias if family.keys_at_call else None):
-                out = family.attention(block, x, bias, **arguments)
+                out = family.attention(probe.block, x, bias, **arguments)
         else:
-            out = family.attention(block, x, bias, **arguments)
+            out = family.attention(probe.block, x, bias, **arguments)
     return out, tap.keys if tap.inside is None or not family.keys_at_call else (tap.inside[1],)
 
 
-def _fault(family: BlockFamily, block: Any, channels: int) -> str | None:
-    """What differs from the row, in words; `None` when all three facts hold."""
-    example = family.example(block)
-    x = _tokens(channels, example.tokens)
-    no_mask = {family.mask: None} if family.mask else {}
-    # nn.MultiheadAttention has a kernel of its own for inference, which rounds otherwise; it steps back within a mode
-    with AttentionCall() if family.keys_at_call else contextlib.nullcontext():
-        theirs = type(block).forward(block, x, **no_mask, **example.arguments)
-    if isinstance(theirs, tuple):
-        theirs = theirs[0]
+def _fault(family: BlockFamily, probe: Probe) -> str | None:
+    """What differs from the row, and what to do, in words; `None` when all three facts hold."""
+    try:
+        theirs = _upstream(family, probe)
+    except Exception as error:  # whatever upstream raises, it is not for want of our parts
+        return (
+            f"the block itself fails on {probe.x.shape[1]} tokens of {probe.x.shape[2]} channels ({type(error).__name__}: {error}): "
+            "make it run unpatched first (were channels pruned, or layers exchanged?)"
+        )
+    advice = "use a version of the library that tokenmerge lists as tested, or report this one"
+    try:
+        fault = _fault_of_parts(family, probe, theirs)
+    except Exception as error:  # the reader needs to know which block and version, whatever is raised
+        fault = f"running it in parts failed with {type(error).__name__}: {error}"
+    return f"it no longer behaves as tokenmerge expects: {fault}; {advice}" if fault else None
+
+
+def _fault_of_parts(family: BlockFamily, probe: Probe, theirs: Tensor) -> str | None:
+    block, x = probe.block, probe.x
     install_inside(family, block)
-    ours, keys = _attend(family, block, x)
+    ours, keys = _attend(family, probe, x)
     if family.mlp is not None:
         ours = family.mlp(block, ours)
     if not torch.equal(ours.nan_to_num(), theirs.nan_to_num()):
@@ -117,23 +191,25 @@ def _fault(family: BlockFamily, block: Any, channels: int) -> str | None:
     metric = family.metric(block, keys)
     if metric.dim() != 3 or metric.shape[:2] != x.shape[:2]:
         return f"its keys were expected as [1, {x.shape[1]}, head dim], but came as {tuple(metric.shape)}"
-    return None if family.needs_source else _fault_of_bias(family, block, x)
+    return None if family.needs_source else _fault_of_bias(family, probe)
 
 
-def _fault_of_bias(family: BlockFamily, block: Any, x: Tensor) -> str | None:
+def _fault_of_bias(family: BlockFamily, probe: Probe) -> str | None:
     """One token of size 9 must act on the others exactly like 9 equal tokens."""
+    x = probe.x
     if family.positions is not None:
         return None  # equal tokens would stand at different positions: the tests check these rows
     crowd = torch.cat([x, x[:, -1:].expand(-1, _COPIES - 1, -1)], dim=1)
     size = torch.ones(x.shape[:2], device=x.device)
     size[:, -1] = _COPIES
-    wanted = _attend(family, block, crowd)[0][:, : x.shape[1]]
-    plain = _attend(family, block, x)[0]
-    ours = _attend(family, block, x, size_bias(size, x))[0]
+    wanted = _attend(family, probe, crowd)[0][:, : x.shape[1]]
+    plain = _attend(family, probe, x)[0]
+    ours = _attend(family, probe, x, size_bias(size, x))[0]
     effect, error = (wanted - plain).abs().max(), (ours - wanted).abs().max()
-    if not torch.isfinite(effect) or effect <= 1e4 * torch.finfo(x.dtype).eps * wanted.abs().max():
-        return None  # attention moves nothing in this block (LayerScale 0, say): there is nothing to check
-    if error > 0.1 * effect:
+    rounding = probe.noise * wanted.abs().max()
+    if not torch.isfinite(effect) or effect <= 10 * rounding:
+        return None  # attention moves too little in this block (LayerScale 0, say) to see anything above what rounding does
+    if error > 0.1 * effect + rounding:
         return f"token sizes change its attention wrongly (off by {float(error / effect):.2f} of the effect they should have)"
     return None
 
@@ -149,16 +225,15 @@ def reaches_sdpa(family: BlockFamily, block: Any, channels: int) -> bool:
     if family.needs_source:
         return False
     seen: list[bool] = []
-
-    with torch.no_grad(), no_autocast("cpu"):
-        double = _double(block)
-        install_inside(family, double)
-        x = _tokens(channels, family.example(double).tokens)
-        bias = size_bias(torch.full(x.shape[:2], 2.0), x)
+    device = next((parameter.device.type for parameter in block.parameters()), "cpu")
+    with torch.no_grad(), no_autocast("cpu"), no_autocast(device):
+        probe = _probe(family, block, channels)
+        install_inside(family, probe.block)
+        bias = size_bias(torch.full(probe.x.shape[:2], 2.0, device=probe.x.device), probe.x)
         assert bias is not None
         sizes = bias.flatten()
 
-        class Probe(AttentionCall):
+        class Watching(AttentionCall):
             """Looks for the sizes in the mask of the call."""
 
             def attend(self, query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -167,17 +242,17 @@ def reaches_sdpa(family: BlockFamily, block: Any, channels: int) -> bool:
                     seen.append(torch.equal(mask, sizes.to(mask.dtype).expand_as(mask)))
                 return super().attend(query, key, value, *args, **kwargs)
 
-        _attend(family, double, x, bias, Probe)
+        _attend(family, probe, probe.x, bias, Watching)
     return bool(seen) and all(seen)
 
 
-def attention_choice(target: Target, form: str) -> Choice:
+def attention_choice(target: Target, config: MergeConfig) -> Choice:
     """Which form of attention will run in the model as it is now, and why.
 
     Raises:
         ConfigError: if a form is asked for that cannot run there.
     """
-    block, row = target.blocks[0]
+    (block, row), form = target.blocks[0], config.attention
     if form == "mask":
         return Choice(form, "as the config asks")
     if not reaches_sdpa(row, block, target.channels):

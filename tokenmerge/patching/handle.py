@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import threading
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -15,7 +16,9 @@ from tokenmerge.flops import ModelCost
 from tokenmerge.patching.check import attention_choice, check_block, check_rotary
 from tokenmerge.patching.hooks import check_blocks
 from tokenmerge.patching.install import install, restore
+from tokenmerge.patching.match import cost_of
 from tokenmerge.patching.record import ModelRecord
+from tokenmerge.patching.running import is_running
 from tokenmerge.patching.settings import backend_choice, matching_in_words, settings_for
 from tokenmerge.patching.summary import Summary, summarize
 from tokenmerge.patching.swap import original_class
@@ -123,13 +126,11 @@ class Handle:
         with _turns:
             model, record = self._live()
             target, before = find_target(model), record.settings
-            best: Any = before.config.attention
             try:
                 seconds = measure_forms(target, record, inputs, options, forms, rounds)
-                best = min(seconds, key=lambda form: seconds[form])
             finally:
                 record.settings = before
-                self.update(attention=best)
+            self.update(attention=min(seconds, key=lambda form: seconds[form]))
             return seconds
 
     def remove(self) -> None:
@@ -140,8 +141,7 @@ class Handle:
         """
         with _turns:
             model, record = self._live()
-            record.check_idle()
-            restore(model)
+            _take_off(model, record)
 
     def summary(self, input_size: int | Sequence[int] | None = None) -> Summary:
         """How many blocks are patched, r and tokens per block, FLOPs before and after.
@@ -157,12 +157,12 @@ class Handle:
         model, record = self._live()
         check_blocks(record, record.settings.layers, model)
         settings, target = record.settings, find_target(model)
-        cost = target.cost(settings.config).at(target.tokens_at(input_size))
+        cost = cost_of(target, settings.config).at(target.tokens_at(input_size))
         return summarize(
             settings,
             model=original_class(model).__name__,
             pooling=target.family.pooling(model),
-            choice=attention_choice(target, settings.config.attention),
+            choice=attention_choice(target, settings.config),
             backend=backend_choice(target, settings.config),
             matcher=matching_in_words(settings.config),
             schedule=settings.schedule_for(cost.tokens),
@@ -264,10 +264,24 @@ def unpatch(model: nn.Module) -> None:
             )
         for _, module in found:
             record = patch_of(module)
-            if record is not None:
-                record.check_idle()
-        for _, module in found:
-            restore(module)
+            assert record is not None
+            _take_off(module, record)
+
+
+def _take_off(model: nn.Module, record: ModelRecord) -> None:
+    """Restore a model, unless a pass that merges is running: blocks that were restored would misread its tokens.
+
+    From here on passes begin unmerged, so that none can begin to merge between the look and the end.
+    """
+    before = record.settings
+    record.settings = dataclasses.replace(before, config=MergeConfig.create(before.config, r=0, trace=False))
+    if is_running(model):
+        record.settings = before
+        raise PatchError(
+            "a forward pass of this model is running, whose merged tokens the unpatched blocks would misread: wait for it to "
+            "end, then remove the patch"
+        )
+    restore(model)
 
 
 @contextlib.contextmanager

@@ -11,11 +11,13 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
+from torch.fx import Proxy
 
 from tokenmerge.errors import PatchError
+from tokenmerge.patching.leaf import as_leaf
 from tokenmerge.patching.record import RECORD, BlockRecord, ModelRecord
-from tokenmerge.patching.state import STATE, attach, needed_state, plans_needed, state_of
+from tokenmerge.patching.state import attach, needed_state, plans_needed, state_of
 
 
 class _Ahead(threading.local):
@@ -49,9 +51,10 @@ def take_grid(record: ModelRecord) -> tuple[int, ...] | None:
     return grid if whose is record else None
 
 
-def note_grid(module: Any, args: tuple[Any, ...], output: Tensor) -> None:
-    """Forward hook of the convolution that makes patches: `[B, C, *grid]`."""
-    _ahead.grid, _ahead.grid_of = tuple(output.shape[2:]), getattr(module, RECORD, None)
+def note_grid(module: Any, args: tuple[Any, ...], output: Any) -> None:
+    """Forward hook of what makes patches: `[B, C, *grid]`, or tokens and their grid (`None` where images differ in it)."""
+    grid = output[1] if isinstance(output, tuple) else output.shape[2:]
+    _ahead.grid, _ahead.grid_of = None if grid is None else tuple(grid), getattr(module, RECORD, None)
 
 
 @contextlib.contextmanager
@@ -143,7 +146,13 @@ class CarryThrough:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """The module's call."""
         output = super().__call__(*args, **kwargs)  # type: ignore[misc]  # nn.Module's
-        state = getattr(args[0], STATE, None) if args else None
+        state = state_of(args[0]) if args else None
         if state is not None and state_of(output) is None:
             attach(output, state)
         return output
+
+    def forward(self, x: Any, *args: Any, **kwargs: Any) -> Any:
+        """Upstream's; one call of this module where torch.fx traces the model, so that the state passes then, too."""
+        if isinstance(x, Proxy):
+            return as_leaf(self, x, *args, **kwargs)
+        return super().forward(x, *args, **kwargs)  # type: ignore[misc]  # upstream's comes next

@@ -64,6 +64,8 @@ def _install_model(record: ModelRecord, model: Any) -> None:
     for module in family.collectors(model):
         module.register_forward_pre_hook(collect if family.always_collects else collect_if_asked, with_kwargs=True)
         module.register_forward_hook(end_collecting, always_call=True)
+    for module, hook in family.hooks(model):
+        module.register_forward_pre_hook(hook)
     for module in _told(record, family.readers(model)):
         module.register_forward_pre_hook(unmerge_input)
 

@@ -36,7 +36,7 @@ def look_at(tap: Tap, state: TokenState) -> Look | None:
     query, key = query.detach(), key.detach()
     size = state.size if settings.prop_attn or state.size is None else (state.size > 0).float()
     attention = class_attention(query, key, scale, size, settings.class_token)
-    if settings.config.trace != "rollout":
+    if not settings.config.rolls_out:
         return Look(attention, None)
     maps = attention_maps(query, key, scale, size)
     before = state.rollout

@@ -10,12 +10,14 @@ from torch import Tensor
 from tokenmerge.attention.tap import Tap, class_attention
 from tokenmerge.config import FIELDS, MergeConfig
 from tokenmerge.errors import ConfigError, PatchError
-from tokenmerge.matching import check_options, get_entry
+from tokenmerge.flops import ModelCost
+from tokenmerge.matching import check_options, entry_for
 from tokenmerge.matching.learned import PREDICTOR
 from tokenmerge.ops.basics import counting, unit
 from tokenmerge.patching.begin import apart_from_padding
 from tokenmerge.patching.record import BlockRecord
 from tokenmerge.patching.state import TokenState
+from tokenmerge.patching.target import Target
 
 TENSORS = frozenset({"size", "tokens", "predictor", "values", "attention", "anchor"})
 """What matchers may ask for that each block must make."""
@@ -24,7 +26,7 @@ _FROM_ATTENTION = ("q", "v", "kv")
 
 def offered_by(config: MergeConfig, layers: int) -> dict[str, Any]:
     """What a matcher is given that is the same in every block: its options, the fields it obeys, how many blocks there are."""
-    wanted = get_entry(config.matcher).offered
+    wanted = entry_for(config).offered
     fields = {name for name, field in FIELDS.items() if field.metadata["by_matcher"]} & wanted
     given: dict[str, Any] = {**config.options, **{name: getattr(config, name) for name in fields}}
     return {**given, "layers": layers} if "layers" in wanted else given
@@ -33,7 +35,7 @@ def offered_by(config: MergeConfig, layers: int) -> dict[str, Any]:
 def looks_inside(config: MergeConfig) -> bool:
     """Whether Q, K and V must be noted as attention uses them."""
     from_attention = config.metric in _FROM_ATTENTION or (config.heads == "concat" and config.metric == "k")
-    return from_attention or get_entry(config.matcher).looks_inside
+    return from_attention or entry_for(config).looks_inside
 
 
 def check_matching(config: MergeConfig, layers: int | None = None) -> None:
@@ -43,28 +45,33 @@ def check_matching(config: MergeConfig, layers: int | None = None) -> None:
         config: the settings.
         layers: blocks of the model, where one is known.
     """
-    entry = get_entry(config.matcher)
-    check_options(config.matcher, config.options, layers)
+    entry = entry_for(config)
+    check_options(entry.name, config.options, layers)
     for name, field in FIELDS.items():
         value, usual = getattr(config, name), field.default
         if field.metadata["by_matcher"] and name not in entry.offered and value != usual and name != "backend":
-            raise ConfigError(f"{name}={value!r} means nothing to matcher {config.matcher!r}: leave it at {usual!r}")
+            raise ConfigError(f"{name}={value!r} means nothing to matcher {entry.name!r}: leave it at {usual!r}")
     if entry.most == "half":
         keep = config.keep if isinstance(config.keep, list) else [config.keep or 1]
         if min(keep) < 0.5:
             raise ConfigError(
-                f"keep={config.keep!r}, but matcher {config.matcher!r} merges at most half of the tokens of a block: keep 0.5 or "
+                f"keep={config.keep!r}, but matcher {entry.name!r} merges at most half of the tokens of a block: keep 0.5 or "
                 "more"
             )
-    if config.place == "before":
-        if config.metric != "x_pre":
-            raise ConfigError(
-                f"place='before' merges before attention has made {config.metric!r}: give metric='x_pre' as well"
-            )
-        if entry.looks_inside:
-            raise ConfigError(
-                f"place='before' merges before attention runs, but matcher {config.matcher!r} looks at it: use place='between'"
-            )
+    if config.place == "before" and entry.looks_inside:
+        raise ConfigError(
+            f"place='before' merges before attention runs, but matcher {entry.name!r} looks at it: use place='between'"
+        )
+
+
+def other_metric(config: MergeConfig) -> bool:
+    """Whether anything but the mean of the keys over heads is compared."""
+    return config.metric != "k" or config.heads == "concat"
+
+
+def cost_of(target: Target, config: MergeConfig) -> ModelCost:
+    """What a model costs for one image at its own input size, merging as a config says."""
+    return target.cost(config.place, entry_for(config).most)
 
 
 def metric_from(block: Any, x: Tensor, x_pre: Tensor | None, tap: Tap, state: TokenState) -> Tensor:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-import threading
 import weakref
 from collections.abc import Mapping
 from typing import Any, cast
@@ -14,7 +13,7 @@ from torch import nn
 
 from tokenmerge.attention.rotary import Rotary
 from tokenmerge.config import MergeConfig
-from tokenmerge.errors import ConfigError, PatchError
+from tokenmerge.errors import ConfigError
 from tokenmerge.flops import ModelCost
 from tokenmerge.matching import Entry
 from tokenmerge.patching.families.family import BlockFamily, ModelFamily
@@ -66,6 +65,7 @@ class Settings:
         merged_states: whether hidden states that someone collects stay merged.
         keep_plans: whether plans travel with the tokens.
         traces: whether passes are to be looked at.
+        looks: whether that goes for attention, too.
         schedule: r per block as asked for, where it is the same for any number of tokens.
         merges: whether any block may merge.
         number: names these settings where code is traced.
@@ -86,6 +86,7 @@ class Settings:
     merged_states: bool
     keep_plans: bool
     traces: bool = dataclasses.field(init=False)
+    looks: bool = dataclasses.field(init=False)
     schedule: Schedule | None = dataclasses.field(init=False)
     merges: bool = dataclasses.field(init=False)
     number: int = dataclasses.field(init=False)
@@ -94,7 +95,8 @@ class Settings:
         static = self.config.r is not None
         schedule = resolved_schedule(self.config, self.cost)[: self.layers] if static else None
         nothing = schedule is not None and not any(schedule)
-        object.__setattr__(self, "traces", self.config.trace is not False)
+        object.__setattr__(self, "traces", self.config.traces)
+        object.__setattr__(self, "looks", self.config.looks)
         object.__setattr__(self, "schedule", schedule)
         object.__setattr__(self, "merges", not nothing)
         object.__setattr__(self, "number", next(_numbers))
@@ -150,29 +152,10 @@ class ModelRecord:
         self.readers = readers
         self.latest: Any = None
         self.outer: Any = weakref.ref(outer)
-        self._passes: dict[int, weakref.ref[Any]] = {}
 
     def __getstate__(self) -> dict[str, Any]:
         """A copy has had no pass yet, and is not inside of what the original was in."""
-        return {**vars(self), "latest": None, "outer": None, "_passes": {}}
-
-    def began(self, run: Any) -> None:
-        """Note the pass that this thread is in; it is forgotten with its tensors."""
-        self._passes[threading.get_ident()] = weakref.ref(run)
-
-    def ended(self) -> None:
-        """The pass of this thread has left the last block."""
-        self._passes.pop(threading.get_ident(), None)
-
-    def check_idle(self) -> None:
-        """Raise `PatchError` if another thread is between the first block and the last."""
-        mine, alive = threading.get_ident(), {thread.ident for thread in threading.enumerate()}
-        running = [ident for ident, run in list(self._passes.items()) if ident != mine and run() is not None]
-        if any(ident in alive for ident in running):
-            raise PatchError(
-                "another thread is inside a forward pass of this model, whose merged tokens the unpatched blocks would misread: "
-                "wait for its pass to end, then remove the patch"
-            )
+        return {**vars(self), "latest": None, "outer": None}
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

@@ -7,11 +7,11 @@ import torch
 from tokenmerge.attention.forms import Choice
 from tokenmerge.config import MergeConfig
 from tokenmerge.errors import ConfigError
-from tokenmerge.matching import get_entry
+from tokenmerge.matching import entry_for
 from tokenmerge.ops.basics import autocast_dtype
 from tokenmerge.ops.choice import faults, triton_refusals
 from tokenmerge.patching.check import attention_choice, reaches_sdpa
-from tokenmerge.patching.match import TENSORS, check_matching, looks_inside, offered_by
+from tokenmerge.patching.match import TENSORS, check_matching, cost_of, looks_inside, offered_by, other_metric
 from tokenmerge.patching.record import Settings, resolved_schedule
 from tokenmerge.patching.swap import original_class
 from tokenmerge.patching.target import Target
@@ -28,14 +28,14 @@ def settings_for(target: Target, config: MergeConfig, misreaders: tuple[str, ...
     Raises:
         ConfigError: if the model or the matcher cannot do what the config says.
     """
-    family, model, entry = target.family, target.model, get_entry(config.matcher)
+    family, model, entry = target.family, target.model, entry_for(config)
     layers = len(target.blocks)
     check_matching(config, layers)
     name = original_class(model).__name__
     inside = looks_inside(config)
     if inside and not all(reaches_sdpa(row, block, target.channels) for block, row in target.blocks[:1]):
         raise ConfigError(
-            f"metric={config.metric!r} with matcher {config.matcher!r} looks at Q, K and V, but the attention of "
+            f"what is compared, by matcher {entry.name!r}, is seen at Q, K and V, but the attention of "
             f"{name} does not call PyTorch's scaled_dot_product_attention: switch it to fused ('sdpa') attention, or use a "
             "matcher that looks at keys alone"
         )
@@ -47,9 +47,9 @@ def settings_for(target: Target, config: MergeConfig, misreaders: tuple[str, ...
         raise ConfigError(
             f"output='merged' would be silently wrong for {name} ({'; '.join(reasons)}): use output='full'"
         )
-    if config.attention not in ("auto", "mask"):
-        attention_choice(target, config.attention)
-    cost = target.cost(config)
+    if "attention" in config.changed("running"):
+        attention_choice(target, config)  # or say why not
+    cost = cost_of(target, config)
     resolved_schedule(config, cost)  # or say why not
     protected = cost.protected
     needs_plans = (
@@ -63,7 +63,7 @@ def settings_for(target: Target, config: MergeConfig, misreaders: tuple[str, ...
         entry=entry,
         offered=offered_by(config, layers),
         tensors=bool(entry.offered & TENSORS),
-        other_metric=config.metric != "k" or config.heads == "concat",
+        other_metric=other_metric(config),
         looks_inside=inside,
         cost=cost,
         layers=layers,
@@ -73,7 +73,7 @@ def settings_for(target: Target, config: MergeConfig, misreaders: tuple[str, ...
         prop_attn=not family.mae(model) if config.prop_attn == "auto" else bool(config.prop_attn),
         full_output=output == "full",
         merged_states=bool(family.collectors(model)) and output != "full",
-        keep_plans=config.trace is not False or needs_plans or output == "full",
+        keep_plans=config.traces or needs_plans or output == "full",
     )
 
 
@@ -82,7 +82,7 @@ def matching_in_words(config: MergeConfig) -> str:
     changed = config.changed("matching")
     options = changed.pop("options", {})
     words = [f"{name} {value}" for name, value in changed.items() if name != "matcher"]
-    return ", ".join([config.matcher, *words, *(f"{name}={value}" for name, value in options.items())])
+    return ", ".join([entry_for(config).name, *words, *(f"{name}={value}" for name, value in options.items())])
 
 
 def backend_choice(target: Target, config: MergeConfig) -> Choice:
@@ -98,9 +98,11 @@ def backend_choice(target: Target, config: MergeConfig) -> Choice:
     if reasons:
         return Choice("torch", "; ".join(dict.fromkeys(reasons)))
     parts = [
-        *(["matching"] if "backend" in get_entry(config.matcher).offered and config.distance == "cosine" else []),
+        *(["matching"] if "backend" in entry_for(config).offered and config.distance == "cosine" else []),
         *(["merging"] if config.combine == "mean" else []),
     ]
     if not parts:
-        return Choice("torch", f"there is no kernel for matcher {config.matcher!r} with combine={config.combine!r}")
+        return Choice(
+            "torch", f"there is no kernel for matcher {entry_for(config).name!r} with combine={config.combine!r}"
+        )
     return Choice("triton", f"{' and '.join(parts)} by kernels")

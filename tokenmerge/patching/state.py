@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.fx import Proxy
 
 from tokenmerge.errors import InputError, PatchError
 from tokenmerge.ops.basics import spread_rows, take_rows
@@ -171,7 +172,7 @@ def attach(x: Tensor, state: TokenState) -> Tensor:
 
 def state_of(x: Any) -> TokenState | None:
     """The state that travels with `x`, or `None`."""
-    state: TokenState | None = getattr(x, STATE, None)
+    state: TokenState | None = None if isinstance(x, Proxy) else getattr(x, STATE, None)
     return state
 
 
@@ -215,22 +216,19 @@ def carry(new: Tensor, *, like: Tensor) -> Tensor:
         like: `[B, N, C]`, an output of a patched model or of one of its blocks.
 
     Returns:
-        `new`.
+        `new`. Where `like` carries nothing, as in a model that is not patched or merges nothing, neither does it.
 
     Raises:
-        InputError: if `like` carries nothing, or the two differ in images or tokens.
+        InputError: if the two differ in images or tokens.
     """
     state = state_of(like)
-    if state is None:
-        raise InputError(
-            f"the tensor {tuple(like.shape)} to be like carries no token sizes, but the very output of a patched model, or of a "
-            "block of one, was expected: do not change it before"
-        )
     if new.shape[:2] != like.shape[:2]:
         raise InputError(
             f"the new tensor is {tuple(new.shape)}, but [{like.shape[0]}, {like.shape[1]}, C] was expected: as many images and "
             "tokens as the other"
         )
+    if state is None:
+        return new
     if state.merged is not None:  # the next block goes on with merged tokens: those of the new tensor
         state = dataclasses.replace(state, merged=state.merge_again(new))
     return attach(new, state)

@@ -7,12 +7,12 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
+from torch.fx import GraphModule
+from torch.jit import ScriptModule
 
-from tokenmerge.config import MergeConfig
 from tokenmerge.errors import InputError, PatchError, UnsupportedModelError
 from tokenmerge.flops import Ends, ModelCost
-from tokenmerge.matching import get_entry
 from tokenmerge.patching.families.family import (
     BlockFamily,
     ModelFamily,
@@ -24,6 +24,7 @@ from tokenmerge.patching.families.family import (
 )
 from tokenmerge.patching.record import ModelRecord, record_of
 from tokenmerge.patching.swap import is_sharded, original_class
+from tokenmerge.schedule import Most
 
 _WRAPPERS = "transformers.modeling_layers"
 
@@ -38,19 +39,21 @@ class Target:
 
     @property
     def channels(self) -> int:
-        """C of the tokens."""
-        return self.family.channels(self.model)
+        """C of the tokens: as the first block has it, whose channels may have been pruned since the model was made."""
+        norms = (module for module in self.blocks[0][0].modules() if "Norm" in type(module).__name__)
+        weights = (getattr(norm, "weight", None) for norm in norms)
+        weight = next((weight for weight in weights if isinstance(weight, Tensor) and weight.dim() == 1), None)
+        return self.family.channels(self.model) if weight is None else len(weight)
 
-    def cost(self, config: MergeConfig | None = None) -> ModelCost:
-        """What the model costs for one image at its own input size, when blocks merge as a config says."""
-        config = MergeConfig() if config is None else config
+    def cost(self, place: str = "between", most: Most = "half") -> ModelCost:
+        """What the model costs for one image at its own input size, when blocks merge there, and at most so many tokens."""
         return ModelCost(
             tokens=self.family.tokens(self.model),
             protected=self.family.protected(self.model),
             blocks=tuple(row.cost(block) for block, row in self.blocks),
             **Ends(*self.family.cost(self.model))._asdict(),
-            place=config.place,
-            most=get_entry(config.matcher).most,
+            place=place,
+            most=most,
         )
 
     def tokens_at(self, input_size: int | Sequence[int] | None) -> int:
@@ -157,7 +160,7 @@ def find_target(model: nn.Module) -> Target:
     check_is_module(model)
     found = [(name, module) for name, module in model.named_modules() if model_family(original_class(module))]
     if not found:
-        reason = why_not(original_class(model)) or "its class is not in the table of supported models"
+        reason = _why_none(model)
         raise UnsupportedModelError(
             f"{_name(model)} holds no model that tokenmerge supports ({reason}): patch one of {supported_models()}, or "
             "merge in your own forward with tokenmerge.bipartite_matching",
@@ -171,11 +174,27 @@ def find_target(model: nn.Module) -> Target:
     return _examine(found[0][1])
 
 
+def _why_none(model: nn.Module) -> str:
+    """Why there is nothing to patch in a model."""
+    if any(isinstance(module, GraphModule) for module in model.modules()):
+        return "it was traced by torch.fx, which leaves no blocks: patch first, then trace"
+    if any(isinstance(module, ScriptModule) for module in model.modules()):
+        return "it was scripted or traced by TorchScript, which leaves no blocks: patch the original model"
+    return why_not(original_class(model)) or "its class is not in the table of supported models"
+
+
+def _prepared(module: nn.Module) -> bool:
+    """Whether Accelerate has put a forward of its own on the module."""
+    return "forward" in vars(module) and ("_original_forward" in vars(module) or hasattr(module, "_hf_hook"))
+
+
 def _examine(model: nn.Module) -> Target:
     """The target for a module of a supported class, or all the reasons why it is none."""
     family = model_family(original_class(model))
     assert family is not None
     reasons = [f"it has its own {name}()" for name in _overridden(model, family.model, family.seams)]
+    if _prepared(model):
+        reasons = ["Accelerate has prepared it already: patch before accelerator.prepare, or before it is dispatched"]
     blocks: list[tuple[Any, BlockFamily]] = []
     if not reasons:
         reasons += family.refuse(model)

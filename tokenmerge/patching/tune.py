@@ -57,8 +57,8 @@ def measure_forms(
     tried: list[str] = []
     for form in (form for form in FORMS if form != "auto") if forms is None else forms:
         try:
-            attention_choice(target, form)
             use_form(record, form)
+            attention_choice(target, record.settings.config)
             run()  # compiles, and shows whether it can
         except (
             ConfigError,

@@ -129,7 +129,7 @@ class ModelFamily:
         tokens: tokens that enter the first block, prefix included, at the model's own input size.
         grid: patches along each axis at that size; `None` if there is no such size.
         input_shape: shape of one input without the batch, or `None` if the model takes several.
-        embed: the module that makes the patches, whose output is `[B, C, *grid]`: there a pass sees its grid.
+        embed: the module that makes the patches, whose output is `[B, C, *grid]`, or tokens and a grid: there a pass sees it.
         grid_at: `(model, sizes of an input along the axes of the grid) -> grid`, before any pass.
         pooling: how the head reads the tokens, in words.
         cost: multiply-adds of what stands before and after the blocks, at the model's own input size.
@@ -139,6 +139,7 @@ class ModelFamily:
         merged_output: reasons why this very model's own modules cannot do with merged output.
         emits: whether its tokens leave the model, so that what is around it may read them.
         readers: modules that must get unmerged tokens, when merged ones leave the last block.
+        hooks: `(model) -> (module, forward pre-hook)` pairs, for what else must be noted.
         collectors: modules whose forward may be asked for the hidden states of all blocks.
         always_collects: whether they always are.
         rotary: `(model, index of the block) -> Rotary`, for models whose attention turns by position.
@@ -167,6 +168,7 @@ class ModelFamily:
     merged_output: Callable[[Any], list[str]] = no_reasons
     emits: Callable[[Any], bool] = lambda model: False
     readers: Callable[[Any], Sequence[nn.Module]] = _nothing
+    hooks: Callable[[Any], Sequence[tuple[nn.Module, Hook]]] = _nothing
     collectors: Callable[[Any], Sequence[nn.Module]] = _nothing
     always_collects: bool = False
     rotary: Callable[[Any, int], Rotary | None] = lambda model, index: None

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from tokenmerge.config import MergeConfig
 from tokenmerge.errors import ConfigError, TokenMergeError
-from tokenmerge.matching import get_entry
+from tokenmerge.matching import entry_for
 from tokenmerge.methods import Method
 from tokenmerge.ops.timing import Spread, take_turns
 from tokenmerge.patching import Handle, model_cost, patch
@@ -53,7 +53,7 @@ class Variant:
     @property
     def adaptive(self) -> bool:
         """Whether the tokens it leaves depend on the images."""
-        return get_entry(self.config.matcher).adaptive
+        return entry_for(self.config).adaptive
 
     def key(self, context: str) -> str:
         """Names its results: another config, model, or other data is another key."""

@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from tokenmerge.errors import InputError
-from tokenmerge.matching import get_entry
+from tokenmerge.matching import entry_for
 from tokenmerge.patching import Handle, model_cost
 from tokenmerge.patching.predictors import add_predictors, predicting, ratio_loss, remove_predictors
 from tokenmerge.schedule import cut
@@ -52,17 +52,18 @@ def with_predictors(model: nn.Module, handle: Handle, args: TrainArgs) -> Callab
     Raises:
         InputError: if r is to change over the epochs, which predictors cannot follow.
     """
-    if not get_entry(handle.config.matcher).learned:
+    entry = entry_for(handle.config)
+    if not entry.learned:
         remove_predictors(model)
         return lambda: None
     if args.r_warmup_epochs or args.r_milestones:
         raise InputError(
-            f"r is to change over the epochs, but the predictors of matcher {handle.config.matcher!r} learn one r: leave out "
+            f"r is to change over the epochs, but the predictors of matcher {entry.name!r} learn one r: leave out "
             "--r-warmup-epochs and --r-milestones"
         )
     if handle.config.prop_attn is False:
         raise InputError(
-            f"--prop-attn off was given, but matcher {handle.config.matcher!r} learns through the sizes in attention: leave it out"
+            f"--prop-attn off was given, but matcher {entry.name!r} learns through the sizes in attention: leave it out"
         )
     cost = model_cost(model)
     gone = cut(handle.schedule, cost.tokens, cost.protected)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import threading
 from collections.abc import Sequence
 from typing import Any
 
@@ -12,8 +14,9 @@ from tokenmerge.attention.tap import context, fused_metric, note_input
 from tokenmerge.flops import BlockCost, Ends
 from tokenmerge.patching.families.family import BlockFamily, ModelFamily
 from tokenmerge.patching.families.linear import linear_weights
-from tokenmerge.patching.families.timm.seams import isotropic
+from tokenmerge.patching.families.timm.seams import MergeHook, isotropic
 from tokenmerge.patching.families.timm.vit import stem_cost
+from tokenmerge.patching.state import TokenState, attach, state_of
 from tokenmerge.patching.swap import original_class
 
 
@@ -30,15 +33,17 @@ class AddsSizes:
 class CountsCopies:
     """Mix-in before the layer that mixes the heads' weights after the softmax: its own bias counts per patch."""
 
-    bias: Tensor | None
+    bias: Any
 
     def forward(self, weights: Tensor) -> Tensor:
         """Upstream's mixed weights `[B, N, N, H]`; a token of size s gets the layer's bias s times."""
         mixed: Tensor = super().forward(weights)  # type: ignore[misc]
         sizes = context().bias
-        if sizes is None or self.bias is None:
+        own = self.bias() if callable(self.bias) else self.bias  # (a quantised layer's is a method)
+        if sizes is None or own is None:
             return mixed
-        return mixed + (sizes.permute(0, 2, 3, 1).exp() - 1) * self.bias
+        counted: Tensor = mixed + (sizes.permute(0, 2, 3, 1).exp() - 1) * own
+        return counted
 
 
 def _attention(block: Any, x: Tensor, bias: Tensor | None, **given: Any) -> Tensor:
@@ -52,8 +57,7 @@ def _mlp(block: Any, x: Tensor) -> Tensor:
 
 
 def _metric(block: Any, noted: tuple[Tensor, ...]) -> Tensor:
-    qkv = block.attn.qkv
-    return fused_metric(noted[0], qkv.weight, qkv.bias, block.attn.num_heads)
+    return fused_metric(noted[0], block.attn.qkv, block.attn.num_heads)
 
 
 def _cost(block: Any) -> BlockCost:
@@ -72,6 +76,38 @@ def _model_cost(model: Any) -> Ends:
     """The class attention reads all patches, unmerged: its keys and values belong to the head."""
     per_patch = sum(linear_weights(block.attn.k, block.attn.v) for block in model.blocks_token_only)
     return Ends(stem_cost(model), linear_weights(model.head), head_per_patch=per_patch)
+
+
+class _Leaving(threading.local):
+    """The state of the tokens that the class attention was given in this thread, until `forward_features` takes it."""
+
+    state: TokenState | None = None
+
+
+_leaving = _Leaving()
+
+
+def _note_leaving(module: Any, args: tuple[Any, ...]) -> None:
+    """Forward pre-hook of the first class attention, which gets the tokens that left the last block."""
+    _leaving.state = state_of(args[0])
+
+
+def _left() -> TokenState | None:
+    state, _leaving.state = _leaving.state, None
+    return state
+
+
+class MergeCait(MergeHook):
+    """Mix-in before CaiT, which puts its class token before the tokens after the blocks: they carry their plans on."""
+
+    def forward_features(self: Any, x: Any) -> Any:
+        """Upstream's features `[B, 1 + N0, C]`, with the state of the tokens that left the last block."""
+        _leaving.state = None
+        features = super().forward_features(x)
+        state = _left()
+        if state is not None:
+            attach(features, dataclasses.replace(state, merged=features))
+        return features
 
 
 BLOCKS: Sequence[BlockFamily] = (
@@ -94,6 +130,8 @@ MODELS: Sequence[ModelFamily] = (
         protected=lambda model: 0,
         tokens=lambda model: int(model.patch_embed.num_patches),
         pooling=lambda model: "class attention over unmerged tokens",
+        swap=MergeCait,
+        hooks=lambda model: [(model.blocks_token_only[0], _note_leaving)],
         merged_output=lambda model: ["its class attention reads all tokens, without sizes"],
         cost=_model_cost,
     ),

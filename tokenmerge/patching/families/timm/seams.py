@@ -55,13 +55,13 @@ def isotropic(model: type[nn.Module], **seams: Any) -> ModelFamily:
         "cost": _cost,
         "norms": lambda model: [model.norm],
         "merged_output": _merged_output,
+        "swap": MergeHook,
     }
     methods = ("forward", "forward_features", "forward_head", "forward_intermediates", "pool", "_pos_embed")
     return ModelFamily(
         library="timm",
         model=model,
         seams=tuple(name for name in methods if hasattr(model, name)),
-        swap=MergeHook,
         **{**common, **seams},
     )
 

@@ -15,6 +15,7 @@ from timm.layers.attention_pool import AttentionPoolLatent
 from timm.layers.patch_embed import PatchEmbed
 from timm.models import deit, vision_transformer
 from torch import Tensor, nn
+from torch.fx import Proxy
 from torch.utils.flop_counter import FlopCounterMode
 
 from tokenmerge.attention.tap import head_mean_untransposed, size_bias
@@ -22,6 +23,7 @@ from tokenmerge.errors import InputError
 from tokenmerge.flops import BlockCost, Ends
 from tokenmerge.patching.families.family import BlockFamily, ModelFamily
 from tokenmerge.patching.families.linear import linear_weights
+from tokenmerge.patching.leaf import deferred
 from tokenmerge.patching.root import MergeFeatures
 from tokenmerge.patching.state import needed_state, plans_needed, state_of, weighted_mean
 from tokenmerge.patching.swap import original_class
@@ -165,7 +167,7 @@ BLOCKS: Sequence[BlockFamily] = (
 class MergeVisionTransformer(MergeFeatures):
     """Mix-in before timm's VisionTransformer: its forward is untouched, pooling learns about sizes."""
 
-    def pool(self: Any, x: Tensor, pool_type: str | None = None) -> Tensor:
+    def pool(self: Any, x: Any, pool_type: str | None = None) -> Any:
         """timm's pooling, each token weighted by the patches it stands for.
 
         Raises:
@@ -174,23 +176,58 @@ class MergeVisionTransformer(MergeFeatures):
         upstream: Any = super().pool  # type: ignore[misc]
         kind = _pool_kind(self, pool_type)
         if kind not in ("avg", "avgmax", "map", "prr"):
-            return upstream(x, pool_type)  # type: ignore[no-any-return]
+            return upstream(x, pool_type)
         reader = f"{kind} pooling"
+        if isinstance(x, Proxy) and self._tokenmerge.settings.merges:
+            return _traced_pool(self, x, upstream, pool_type, reader)
         state = needed_state(x, reader) if self._tokenmerge.settings.merges else state_of(x)
         prop_attn = state is None or state.run.settings.prop_attn
         if kind == "map" and not prop_attn and state is not None and state.merged is not None:
-            return upstream(state.one_of_equals(x), pool_type)  # type: ignore[no-any-return]
+            return upstream(state.one_of_equals(x), pool_type)
         if state is None or state.size is None or state.merged is not None:
-            return upstream(x, pool_type)  # type: ignore[no-any-return]
+            return upstream(x, pool_type)
         if kind == "prr":  # its attention takes no bias; unmerged tokens need none, and so it is always proportional
-            return upstream(plans_needed(state, reader).unmerge(x), pool_type)  # type: ignore[no-any-return]
+            return upstream(plans_needed(state, reader).unmerge(x), pool_type)
         first = 0 if self.pool_include_prefix else self.num_prefix_tokens
         tokens, size = x[:, first:], state.size[:, first:]
         if kind == "map":
             bias = size_bias(size, tokens) if prop_attn else None
-            return self.attn_pool(tokens, attn_mask=bias)  # type: ignore[no-any-return]
+            return self.attn_pool(tokens, attn_mask=bias)
         mean = weighted_mean(tokens, size)
         return mean if kind == "avg" else 0.5 * (tokens.amax(dim=1) + mean)
+
+
+def _traced_pool(model: Any, x: Any, upstream: Any, pool_type: str | None, reader: str) -> Any:
+    """The same for torch.fx, where the sizes are known only when the graph runs."""
+    kind, first = _pool_kind(model, pool_type), 0 if model.pool_include_prefix else model.num_prefix_tokens
+    if kind == "prr":
+        return upstream(deferred(_unmerged, x, reader), pool_type)
+    if kind == "map":
+        bias = deferred(_bias_of, x, reader, first, model._tokenmerge.settings.prop_attn)
+        return model.attn_pool(x[:, first:], attn_mask=bias)
+    return deferred(_mean_of, x, reader, first, kind)
+
+
+def _unmerged(x: Tensor, reader: str) -> Tensor:
+    state = plans_needed(needed_state(x, reader), reader)
+    return x if state.merged is not None else state.unmerge(x)
+
+
+def _sizes_of(x: Tensor, reader: str, first: int) -> Tensor:
+    state = needed_state(x, reader)
+    ones = state.size is None or state.merged is not None
+    return torch.ones(x.shape[:2], device=x.device)[:, first:] if ones or state.size is None else state.size[:, first:]
+
+
+def _bias_of(x: Tensor, reader: str, first: int, prop_attn: bool) -> Tensor | None:
+    size = _sizes_of(x, reader, first)
+    return size_bias(size if prop_attn else torch.ones_like(size), x)
+
+
+def _mean_of(x: Tensor, reader: str, first: int, kind: str) -> Tensor:
+    tokens, size = x[:, first:], _sizes_of(x, reader, first)
+    mean = weighted_mean(tokens, size)
+    return mean if kind == "avg" else 0.5 * (tokens.amax(dim=1) + mean)
 
 
 def _pool_kind(model: Any, pool_type: str | None = None) -> str:

@@ -106,7 +106,7 @@ def _flat_metric(block: Any, keys: tuple[Tensor, ...]) -> Tensor:
 def _qkv_metric(block: Any, noted: tuple[Tensor, ...]) -> Tensor:
     """The same from a projection that makes Q, K and V at once."""
     qkv = _attention_of(block).qkv
-    return fused_metric(noted[0], qkv.weight, qkv.bias, _heads(block))
+    return fused_metric(noted[0], qkv, _heads(block))
 
 
 def _cost(block: Any) -> BlockCost:
@@ -115,7 +115,8 @@ def _cost(block: Any) -> BlockCost:
     keys: list[Any] = _key_module(block)
     width = next((int(m.out_features) for m in keys if hasattr(m, "out_features")), None)
     if width is None:
-        width = next(int(m.in_features) for m in attention.modules() if isinstance(m, nn.Linear))
+        linear: list[Any] = [m for m in attention.modules() if hasattr(m, "in_features")]  # quantised or not
+        width = int(linear[0].in_features)
     return BlockCost(inside_attention, linear_weights(block) - inside_attention, 2 * width)
 
 

@@ -6,6 +6,7 @@ language model reads what it would read without merging, in upstream's shapes, a
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Sequence
 from operator import attrgetter
@@ -221,7 +222,9 @@ def tower(
         return [model, *(attrgetter(".".join(parts[: i + 1]))(model) for i in range(len(parts)))]
 
     def present(model: Any, names: Sequence[str]) -> list[nn.Module]:
-        found = [getattr(model, name, None) for name in names if name]
+        found = [
+            functools.reduce(lambda at, part: getattr(at, part, None), name.split("."), model) for name in names if name
+        ]
         return [module for module in found if module is not None]
 
     return {
@@ -233,7 +236,7 @@ def tower(
         "input_shape": lambda model: inputs(model.config),
         "pooling": lambda model: pooling,
         "embed": lambda model: next(reversed(_convolutions(model)), None),
-        "grid_at": _grid_at if tokens is None else None,  # some of the patches are masked out, or of no grid
+        "grid_at": _grid_at if tokens is None else None,  # where patches are masked out, or of no grid
         "cost": lambda model: Ends(_stem_cost(model, patches(model))),
         "collectors": collectors,
         "readers": lambda model: present(model, readers),
@@ -277,6 +280,7 @@ TOWERS: dict[str, dict[str, Any]] = {
         tokens=lambda config: int(math.prod(_image(config) or (0,)) * (1 - config.mask_ratio)),
         merged_output=["its decoder puts the tokens back in place"],
         mae=lambda model: True,
+        grid_at=lambda model, sizes: _grid_at(model, sizes) if model.config.mask_ratio == 0 else None,
         **_POOLER,
     ),
     "ijepa.IJepaModel": tower(
@@ -286,7 +290,7 @@ TOWERS: dict[str, dict[str, Any]] = {
     "dinov2.Dinov2Backbone": tower(blocks="encoder.layer", always_collects=True, merged_output=[_MAPS], **_DINO),
     "dinov2_with_registers.Dinov2WithRegistersModel": tower(blocks="encoder.layer", prefix=_with_registers, **_DINO),
     "dinov2_with_registers.Dinov2WithRegistersBackbone": tower(
-        blocks="encoder.layer", prefix=_with_registers, always_collects=True, **_DINO
+        blocks="encoder.layer", prefix=_with_registers, always_collects=True, merged_output=[_MAPS], **_DINO
     ),
     "dinov3_vit.DINOv3ViTModel": tower(
         blocks="model.layer",
@@ -360,6 +364,7 @@ TOWERS: dict[str, dict[str, Any]] = {
         grid=_clip,
         inputs=_clip_frames,
         pooling="attention pooling over unmerged tokens",
+        norm="encoder.layernorm",
         merged_output=["its predictor and its pooler read all tokens"],
     ),
     "audio_spectrogram_transformer.ASTModel": tower(
@@ -369,6 +374,7 @@ TOWERS: dict[str, dict[str, Any]] = {
         prefix=0,
         grid=_sound,
         inputs=_mel,
+        norm="layer_norm",
         pooling="the decoder's cross-attention over unmerged tokens",
     ),
 }

@@ -25,6 +25,7 @@ _CLASS_TOKEN = (
 _ONE_BY_ONE = (  # a projection of each token, and a language model that takes as many as there are
     "llava.LlavaModel",
     "llava.LlavaForConditionalGeneration",
+    "git.GitVisionModel",  # hands them on
 )
 _AVERAGES = "averages its tokens without sizes"
 _CROSS = "reads its tokens by cross-attention, which would not know the sizes"

@@ -1,0 +1,214 @@
+"""Models as people have them: quantised, pruned, prepared, traced. What works unpatched works patched, or one sentence says why not."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torchvision
+from torch import Tensor, nn
+from torchvision.models.feature_extraction import create_feature_extractor
+
+import tokenmerge
+from tests.helpers.tiny import images_for, randomize, tiny
+from tests.helpers.towers import BY_NAME
+from tokenmerge import UnsupportedModelError
+
+NAMES = [
+    "vit_tiny_patch16_224",
+    "deit_tiny_distilled_patch16_224",
+    "vit_base_patch14_reg4_dinov2",
+    "vit_base_patch16_siglip_224",
+    "vit_small_patch16_18x2_224",
+    "vit_base_patch16_xp_224",
+    "cait_xxs24_224",
+    "vit_relpos_small_patch16_224",
+    "eva02_tiny_patch14_224",
+    "beit_base_patch16_224",
+]
+
+
+def _torchvision() -> Any:
+    model = torchvision.models.VisionTransformer(96, 16, 3, 4, 48, 96).eval()
+    randomize(model)
+    return model
+
+
+MAKE: dict[str, Callable[[], Any]] = {
+    **{name: lambda name=name: tiny(name) for name in NAMES},  # type: ignore[misc]
+    "torchvision": _torchvision,
+    "ViTModel": lambda: BY_NAME["ViTModel"].build(),
+    "Dinov2Model": lambda: BY_NAME["Dinov2Model"].build(),
+    "CLIPVisionModel": lambda: BY_NAME["CLIPVisionModel"].build(),
+    "BlipVisionModel": lambda: BY_NAME["BlipVisionModel"].build(),
+}
+
+
+def _input(model: Any) -> Tensor:
+    if hasattr(model, "patch_embed"):
+        return images_for(model)
+    return torch.randn(2, 3, 96, 96, generator=torch.Generator().manual_seed(1))
+
+
+def _out(model: Any, images: Tensor) -> Tensor:
+    out = model(images)
+    tokens: Tensor = out if isinstance(out, Tensor) else out.last_hidden_state
+    return tokens
+
+
+def _dynamic_int8(model: Any) -> Any:
+    return torch.ao.quantization.quantize_dynamic(model, {nn.Linear}, dtype=torch.qint8)
+
+
+def _weight_only(model: Any) -> Any:
+    """torchao's int8 weights: tensors of another class."""
+    quantization = pytest.importorskip("torchao.quantization")
+    quantization.quantize_(model, quantization.Int8WeightOnlyConfig())
+    return model
+
+
+@torch.no_grad()
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("quantise", [_dynamic_int8, _weight_only])
+@pytest.mark.parametrize("make", MAKE.values(), ids=MAKE.keys())
+def test_quantised_first_patched_second(make: Callable[[], Any], quantise: Callable[[Any], Any]) -> None:
+    model = quantise(make())
+    images = _input(model)
+    try:
+        wanted = _out(model, images)
+    except Exception as error:  # upstream reads its own weights as plain tensors
+        pytest.skip(f"it does not run unpatched ({type(error).__name__})")
+    handle = tokenmerge.patch(model, r=0)
+    assert torch.equal(_out(model, images), wanted)
+    handle.update(r=3)
+    merged = _out(model, images)
+    assert torch.isfinite(merged).all()
+    assert not torch.equal(merged, wanted)
+    handle.remove()
+    assert torch.equal(_out(model, images), wanted)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(
+    "name", ["vit_tiny_patch16_224", "eva02_tiny_patch14_224", "beit_base_patch16_224", "cait_xxs24_224"]
+)
+def test_in_half_precision_nothing_changes_at_r_0(name: str, dtype: torch.dtype) -> None:
+    model = tiny(name).to(dtype)
+    images = images_for(model).to(dtype)
+    wanted = model(images)
+    tokenmerge.patch(model, r=0)
+    assert torch.equal(model(images), wanted)
+
+
+@torch.no_grad()
+def test_channels_that_were_pruned() -> None:
+    """Fewer channels than the model was made with: what the blocks have counts, not what the model remembers."""
+    model = tiny("vit_tiny_patch16_224")
+    kept = torch.arange(0, 48, 2)
+    _prune(model, kept)
+    assert model.embed_dim == 48
+    images = images_for(model)
+    wanted = model(images)
+    with tokenmerge.patched(model, r=0):
+        assert torch.equal(model(images), wanted)
+    with tokenmerge.patched(model, r=4) as handle:
+        assert model(images).shape == wanted.shape
+        assert handle.summary().flops_before < tokenmerge.model_cost(tiny("vit_tiny_patch16_224")).total()
+
+
+def _prune(model: Any, kept: Tensor) -> None:
+    """Keep some channels of the residual stream: rows and columns of what reads and writes it."""
+    model.patch_embed.proj.weight = nn.Parameter(model.patch_embed.proj.weight[kept])
+    model.patch_embed.proj.bias = nn.Parameter(model.patch_embed.proj.bias[kept])
+    for name in ("cls_token", "pos_embed"):
+        setattr(model, name, nn.Parameter(getattr(model, name)[..., kept]))
+    norms = [model.norm, *(norm for block in model.blocks for norm in (block.norm1, block.norm2))]
+    for norm in norms:
+        norm.weight, norm.bias = nn.Parameter(norm.weight[kept]), nn.Parameter(norm.bias[kept])
+        norm.normalized_shape = (len(kept),)
+    readers = [model.head, *(layer for block in model.blocks for layer in (block.attn.qkv, block.mlp.fc1))]
+    for layer in readers:
+        layer.weight, layer.in_features = nn.Parameter(layer.weight[:, kept]), len(kept)
+    for layer in (layer for block in model.blocks for layer in (block.attn.proj, block.mlp.fc2)):
+        layer.weight, layer.bias, layer.out_features = (
+            nn.Parameter(layer.weight[kept]),
+            nn.Parameter(layer.bias[kept]),
+            len(kept),
+        )
+
+
+def test_the_real_cause_is_named() -> None:
+    accelerate = pytest.importorskip("accelerate")
+    try:
+        prepared = accelerate.Accelerator(cpu=True, mixed_precision="bf16").prepare(tiny("vit_tiny_patch16_224"))
+        with pytest.raises(UnsupportedModelError, match=r"patch before accelerator\.prepare"):
+            tokenmerge.patch(prepared, r=2)
+    finally:
+        accelerate.state.AcceleratorState._reset_state(reset_partial_state=True)
+    traced = torch.fx.symbolic_trace(tiny("vit_tiny_patch16_224"))
+    with pytest.raises(UnsupportedModelError, match=r"traced by torch\.fx.*patch first, then trace"):
+        tokenmerge.patch(traced, r=2)
+    broken = tiny("vit_tiny_patch16_224")
+    broken.blocks[0].mlp.fc1 = nn.Linear(40, 192)
+    with pytest.raises(UnsupportedModelError, match="the block itself fails on 7 tokens of 48 channels"):
+        tokenmerge.patch(broken, r=2)
+
+
+# --- torch.fx ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", [*NAMES, "torchvision"])
+@pytest.mark.parametrize("pool", ["", "avg"])
+def test_a_merged_model_can_be_traced(name: str, pool: str) -> None:
+    """Sizes travel from node to node; forward and backward are those of the model itself."""
+    if pool and name not in ("vit_tiny_patch16_224", "vit_base_patch14_reg4_dinov2"):
+        pytest.skip("pools in one way")
+    model = tiny(name, global_pool="avg") if pool else MAKE[name]()
+    images = _input(model)
+    for r in (0, 3):
+        with tokenmerge.patched(model, r=r):
+            wanted = model(images)
+            slopes = torch.autograd.grad(wanted.square().sum(), next(model.parameters()))[0]
+            traced = torch.fx.symbolic_trace(model)
+            found = traced(images)
+            assert torch.equal(found, wanted)
+            again = torch.autograd.grad(found.square().sum(), next(model.parameters()))[0]
+            torch.testing.assert_close(again, slopes)
+            assert torch.equal(traced(images[:1]), model(images[:1]))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", NAMES)
+def test_feature_extractors_of_torchvision(name: str) -> None:
+    model = tiny(name)
+    images = images_for(model)
+    for r in (0, 3):
+        with tokenmerge.patched(model, r=r):
+            tokens: list[Tensor] = []
+            hook = model.blocks[1].register_forward_hook(
+                lambda module, args, output, tokens=tokens: tokens.append(output)
+            )
+            model(images)
+            hook.remove()
+            found = create_feature_extractor(copy.deepcopy(model), ["blocks.1"])(images)["blocks.1"]
+            assert torch.equal(found, tokens[0])
+            if r:
+                patches = 36 + getattr(model, "num_prefix_tokens", 0) - (1 if name.startswith("cait") else 0)
+                assert tokenmerge.token_sizes(found).sum(dim=1).tolist() == [patches] * 2
+
+
+@torch.no_grad()
+def test_timms_attention_maps_by_fx() -> None:
+    """Unmerged they are there; of a merged block nobody can look inside, and timm says that it found none."""
+    from timm.utils import AttentionExtract
+
+    model = tiny("vit_tiny_patch16_224")
+    for block in model.blocks:
+        block.attn.fused_attn = False
+    tokenmerge.patch(model, r=0)
+    maps = AttentionExtract(model, method="fx")(images_for(model))
+    assert len(maps) == 3
