@@ -50,9 +50,9 @@ class PairMap:
             chosen: Tensor = both.permute(0, 2, 3, 1)
             return chosen
         member = torch.zeros(batch, tokens, self.source.shape[1], dtype=torch.float32, device=bias.device)
-        one = torch.ones_like(self.source, dtype=torch.float32) if self.weight is None else self.weight
-        one = one * (self.source >= 0)
-        member = member.scatter_(1, self.source.clamp_min(0).unsqueeze(1), one.unsqueeze(1))
+        counts = torch.ones_like(self.source, dtype=torch.float32) if self.weight is None else self.weight
+        counts = counts * (self.source >= 0)
+        member = member.scatter_(1, self.source.clamp_min(0).unsqueeze(1), counts.unsqueeze(1))
         member = (member / member.sum(dim=2, keepdim=True).clamp_min(1)).unsqueeze(1)
         moved: Tensor = member @ bias.float() @ member.transpose(2, 3)
         return moved.to(bias.dtype)

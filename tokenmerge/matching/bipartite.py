@@ -17,7 +17,7 @@ from tokenmerge.ops.choice import takes_triton
 from tokenmerge.plan import MergePlan
 
 _FEW = 2**13
-"""Similarities per image up to which one operation for values and places beats two."""
+"""Similarities per image up to which one operation for values and their columns beats two."""
 _SCORES = 2**21
 """Similarities per image that are held at once, 8 MB: memory then grows with N, not with N²."""
 
@@ -100,15 +100,15 @@ def _alternating(metric: Tensor, r: int, protected: int, backend: Backend, dista
 def _best_edges(a: Tensor, b: Tensor, r: int) -> tuple[Tensor, Tensor]:
     """The A tokens `[B, |A|]` by their best edge, best first, and the B token `[B, r]` of the first r of those edges.
 
-    Where there are many similarities, the largest value of each row first, and its place only for the rows that merge:
-    places cost far more than values. Where there are few, operations are what costs.
+    Where there are many similarities, the largest value of each row first, and its column only for the rows that merge:
+    columns cost far more than values. Where there are few, operations are what costs.
     """
     columns = b.transpose(1, 2)
     pairs = a.shape[1] * b.shape[1]
     if pairs <= _FEW:
-        best, place = torch.bmm(a, columns).max(dim=2)
+        best, column = torch.bmm(a, columns).max(dim=2)
         order = descending_order(best)
-        return order, place.gather(1, order[:, :r])
+        return order, column.gather(1, order[:, :r])
     if pairs <= _SCORES:
         scores = torch.bmm(a, columns)
         order = descending_order(scores.amax(dim=2))
@@ -120,7 +120,7 @@ def _best_edges(a: Tensor, b: Tensor, r: int) -> tuple[Tensor, Tensor]:
 
 
 def _score_tiles(a: Tensor, columns: Tensor) -> Iterator[Tensor]:
-    """`a @ columns`, some rows at a time, each in the place of the one before: new memory costs page faults."""
+    """`a @ columns`, some rows at a time, each in the memory of the rows before: new memory costs page faults."""
     batch, _, count_b = columns.shape
     rows = max(1, _SCORES // count_b)
     parts = a.split(rows, dim=1)

@@ -42,8 +42,8 @@ def greedy_matching(metric: Tensor, r: int, protected: int = 0, size: Tensor | N
     gone = torch.zeros(batch, tokens, dtype=torch.bool, device=metric.device)
     for _ in range(r):
         best = similarity.flatten(1).argmax(dim=1)
-        one, other = best // tokens, best % tokens
-        stays, goes = torch.minimum(one, other), torch.maximum(one, other)
+        first, second = best // tokens, best % tokens
+        stays, goes = torch.minimum(first, second), torch.maximum(first, second)
         total = weight[image, stays] + weight[image, goes]
         share = (weight[image, goes] / total.clamp_min(1e-12)).unsqueeze(1)
         mean[image, stays] = mean[image, stays] + share * (mean[image, goes] - mean[image, stays])

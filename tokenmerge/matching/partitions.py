@@ -24,13 +24,13 @@ def shuffled(count: int, seed: int, device: torch.device) -> Tensor:
 
 def _on_a(partition: Partition, free: int, count_a: int, columns: int, layer: int, device: torch.device) -> Tensor:
     """`[free]` boolean: which of the tokens that may merge are on side A, `count_a` of them."""
-    place = torch.arange(free, device=device)
+    position = torch.arange(free, device=device)
     if partition == "random":
-        return torch.zeros_like(place).scatter_(0, shuffled(free, layer, device), place) < count_a
+        return torch.zeros_like(position).scatter_(0, shuffled(free, layer, device), position) < count_a
     if partition == "checkerboard":
-        black = (place // columns + place % columns) % 2 == 0
+        black = (position // columns + position % columns) % 2 == 0
         return black & (black.cumsum(0) <= count_a)
-    return place < count_a
+    return position < count_a
 
 
 def partition_order(

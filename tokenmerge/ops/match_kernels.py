@@ -169,16 +169,16 @@ def _select(
         a = start + tl.arange(0, TILE)
         inside = a < count_a
         if RANKED:
-            place = tl.load(rank + a, mask=inside, other=0)
+            position = tl.load(rank + a, mask=inside, other=0)
         else:
             # .cg: other programs wrote them, and this multiprocessor's own cache may not know yet
             score = tl.load(best + a, mask=inside, other=float("-inf"), cache_modifier=".cg")
-            place = _ranks(best, a, score, count_a, TILE, RIVALS)
-        merged = (place < r) & inside
-        stays = ((place >= r) & inside).to(tl.int32)
+            position = _ranks(best, a, score, count_a, TILE, RIVALS)
+        merged = (position < r) & inside
+        stays = ((position >= r) & inside).to(tl.int32)
         to = tl.load(partner + a, mask=merged, other=0, cache_modifier=".cg")
-        tl.store(source + place, (first_a + 2 * a).to(tl.int64), mask=merged)
-        tl.store(target + place, (protected + rest + to).to(tl.int64), mask=merged)
+        tl.store(source + position, (first_a + 2 * a).to(tl.int64), mask=merged)
+        tl.store(target + position, (protected + rest + to).to(tl.int64), mask=merged)
         at = protected + left + tl.cumsum(stays, axis=0) - 1
         tl.store(keep + at, (first_a + 2 * a).to(tl.int64), mask=stays > 0)
         left += tl.sum(stays, axis=0)

@@ -82,7 +82,7 @@ def split_state(model: nn.Module, state: Mapping[str, Tensor]) -> tuple[dict[str
     starts = {f"{places[block]}.{PREDICTOR}.": index for index, block in predicting(model).items()}
     rest, found = {}, {}
     for name, value in state.items():
-        start = next((one for one in starts if name.startswith(one)), None)
+        start = next((prefix for prefix in starts if name.startswith(prefix)), None)
         if start is None:
             rest[name] = value
         else:

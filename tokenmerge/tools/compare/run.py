@@ -149,7 +149,7 @@ def _score_all(
 ) -> list[Scores]:
     """Scores of the unmerged model and then of every variant; what lies in `folder` already is not measured again."""
     known = [Scores.load(folder / f"{variant.key(context)}.json") for variant in variants]
-    missing = sum(one is None for one in known)
+    missing = sum(figure is None for figure in known)
     if missing < len(variants):
         report.say(f"{len(variants) - missing} of {len(variants)} variants were scored before, in {folder!s}")
     with report.progress() as progress:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import json
 import statistics
@@ -118,7 +119,7 @@ def r_for_speedup(
         for handle, r in zip(handles, values, strict=True):
             handle.update(r=r)
         with torch.inference_mode():
-            calls = [lambda one=one: one(images) for one in timed]
+            calls = [lambda candidate=candidate: candidate(images) for candidate in timed]
             times = take_turns(calls, images.device, 1, rounds)
         medians = [Spread.of_ratios(times[0], mine).p50 for mine in times[1:]]
         speeds, aim = medians[:_AROUND], medians[-1] if isinstance(target, MergeConfig) else wanted
@@ -148,10 +149,15 @@ def time_variants(
         schedule = variant.handle.schedule
         if schedule not in slices:
             slices[schedule] = sliced(model, schedule)
-    models = [model, *(variant.model for variant in variants), *(one for one in slices.values() if one is not None)]
-    times = take_turns([lambda one=one: one(images) for one in models], images.device, 1, rounds)  # type: ignore[misc]
+    models = [
+        model,
+        *(variant.model for variant in variants),
+        *(sliced_model for sliced_model in slices.values() if sliced_model is not None),
+    ]
+    calls = [functools.partial(candidate, images) for candidate in models]
+    times = take_turns(calls, images.device, 1, rounds)
     of_slices = iter(times[1 + len(variants) :])
-    by_schedule = {schedule: None if one is None else next(of_slices) for schedule, one in slices.items()}
+    by_schedule = {schedule: None if model is None else next(of_slices) for schedule, model in slices.items()}
     speed, overhead = [], []
     for variant, mine in zip(variants, times[1:], strict=False):
         speed.append(Spread.of_ratios(times[0], mine))

@@ -96,7 +96,7 @@ class Judge:
         copies = [share_weights(self.model) for _ in configs]
         for copy, config in zip(copies, configs, strict=True):
             patch(copy, config)
-        calls = [lambda one=one: one(self.timed) for one in (self.model, *copies)]
+        calls = [lambda timed_model=timed_model: timed_model(self.timed) for timed_model in (self.model, *copies)]
         times = take_turns(calls, self.timed.device, 1, rounds)
         return [Spread.of_ratios(times[0], mine).p50 for mine in times[1:]]
 
@@ -170,7 +170,7 @@ def _figures(study: Any) -> list[str | None]:
         for t in study.trials
         if t.values is not None
     ]
-    trials.sort(key=lambda one: one["kind"])
+    trials.sort(key=lambda trial: trial["kind"])
     return [
         lines(
             trials,
@@ -271,7 +271,7 @@ def _random_schedules(judge: Judge, space: Space, search: SearchArgs, report: Re
         for config in configs:
             found.append(float(judge.scores(config).divergence.mean()))
             progress.advance(task)
-    better = sum(one < constant for one in found)
+    better = sum(loss < constant for loss in found)
     report.say(
         f"a constant r has KL {constant:.3f}; of {len(found)} random schedules of the same FLOPs {better} have less (the best "
         f"{min(found):.3f}, the median {statistics.median(found):.3f})"
@@ -318,7 +318,7 @@ def _best(study: Any, judge: Judge, search: SearchArgs, attention: bool, report:
             f"no setting reached {search.speedup:g}x here (the fastest was {fastest:.2f}x): ask for less, give more --trials, or "
             "a larger --batch-size"
         )
-    scores = [float(judge.scores(one).divergence.mean()) for _, one, _ in finalists]
+    scores = [float(judge.scores(config).divergence.mean()) for _, config, _ in finalists]
     for (name, _, speed), divergence in zip(finalists, scores, strict=True):
         report.say(f"finalist: {name}, {speed:.2f}x, KL {divergence:.3f} on calibration images")
     _, best, speed = finalists[scores.index(min(scores))]
@@ -347,9 +347,9 @@ def _check(
         }
     ]
     for name, (config, fast) in settings.items():
-        one = scores[name]
-        row = {"setting": name, "speedup": fast, "top1": 100 * float(one.top1.mean())}
-        rows.append({**row, "divergence": float(one.divergence.mean()), "config": config.to_json()})
+        score = scores[name]
+        row = {"setting": name, "speedup": fast, "top1": 100 * float(score.top1.mean())}
+        rows.append({**row, "divergence": float(score.divergence.mean()), "config": config.to_json()})
     rows[1] |= {"top1_difference": str(difference), "divergence_difference": str(further)}
     frontier = [
         {"speedup": 1 / t.values[0], "divergence": t.values[1], "config": t.user_attrs["config"]}
@@ -359,7 +359,7 @@ def _check(
     try:
         search.output.write_text(json.dumps(json.loads(best.to_json()), indent=2) + "\n", encoding="utf-8")
         beside.write_text(
-            json.dumps(sorted(frontier, key=lambda one: one["speedup"]), indent=2) + "\n", encoding="utf-8"
+            json.dumps(sorted(frontier, key=lambda point: point["speedup"]), indent=2) + "\n", encoding="utf-8"
         )
     except OSError as error:
         report.say(f"found: {best.to_json()}")

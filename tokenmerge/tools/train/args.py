@@ -148,7 +148,7 @@ class TrainArgs:
             if isinstance(value, Setting):
                 return value.label
             if isinstance(value, tuple | list):
-                return [plain(one) for one in value]
+                return [plain(entry) for entry in value]
             return str(value) if isinstance(value, Path) else value
 
         return {field.name: plain(getattr(self, field.name)) for field in dataclasses.fields(self)}

@@ -28,7 +28,9 @@ def set_epoch(handle: Handle, args: TrainArgs, epoch: int) -> None:
 
 def setting_at(args: TrainArgs, epoch: int) -> Setting:
     """The full setting of an epoch."""
-    due = [setting for start, setting in sorted(args.r_milestones, key=lambda one: one[0]) if start <= epoch]
+    due = [
+        setting for start, setting in sorted(args.r_milestones, key=lambda milestone: milestone[0]) if start <= epoch
+    ]
     return due[-1] if due else args.setting
 
 

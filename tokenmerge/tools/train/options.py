@@ -200,7 +200,7 @@ def _words(action: argparse.Action, value: Any) -> list[str]:
         return []
     if action.nargs == "+" and isinstance(value, dict):
         return [flag, *(f"{name}={one}" for name, one in value.items())]
-    return [flag, *(str(one) for one in value)] if isinstance(value, list) else [f"{flag}={value}"]
+    return [flag, *(str(entry) for entry in value)] if isinstance(value, list) else [f"{flag}={value}"]
 
 
 def _read(config: str) -> dict[str, Any]:

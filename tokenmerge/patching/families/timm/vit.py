@@ -57,7 +57,7 @@ def _res_post_mlp(block: Any, x: Tensor) -> Tensor:
 
 
 def _things_attention(block: Any, x: Tensor, bias: Tensor | None) -> Tensor:
-    branches = [one.drop_path(one.ls(one.attn(one.norm(x), attn_mask=bias))) for one in block.attns]
+    branches = [branch.drop_path(branch.ls(branch.attn(branch.norm(x), attn_mask=bias))) for branch in block.attns]
     return x + torch.stack(branches).sum(dim=0)
 
 
@@ -84,7 +84,7 @@ def _block_cost(block: Any) -> BlockCost:
 
 
 def _things_cost(block: Any) -> BlockCost:
-    pair = sum(_pair_cost(one.attn) for one in block.attns)
+    pair = sum(_pair_cost(branch.attn) for branch in block.attns)
     return BlockCost(linear_weights(block.attns), linear_weights(block.ffns), pair)
 
 
@@ -136,10 +136,10 @@ BLOCKS: Sequence[BlockFamily] = (
         "ParallelThingsBlock",
         attention=_things_attention,
         mlp=_things_mlp,
-        keys=lambda block: [one.attn.k_norm for one in block.attns],
+        keys=lambda block: [branch.attn.k_norm for branch in block.attns],
         cost=_things_cost,
         mask="attn_mask",
-        refuse=lambda block: _refuse_attention(*(one.attn for one in block.attns)),
+        refuse=lambda block: _refuse_attention(*(branch.attn for branch in block.attns)),
     ),
     *_block_row(
         "ParallelScalingBlock",
