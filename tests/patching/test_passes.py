@@ -131,6 +131,31 @@ def test_hooks_of_inner_blocks_read_what_is_there(make: Callable[[], Any]) -> No
         assert seen[0].shape[1] == handle.trace.tokens
 
 
+@EVERY
+def test_gradients_are_laid_out_as_activations_are(make: Callable[[], Any]) -> None:
+    """What tools for class activation maps do: both, of an inner block, from hooks; the patches' gradients add up."""
+    model = make()
+    found: dict[str, Tensor] = {}
+    with tokenmerge.patched(model, r=4, trace=True) as handle:
+
+        def look(module: Any, args: Any, output: Any) -> None:
+            tokens = output[0] if isinstance(output, tuple) else output
+            found["activation"] = handle.trace.to_grid(tokens)
+
+            def note(gradient: Tensor) -> None:
+                found["gradient"], found["raw"] = handle.trace.to_grid(gradient), gradient
+
+            tokens.register_hook(note)
+
+        hook = _blocks(model)[1].register_forward_hook(look)
+        _out(model, _input(model)).square().mean().backward()
+        hook.remove()
+        protected = 0 if "Cait" in type(model).__name__ else handle.summary().protected
+    assert found["gradient"].shape == found["activation"].shape
+    axes = tuple(range(2, found["gradient"].dim()))
+    torch.testing.assert_close(found["gradient"].sum(dim=axes), found["raw"][:, protected:].sum(dim=1))
+
+
 @torch.no_grad()
 @pytest.mark.parametrize("strict", [False, True])
 def test_an_exported_program_reads_its_own_features(strict: bool) -> None:

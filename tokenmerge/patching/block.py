@@ -19,7 +19,7 @@ from tokenmerge.ops.combine import merge_rows
 from tokenmerge.ops.modes import is_exporting
 from tokenmerge.patching.begin import begin_pass, padding_in_pairs, with_positions
 from tokenmerge.patching.leaf import as_leaf
-from tokenmerge.patching.look import Look, kept_for_looking, look_at, similarity_of
+from tokenmerge.patching.look import Look, kept_for_looking, look_at, mark_gradient, similarity_of
 from tokenmerge.patching.match import metric_from, tensors_for
 from tokenmerge.patching.record import BlockRecord, Settings
 from tokenmerge.patching.state import STATE, Step, TokenState, attach
@@ -287,6 +287,8 @@ def _leave(block: Any, x: Tensor, state: TokenState, look: Look | None, merged: 
         full = state.unmerge(x)
         out = attach(full, dataclasses.replace(state, merged=x) if full is not x else state)
     else:
-        setattr(x, STATE, state)
         out = x
+        setattr(out, STATE, state)
+    if settings.traces and out.requires_grad and torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        mark_gradient(out, getattr(out, STATE))
     return out if record.family.wrap is None else record.family.wrap(out)

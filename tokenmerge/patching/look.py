@@ -11,7 +11,7 @@ from torch import Tensor
 from tokenmerge.attention.tap import Tap, attention_maps, class_attention
 from tokenmerge.ops.basics import take_rows, unit
 from tokenmerge.ops.combine import merge_rows
-from tokenmerge.patching.state import TokenState
+from tokenmerge.patching.state import TokenState, attach
 from tokenmerge.plan import MergePlan
 
 
@@ -62,6 +62,16 @@ def _merged(rows: Tensor, state: TokenState) -> Tensor:
     plan = state.steps[-1].plan
     assert plan is not None
     return merge_rows(rows, state.steps[-2].size if len(state.steps) > 1 else state.run.first_size, plan).x
+
+
+def mark_gradient(x: Tensor, state: TokenState) -> None:
+    """Let the gradient of `x`, when it comes, carry the state of `x`: tools for heat maps lay both out on the grid."""
+    shared = dataclasses.replace(state, shared=state.merged is None)
+
+    def mark(gradient: Tensor) -> None:
+        attach(gradient, shared)
+
+    x.register_hook(mark)
 
 
 def similarity_of(metric: Tensor, plan: MergePlan) -> Tensor:

@@ -83,6 +83,7 @@ class TokenState:
         log_size: `[B, N]`: logarithms of the sizes in the dtype of the attention that was expected next, where the kernel
             that merged has written them.
         rollout: `[B, N, N0]` float32: how much of each original token is in each token (attention rollout).
+        shared: whether the tensor is a gradient: patches share that of their token, where they each have its value.
     """
 
     run: Pass
@@ -92,6 +93,7 @@ class TokenState:
     merged: Tensor | None = None
     log_size: Tensor | None = None
     rollout: Tensor | None = None
+    shared: bool = False
 
     @property
     def plans(self) -> tuple[MergePlan, ...]:

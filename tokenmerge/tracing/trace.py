@@ -235,13 +235,15 @@ class Trace:
     def unmerge(self, features: Tensor) -> Tensor:
         """Spread features over the patches again, by the plans that they carry: `[B, N, C]` -> `[B, N0, C]`.
 
-        Features that were spread already come back as they are.
+        Features that were spread already come back as they are. Of a gradient, which comes to a tensor hook, patches share
+        what their token has, so that sums stay.
 
         Args:
             features: what a patched model, or one of its blocks, put out.
 
         Raises:
-            InputError: if the features carry no plans.
+            InputError: if the features carry nothing.
+            PatchError: if tokens merged and their plans did not travel (`trace=True` lets them).
         """
         return unmerged(features)
 
@@ -254,7 +256,8 @@ class Trace:
             grid: patches along each axis, where the pass did not see them.
 
         Raises:
-            InputError: if the features carry no plans, or the grid is unknown or does not hold as many patches.
+            InputError: if the features carry nothing, or the grid is unknown or does not hold as many patches.
+            PatchError: if tokens merged and their plans did not travel (`trace=True` lets them).
         """
         full, run = unmerged(features), _carried(features).run
         patches = run.tokens - run.settings.protected
@@ -287,7 +290,8 @@ def unmerged(features: Tensor) -> Tensor:
     state = _carried(features)
     if state.merged is not None or not state.plans:
         return features
-    full = spread_rows(features, _source(state).to(features.device), state.drops)
+    values = features / state.size.unsqueeze(2).to(features) if state.shared and state.size is not None else features
+    full = spread_rows(values, _source(state).to(features.device), state.drops)
     return attach(full, dataclasses.replace(state, merged=features))  # one patch per token: pooling takes it as it is
 
 
@@ -305,5 +309,6 @@ def trace_of(features: Tensor) -> Trace:
 
     Raises:
         InputError: if they carry nothing.
+        PatchError: if tokens merged and their plans did not travel.
     """
     return Trace(_carried(features))
