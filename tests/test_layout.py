@@ -72,7 +72,6 @@ MODELS: dict[str, Any] = {
     "timm": lambda: tiny("vit_tiny_patch16_224"),
     "timm, average": lambda: tiny("vit_base_patch16_siglip_gap_224"),
     "transformers": lambda: BY_NAME["ViTModel"].build(),
-    "DINOv2": lambda: BY_NAME["Dinov2Model"].build(),
 }
 
 

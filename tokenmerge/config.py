@@ -256,7 +256,7 @@ class MergeConfig:
             ConfigError: for a preset that there is not.
         """
         if preset is not None:
-            if preset not in PRESETS:
+            if not isinstance(preset, str) or preset not in PRESETS:
                 raise ConfigError(f"preset={preset!r}, but it must be one of {', '.join(PRESETS)}")
             fields = {**PRESETS[preset], **fields}
         config = cls() if config is None else config
@@ -328,7 +328,7 @@ class MergeConfig:
         """
         try:
             fields = json.loads(text)
-        except json.JSONDecodeError as error:
+        except (ValueError, TypeError, RecursionError) as error:
             raise ConfigError(
                 f"the config is not JSON ({error}), but a JSON object was expected: check the file"
             ) from None

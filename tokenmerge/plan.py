@@ -86,6 +86,8 @@ class MergePlan:
         Raises:
             InputError: if the map is not `[B, N]` integers, leaves the range, or misses a position.
         """
+        if not isinstance(assign, Tensor):
+            raise InputError(f"assign is of type {type(assign).__name__}, but a tensor of integers [B, N] was expected")
         if assign.dim() != 2 or assign.dtype not in _INTEGERS:
             raise InputError(
                 f"assign is {tuple(assign.shape)} {assign.dtype}, but integers of shape [B, N] were expected"
@@ -173,9 +175,9 @@ class MergePlan:
         Raises:
             InputError: if x has another number of images or tokens than this plan leaves.
         """
-        if x.dim() != 3 or x.shape[:2] != self.kept.shape:
+        if not isinstance(x, Tensor) or x.dim() != 3 or x.shape[:2] != self.kept.shape:
             raise InputError(
-                f"x is {tuple(x.shape)}, but this plan leaves tokens of shape {[*self.kept.shape]} and C channels"
+                f"x is {tuple(getattr(x, 'shape', ()))}, but this plan leaves tokens of shape {[*self.kept.shape]} and C channels"
             )
         return spread_rows(x, self.assign, self.drops)
 

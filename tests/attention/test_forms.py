@@ -20,7 +20,7 @@ from tokenmerge.attention.call import AttentionCall
 from tokenmerge.attention.forms import FORMS, choose_form
 from tokenmerge.attention.tap import Tap, open_tap, size_bias
 from tokenmerge.errors import ConfigError, InputError
-from tokenmerge.ops.timing import take_turns
+from tokenmerge.ops.timing import Spread, take_turns
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 EVERY = pytest.mark.parametrize("form", [form for form in FORMS if form not in ("auto", "mask")])
@@ -245,8 +245,15 @@ def test_tuning_times_passes_alone(monkeypatch: pytest.MonkeyPatch) -> None:
         return take_turns(calls, *args, **options)
 
     monkeypatch.setattr(tune, "take_turns", watched)
+    started: list[int] = []
+
+    def ended(*args: Any) -> Any:
+        started.append(len(events))
+        return Spread.of(*args)
+
+    monkeypatch.setattr(tune, "Spread", type("Spread", (), {"of": staticmethod(ended)}))
     handle.tune(images_for(model), rounds=2)
-    assert "check" not in events[events.index("start") :]
+    assert "check" not in events[events.index("start") : started[0]]
 
 
 def test_tuning_measures_and_chooses() -> None:

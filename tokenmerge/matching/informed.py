@@ -129,15 +129,15 @@ def _in_partition(a: Tensor, b: Tensor, going: Tensor, partner: Tensor, protecte
 class _Collecting(threading.local):
     """Where this thread collects the similarities of best edges, by block; `None` where it does not."""
 
-    edges: dict[int, list[Tensor]] | None = None
+    edges: dict[int, list[tuple[Tensor, int]]] | None = None
 
 
 _collecting = _Collecting()
 
 
 @contextlib.contextmanager
-def collecting_edges() -> Iterator[dict[int, list[Tensor]]]:
-    """Within it, `threshold_matching` notes the similarity of every best edge: `[B, |A|]` per pass, by block."""
+def collecting_edges() -> Iterator[dict[int, list[tuple[Tensor, int]]]]:
+    """Within it, `threshold_matching` notes the similarity of every best edge, `[B, |A|]`, and r of each pass, by block."""
     before, _collecting.edges = _collecting.edges, {}
     try:
         yield _collecting.edges
@@ -164,7 +164,7 @@ def threshold_matching(
     most = max_merges(count, protected)
     best, partner = similarities(metric[:, a], metric[:, b]).max(dim=2) if most else (metric[:, :0, 0], None)
     if _collecting.edges is not None:
-        _collecting.edges.setdefault(layer, []).append(best)
+        _collecting.edges.setdefault(layer, []).append((best, r))
     if thresholds:
         r = round(float((best > thresholds[layer]).sum()) / batch)
     r = min(r, most)

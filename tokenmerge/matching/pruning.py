@@ -16,7 +16,9 @@ from tokenmerge.plan import MergePlan
 
 
 @register_matcher("random_prune", most="all but one")
-def random_pruning(metric: Tensor, r: int, protected: int = 0, layer: int = 0, seed: int = 0) -> MergePlan:
+def random_pruning(
+    metric: Tensor, r: int, protected: int = 0, layer: int = 0, seed: Annotated[int, Within(0, 2**31)] = 0
+) -> MergePlan:
     """Drop r tokens at random: what any other method must beat. The same for every image and in every pass."""
     batch, tokens, _ = metric.shape
     drawn = shuffled(tokens - protected, 1000 * seed + layer, metric.device)[:r] + protected

@@ -120,6 +120,12 @@ def register_matcher(
             its place), or a further parameter has no default.
     """
 
+    if not isinstance(name, str) or not name or fault_of(most, Most):
+        raise ConfigError(
+            f"a matcher was to be registered as {name!r} with most={most!r}, but its name must be text, and most 'half' or 'all but "
+            "one': change them"
+        )
+
     def add(matcher: _M) -> _M:
         if name in _MATCHERS and _home(_MATCHERS[name].matcher) != _home(matcher):
             raise ConfigError(f"a matcher named {name!r} is registered already: choose another name")
@@ -142,6 +148,7 @@ def register_matcher(
 def _checked(name: str, function: Any, per_head: bool, most: Most) -> Callable[..., MergePlan]:
     """A matcher for whoever calls it directly."""
     signature = inspect.signature(function)
+    checked = list(signature.parameters)[3:]
 
     @functools.wraps(function)
     def matcher(*args: Any, **kwargs: Any) -> MergePlan:
@@ -150,8 +157,9 @@ def _checked(name: str, function: Any, per_head: bool, most: Most) -> Callable[.
         metric, r, protected = list(bound.arguments.values())[:3]
         check_matching_input(metric, r, protected, per_head)
         for given, hint in hints_of(function).items():
-            if given in kwargs and (fault := fault_of(kwargs[given], hint)):
-                raise ConfigError(f"{given}={kwargs[given]!r} of matcher {name!r}, but it must be {fault}: change it")
+            value = bound.arguments.get(given)
+            if given in checked and (fault := fault_of(value, hint)):
+                raise ConfigError(f"{given}={value!r} of matcher {name!r}, but it must be {fault}: change it")
         tokens = metric.shape[-2]
         r = min(r, max_merges(tokens, protected, most))
         if r == 0:
@@ -250,6 +258,8 @@ def check_matching_input(metric: Tensor, r: int, protected: int, per_head: bool 
     """
     if not (isinstance(r, int) and isinstance(protected, int)):
         raise InputError(f"r={r!r} and protected={protected!r} count tokens: use whole numbers")
+    if not isinstance(metric, Tensor):
+        raise InputError(f"metric is of type {type(metric).__name__}, but a tensor [B, N, D] was expected")
     if metric.dim() not in ((3, 4) if per_head else (3,)) or not metric.is_floating_point():
         shapes = "[B, N, D] or [B, H, N, D]" if per_head else "[B, N, D]"
         raise InputError(

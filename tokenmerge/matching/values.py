@@ -95,7 +95,7 @@ def fault_of(value: Any, hint: Any) -> str | None:
     if origin is Literal:
         return None if value in parts and not isinstance(value, bool) else f"one of {', '.join(map(str, parts))}"
     if origin is list:
-        if not isinstance(value, list | tuple):
+        if not isinstance(value, list):
             return "a list"
         return next((f"a list, each entry {fault}" for entry in value if (fault := fault_of(entry, parts[0]))), None)
     if hint is type(None):

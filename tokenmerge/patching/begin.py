@@ -14,7 +14,7 @@ from tokenmerge.ops.basics import unit
 from tokenmerge.ops.modes import is_exporting
 from tokenmerge.patching.hooks import full_wanted, take_grid
 from tokenmerge.patching.record import BlockRecord
-from tokenmerge.patching.state import Pass, TokenState, attach
+from tokenmerge.patching.state import Pass, TokenState, attach, state_of
 from tokenmerge.schedule import cut
 
 _MASKED = -1e4  # additive masks use −inf or the smallest number of their dtype
@@ -125,7 +125,9 @@ def begin_pass(record: BlockRecord, x: Tensor, mask: Tensor | None) -> TokenStat
     run = Pass(settings, batch, tokens, grid, schedule, full_wanted(), size, size is not None)
     state = TokenState(run, size)
     if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-        attach(x, state)  # gradient checkpointing finds it when it runs the block again
+        before = state_of(x)  # gradient checkpointing finds what is attached when it runs the block again
+        same = before is None or (before.run.settings is settings and before.run.full == run.full)
+        attach(x, state if same else dataclasses.replace(state, run=dataclasses.replace(run, ambiguous=True)))
     return state
 
 

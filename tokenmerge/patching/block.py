@@ -100,8 +100,12 @@ def _arrive(
     record: BlockRecord = block._tokenmerge
     family, passed = record.family, kwargs.pop(STATE, None)
     state: TokenState | None = passed if isinstance(x, Proxy) else getattr(x, STATE, passed)
-    if record.index == 0 and not (state is not None and _recomputing()):
+    recomputing = _recomputing()
+    if record.index == 0 and not recomputing:
         state = None  # of an older pass, if any
+    if recomputing and (state is None or state.run.ambiguous):
+        _check_first_time(record, x, state)
+        return None, {}
     settings = record.model.settings if state is None else state.run.settings
     given = {**dict(zip(family.arguments, args, strict=False)), **kwargs}
     if not settings.merges and (not settings.traces or (family.mask and given.get(family.mask) is not None)):
@@ -121,6 +125,20 @@ def _arrive(
     if state.positions is None and (family.positions is not None or family.rope is not None):
         state = with_positions(block, x, state, given)
     return state, given
+
+
+def _check_first_time(record: BlockRecord, x: Tensor, state: TokenState | None) -> None:
+    """Raise unless a block that runs again in backward ran upstream's own forward the first time: no state came with it."""
+    if state is None and record.model.settings.merges and x.is_leaf and x.requires_grad:
+        raise PatchError(
+            f"block {record.index} runs again in backward on a tensor that was made anew, as reentrant checkpointing does, so its "
+            "sizes are lost: use use_reentrant=False"
+        )
+    if state is not None:
+        raise PatchError(
+            f"block {record.index} runs again in backward, but passes with different settings began with the very same tensor, and "
+            "gradient checkpointing cannot tell them apart: give each pass a tensor of its own (x.clone())"
+        )
 
 
 def _obeyed(record: BlockRecord, given: dict[str, Any]) -> dict[str, Any]:
@@ -257,7 +275,11 @@ def _plan(block: Any, metric: Tensor, x: Tensor, tap: Tap, r: int, state: TokenS
         offered["grid"] = state.run.grid
     if settings.tensors:
         offered.update(tensors_for(block, x, tap, state))
-    plan: MergePlan = entry.matcher(metric, r, settings.protected, **offered)
+    plan: Any = entry.matcher(metric, r, settings.protected, **offered)
+    if not isinstance(plan, MergePlan):
+        raise PatchError(
+            f"matcher {entry.name!r} gave a {type(plan).__name__}, but a MergePlan was expected: return one"
+        )
     (batch, left), gone = plan.kept.shape, plan.source.shape[1]
     fits = batch == x.shape[0] and left + gone == x.shape[1]
     if not fits or (gone != r and not (entry.adaptive or (entry.learned and gone == 0))):
@@ -281,7 +303,8 @@ def _leave(block: Any, x: Tensor, state: TokenState, look: Look | None, merged: 
         state = dataclasses.replace(state, steps=steps, merged=None)
     if settings.traces:
         state = kept_for_looking(state, look)
-        if last and not is_exporting():
+        in_force = settings.number == record.model.settings.number
+        if last and in_force and not is_exporting() and not _recomputing():
             record.model.latest = state.detached()
     if (last and settings.full_output) or (run.full and not settings.merged_states):
         full = state.unmerge(x)

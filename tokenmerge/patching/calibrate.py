@@ -43,17 +43,17 @@ def calibrate(
     with patched(model, wanted) as handle, collecting_edges() as edges:
         for batch in batches:
             model(batch)
-        schedule = handle.summary().r
+        layers = handle.summary().blocks
     if not edges:
         raise InputError("not one block merged while calibrating: give batches of images, and a schedule that merges")
     thresholds = []
-    for layer, r in enumerate(schedule):
+    for layer in range(layers):
         if layer not in edges:
             thresholds.append(1.0)
             continue
-        best = torch.cat([similarities.flatten() for similarities in edges[layer]])
-        images = sum(len(similarities) for similarities in edges[layer])
-        position = min(len(best), max(1, r * images))
+        best = torch.cat([similarities.flatten() for similarities, _ in edges[layer]])
+        merged = sum(r * len(similarities) for similarities, r in edges[layer])  # as each pass did, whatever its tokens
+        position = min(len(best), max(1, merged))
         thresholds.append(float(best.sort(descending=True).values[position - 1]) - 1e-6)
     return MergeConfig.create(wanted, options={"thresholds": thresholds})
 

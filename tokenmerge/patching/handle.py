@@ -17,7 +17,7 @@ from tokenmerge.patching.check import attention_choice, check_block, check_rotar
 from tokenmerge.patching.hooks import check_blocks
 from tokenmerge.patching.install import install, restore
 from tokenmerge.patching.match import cost_of
-from tokenmerge.patching.record import ModelRecord
+from tokenmerge.patching.record import ModelRecord, record_of
 from tokenmerge.patching.running import is_running
 from tokenmerge.patching.settings import backend_choice, matching_in_words, settings_for
 from tokenmerge.patching.summary import Summary, summarize
@@ -79,8 +79,8 @@ class Handle:
     @property
     def schedule(self) -> Schedule:
         """r per block as asked for, at the model's own input size; `summary()` shows where it is cut."""
-        settings = self._live()[1].settings
-        return settings.schedule_for(settings.cost.tokens)
+        model, record = self._live()
+        return record.settings.schedule_for(record.family.tokens(model))
 
     @property
     def has_class_token(self) -> bool:
@@ -97,7 +97,7 @@ class Handle:
         """
         with _turns:
             model, record = self._live()
-            config = MergeConfig.create(config or record.settings.config, **fields)
+            config = MergeConfig.create(record.settings.config if config is None else config, **fields)
             check_blocks(record, record.settings.layers, model)
             record.settings = settings_for(find_target(model), config, record.readers)
             record.latest = None
@@ -186,10 +186,15 @@ class Handle:
         model, record = self._live()
         settings, target = record.settings, find_target(model)
         tokens = target.tokens_at(input_size)
-        counts = settings.cost.at(tokens).counts(settings.schedule_for(tokens))
-        if not -len(counts) <= layer < len(counts):
+        if settings.entry.adaptive and not settings.full_output:
             raise InputError(
-                f"layer {layer} is none of the {len(counts)} hidden states of this model: give −1 for the last"
+                f"how many tokens matcher {settings.entry.name!r} leaves depends on what is in the images: run the model, and look "
+                "at the features that leave it"
+            )
+        counts = settings.cost.at(tokens).counts(settings.schedule_for(tokens))
+        if not isinstance(layer, int) or isinstance(layer, bool) or not -len(counts) <= layer < len(counts):
+            raise InputError(
+                f"layer {layer!r} is none of the {len(counts)} hidden states of this model: give −1 for the last"
             )
         return tokens if settings.full_output else counts[layer]
 
@@ -206,6 +211,9 @@ class Handle:
                 "tracing is off for this model: turn it on with handle.update(trace=True), then run the model"
             )
         return Trace(record.latest)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return handle_of, (self._model,)  # a copy controls the model that was copied with it
 
     def __repr__(self) -> str:
         name = original_class(self._model).__name__
@@ -258,6 +266,9 @@ def unpatch(model: nn.Module) -> None:
     check_is_module(model)
     with _turns:
         found = patched_inside(model)
+        if not found and any(record_of(module) is not None for module in model.modules()):
+            restore(model)  # blocks of a patched model that were put into this one
+            return
         if not found:
             raise PatchError(
                 f"{type(model).__name__} is not patched, so there is nothing to undo: check tokenmerge.is_patched(model)"
@@ -293,10 +304,17 @@ def patched(model: nn.Module, config: MergeConfig | None = None, **fields: Any) 
     handle = patch(model, config, **fields)
     try:
         yield handle
-    finally:
-        with _turns:
-            if patch_of(handle._model) is handle._record:
-                handle.remove()
+    except BaseException:
+        with contextlib.suppress(PatchError):  # the error of the user is what counts
+            _remove_if_live(handle)
+        raise
+    _remove_if_live(handle)
+
+
+def _remove_if_live(handle: Handle) -> None:
+    with _turns:
+        if patch_of(handle._model) is handle._record:
+            handle.remove()
 
 
 def is_patched(model: nn.Module) -> bool:

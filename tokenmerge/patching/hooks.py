@@ -6,6 +6,7 @@ Hooks are module-level functions: closures would break when a model is copied.
 from __future__ import annotations
 
 import contextlib
+import sys
 import threading
 from collections.abc import Iterator
 from typing import Any
@@ -27,13 +28,13 @@ class _Ahead(threading.local):
         full: whether the pass shall hand on unmerged tokens.
         owner: the module within which it shall; `None` for `full_outputs`.
         grid: patches along each axis that the embedding of a model has made.
-        grid_of: that model's record.
+        grid_of: the number of that model's record.
     """
 
     full = False
     owner: nn.Module | None = None
     grid: tuple[int, ...] | None = None
-    grid_of: ModelRecord | None = None
+    grid_of: int | None = None
 
 
 _ahead = _Ahead()
@@ -41,20 +42,33 @@ _ahead = _Ahead()
 
 def full_wanted() -> bool:
     """Whether passes that begin now in this thread hand on unmerged tokens."""
+    _drop_stale()
     return _ahead.full
+
+
+def _drop_stale() -> None:
+    """Forget the wish of a module that has ended without saying so: torch calls no hooks after a KeyboardInterrupt."""
+    if _ahead.owner is None or torch.compiler.is_compiling():
+        return
+    frame: Any = sys._getframe(1)
+    while frame is not None:
+        if frame.f_locals.get("self") is _ahead.owner:
+            return
+        frame = frame.f_back
+    _ahead.full, _ahead.owner = False, None
 
 
 def take_grid(record: ModelRecord) -> tuple[int, ...] | None:
     """The grid that the embedding of this very model has just made in this thread, once; `None` if it made none."""
     grid, whose = _ahead.grid, _ahead.grid_of
     _ahead.grid = _ahead.grid_of = None
-    return grid if whose is record else None
+    return grid if whose == record.number else None
 
 
 def note_grid(module: Any, args: tuple[Any, ...], output: Any) -> None:
     """Forward hook of what makes patches: `[B, C, *grid]`, or tokens and their grid (`None` where images differ in it)."""
     grid = output[1] if isinstance(output, tuple) else output.shape[2:]
-    _ahead.grid, _ahead.grid_of = None if grid is None else tuple(grid), getattr(module, RECORD, None)
+    _ahead.grid, _ahead.grid_of = None if grid is None else tuple(grid), getattr(module, RECORD).number
 
 
 @contextlib.contextmanager
@@ -69,6 +83,7 @@ def full_outputs() -> Iterator[None]:
 
 def collect_if_asked(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     """Forward pre-hook of modules that may collect what their blocks put out (`output_hidden_states`)."""
+    _drop_stale()
     wanted = kwargs.get("output_hidden_states")
     if wanted is None:
         wanted = getattr(getattr(module, "config", None), "output_hidden_states", False)
@@ -78,6 +93,7 @@ def collect_if_asked(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str,
 
 def collect(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     """The same for modules that always collect: backbones."""
+    _drop_stale()
     if not _ahead.full:
         _ahead.full, _ahead.owner = True, module
 
@@ -94,9 +110,10 @@ def check_root(module: Any, args: tuple[Any, ...] = ()) -> None:
     Raises:
         PatchError: if `r` was set on the model, or blocks were added, exchanged or taken away.
     """
-    if torch.compiler.is_compiling():  # (what is compiled was looked at before)
-        return
     record: ModelRecord = getattr(module, RECORD)
+    check_blocks(record, record.settings.layers, module)
+    if torch.compiler.is_compiling():  # Dynamo looks into no weak reference
+        return
     outer = record.outer() if record.outer is not None else None
     for owner in (module, outer):
         if owner is not None and "r" in vars(owner):
@@ -104,7 +121,6 @@ def check_root(module: Any, args: tuple[Any, ...] = ()) -> None:
                 f"r={vars(owner)['r']!r} was set on {type(owner).__name__}, which changes nothing: delete that attribute and write "
                 "tokenmerge.handle_of(model).update(r=…)"
             )
-    check_blocks(record, record.settings.layers, module)
 
 
 def check_blocks(record: ModelRecord, layers: int, model: Any) -> None:
@@ -116,8 +132,8 @@ def check_blocks(record: ModelRecord, layers: int, model: Any) -> None:
             "again"
         )
     for index, block in enumerate(blocks):
-        own: BlockRecord | None = vars(block).get(RECORD)
-        if own is None or own.model is not record or own.index != index:
+        own: BlockRecord | None = getattr(block, RECORD, None)
+        if own is None or own.model.number != record.number or own.index != index:
             raise PatchError(
                 f"block {index} is not the one that was patched: unpatch before exchanging blocks, and patch again"
             )

@@ -8,11 +8,12 @@ import torch
 from torch import Tensor
 
 from tokenmerge.attention.tap import Tap, class_attention
-from tokenmerge.config import FIELDS, MergeConfig
+from tokenmerge.config import FIELDS, SCHEDULE_FIELDS, MergeConfig
 from tokenmerge.errors import ConfigError, PatchError
 from tokenmerge.flops import ModelCost
 from tokenmerge.matching import check_options, entry_for
 from tokenmerge.matching.learned import PREDICTOR
+from tokenmerge.matching.values import hints_of, per_block
 from tokenmerge.ops.basics import counting, unit
 from tokenmerge.patching.begin import apart_from_padding
 from tokenmerge.patching.record import BlockRecord
@@ -53,7 +54,7 @@ def check_matching(config: MergeConfig, layers: int | None = None) -> None:
             raise ConfigError(f"{name}={value!r} means nothing to matcher {entry.name!r}: leave it at {usual!r}")
     if entry.most == "half":
         keep = config.keep if isinstance(config.keep, list) else [config.keep or 1]
-        if min(keep) < 0.5:
+        if min(keep, default=1) < 0.5:
             raise ConfigError(
                 f"keep={config.keep!r}, but matcher {entry.name!r} merges at most half of the tokens of a block: keep 0.5 or "
                 "more"
@@ -62,6 +63,22 @@ def check_matching(config: MergeConfig, layers: int | None = None) -> None:
         raise ConfigError(
             f"place='before' merges before attention runs, but matcher {entry.name!r} looks at it: use place='between'"
         )
+
+
+def shortened(config: MergeConfig, layers: int) -> MergeConfig:
+    """The config for the first blocks of a model alone: lists with an entry per block end with them."""
+    entry = entry_for(config)
+    hints = hints_of(entry.matcher)
+    cut = {
+        name: value[:layers] if isinstance(value, list) and name in hints and per_block(hints[name]) else value
+        for name, value in config.options.items()
+    }
+    lists: dict[str, Any] = {"options": cut}
+    for name in SCHEDULE_FIELDS:
+        value = getattr(config, name)
+        if isinstance(value, list):
+            lists[name] = value[:layers]
+    return MergeConfig.create(config, **lists)
 
 
 def other_metric(config: MergeConfig) -> bool:

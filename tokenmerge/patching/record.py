@@ -144,6 +144,7 @@ class ModelRecord:
         latest: the state that left the last block of the latest whole pass, when tracing; only for looking at.
         readers: why what reads the model's tokens would misread merged ones, in words.
         outer: the module that the user gave to `patch`.
+        number: tells it from other models' where code is traced.
     """
 
     def __init__(self, family: ModelFamily, settings: Settings, readers: tuple[str, ...], outer: nn.Module) -> None:
@@ -152,10 +153,14 @@ class ModelRecord:
         self.readers = readers
         self.latest: Any = None
         self.outer: Any = weakref.ref(outer)
+        self.number = next(_numbers)
 
     def __getstate__(self) -> dict[str, Any]:
         """A copy has had no pass yet, and is not inside of what the original was in."""
         return {**vars(self), "latest": None, "outer": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state, number=next(_numbers))
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

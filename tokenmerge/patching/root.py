@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, NoReturn
+from typing import Any, NoReturn, cast
 
 from torch import Tensor, nn
 
 from tokenmerge.errors import PatchError
 from tokenmerge.patching.block import MergeBlock
 from tokenmerge.patching.hooks import check_root, full_outputs
+from tokenmerge.patching.match import shortened
 from tokenmerge.patching.record import ModelRecord
+from tokenmerge.patching.settings import settings_for
 from tokenmerge.patching.state import attach, state_of
+from tokenmerge.patching.target import find_target
 
 
 def merge_blocks(model: nn.Module) -> list[Any]:
@@ -59,9 +62,9 @@ class MergeRoot:
     def prune_intermediate_layers(self, *args: Any, **kwargs: Any) -> Any:
         """timm's; what is now the last block takes over what the last one did."""
         taken = super().prune_intermediate_layers(*args, **kwargs)  # type: ignore[misc]
-        record = self._tokenmerge
-        left = len(record.family.blocks(self))
-        record.settings = dataclasses.replace(record.settings, layers=left)
+        record, model = self._tokenmerge, cast("nn.Module", self)
+        config = shortened(record.settings.config, len(record.family.blocks(model)))
+        record.settings = settings_for(find_target(model), config, record.readers)
         return taken
 
 

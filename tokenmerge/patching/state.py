@@ -9,6 +9,7 @@ knows no other can reach.
 from __future__ import annotations
 
 import dataclasses
+from collections import OrderedDict
 from typing import Any
 
 import torch
@@ -38,6 +39,7 @@ class Pass:
         full: whether blocks hand on unmerged tokens, for readers that expect upstream's shapes.
         first_size: `[B, N0]` float32, 0 for padding and 1 for all others; `None` without padding.
         padded: whether some tokens may be padding.
+        ambiguous: whether another pass, with other settings, has begun with the very same tensor.
     """
 
     settings: Settings
@@ -48,6 +50,7 @@ class Pass:
     full: bool = False
     first_size: Tensor | None = None
     padded: bool = False
+    ambiguous: bool = False
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -94,6 +97,12 @@ class TokenState:
     log_size: Tensor | None = None
     rollout: Tensor | None = None
     shared: bool = False
+
+    def __deepcopy__(self, memo: Any) -> TokenState:
+        return self  # nothing in it changes
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return OrderedDict, ()  # a file of features holds what any file may: it carries nothing when it is loaded
 
     @property
     def plans(self) -> tuple[MergePlan, ...]:
@@ -174,8 +183,8 @@ def attach(x: Tensor, state: TokenState) -> Tensor:
 
 def state_of(x: Any) -> TokenState | None:
     """The state that travels with `x`, or `None`."""
-    state: TokenState | None = None if isinstance(x, Proxy) else getattr(x, STATE, None)
-    return state
+    state = None if isinstance(x, Proxy) else getattr(x, STATE, None)
+    return state if isinstance(state, TokenState) else None
 
 
 def needed_state(x: Tensor, reader: str) -> TokenState:
@@ -223,6 +232,11 @@ def carry(new: Tensor, *, like: Tensor) -> Tensor:
     Raises:
         InputError: if the two differ in images or tokens.
     """
+    for tensor in (new, like):
+        if not isinstance(tensor, Tensor) or tensor.dim() < 2:
+            raise InputError(
+                f"{tensor!r:.40} was given, but tensors of tokens [B, N, C] were expected: give block outputs"
+            )
     state = state_of(like)
     if new.shape[:2] != like.shape[:2]:
         raise InputError(
@@ -250,8 +264,9 @@ def token_sizes(features: Tensor) -> Tensor:
     """
     state = state_of(features)
     if state is None:
+        shape = tuple(features.shape) if isinstance(features, Tensor) else repr(features)[:40]
         raise InputError(
-            f"these features {tuple(features.shape)} carry no token sizes, but the very tensor that a patched model's "
+            f"these features {shape} carry no token sizes, but the very tensor that a patched model's "
             "forward_features returned was expected: ask for the sizes before changing the features, or "
             "tokenmerge.carry(new, like=features)"
         )

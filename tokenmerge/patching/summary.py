@@ -27,6 +27,7 @@ class Summary:
         backend: what matches and merges, "triton" or "torch".
         backend_reason: why, in words.
         matcher: name of the matching algorithm.
+        adaptive: whether the tokens that are left depend on what is in the images, so that r and all counts are averages.
         input_size: the input size that all of this is for, as it was given; `None` is the model's own.
         requested: r per block as asked for, at that size.
         r: r per block after cutting it to what is possible there.
@@ -46,6 +47,7 @@ class Summary:
     backend: str
     backend_reason: str
     matcher: str
+    adaptive: bool
     input_size: int | Sequence[int] | None
     requested: Schedule
     r: Schedule
@@ -73,6 +75,7 @@ class Summary:
             f"  for {self.shape_in_words}: {self.tokens[0]} tokens",
             f"  prefix tokens {self.protected}, pooling {self.pooling}",
             f"  proportional attention {'on' if self.prop_attn else 'off'}",
+            *(["  r is what merges on average: the matcher goes by what is in the images"] if self.adaptive else []),
             *textwrap.wrap(f"  attention form {self.attention}: {self.attention_reason}", 80, subsequent_indent="    "),
             *textwrap.wrap(f"  backend {self.backend}: {self.backend_reason}", 80, subsequent_indent="    "),
             f"  {self.flops_before / 1e9:.4g} -> {self.flops_after / 1e9:.4g} GFLOPs per image "
@@ -111,6 +114,7 @@ def summarize(
         backend=backend.form,
         backend_reason=backend.reason,
         matcher=matcher,
+        adaptive=settings.entry.adaptive,
         input_size=input_size,
         requested=schedule,
         r=cut(schedule, cost.tokens, cost.protected, cost.most),

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 from collections.abc import Sequence
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 from torch.fx import GraphModule
 from torch.jit import ScriptModule
 
@@ -22,6 +23,7 @@ from tokenmerge.patching.families.family import (
     supported_models,
     why_not,
 )
+from tokenmerge.patching.families.linear import channels_of
 from tokenmerge.patching.record import ModelRecord, record_of
 from tokenmerge.patching.swap import is_sharded, original_class
 from tokenmerge.schedule import Most
@@ -40,10 +42,7 @@ class Target:
     @property
     def channels(self) -> int:
         """C of the tokens: as the first block has it, whose channels may have been pruned since the model was made."""
-        norms = (module for module in self.blocks[0][0].modules() if "Norm" in type(module).__name__)
-        weights = (getattr(norm, "weight", None) for norm in norms)
-        weight = next((weight for weight in weights if isinstance(weight, Tensor) and weight.dim() == 1), None)
-        return self.family.channels(self.model) if weight is None else len(weight)
+        return channels_of(self.blocks[0][0], self.family.channels(self.model))
 
     def cost(self, place: str = "between", most: Most = "half") -> ModelCost:
         """What the model costs for one image at its own input size, when blocks merge there, and at most so many tokens."""
@@ -79,7 +78,11 @@ class Target:
     def _sizes(self, input_size: int | Sequence[int]) -> tuple[int, ...]:
         own = self.family.grid(self.model)
         axes = 2 if own is None else len(own)
-        sizes = (input_size,) * axes if isinstance(input_size, int) else tuple(input_size)
+        try:
+            sizes = (input_size,) * axes if isinstance(input_size, int) else tuple(input_size)
+        except TypeError:
+            sizes = ()
+        sizes = () if isinstance(input_size, bool | bytes | str) else sizes
         if len(sizes) != axes or not all(isinstance(size, int) and size > 0 for size in sizes):
             names = {1: "(frames,)", 2: "(height, width)", 3: "(frames, height, width)"}[axes]
             raise InputError(
@@ -112,11 +115,9 @@ def _name(module: nn.Module) -> str:
 
 def misread_by(model: nn.Module, target: Target) -> tuple[str, ...]:
     """Why modules around the target, up to the one that the user holds, would misread its tokens if they were merged."""
-    if not target.family.emits(target.model):
-        return ()
     names = [name for name, module in model.named_modules() if module is target.model]
-    around = [model.get_submodule(names[0][:end]) for end in _ends(names[0])]
-    reasons = (misread(original_class(module)) for module in around)
+    way = [*(model.get_submodule(names[0][:end]) for end in _ends(names[0])), target.model]
+    reasons = (misread(module, inside, original_class(module)) for module, inside in itertools.pairwise(way))
     return tuple(dict.fromkeys(reason for reason in reasons if reason))
 
 
@@ -200,6 +201,11 @@ def _examine(model: nn.Module) -> Target:
         reasons += family.refuse(model)
         for index, block in enumerate(family.blocks(model)):
             row = block_family(original_class(block))
+            if row is None and any(name.startswith(("_orig_mod", "_checkpoint_wrapped")) for name in block._modules):
+                reasons.append(
+                    f"block {index} was compiled or wrapped already ({_name(block)}): patch first, then do that"
+                )
+                continue
             if row is None:
                 reasons.append(f"block {index} is {_name(block)}, which is not in the table of supported blocks")
                 continue

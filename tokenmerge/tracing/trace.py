@@ -45,6 +45,10 @@ class Trace:
 
     def with_grid(self, grid: Sequence[int]) -> Trace:
         """The same trace with patches laid out so: for models whose grid no pass sees (NaFlex, Siglip2, Pixtral)."""
+        if not isinstance(grid, list | tuple) or not grid or not all(isinstance(side, int) and side > 0 for side in grid):
+            raise InputError(
+                f"grid={grid!r}, but patches along each axis were expected: give (h, w), or (t, h, w) for video"
+            )
         return Trace(self._left, tuple(grid))
 
     # --- what the pass was -----------------------------------------------------------------------------------
@@ -118,9 +122,10 @@ class Trace:
 
     def _until(self, block: int | None) -> tuple[MergePlan, ...]:
         steps = self.steps
-        if block is not None and not -len(steps) <= block < len(steps):
+        known = block is None or (isinstance(block, int) and not isinstance(block, bool))
+        if not known or (block is not None and not -len(steps) <= block < len(steps)):
             raise InputError(
-                f"block {block} is not in this trace, which has blocks 0 … {len(steps) - 1}: give one of them"
+                f"block {block!r} is not in this trace, which has blocks 0 … {len(steps) - 1}: give one of them"
             )
         end = len(steps) if block is None else range(len(steps))[block] + 1
         return tuple(step.plan for step in steps[:end] if step.plan is not None)
@@ -165,9 +170,9 @@ class Trace:
         """
         from tokenmerge.tracing.regions import anchors, region_map
 
-        if not -self.batch <= image < self.batch:
+        if not isinstance(image, int) or isinstance(image, bool) or not -self.batch <= image < self.batch:
             raise InputError(
-                f"image {image} is not in this trace, which has images 0 … {self.batch - 1}: give one of them"
+                f"image {image!r} is not in this trace, which has images 0 … {self.batch - 1}: give one of them"
             )
         return region_map(anchors(self.source(block)[image, self.protected :]), self.known_grid, shape)
 
@@ -261,7 +266,8 @@ class Trace:
         """
         full, run = unmerged(features), _carried(features).run
         patches = run.tokens - run.settings.protected
-        known = _checked_grid(grid or self._grid_given or run.grid, patches)
+        seen = self._grid_given or run.grid
+        known = _checked_grid(seen if grid is None else self.with_grid(grid)._grid_given, patches)
         maps: Tensor = full[:, full.shape[1] - patches :].transpose(1, 2).unflatten(2, known)
         return maps
 
@@ -278,8 +284,9 @@ def _checked_grid(grid: tuple[int, ...] | None, patches: int) -> tuple[int, ...]
 def _carried(features: Tensor) -> TokenState:
     state = state_of(features)
     if state is None:
+        shape = tuple(features.shape) if isinstance(features, Tensor) else repr(features)[:40]
         raise InputError(
-            f"these features {tuple(features.shape)} carry no plans, but the very tensor that a patched model or block gave was "
+            f"these features {shape} carry no plans, but the very tensor that a patched model or block gave was "
             "expected: ask before changing it, or tokenmerge.carry(new, like=old)"
         )
     return plans_needed(state, "unmerging")

@@ -137,7 +137,6 @@ class ModelFamily:
         norms: modules after the blocks that map tokens one by one; sizes pass through them.
         output: what leaves the last block unless the user chooses: "merged" or "full".
         merged_output: reasons why this very model's own modules cannot do with merged output.
-        emits: whether its tokens leave the model, so that what is around it may read them.
         readers: modules that must get unmerged tokens, when merged ones leave the last block.
         hooks: `(model) -> (module, forward pre-hook)` pairs, for what else must be noted.
         collectors: modules whose forward may be asked for the hidden states of all blocks.
@@ -166,7 +165,6 @@ class ModelFamily:
     norms: Callable[[Any], Sequence[nn.Module]] = _nothing
     output: str = "full"
     merged_output: Callable[[Any], list[str]] = no_reasons
-    emits: Callable[[Any], bool] = lambda model: False
     readers: Callable[[Any], Sequence[nn.Module]] = _nothing
     hooks: Callable[[Any], Sequence[tuple[nn.Module, Hook]]] = _nothing
     collectors: Callable[[Any], Sequence[nn.Module]] = _nothing
@@ -256,12 +254,20 @@ def why_not(cls: type[nn.Module]) -> str | None:
     return None
 
 
-_TRANSPARENT = ("torch.nn.parallel.", "torch.nn.modules.module", "torch._dynamo.", "torch.distributed.")
+_TRANSPARENT = ("torch.nn.parallel.", "torch._dynamo.", "torch.distributed.")
 """Where modules come from that hand on what the one inside gives, untouched."""
 
 
-def misread(cls: type[nn.Module]) -> str:
-    """Why a module around a model would misread merged tokens; empty if it would not. What is not known would."""
+def misread(module: Any, inside: nn.Module, cls: type[nn.Module]) -> str:
+    """Why a module of that class around a model would misread merged tokens; empty if it would not. What is not known would.
+
+    Args:
+        module: the module.
+        inside: its child that the model is, or is in.
+        cls: upstream's class of the module.
+    """
+    if isinstance(module, nn.Sequential) and len(module) and module[-1] is inside:
+        return ""  # it hands on what the last one gives
     library = _library_of(cls)
     known = getattr(_rows(library), "misread", None) if library else None
     reason = None if known is None else cast("str | None", known(cls))

@@ -4,7 +4,15 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
+
+
+def channels_of(block: nn.Module, otherwise: int) -> int:
+    """C of a block's tokens, as its norms have it: layers may have been pruned, quantised or given adapters since."""
+    norms: list[Any] = [module for module in block.modules() if "Norm" in type(module).__name__]
+    weights = (getattr(norm, "weight", None) for norm in norms)
+    weight = next((weight for weight in weights if isinstance(weight, Tensor) and weight.dim() == 1), None)
+    return otherwise if weight is None else len(weight)
 
 
 def linear_weights(*modules: nn.Module) -> int:

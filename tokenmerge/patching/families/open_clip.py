@@ -135,3 +135,8 @@ def why_not(cls: type[nn.Module]) -> str | None:
     if cls.__name__ in ("ModifiedResNet",):
         return "it is a convolutional network"
     return None
+
+
+def misread(cls: type[nn.Module]) -> str | None:
+    """Why a module around a tower would misread merged tokens: open_clip's models read what its towers have pooled."""
+    return "" if cls.__name__ in ("CLIP", "CustomTextCLIP", "TimmModel") else None

@@ -13,7 +13,7 @@ from torch import Tensor
 from tokenmerge.attention.tap import context, fused_metric, note_input
 from tokenmerge.flops import BlockCost, Ends
 from tokenmerge.patching.families.family import BlockFamily, ModelFamily
-from tokenmerge.patching.families.linear import linear_weights
+from tokenmerge.patching.families.linear import channels_of, linear_weights
 from tokenmerge.patching.families.timm.seams import MergeHook, isotropic
 from tokenmerge.patching.families.timm.vit import stem_cost
 from tokenmerge.patching.state import TokenState, attach, state_of
@@ -33,15 +33,14 @@ class AddsSizes:
 class CountsCopies:
     """Mix-in before the layer that mixes the heads' weights after the softmax: its own bias counts per patch."""
 
-    bias: Any
-
     def forward(self, weights: Tensor) -> Tensor:
         """Upstream's mixed weights `[B, N, N, H]`; a token of size s gets the layer's bias s times."""
         mixed: Tensor = super().forward(weights)  # type: ignore[misc]
         sizes = context().bias
-        own = self.bias() if callable(self.bias) else self.bias  # (a quantised layer's is a method)
-        if sizes is None or own is None:
+        if sizes is None:
             return mixed
+        nothing = weights.new_zeros(1, 1, 1, weights.shape[-1])
+        own = super().forward(nothing)  # type: ignore[misc]  # its bias, whatever layer it is: quantised, with an adapter
         counted: Tensor = mixed + (sizes.permute(0, 2, 3, 1).exp() - 1) * own
         return counted
 
@@ -62,7 +61,7 @@ def _metric(block: Any, noted: tuple[Tensor, ...]) -> Tensor:
 
 def _cost(block: Any) -> BlockCost:
     attn = block.attn
-    pair = 2 * attn.proj.out_features + 2 * attn.num_heads**2  # scores and values, and two mixtures of the heads
+    pair = 2 * channels_of(block, 0) + 2 * attn.num_heads**2  # scores and values, and two mixtures of the heads
     return BlockCost(linear_weights(attn.qkv, attn.proj), linear_weights(block.mlp), pair)
 
 

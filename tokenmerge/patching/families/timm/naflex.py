@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from timm.models import naflexvit
+from torch import nn
 
 from tokenmerge.attention.rotary import Rotary
 from tokenmerge.flops import Ends
@@ -35,7 +36,9 @@ def _tokens(model: Any) -> int:
 
 def _cost(model: Any) -> Ends:
     grid = _grid(model)
-    stem = int(model.embeds.proj.weight.numel()) * grid[0] * grid[1]
+    proj = model.embeds.proj
+    per_patch = proj.weight.numel() if isinstance(proj, nn.Conv2d) else linear_weights(proj)
+    stem = int(per_patch) * grid[0] * grid[1]
     heads = [getattr(model, name, None) for name in ("attn_pool", "head")]
     return Ends(stem, linear_weights(*(head for head in heads if head is not None)))
 

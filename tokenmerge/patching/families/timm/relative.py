@@ -12,13 +12,13 @@ from torch import Tensor
 from tokenmerge.attention.tap import note_input, projected_metric
 from tokenmerge.flops import BlockCost
 from tokenmerge.patching.families.family import BlockFamily, Example, ModelFamily
-from tokenmerge.patching.families.linear import linear_weights
+from tokenmerge.patching.families.linear import channels_of, linear_weights
 from tokenmerge.patching.families.timm.seams import FollowsTokens, isotropic
 from tokenmerge.patching.swap import original_class
 
 
 def _cost(block: Any) -> BlockCost:
-    width = block.attn.qkv.out_features // 3
+    width = channels_of(block, block.attn.num_heads * int(getattr(block.attn, "head_dim", 64)))
     return BlockCost(linear_weights(block.attn.qkv, block.attn.proj), linear_weights(block.mlp), 2 * width)
 
 

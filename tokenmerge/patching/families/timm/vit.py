@@ -363,7 +363,6 @@ def _vit_row(model: type[nn.Module]) -> ModelFamily:
         cost=_model_cost,
         mae=_is_mae,
         needs_plans=lambda model: _pool_kind(model) == "prr",
-        emits=lambda model: _pool_kind(model) == "",
         refuse=_refuse_model,
     )
 

@@ -12,7 +12,7 @@ from tokenmerge.attention.tap import fused_metric, head_mean, note_input, weigh_
 from tokenmerge.errors import PatchError
 from tokenmerge.flops import BlockCost
 from tokenmerge.patching.families.family import Example
-from tokenmerge.patching.families.linear import linear_weights
+from tokenmerge.patching.families.linear import channels_of, linear_weights
 from tokenmerge.patching.families.transformers.attention import (
     CAN_CARRY,
     FollowsTokens,
@@ -115,8 +115,7 @@ def _cost(block: Any) -> BlockCost:
     keys: list[Any] = _key_module(block)
     width = next((int(m.out_features) for m in keys if hasattr(m, "out_features")), None)
     if width is None:
-        linear: list[Any] = [m for m in attention.modules() if hasattr(m, "in_features")]  # quantised or not
-        width = int(linear[0].in_features)
+        width = channels_of(block, 0)
     return BlockCost(inside_attention, linear_weights(block) - inside_attention, 2 * width)
 
 

@@ -242,7 +242,6 @@ def tower(
         "readers": lambda model: present(model, readers),
         "norms": lambda model: present(model, [norm]),
         "merged_output": merged_output if callable(merged_output) else lambda model: list(merged_output),
-        "emits": lambda model: True,
         **seams,
     }
 
@@ -335,7 +334,9 @@ TOWERS: dict[str, dict[str, Any]] = {
     "idefics2.Idefics2VisionTransformer": tower(**{**_CLIP, "prefix": 0, "pooling": "none"}),
     "idefics3.Idefics3VisionTransformer": tower(**{**_CLIP, "prefix": 0, "pooling": "none"}),
     "smolvlm.SmolVLMVisionTransformer": tower(**{**_CLIP, "prefix": 0, "pooling": "none"}),
-    "janus.JanusVisionModel": tower(**{**_CLIP, "prefix": 0, "pooling": "class token"}),
+    "janus.JanusVisionModel": tower(
+        **{**_CLIP, "prefix": 0, "pooling": "first patch"}, merged_output=["it takes the first patch for a class token"]
+    ),
     "blip.BlipVisionModel": tower(**_CLIP),
     "blip_2.Blip2VisionModel": tower(**_CLIP),
     "instructblip.InstructBlipVisionModel": tower(**_CLIP),

@@ -26,6 +26,8 @@ _ONE_BY_ONE = (  # a projection of each token, and a language model that takes a
     "llava.LlavaModel",
     "llava.LlavaForConditionalGeneration",
     "git.GitVisionModel",  # hands them on
+    "paligemma.PaliGemmaModel",
+    "paligemma.PaliGemmaForConditionalGeneration",
 )
 _AVERAGES = "averages its tokens without sizes"
 _CROSS = "reads its tokens by cross-attention, which would not know the sizes"
