@@ -357,7 +357,7 @@ def test_arguments_are_checked_by_position_too() -> None:
     metric = torch.randn(1, 9, 4)
     for arguments in ((2, 1, "auto", "euclidian"), (2, 1, "auto", "cosine", "altrnating"), (2, 1, "cuda")):
         with pytest.raises(ConfigError, match="must be one of"):
-            tokenmerge.bipartite_matching(metric, *arguments)  # type: ignore[arg-type]
+            tokenmerge.bipartite_matching(metric, *arguments)
     with pytest.raises(InputError, match="a tensor"):
         tokenmerge.bipartite_matching([[1.0]], 2)  # type: ignore[arg-type]
     for name, most in ((None, "half"), ("", "half"), ("x", "some")):
@@ -374,7 +374,7 @@ def test_whatever_is_asked_the_answer_is_a_sentence() -> None:
         trace = handle.trace
         odd: Any
         for odd in ("x", 1.5, None, [1], b"ab", True):
-            asked = [
+            asked: list[Any] = [
                 lambda odd=odd: trace.with_grid(odd),
                 lambda odd=odd: trace.unmerge(odd),
                 lambda odd=odd: trace.to_grid(odd),

@@ -293,6 +293,11 @@ def _plan(block: Any, metric: Tensor, x: Tensor, tap: Tap, r: int, state: TokenS
 # --- leaving -----------------------------------------------------------------------------------------------
 
 
+def _is_latest(record: BlockRecord, settings: Settings) -> bool:
+    """Whether a pass is one to look at: not a block that runs again in backward, nor one with settings of before."""
+    return settings is record.model.settings and not _recomputing()
+
+
 def _leave(block: Any, x: Tensor, state: TokenState, look: Look | None, merged: bool) -> Any:
     """What the block hands on: its tokens, with their state, or spread over the patches for who reads them."""
     record: BlockRecord = block._tokenmerge
@@ -303,8 +308,7 @@ def _leave(block: Any, x: Tensor, state: TokenState, look: Look | None, merged: 
         state = dataclasses.replace(state, steps=steps, merged=None)
     if settings.traces:
         state = kept_for_looking(state, look)
-        in_force = settings.number == record.model.settings.number
-        if last and in_force and not is_exporting() and not _recomputing():
+        if last and not is_exporting() and (torch.compiler.is_compiling() or _is_latest(record, settings)):
             record.model.latest = state.detached()
     if (last and settings.full_output) or (run.full and not settings.merged_states):
         full = state.unmerge(x)

@@ -60,15 +60,20 @@ def _drop_stale() -> None:
 
 def take_grid(record: ModelRecord) -> tuple[int, ...] | None:
     """The grid that the embedding of this very model has just made in this thread, once; `None` if it made none."""
-    grid, whose = _ahead.grid, _ahead.grid_of
+    grid = _ahead.grid
+    # (compiled code would be compiled anew for every model; it has the embedding in it, or the count of tokens must do)
+    if not torch.compiler.is_compiling() and _ahead.grid_of != record.number:
+        grid = None
     _ahead.grid = _ahead.grid_of = None
-    return grid if whose == record.number else None
+    return grid
 
 
 def note_grid(module: Any, args: tuple[Any, ...], output: Any) -> None:
     """Forward hook of what makes patches: `[B, C, *grid]`, or tokens and their grid (`None` where images differ in it)."""
     grid = output[1] if isinstance(output, tuple) else output.shape[2:]
-    _ahead.grid, _ahead.grid_of = None if grid is None else tuple(grid), getattr(module, RECORD).number
+    _ahead.grid = None if grid is None else tuple(grid)
+    if not torch.compiler.is_compiling():
+        _ahead.grid_of = getattr(module, RECORD).number
 
 
 @contextlib.contextmanager
@@ -133,7 +138,10 @@ def check_blocks(record: ModelRecord, layers: int, model: Any) -> None:
         )
     for index, block in enumerate(blocks):
         own: BlockRecord | None = getattr(block, RECORD, None)
-        if own is None or own.model.number != record.number or own.index != index:
+        strange = own is None or own.index != index
+        if own is not None and not torch.compiler.is_compiling():
+            strange = strange or own.model is not record
+        if strange:
             raise PatchError(
                 f"block {index} is not the one that was patched: unpatch before exchanging blocks, and patch again"
             )

@@ -45,7 +45,11 @@ class Trace:
 
     def with_grid(self, grid: Sequence[int]) -> Trace:
         """The same trace with patches laid out so: for models whose grid no pass sees (NaFlex, Siglip2, Pixtral)."""
-        if not isinstance(grid, list | tuple) or not grid or not all(isinstance(side, int) and side > 0 for side in grid):
+        if (
+            not isinstance(grid, list | tuple)
+            or not grid
+            or not all(isinstance(side, int) and side > 0 for side in grid)
+        ):
             raise InputError(
                 f"grid={grid!r}, but patches along each axis were expected: give (h, w), or (t, h, w) for video"
             )
