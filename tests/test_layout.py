@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 import sys
 from collections import defaultdict
 from pathlib import Path
@@ -28,10 +29,15 @@ def _module(file: Path) -> str:
 MODULES = {_module(file): file for file in FILES}
 
 
+@functools.cache
+def _tree(file: Path) -> ast.Module:
+    return ast.parse(file.read_text(encoding="utf-8"))
+
+
 def _imports(file: Path) -> set[str]:
     """Modules of the package that a file imports, also inside functions and for type checkers."""
     found: set[str] = set()
-    for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+    for node in ast.walk(_tree(file)):
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom) and node.module:
@@ -102,7 +108,7 @@ def test_one_blocks_pass_visits_at_most_six_files(make: Any) -> None:
 def _names_fields(file: Path) -> set[str]:
     """Fields of `MergeConfig` that a file reads off a config: `config.combine`, `settings.config.combine`."""
     found = set()
-    for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+    for node in ast.walk(_tree(file)):
         if isinstance(node, ast.Attribute) and node.attr in FIELDS:
             owner = node.value
             name = owner.attr if isinstance(owner, ast.Attribute) else owner.id if isinstance(owner, ast.Name) else ""
@@ -129,7 +135,7 @@ def test_choices_stand_in_one_file() -> None:
         for file in FILES:
             if file.name == "config.py":
                 continue
-            for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+            for node in ast.walk(_tree(file)):
                 if isinstance(node, ast.Tuple | ast.List | ast.Set):
                     listed = {part.value for part in node.elts if isinstance(part, ast.Constant)}
                     assert not choices <= listed, f"{file}:{node.lineno} lists the choices of {name} again"

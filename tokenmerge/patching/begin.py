@@ -102,8 +102,14 @@ def apart_from_padding(metric: Tensor, size: Tensor) -> Tensor:
     return torch.cat([torch.where(real, unit(metric.detach()), 0.0), torch.where(real, 1.0, -1.0)], dim=2)
 
 
-def begin_pass(record: BlockRecord, x: Tensor, mask: Tensor | None) -> TokenState:
+def begin_pass(record: BlockRecord, x: Tensor, mask: Tensor | None, given: Tensor) -> TokenState:
     """The state of tokens that nothing has merged yet: counted, and on their grid, as they arrive.
+
+    Args:
+        record: of the block.
+        x: the tokens.
+        mask: of padding.
+        given: the tensor that the block was called with, in whose place hooks may have put `x`.
 
     Raises:
         PatchError: if blocks before this one have merged, so that a state should have come, or the mask is no padding.
@@ -125,9 +131,9 @@ def begin_pass(record: BlockRecord, x: Tensor, mask: Tensor | None) -> TokenStat
     run = Pass(settings, batch, tokens, grid, schedule, full_wanted(), size, size is not None)
     state = TokenState(run, size)
     if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-        before = state_of(x)  # gradient checkpointing finds what is attached when it runs the block again
+        before = state_of(given)  # gradient checkpointing finds what is attached when it runs the block again
         same = before is None or (before.run.settings is settings and before.run.full == run.full)
-        attach(x, state if same else dataclasses.replace(state, run=dataclasses.replace(run, ambiguous=True)))
+        attach(given, state if same else dataclasses.replace(state, run=dataclasses.replace(run, ambiguous=True)))
     return state
 
 

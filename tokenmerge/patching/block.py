@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import weakref
 from typing import Any
 
 import torch
@@ -30,6 +31,10 @@ _NEVER_MIXES = ("mean", "norm", "destination")
 """What may become of tokens that merge with padding: padding, whose size is 0, leaves the other token as it was."""
 
 
+_INPUT = "_tokenmerge_input"
+"""Name of the argument by which the first block's call hands its forward a reference to the tensor that it was given."""
+
+
 class MergeBlock:
     """Mix-in before upstream's block class: attention, match, merge, MLP.
 
@@ -45,6 +50,8 @@ class MergeBlock:
         state = getattr(args[0], STATE, None) if args and not isinstance(args[0], Proxy) else None
         if state is not None and state.merged is None:
             kwargs[STATE] = state
+        elif args and isinstance(args[0], Tensor) and self._tokenmerge.index == 0 and not torch.compiler.is_compiling():
+            kwargs[_INPUT] = weakref.ref(args[0])  # what gradient checkpointing gives again, if it runs the block again
         return super().__call__(*args, **kwargs)  # type: ignore[misc]  # nn.Module's
 
     def forward(self, x: Any, *args: Any, **kwargs: Any) -> Any:
@@ -98,7 +105,7 @@ def _arrive(
 ) -> tuple[TokenState | None, dict[str, Any]]:
     """The state of the tokens, and the arguments for attention; no state where upstream's own forward is to run."""
     record: BlockRecord = block._tokenmerge
-    family, passed = record.family, kwargs.pop(STATE, None)
+    family, passed, given_first = record.family, kwargs.pop(STATE, None), kwargs.pop(_INPUT, None)
     state: TokenState | None = passed if isinstance(x, Proxy) else getattr(x, STATE, passed)
     recomputing = _recomputing()
     if record.index == 0 and not recomputing:
@@ -119,7 +126,8 @@ def _arrive(
         mask = given.pop(family.pair_bias)
     given = _obeyed(record, given)
     if state is None:
-        state = begin_pass(record, x, mask)
+        first = None if given_first is None else given_first()
+        state = begin_pass(record, x, mask, x if first is None else first)
     elif state.size is not None and state.size.device != x.device:
         state = state.to(x.device)  # a device map has moved the tokens alone
     if state.positions is None and (family.positions is not None or family.rope is not None):
