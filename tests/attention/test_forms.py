@@ -167,6 +167,7 @@ def test_multi_head_attention_is_answered_inside(form: str) -> None:
 @HERE
 @pytest.mark.parametrize("name", ["deit_tiny_patch16_224", "eva02_tiny_patch14_224", "vit_small_patch14_reg4_dinov2"])
 def test_whole_models_of_timm(name: str, form: str) -> None:
+    torch.compiler.reset()  # models of one class share a limit of compiled versions, patched or not
     model = tiny(name, depth=2)
     images = images_for(model)
     with torch.set_grad_enabled(name.startswith("deit")):  # one with a backward pass to trace, too
