@@ -88,12 +88,11 @@ def full_outputs() -> Iterator[None]:
 
 def collect_if_asked(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     """Forward pre-hook of modules that may collect what their blocks put out (`output_hidden_states`)."""
-    _drop_stale()
     wanted = kwargs.get("output_hidden_states")
     if wanted is None:
         wanted = getattr(getattr(module, "config", None), "output_hidden_states", False)
-    if wanted is not False and wanted is not None and not _ahead.full:
-        _ahead.full, _ahead.owner = True, module
+    if wanted is not False and wanted is not None:
+        collect(module, args, kwargs)
 
 
 def collect(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

@@ -202,6 +202,18 @@ def needed_state(x: Tensor, reader: str) -> TokenState:
     return state
 
 
+def carried_state(features: Any, what: str, giver: str) -> TokenState:
+    """The state of features that a user hands in, or an `InputError` that says what they miss and what gives it."""
+    state = state_of(features)
+    if state is None:
+        shape = tuple(features.shape) if isinstance(features, Tensor) else repr(features)[:40]
+        raise InputError(
+            f"these features {shape} carry no {what}, but the very tensor that {giver} was expected: ask before changing "
+            "it, or tokenmerge.carry(new, like=old)"
+        )
+    return state
+
+
 def plans_needed(state: TokenState, reader: str) -> TokenState:
     """The state, if it tells of each patch which token it became.
 
@@ -262,14 +274,7 @@ def token_sizes(features: Tensor) -> Tensor:
     Raises:
         InputError: if the tensor carries no sizes: it was changed since, or the model is not patched.
     """
-    state = state_of(features)
-    if state is None:
-        shape = tuple(features.shape) if isinstance(features, Tensor) else repr(features)[:40]
-        raise InputError(
-            f"these features {shape} carry no token sizes, but the very tensor that a patched model's "
-            "forward_features returned was expected: ask for the sizes before changing the features, or "
-            "tokenmerge.carry(new, like=features)"
-        )
+    state = carried_state(features, "token sizes", "a patched model's forward_features returned")
     if state.size is None or state.merged is not None:
         return torch.ones(features.shape[:2], device=features.device)
     return state.size

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from tokenmerge.errors import InputError, PatchError
 from tokenmerge.ops.basics import spread_rows
-from tokenmerge.patching.state import Step, TokenState, attach, plans_needed, state_of
+from tokenmerge.patching.state import Step, TokenState, attach, carried_state, plans_needed
 from tokenmerge.plan import MergePlan, source_map
 from tokenmerge.tracing.paint import View
 
@@ -286,14 +286,7 @@ def _checked_grid(grid: tuple[int, ...] | None, patches: int) -> tuple[int, ...]
 
 
 def _carried(features: Tensor) -> TokenState:
-    state = state_of(features)
-    if state is None:
-        shape = tuple(features.shape) if isinstance(features, Tensor) else repr(features)[:40]
-        raise InputError(
-            f"these features {shape} carry no plans, but the very tensor that a patched model or block gave was "
-            "expected: ask before changing it, or tokenmerge.carry(new, like=old)"
-        )
-    return plans_needed(state, "unmerging")
+    return plans_needed(carried_state(features, "plans", "a patched model or block gave"), "unmerging")
 
 
 def unmerged(features: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ import importlib.util
 import inspect
 from collections.abc import Callable, Sequence
 from functools import cache
-from typing import Any, Protocol, cast
+from typing import Any, Protocol, TypeVar, cast
 
 from torch import Tensor, nn
 
@@ -181,6 +181,8 @@ class ModelFamily:
 
 # --- finding rows ------------------------------------------------------------------------------------------
 
+_Found = TypeVar("_Found")
+
 LIBRARIES = {
     name: f"tokenmerge.patching.families.{name}" for name in ("timm", "transformers", "torchvision", "open_clip")
 }
@@ -224,34 +226,29 @@ def _library_of(cls: type) -> str | None:
     return root if root in LIBRARIES else None
 
 
-def model_family(cls: type[nn.Module]) -> ModelFamily | None:
-    """The row of the nearest supported base of a model class, or `None`."""
+def _nearest(cls: type[nn.Module], ask: Callable[[_Rows, type[nn.Module]], _Found | None]) -> _Found | None:
+    """The first answer of a supported library for the class or one of its bases, nearest first."""
     for base in cls.__mro__:
         library = _library_of(base)
-        row = _rows(library).model_row(base) if library else None
-        if row is not None:
-            return row
+        found = ask(_rows(library), base) if library else None
+        if found is not None:
+            return found
     return None
+
+
+def model_family(cls: type[nn.Module]) -> ModelFamily | None:
+    """The row of the nearest supported base of a model class, or `None`."""
+    return _nearest(cls, lambda rows, base: rows.model_row(base))
 
 
 def block_family(cls: type[nn.Module]) -> BlockFamily | None:
     """The row of the nearest supported base of a block class, or `None`."""
-    for base in cls.__mro__:
-        library = _library_of(base)
-        row = _rows(library).block_row(base) if library else None
-        if row is not None:
-            return row
-    return None
+    return _nearest(cls, lambda rows, base: rows.block_row(base))
 
 
 def why_not(cls: type[nn.Module]) -> str | None:
     """Why a model class has no row, where that is known."""
-    for base in cls.__mro__:
-        library = _library_of(base)
-        reason = _rows(library).why_not(base) if library else None
-        if reason is not None:
-            return reason
-    return None
+    return _nearest(cls, lambda rows, base: rows.why_not(base))
 
 
 _TRANSPARENT = ("torch.nn.parallel.", "torch._dynamo.", "torch.distributed.")
