@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any, cast
 
@@ -13,8 +14,9 @@ from torch import Tensor
 
 import tokenmerge
 from tests.helpers.tiny import images_for, tiny
-from tokenmerge import ConfigError, MergePlan, PatchError
+from tokenmerge import ConfigError, InputError, MergePlan, PatchError
 from tokenmerge.matching import get_entry, get_matcher, matcher_names, register_matcher
+from tokenmerge.matching.checks import check_plan
 from tokenmerge.matching.distances import similarities
 from tokenmerge.matching.partitions import partition_order
 from tokenmerge.methods import get_method, method_names
@@ -33,11 +35,11 @@ BUILT_IN = [
 STATIC = [name for name in BUILT_IN if name != "agglomerative" and not get_entry(name).adaptive]
 
 
-def plan_of(name: str, batch: int, grid: tuple[int, int], protected: int, r: int, seed: int, **more: Any) -> MergePlan:
+def offered_for(batch: int, grid: tuple[int, int], protected: int, seed: int) -> dict[str, Any]:
+    """What a block would fill in."""
     tokens = grid[0] * grid[1] + protected
-    draw = torch.Generator().manual_seed(seed)
-    entry = get_entry(name)
-    offered = {
+    draw = torch.Generator().manual_seed(seed + 1000)
+    return {
         "size": torch.randint(1, 9, (batch, tokens), generator=draw).float(),
         "attention": torch.rand(batch, tokens, generator=draw).softmax(dim=1),
         "tokens": torch.randn(batch, tokens, 5, generator=draw),
@@ -46,8 +48,14 @@ def plan_of(name: str, batch: int, grid: tuple[int, int], protected: int, r: int
         "grid": grid,
         "layer": seed % 12,
         "layers": 12,
-        **more,
     }
+
+
+def plan_of(name: str, batch: int, grid: tuple[int, int], protected: int, r: int, seed: int, **more: Any) -> MergePlan:
+    tokens = grid[0] * grid[1] + protected
+    draw = torch.Generator().manual_seed(seed)
+    entry = get_entry(name)
+    offered = {**offered_for(batch, grid, protected, seed), **more}
     metric = torch.randn(batch, tokens, 6, generator=draw)
     if seed % 3 == 0:  # equal tokens, as padding and flat images make them
         metric[:, protected + 1 :: 2] = metric[:, protected : protected + 1]
@@ -93,6 +101,127 @@ def test_images_do_not_know_of_each_other(name: str) -> None:
     with tokenmerge.patched(model, r=4, matcher=name), torch.no_grad():
         together, alone = model(images), torch.cat([model(image[None]) for image in images])
     torch.testing.assert_close(together, alone)
+
+
+@pytest.mark.parametrize("name", BUILT_IN)
+@pytest.mark.parametrize("broken", [torch.nan, torch.inf, -torch.inf])
+def test_one_broken_image_breaks_no_other(name: str, broken: float) -> None:
+    """Whatever an image holds, its plan is a map, and the other images' plans are what they were."""
+    entry, grid, protected, r = get_entry(name), (4, 4), 2, 5
+    offered = offered_for(3, grid, protected, 1)
+    metric = torch.randn(3, 18, 6)
+    for every in (False, True):  # one token of the image, and all of them
+        bad = {**offered, "metric": metric}
+        for field in ("metric", "attention", "tokens", "values"):
+            axis = 1 if field == "values" else 0
+            bad[field] = bad[field].clone()
+            bad[field][1].narrow(axis, 5, 1 if not every else 13).fill_(broken)
+        plans = [
+            matcher_named(name)(m, r, protected, **{k: v for k, v in more.items() if k in entry.offered})
+            for m, more in ((metric, offered), (bad["metric"], bad))
+        ]
+        check_plan(plans[1], name, metric, protected)
+        if not entry.adaptive:  # which shares r among the images of a batch
+            assert torch.equal(plans[0].assign[::2], plans[1].assign[::2])
+
+
+def _wrong_plans() -> dict[str, Callable[[MergePlan], Any]]:
+    """What a matcher might give for 4 of 37 tokens of which the first is protected, made of a right plan."""
+
+    def with_(plan: MergePlan, field: str, column: int, value: Any) -> MergePlan:
+        changed = getattr(plan, field).clone()
+        changed[:, column] = value
+        return dataclasses.replace(plan, **{field: changed})
+
+    def exchanged(plan: MergePlan) -> MergePlan:
+        plan, class_token = with_(plan, "source", 0, 0), plan.source[:, 0]
+        return with_(plan, "kept", 0, class_token)
+
+    return {
+        "merges the class token": exchanged,
+        "moves the class token": lambda plan: dataclasses.replace(plan, kept=plan.kept.roll(1, 1)),
+        "merges into the class token": lambda plan: with_(plan, "target", 2, 0),
+        "names a token twice": lambda plan: with_(plan, "source", 0, plan.source[:, 1]),
+        "names a token that is not there": lambda plan: with_(plan, "kept", 9, 37),
+        "joins a position that is not there": lambda plan: with_(plan, "target", 1, 33),
+        "drops and does not say so": lambda plan: with_(plan, "target", 1, -1),
+        "drops to −2": lambda plan: dataclasses.replace(with_(plan, "target", 1, -2), drops=True),
+        "int32": lambda plan: dataclasses.replace(plan, kept=plan.kept.int()),
+        "one image": lambda plan: MergePlan(plan.kept[:1], plan.source[:1], plan.target[:1]),
+        "a token less": lambda plan: dataclasses.replace(plan, kept=plan.kept[:, :-1]),
+        "targets less": lambda plan: dataclasses.replace(plan, target=plan.target[:, :-1]),
+        "assign": lambda plan: plan.assign,
+    }
+
+
+@pytest.mark.parametrize("fault", _wrong_plans())
+def test_wrong_plans_of_matchers_from_elsewhere_are_refused(fault: str) -> None:
+    """Merging trusts a plan, so a wrong one would give wrong numbers, or read memory that is not its own."""
+    change = _wrong_plans()[fault]
+
+    @register_matcher("wrong")
+    def wrong(metric: Tensor, r: int, protected: int = 0) -> MergePlan:
+        return cast("MergePlan", change(tokenmerge.bipartite_matching(metric, r, protected)))
+
+    model = tiny("deit_tiny_patch16_224", depth=2)
+    refused = pytest.raises(PatchError, match="matcher 'wrong' gave")
+    with tokenmerge.patched(model, r=4, matcher="wrong"), torch.no_grad(), refused:
+        model(images_for(model))
+    with pytest.raises(PatchError, match="matcher 'wrong' gave"):
+        get_matcher("wrong")(torch.randn(2, 37, 4), 4, 1)
+
+
+def test_wrong_plans_are_refused_in_compiled_models_and_right_ones_break_no_graph() -> None:
+    for fault in ("none", "merges into the class token"):
+        change: Any = _wrong_plans().get(fault, lambda plan: plan)
+
+        @register_matcher("wrong")
+        def wrong(metric: Tensor, r: int, protected: int = 0, change: Any = change) -> MergePlan:
+            return cast("MergePlan", change(tokenmerge.bipartite_matching(metric, r, protected)))
+
+        model = tiny("deit_tiny_patch16_224", depth=2)
+        with tokenmerge.patched(model, r=4, matcher="wrong"), torch.no_grad():
+            torch.compiler.reset()
+            compiled: Any = torch.compile(model, backend="aot_eager", fullgraph=True)
+            if fault == "none":
+                torch.testing.assert_close(compiled(images_for(model)), model(images_for(model)))
+            else:
+                with pytest.raises(RuntimeError, match="matcher 'wrong' gave"):
+                    compiled(images_for(model))
+
+
+@pytest.mark.parametrize("name", STATIC)
+def test_called_in_a_forward_of_ones_own_it_compiles(name: str) -> None:
+    """What the README recommends for models that cannot be patched: a matcher called directly, checks and all."""
+    entry, metric = get_entry(name), torch.randn(2, 18, 6)
+    offered = {k: v for k, v in offered_for(2, (4, 4), 2, 1).items() if k in entry.offered}
+
+    def own(x: Tensor) -> Tensor:
+        plan = matcher_named(name)(x, 4, 2, **offered)
+        return cast("Tensor", plan.unmerge(plan.merge(x)[0]))
+
+    torch.compiler.reset()
+    compiled: Any = torch.compile(own, backend="aot_eager", fullgraph=True)
+    torch.testing.assert_close(compiled(metric), own(metric))
+
+
+@pytest.mark.parametrize("name", BUILT_IN)
+def test_what_goes_with_a_metric_must_fit_it(name: str) -> None:
+    entry, metric = get_entry(name), torch.randn(2, 18, 6)
+    offered = {k: v for k, v in offered_for(2, (4, 4), 2, 1).items() if k in entry.offered}
+    assert matcher_named(name)(metric, 4, 2, **offered).r == 4
+    for field, value in offered.items():
+        if isinstance(value, Tensor):
+            token = 2 if field == "values" else 1
+            for wrong in (value[:1], value.narrow(token, 0, 17), value.unsqueeze(0), value.tolist(), value.to("meta")):
+                with pytest.raises(InputError, match=field):
+                    matcher_named(name)(metric, 4, 2, **{**offered, field: wrong})
+    if "anchor" in offered:
+        with pytest.raises(InputError, match="int64"):
+            matcher_named(name)(metric, 4, 2, **{**offered, "anchor": offered["anchor"].float()})
+    if "grid" in offered:
+        with pytest.raises(InputError, match="grid"):
+            matcher_named(name)(metric, 4, 2, **{**offered, "grid": (4, 0)})
 
 
 @pytest.mark.parametrize("name", BUILT_IN)

@@ -15,6 +15,11 @@ from tokenmerge.ops.basics import unit
 from tokenmerge.plan import MergePlan
 
 
+def _units(metric: Tensor) -> Tensor:
+    """The metric with every vector divided by its length; what is not finite, as a broken image makes it, is like nothing."""
+    return unit(metric).nan_to_num(0.0)
+
+
 def _plan(nearest: Tensor, closeness: Tensor, clusters: int, protected: int) -> MergePlan:
     """The plan of clusters that may be empty: an empty one gets the token that fits worst where it is.
 
@@ -46,7 +51,7 @@ def kmeans_matching(
     metric: Tensor, r: int, protected: int = 0, iterations: Annotated[int, AtLeast(0)] = 5
 ) -> MergePlan:
     """N − r clusters by k-means with cosine similarity, started at evenly spread tokens."""
-    x = unit(metric[:, protected:])
+    x = _units(metric[:, protected:])
     count = x.shape[1]
     clusters = count - r
     start = torch.arange(clusters, device=x.device) * count // clusters
@@ -70,7 +75,7 @@ def kmedoids_matching(
 ) -> MergePlan:
     """N − r clusters by weighted k-medoids, started at the most attended tokens (Token Pooling)."""
     attention = needed(attention, "attention", "kmedoids")
-    x, weight = unit(metric[:, protected:]), attention[:, protected:].float()
+    x, weight = _units(metric[:, protected:]), attention[:, protected:].float().nan_to_num(0.0)
     count = x.shape[1]
     similarity = x @ x.transpose(1, 2)
     medoid = weight.argsort(dim=1, descending=True, stable=True)[:, : count - r]
@@ -108,7 +113,7 @@ def agglomerative_matching(
         from scipy.cluster import hierarchy
     except ImportError:
         raise InputError("matcher 'agglomerative' needs scipy, which is not installed: pip install scipy") from None
-    x = unit(metric[:, protected:])
+    x = _units(metric[:, protected:])
     distance = (1 - x @ x.transpose(1, 2)).clamp_min(0).cpu().double().numpy()
     upper = torch.triu_indices(x.shape[1], x.shape[1], offset=1).numpy()
     rows = []

@@ -144,5 +144,6 @@ def strided_matching(
     fixed = torch.nn.functional.pad(on_grid, (protected, 0), value=False).expand(batch, -1).gather(1, anchor)
     similarity = _similarities(metric, protected).masked_fill(~fixed.unsqueeze(1), -torch.inf)
     best, partner = similarity.max(dim=2)
+    best = best.nan_to_num(-1.0)  # or destinations would go before what a broken image makes
     source = lowest((-best).masked_fill(fixed, torch.inf), r, protected)
     return join(source, partner.gather(1, source), tokens)

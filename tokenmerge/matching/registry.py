@@ -11,10 +11,12 @@ import inspect
 from collections.abc import Callable, Mapping
 from typing import Any, Protocol, TypeVar, cast
 
+import torch
 from torch import Tensor
 
 from tokenmerge.config import MergeConfig
 from tokenmerge.errors import ConfigError, InputError
+from tokenmerge.matching.checks import check_matching_input, check_offered, check_plan
 from tokenmerge.matching.values import fault_of, hints_of, per_block
 from tokenmerge.plan import MergePlan
 from tokenmerge.schedule import Most, max_merges
@@ -113,7 +115,7 @@ def register_matcher(
 
     Returns:
         A decorator. What it gives checks its arguments, cuts r, and answers r = 0 with the plan that merges nothing; blocks
-        call the function itself.
+        call the function itself, and look at its plan.
 
     Raises:
         ConfigError: if a function from elsewhere already has that name (the same one, defined again as in a notebook, takes
@@ -138,17 +140,39 @@ def register_matcher(
                 )
         offered = frozenset(parameter.name for parameter in further if parameter.name in OFFERED)
         options = {parameter.name: parameter.default for parameter in further if parameter.name not in OFFERED}
-        checked = _checked(name, matcher, "backend" in offered, most)
-        _MATCHERS[name] = Entry(name, matcher, checked, offered, options, adaptive, learned, most)
+        function = matcher if matcher.__module__.startswith("tokenmerge.") else _watched(name, matcher)
+        checked = _checked(name, function, "backend" in offered, most)
+        _MATCHERS[name] = Entry(name, function, checked, offered, options, adaptive, learned, most)
         return cast("_M", checked)
 
     return add
 
 
+def _watched(name: str, function: Any) -> Callable[..., MergePlan]:
+    """A matcher from elsewhere, whose plans are looked at in every pass; the plans of ours are by the tests."""
+
+    @functools.wraps(function)
+    def matcher(metric: Tensor, r: int, protected: int = 0, *args: Any, **kwargs: Any) -> MergePlan:
+        plan: MergePlan = function(metric, r, protected, *args, **kwargs)
+        check_plan(plan, name, metric, protected)
+        return plan
+
+    return matcher
+
+
 def _checked(name: str, function: Any, per_head: bool, most: Most) -> Callable[..., MergePlan]:
     """A matcher for whoever calls it directly."""
     signature = inspect.signature(function)
-    checked = list(signature.parameters)[3:]
+    further = list(signature.parameters)[3:]
+
+    # what values may be is read off annotations, which Dynamo cannot do: it runs these two, and takes what they give
+    @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+    def known() -> tuple[str, ...]:
+        return tuple(given for given in hints_of(function) if given in further)
+
+    @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+    def fault(given: str, value: Any) -> str | None:
+        return fault_of(value, hints_of(function)[given])
 
     @functools.wraps(function)
     def matcher(*args: Any, **kwargs: Any) -> MergePlan:
@@ -156,10 +180,11 @@ def _checked(name: str, function: Any, per_head: bool, most: Most) -> Callable[.
         bound.apply_defaults()
         metric, r, protected = list(bound.arguments.values())[:3]
         check_matching_input(metric, r, protected, per_head)
-        for given, hint in hints_of(function).items():
-            value = bound.arguments.get(given)
-            if given in checked and (fault := fault_of(value, hint)):
-                raise ConfigError(f"{given}={value!r} of matcher {name!r}, but it must be {fault}: change it")
+        check_offered(metric, {given: bound.arguments.get(given) for given in OFFERED})
+        for given in known():
+            value = bound.arguments[given]
+            if wanted := fault(given, value):
+                raise ConfigError(f"{given}={value!r} of matcher {name!r}, but it must be {wanted}: change it")
         tokens = metric.shape[-2]
         r = min(r, max_merges(tokens, protected, most))
         if r == 0:
@@ -249,21 +274,3 @@ def needed(value: Any, name: str, matcher: str) -> Any:
     if value is None:
         raise InputError(f"matcher {matcher!r} needs {OFFERED[name]}, but none was given: give {name}=…")
     return value
-
-
-def check_matching_input(metric: Tensor, r: int, protected: int, per_head: bool = False) -> None:
-    """Raise `InputError` unless `metric` is `[B, N, D]` floating point and neither number is negative.
-
-    With `per_head`, `[B, H, N, D]` will do as well.
-    """
-    if not (isinstance(r, int) and isinstance(protected, int)):
-        raise InputError(f"r={r!r} and protected={protected!r} count tokens: use whole numbers")
-    if not isinstance(metric, Tensor):
-        raise InputError(f"metric is of type {type(metric).__name__}, but a tensor [B, N, D] was expected")
-    if metric.dim() not in ((3, 4) if per_head else (3,)) or not metric.is_floating_point():
-        shapes = "[B, N, D] or [B, H, N, D]" if per_head else "[B, N, D]"
-        raise InputError(
-            f"metric is {tuple(metric.shape)} {metric.dtype}, but floating point of shape {shapes} was expected"
-        )
-    if r < 0 or protected < 0:
-        raise InputError(f"r={r} and protected={protected} count tokens, but one of them is negative: use 0 or more")

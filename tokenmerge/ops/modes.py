@@ -1,4 +1,7 @@
-"""What PyTorch is doing right now: exporting, or running on tensors without values; right in every supported version."""
+"""What PyTorch is doing right now: exporting, or running on tensors without values; and checks that suit it.
+
+Right in every supported version.
+"""
 
 from __future__ import annotations
 
@@ -27,3 +30,15 @@ def has_values(x: Tensor) -> bool:
 def lacks_values(module: nn.Module) -> bool:
     """Whether a parameter of the module has no numbers, so that nothing can be tried on it."""
     return not all(has_values(parameter) for parameter in module.parameters())
+
+
+def require(condition: Tensor, otherwise: str, error: type[Exception]) -> None:
+    """Raise `error` with that sentence unless the condition, one boolean, is true.
+
+    So it is in plain Python on a CPU. Compiled code and other devices check without waiting for the value, so that CUDA
+    graphs can be captured: there PyTorch's own assertion fails, with the same sentence.
+    """
+    if condition.device.type != "cpu" or torch.compiler.is_compiling():
+        torch._assert_async(condition, otherwise)
+    elif not bool(condition):
+        raise error(otherwise)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from tokenmerge.errors import PatchError
 from tokenmerge.ops.basics import unit
-from tokenmerge.ops.modes import is_exporting
+from tokenmerge.ops.modes import is_exporting, require
 from tokenmerge.patching.hooks import full_wanted, take_grid
 from tokenmerge.patching.record import BlockRecord
 from tokenmerge.patching.state import Pass, TokenState, attach, state_of
@@ -46,10 +46,11 @@ def padding_sizes(mask: Tensor | None, batch: int, tokens: int) -> Tensor | None
         fits = ((seen == valid.unsqueeze(1)) | ~asks).all()
         if mask.dtype != torch.bool:
             fits = fits & ((mask == 0) | (mask <= _MASKED)).all()
-        _require(
+        require(
             fits,
             "the attention mask given to a model that merges tokens is more than padding (its queries see different "
             "tokens, or it holds a bias): merged tokens cannot obey it; run the images one by one or without it",
+            PatchError,
         )
     return valid.to(torch.float32).expand(batch, -1)
 
@@ -75,20 +76,8 @@ def padding_in_pairs(bias: Tensor | None, check: bool) -> bool:
     if bias.shape[0] > 1:
         raise PatchError(both)
     if check and not is_exporting():
-        _require((bias > _MASKED).all(), both)
+        require((bias > _MASKED).all(), both, PatchError)
     return False
-
-
-def _require(condition: Tensor, otherwise: str) -> None:
-    """Raise with that sentence unless the condition, one boolean, is true.
-
-    In plain Python on a CPU it is a `PatchError`. Compiled code and other devices check without waiting for the value,
-    so that CUDA graphs can be captured: there PyTorch's own assertion fails, with the same sentence.
-    """
-    if condition.device.type != "cpu" or torch.compiler.is_compiling():
-        torch._assert_async(condition, otherwise)
-    elif not bool(condition):
-        raise PatchError(otherwise)
 
 
 def apart_from_padding(metric: Tensor, size: Tensor) -> Tensor:

@@ -1,0 +1,105 @@
+"""What a matcher is given and what it gives, looked at: shapes wherever one is called directly, plans of matchers from elsewhere."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tokenmerge.errors import InputError, PatchError
+from tokenmerge.ops.basics import counting
+from tokenmerge.ops.modes import is_exporting, require
+from tokenmerge.plan import DROPPED, MergePlan
+
+_SHAPES: dict[str, tuple[str, ...]] = {
+    "size": ("B", "N"),
+    "attention": ("B", "N"),
+    "anchor": ("B", "N"),
+    "tokens": ("B", "N", "C"),
+    "values": ("B", "H", "N", "D"),
+}
+"""Axes of the tensors in `OFFERED`; B and N are those of the metric."""
+
+
+def check_matching_input(metric: Tensor, r: int, protected: int, per_head: bool = False) -> None:
+    """Raise `InputError` unless `metric` is `[B, N, D]` floating point and neither number is negative.
+
+    With `per_head`, `[B, H, N, D]` will do as well.
+    """
+    if not (isinstance(r, int) and isinstance(protected, int)):
+        raise InputError(f"r={r!r} and protected={protected!r} count tokens: use whole numbers")
+    if not isinstance(metric, Tensor):
+        raise InputError(f"metric is of type {type(metric).__name__}, but a tensor [B, N, D] was expected")
+    if metric.dim() not in ((3, 4) if per_head else (3,)) or not metric.is_floating_point():
+        shapes = "[B, N, D] or [B, H, N, D]" if per_head else "[B, N, D]"
+        raise InputError(
+            f"metric is {tuple(metric.shape)} {metric.dtype}, but floating point of shape {shapes} was expected"
+        )
+    if r < 0 or protected < 0:
+        raise InputError(f"r={r} and protected={protected} count tokens, but one of them is negative: use 0 or more")
+
+
+def check_offered(metric: Tensor, given: Mapping[str, Any]) -> None:
+    """Raise `InputError` unless the tensors that go with a metric have its images, its tokens, and its device."""
+    counts = {"B": metric.shape[0], "N": metric.shape[-2]}
+    for name, axes in _SHAPES.items():
+        value = given.get(name)
+        if value is None:
+            continue
+        wanted = f"a tensor [{', '.join(axes)}] on {metric.device} with B={counts['B']} and N={counts['N']}, as the metric has"
+        if not isinstance(value, Tensor):
+            raise InputError(f"{name} is of type {type(value).__name__}, but {wanted}, was expected")
+        fits = len(axes) == value.dim() and all(
+            counts.get(axis, length) == length for axis, length in zip(axes, value.shape, strict=True)
+        )
+        if not fits or value.device != metric.device:
+            raise InputError(f"{name} is {tuple(value.shape)} on {value.device}, but {wanted}, was expected")
+    anchor, grid = given.get("anchor"), given.get("grid")
+    if anchor is not None and anchor.dtype != torch.int64:
+        raise InputError(f"anchor is {anchor.dtype}, but positions of tokens were expected: use int64")
+    if grid is not None and not all(isinstance(length, int) and length > 0 for length in grid):
+        raise InputError(f"grid={grid!r}, but the number of patches along each axis was expected: use (height, width)")
+
+
+def check_plan(plan: Any, name: str, metric: Tensor, protected: int) -> None:
+    """Raise `PatchError` unless a matcher's plan names each token once, leaves prefix tokens where they are, and joins others.
+
+    Merging and all that follows trusts that; a plan that says otherwise would give wrong results in silence. On a CPU the
+    values are looked at; compiled code and other devices check them without waiting, where PyTorch's own assertion fails.
+
+    Args:
+        plan: what the matcher gave.
+        name: of the matcher.
+        metric: `[B, N, D]` or `[B, H, N, D]`, what it was given.
+        protected: leading tokens that must stay alone.
+    """
+    if not isinstance(plan, MergePlan):
+        raise PatchError(f"matcher {name!r} gave a {type(plan).__name__}, but a MergePlan was expected: return one")
+    batch, tokens = metric.shape[0], metric.shape[-2]
+    fields = {"kept": plan.kept, "source": plan.source, "target": plan.target}
+    shapes = {field: tuple(value.shape) for field, value in fields.items()}
+    fits = all(value.dim() == 2 and value.shape[0] == batch and value.dtype == torch.int64 for value in fields.values())
+    if not fits or plan.source.shape != plan.target.shape or plan.tokens_in != tokens:
+        raise PatchError(
+            f"matcher {name!r} gave a plan of shapes {shapes} for {batch}×{tokens} tokens, but kept [B, N − r], source [B, r] and "
+            "target [B, r], all int64, were expected: build it with MergePlan.from_assign"
+        )
+    if is_exporting():
+        return
+    named = torch.cat([plan.kept, plan.source], dim=1).sort(dim=1).values
+    require(
+        (named == counting(tokens, named.device)).all(),
+        f"matcher {name!r} gave a plan that leaves out a token or names one twice: build it with MergePlan.from_assign",
+        PatchError,
+    )
+    joins = (plan.target >= protected) & (plan.target < plan.tokens_out)
+    if plan.drops:
+        joins = joins | (plan.target == DROPPED)
+    require(
+        (plan.kept[:, :protected] == counting(protected, named.device)).all() & joins.all(),
+        f"matcher {name!r} gave a plan that moves or merges one of the first {protected} tokens, which are protected, or lets a token "
+        "join a position that is not there (−1 drops it, where drops=True says so): leave them alone",
+        PatchError,
+    )
