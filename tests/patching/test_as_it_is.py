@@ -10,12 +10,13 @@ import pytest
 import torch
 import torchvision
 from torch import Tensor, nn
+from torch.nn.utils import prune
 from torchvision.models.feature_extraction import create_feature_extractor
 
 import tokenmerge
 from tests.helpers.tiny import images_for, randomize, tiny
 from tests.helpers.towers import BY_NAME
-from tokenmerge import UnsupportedModelError
+from tokenmerge import PatchError, UnsupportedModelError
 
 NAMES = [
     "vit_tiny_patch16_224",
@@ -92,6 +93,37 @@ def test_quantised_first_patched_second(make: Callable[[], Any], quantise: Calla
 
 
 @torch.no_grad()
+@pytest.mark.filterwarnings("ignore:.*weight_norm:FutureWarning")
+@pytest.mark.parametrize(
+    "computed",
+    [
+        lambda linear: prune.l1_unstructured(linear, "weight", amount=0.3),
+        torch.nn.utils.weight_norm,
+        torch.nn.utils.spectral_norm,
+        torch.nn.utils.parametrizations.weight_norm,
+        torch.nn.utils.parametrizations.orthogonal,
+    ],
+    ids=["pruned", "weight norm", "spectral norm", "weight norm, parametrized", "orthogonal"],
+)
+@pytest.mark.parametrize("make", MAKE.values(), ids=MAKE.keys())
+def test_weights_that_are_computed(make: Callable[[], Any], computed: Callable[[Any], Any]) -> None:
+    """By hooks before each pass, or by parametrizations: such weights are no leaves of the graph."""
+    model = make()
+    images = _input(model)
+    for module in [module for module in model.modules() if type(module) is nn.Linear]:
+        computed(module)
+    with torch.no_grad():
+        wanted = _out(model, images)
+    handle = tokenmerge.patch(model, r=0)
+    with torch.no_grad():
+        assert torch.equal(_out(model, images), wanted)
+        handle.update(r=3)
+        assert _out(model, images).isfinite().all()
+    handle.remove()
+    with torch.no_grad():
+        assert torch.equal(_out(model, images), wanted)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize(
     "name", ["vit_tiny_patch16_224", "eva02_tiny_patch14_224", "beit_base_patch16_224", "cait_xxs24_224"]
@@ -158,6 +190,28 @@ def test_the_real_cause_is_named() -> None:
     broken.blocks[0].mlp.fc1 = nn.Linear(40, 192)
     with pytest.raises(UnsupportedModelError, match="the block itself fails on 7 tokens of 48 channels"):
         tokenmerge.patch(broken, r=2)
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit:FutureWarning", "ignore::torch.jit.TracerWarning")
+@pytest.mark.parametrize("make", MAKE.values(), ids=MAKE.keys())
+def test_torchscript_traces_and_refuses_to_script(make: Callable[[], Any]) -> None:
+    model = make()
+    images = _input(model)
+    handle = tokenmerge.patch(model, r=3)
+    for scripted in (model, nn.Sequential(model)):
+        with pytest.raises(PatchError, match=r"torch\.jit\.script cannot compile a model that merges tokens"):
+            torch.jit.script(scripted)
+    with torch.no_grad():
+        wanted = model(images)
+        traced = torch.jit.trace(model, images, strict=False)
+        got = traced(images)
+    if isinstance(wanted, Tensor):
+        assert torch.equal(got, wanted)
+    else:
+        assert torch.equal(got["last_hidden_state"], wanted.last_hidden_state)
+    handle.remove()
+    if hasattr(model, "patch_embed"):
+        torch.jit.script(model)  # as before
 
 
 # --- torch.fx ------------------------------------------------------------------------------------------------

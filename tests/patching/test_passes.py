@@ -274,6 +274,51 @@ def test_hooks_that_put_another_tensor_in_place_carry_or_fail(make: Callable[[],
         assert torch.equal(_out(model, images), wanted)
 
 
+@EVERY
+@pytest.mark.parametrize("output", ["auto", "full"])
+@pytest.mark.filterwarnings("ignore:Full backward hook is firing", "ignore:For backward hooks to be called")
+def test_backward_hooks_of_every_module_see_what_there_is(make: Callable[[], Any], output: Any) -> None:
+    """PyTorch puts views in the place of what enters and leaves modules with such hooks; nothing is lost by that."""
+    model = make()
+    images = _input(model).requires_grad_()
+    handle = tokenmerge.patch(model, r=3, output=output, trace=True)
+    wanted = _out(model, images)
+    (by_images,) = torch.autograd.grad(wanted.square().sum(), images)
+    maps = handle.trace.unmerge(model.forward_features(images)) if hasattr(model, "forward_features") else None
+    calls: list[Any] = []
+    for module in model.modules():
+        module.register_full_backward_hook(lambda module, *gradients: calls.append(module))
+    got = _out(model, images)
+    assert torch.equal(got, wanted)
+    (again,) = torch.autograd.grad(got.square().sum(), images)
+    torch.testing.assert_close(again, by_images)
+    assert {id(block) for block in _blocks(model)} <= {id(module) for module in calls}
+    if maps is not None:
+        assert torch.equal(handle.trace.unmerge(model.forward_features(images)), maps)
+
+
+def test_views_of_merged_tokens_are_not_taken_for_them() -> None:
+    """Only what backward hooks make is; other views of the same memory carry nothing, and say so."""
+    model = tiny("vit_tiny_patch16_224")
+    images = images_for(model).requires_grad_()
+    handle = tokenmerge.patch(model, r=3, trace=True)
+    changes: list[Callable[[Tensor], Tensor]] = [
+        lambda x: x[:, :],
+        lambda x: x.view_as(x),
+        lambda x: x.flip(1)[:, :],
+        lambda x: x.clone(),
+    ]
+    for change in changes:
+        with pytest.raises(InputError, match="carry no plans"):
+            handle.trace.unmerge(change(model.forward_features(images)))
+        hook = model.blocks[1].register_forward_hook(lambda module, args, output, change=change: change(output))
+        back = model.blocks[1].register_full_backward_hook(lambda module, *gradients: None)
+        with pytest.raises(PatchError, match="block 2 received tokens without their sizes"):
+            model(images)
+        hook.remove()
+        back.remove()
+
+
 @torch.no_grad()
 def test_what_carry_refuses() -> None:
     model = tiny("vit_tiny_patch16_224")

@@ -23,7 +23,7 @@ from tokenmerge.patching.leaf import as_leaf
 from tokenmerge.patching.look import Look, kept_for_looking, look_at, mark_gradient, similarity_of
 from tokenmerge.patching.match import metric_from, tensors_for
 from tokenmerge.patching.record import BlockRecord, Settings
-from tokenmerge.patching.state import STATE, Step, TokenState, attach
+from tokenmerge.patching.state import STATE, Step, TokenState, attach, state_of
 from tokenmerge.plan import MergePlan
 from tokenmerge.schedule import max_merges
 
@@ -107,6 +107,8 @@ def _arrive(
     record: BlockRecord = block._tokenmerge
     family, passed, given_first = record.family, kwargs.pop(STATE, None), kwargs.pop(_INPUT, None)
     state: TokenState | None = passed if isinstance(x, Proxy) else getattr(x, STATE, passed)
+    if state is None and record.index:
+        state = state_of(x)
     recomputing = _recomputing()
     if record.index == 0 and not recomputing:
         state = None  # of an older pass, if any
@@ -283,11 +285,7 @@ def _plan(block: Any, metric: Tensor, x: Tensor, tap: Tap, r: int, state: TokenS
         offered["grid"] = state.run.grid
     if settings.tensors:
         offered.update(tensors_for(block, x, tap, state))
-    plan: Any = entry.matcher(metric, r, settings.protected, **offered)
-    if not isinstance(plan, MergePlan):
-        raise PatchError(
-            f"matcher {entry.name!r} gave a {type(plan).__name__}, but a MergePlan was expected: return one"
-        )
+    plan: MergePlan = entry.matcher(metric, r, settings.protected, **offered)
     (batch, left), gone = plan.kept.shape, plan.source.shape[1]
     fits = batch == x.shape[0] and left + gone == x.shape[1]
     if not fits or (gone != r and not (entry.adaptive or (entry.learned and gone == 0))):
@@ -324,6 +322,9 @@ def _leave(block: Any, x: Tensor, state: TokenState, look: Look | None, merged: 
     else:
         out = x
         setattr(out, STATE, state)
-    if settings.traces and out.requires_grad and torch.is_grad_enabled() and not torch.compiler.is_compiling():
+    with_graph = out.requires_grad and torch.is_grad_enabled() and not torch.compiler.is_compiling()
+    if with_graph and out._base is not None:
+        attach(out, getattr(out, STATE))  # where backward hooks find it
+    if with_graph and settings.traces:
         mark_gradient(out, getattr(out, STATE))
     return out if record.family.wrap is None else record.family.wrap(out)

@@ -53,7 +53,10 @@ class Probe:
 
 
 def _copied(block: nn.Module) -> Any:
-    copied = copy.deepcopy(block).eval()
+    # what hooks compute before each pass, as those of torch.nn.utils.prune do, is no leaf, which Python's copy refuses
+    computed = (value for module in block.modules() for value in vars(module).values() if isinstance(value, Tensor))
+    memo: dict[int, Any] = {id(value): value.detach().clone() for value in computed if not value.is_leaf}
+    copied = copy.deepcopy(block, memo).eval()
     for module in copied.modules():
         module._forward_hooks.clear()
         module._forward_pre_hooks.clear()

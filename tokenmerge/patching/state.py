@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections import OrderedDict
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -24,6 +24,10 @@ from tokenmerge.schedule import Schedule
 
 STATE = "_tokenmerge_state"
 """Name of the attribute; and of the argument by which a block's call hands it to its forward."""
+_OF_VIEW = "_tokenmerge_state_of_view"
+"""Name of an attribute of the base of a view that a state travels with: where in the graph the view is, and its state."""
+_IDENTITY = "BackwardHookFunctionBackward"
+"""What autograd calls the identity by which full backward hooks learn of a gradient."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -178,13 +182,39 @@ def _moved(value: Any, device: torch.device) -> Any:
 def attach(x: Tensor, state: TokenState) -> Tensor:
     """Let the state travel with the activation tensor `x`, which is given back."""
     setattr(x, STATE, state)
+    if not torch.compiler.is_compiling() and x.grad_fn is not None and x._base is not None:
+        setattr(x._base, _OF_VIEW, (x.grad_fn, state))  # a view of `x` knows this base, but not `x`
     return x
 
 
 def state_of(x: Any) -> TokenState | None:
     """The state that travels with `x`, or `None`."""
-    state = None if isinstance(x, Proxy) else getattr(x, STATE, None)
+    if isinstance(x, Proxy):
+        return None
+    state = getattr(x, STATE, None)
+    if state is None and isinstance(x, Tensor):
+        state = _beyond_backward_hooks(x)
     return state if isinstance(state, TokenState) else None
+
+
+def _beyond_backward_hooks(x: Tensor) -> TokenState | None:
+    """The state of the tensor that `x` is, where modules with full backward hooks have put views in its place.
+
+    PyTorch lets what enters and leaves such a module pass through an identity, by which it learns of the gradient.
+    """
+    if torch.compiler.is_compiling() or x.grad_fn is None or x._base is None:
+        return None
+    own = (x._base.grad_fn, getattr(x._base, STATE, None))
+    known = [(at, state) for at, state in (own, getattr(x._base, _OF_VIEW, own)) if state is not None]
+    node: Any = x.grad_fn
+    number, state = x.output_nr, cast("TokenState | None", None)
+    while state is None and node is not None and node.name() == _IDENTITY:
+        node, number = node.next_functions[number]
+        state = next((state for at, state in known if at is node), None)
+    if state is None:
+        return None
+    # the next block goes on with merged tokens: taken from `x`, so that gradients go the way of the hooks
+    return state if state.merged is None else dataclasses.replace(state, merged=state.one_of_equals(x))
 
 
 def needed_state(x: Tensor, reader: str) -> TokenState:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copyreg
 import functools
-from typing import Any
+from typing import Any, NoReturn
 
 from torch import nn
 
@@ -25,6 +25,13 @@ class Swapped:
 
     _tokenmerge_mixin: type
     _tokenmerge_original: type[nn.Module]
+
+    def __prepare_scriptable__(self) -> NoReturn:
+        """Called by `torch.jit.script`, whose language has no tensors that carry a state."""
+        raise PatchError(
+            f"{type(self).__name__} is patched, and torch.jit.script cannot compile a model that merges tokens: use torch.export "
+            "or torch.jit.trace, or unpatch it first"
+        )
 
 
 @functools.cache
