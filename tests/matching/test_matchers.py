@@ -190,6 +190,7 @@ def test_wrong_plans_are_refused_in_compiled_models_and_right_ones_break_no_grap
                     compiled(images_for(model))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", STATIC)
 def test_called_in_a_forward_of_ones_own_it_compiles(name: str) -> None:
     """What the README recommends for models that cannot be patched: a matcher called directly, checks and all."""
