@@ -109,13 +109,13 @@ def _upstream(family: BlockFamily, probe: Probe) -> Tensor:
 
 def _arguments(family: BlockFamily, probe: Probe) -> dict[str, Any]:
     """The arguments of the row's example, in the dtype and on the device of the tokens."""
+    return {name: _fitted(value, probe.x) for name, value in family.example(probe.block).arguments.items()}
 
-    def fitted(value: Any) -> Any:
-        if isinstance(value, Tensor) and value.is_floating_point():
-            return value.to(probe.x.device, probe.x.dtype)
-        return tuple(fitted(part) for part in value) if isinstance(value, tuple) else value
 
-    return {name: fitted(value) for name, value in family.example(probe.block).arguments.items()}
+def _fitted(value: Any, like: Tensor) -> Any:
+    if isinstance(value, Tensor) and value.is_floating_point():
+        return value.to(like.device, like.dtype)
+    return tuple(_fitted(part, like) for part in value) if isinstance(value, tuple) else value
 
 
 def _gap(a: Tensor, b: Tensor) -> float:

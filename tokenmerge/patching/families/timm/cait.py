@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import threading
 from collections.abc import Sequence
 from typing import Any
@@ -101,12 +100,12 @@ class MergeCait(MergeHook):
 
     def forward_features(self: Any, x: Any) -> Any:
         """Upstream's features `[B, 1 + N0, C]`, with the state of the tokens that left the last block."""
-        _leaving.state = None
-        features = super().forward_features(x)
-        state = _left()
-        if state is not None:
-            attach(features, dataclasses.replace(state, merged=features))
-        return features
+        _left()  # of a pass that died
+        try:
+            features = super().forward_features(x)
+        finally:
+            state = _left()
+        return features if state is None else attach(features, state)
 
 
 BLOCKS: Sequence[BlockFamily] = (
