@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import math
 from typing import Any
 
 import pytest
@@ -13,7 +14,7 @@ from torch import Tensor
 
 import tokenmerge
 from tests.helpers.tiny import randomize, tiny
-from tests.helpers.towers import TOWERS, Tower
+from tests.helpers.towers import BY_NAME, TOWERS, Tower
 from tokenmerge import InputError
 from tokenmerge.patching.target import find_target
 
@@ -122,6 +123,8 @@ def test_transformers(grid: tuple[int, int]) -> None:
             continue
         inputs, pixels = found
         model = tower.build()
+        if "ViTMAE" in tower.name:  # no grid: it shuffles its patches
+            continue
         if "interpolate_pos_encoding" in inspect.signature(model.forward).parameters:
             inputs["interpolate_pos_encoding"] = True
         try:
@@ -131,6 +134,38 @@ def test_transformers(grid: tuple[int, int]) -> None:
         check(model, inputs, pixels, grid, tower.prefix)
         ran.append(tower.name)
     assert len(ran) >= 10, ran
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("mask_ratio", [0.0, 0.75])
+def test_shuffled_patches_are_on_no_grid(mask_ratio: float) -> None:
+    """A ViTMAE shuffles its patches also where it masks none: their count says nothing of where they are."""
+    config = transformers.ViTMAEConfig(
+        hidden_size=48, num_attention_heads=4, num_hidden_layers=3, image_size=96, patch_size=16, mask_ratio=mask_ratio
+    )
+    model = transformers.ViTMAEModel(config).eval()
+    with tokenmerge.patched(model, r=1, trace=True) as handle:
+        features = model(noise(1, 3, 96, 96)).last_hidden_state
+        assert handle.trace.grid is None
+        with pytest.raises(InputError, match="grid"):
+            handle.trace.to_grid(features)
+        with pytest.raises(InputError, match="grid"):
+            handle.trace.regions((96, 96))
+        handle.update(matcher="strided")
+        with pytest.raises(InputError, match="grid"):
+            model(noise(1, 3, 96, 96))
+        if not mask_ratio:
+            assert handle.summary(input_size=96).tokens[0] == handle.summary().tokens[0] == 37
+
+
+@torch.no_grad()
+def test_few_frames_fill_a_tubelet() -> None:
+    model = BY_NAME["VJEPA2Model"].build()
+    with tokenmerge.patched(model, r=3, trace=True) as handle:
+        for frames, grid in ((1, (1, 4, 4)), (2, (1, 4, 4)), (4, (2, 4, 4))):
+            model(pixel_values_videos=noise(1, frames, 3, 64, 64), skip_predictor=True)
+            assert handle.trace.grid == grid
+            assert handle.summary(input_size=(frames, 64, 64)).tokens[0] == handle.trace.tokens == math.prod(grid)
 
 
 @torch.no_grad()

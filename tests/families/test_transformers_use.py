@@ -299,6 +299,27 @@ def test_llava_reads_merged_tokens() -> None:
     assert words.shape[0] == 2
 
 
+def test_llava_over_pixtral_needs_every_token() -> None:
+    """It cuts the tokens of several images apart by their sizes in pixels, which merged ones do not follow."""
+    tower = hf.PixtralVisionConfig(
+        hidden_size=48, num_hidden_layers=3, num_attention_heads=4, intermediate_size=96, image_size=96, patch_size=16
+    )
+    text = hf.LlamaConfig(
+        hidden_size=48, num_hidden_layers=2, num_attention_heads=4, intermediate_size=96, vocab_size=99, pad_token_id=0
+    )
+    whole = {"image_token_index": 98, "vision_feature_layer": -1, "vision_feature_select_strategy": "full"}
+    config = hf.LlavaConfig(vision_config=tower, text_config=text, **whole)
+    model = lively(hf.LlavaForConditionalGeneration(config).eval())
+    with pytest.raises(ConfigError, match="by their sizes in pixels"):
+        tokenmerge.patch(model, r=3, output="merged")
+    handle = tokenmerge.patch(model, r=3)
+    ids = torch.cat([torch.full((1, handle.output_tokens()), 98), torch.tensor([[1, 2, 3]])], dim=1)
+    with torch.no_grad():
+        out = model(input_ids=ids, pixel_values=torch.randn(1, 3, 96, 96), image_sizes=torch.tensor([[96, 96]]))
+    assert handle.output_tokens() == 36
+    assert out.logits.isfinite().all()
+
+
 @torch.no_grad()
 def test_llava_reads_an_earlier_layer() -> None:
     """LLaVA's default is the last layer but one: the patches after it, or the tokens that are left there."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import functools
 import gc
 import itertools
 import pickle
@@ -15,6 +16,7 @@ import pytest
 import torch
 import torchvision
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 import tokenmerge
 from tests.helpers.tiny import images_for, randomize, tiny
@@ -273,6 +275,153 @@ def test_hooks_that_put_another_tensor_in_place_carry_or_fail(make: Callable[[],
             model(images)
         hook.remove()
         assert torch.equal(_out(model, images), wanted)
+
+
+def _gradients(model: Any, out: Tensor) -> Tensor:
+    model.zero_grad(set_to_none=True)
+    out.square().sum().backward()
+    return torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
+
+
+@EVERY
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_a_checkpoint_may_hold_the_whole_model(make: Callable[[], Any], reentrant: bool) -> None:
+    """The pass that begins within backward merges as the first one did."""
+    model = make()
+    images = _input(model).requires_grad_()
+    tokenmerge.patch(model, r=4)
+    wanted = _gradients(model, _out(model, images))
+    again = checkpoint(lambda given: _out(model, given), images, use_reentrant=reentrant)
+    torch.testing.assert_close(_gradients(model, again), wanted, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("r", [0, 5, [0, 0, 5]])
+@pytest.mark.parametrize("trace", [False, True])
+def test_checkpoints_of_all_sorts_give_the_same_gradients_or_say_why_not(r: Any, trace: bool) -> None:
+    held = functools.partial(checkpoint, use_reentrant=False)
+    model = tiny("vit_small_patch16_224")
+    images, (first, second, third) = images_for(model), model.blocks
+    tokenmerge.patch(model, r=r, trace=trace)
+
+    def embedded() -> Any:
+        return model._pos_embed(model.patch_embed(images))
+
+    wanted = _gradients(model, model.blocks(embedded()))
+    flat: list[Callable[[], Any]] = [
+        lambda: third(held(lambda x: second(first(x)), embedded())),
+        lambda: third(second(held(lambda patches: first(model._pos_embed(patches)), model.patch_embed(images)))),
+        lambda: held(lambda x: third(second(x)), first(embedded())),
+    ]
+    nested: list[Callable[[], Any]] = [
+        lambda: third(held(lambda x: held(second, held(first, x)), embedded())),
+        lambda: third(held(lambda x: held(second, first(x)), embedded())),
+        lambda: held(lambda x: held(third, held(second, x)), first(embedded())),
+    ]
+    for run in flat:
+        assert torch.equal(_gradients(model, run()), wanted)
+    for run in nested:
+        if r == 5:
+            with pytest.raises(PatchError, match="as reentrant or nested checkpointing does"):
+                _gradients(model, run())
+        else:
+            assert torch.equal(_gradients(model, run()), wanted)
+
+
+@EVERY
+def test_a_pass_within_backward_merges(make: Callable[[], Any]) -> None:
+    """One that a hook of a tensor runs, say to compare with."""
+    model = make()
+    images, found = _input(model), []
+    tokenmerge.patch(model, r=4)
+    wanted = _out(model, images)
+    trigger = torch.ones(1, requires_grad=True) * 2
+    trigger.register_hook(lambda gradient: found.append(_out(model, images)))
+    trigger.sum().backward()
+    torch.testing.assert_close(found[0], wanted)
+
+
+def test_settings_may_change_between_forward_and_backward() -> None:
+    model = tiny("vit_small_patch16_224")
+    images = images_for(model)
+    handle = tokenmerge.patch(model, r=0)
+    model.set_grad_checkpointing()
+    for before, after in ((0, 5), (5, 0), (5, 3)):
+        handle.update(r=before)
+        wanted = _gradients(model, model(images))
+        out = model(images)
+        handle.update(r=after)
+        assert torch.equal(_gradients(model, out), wanted)
+    embedded = model._pos_embed(model.patch_embed(images))
+    for first, second in ((0, 5), (5, 0)):
+        handle.update(r=first)
+        x = embedded.detach().requires_grad_()
+        checkpoint(model.blocks[0], x, use_reentrant=False)
+        handle.update(r=second)
+        out = checkpoint(model.blocks[0], x, use_reentrant=False)
+        with pytest.raises(PatchError, match="gradient checkpointing cannot tell them apart"):
+            out.sum().backward()
+
+
+def test_grids_of_two_views_are_not_exchanged() -> None:
+    """Embedded first and run through the blocks later: which grid comes first is not known, and nothing is made up."""
+    model = tiny("vit_tiny_patch16_224", dynamic_img_size=True)
+    handle = tokenmerge.patch(model, r=4, trace=True)
+    images = [torch.randn(1, 3, 64, 144), torch.randn(1, 3, 144, 64), torch.randn(1, 3, 64, 144)]
+    with torch.no_grad():
+        for order in ((0, 1), (0, 1, 2), (0, 2)):
+            tokens = [model._pos_embed(model.patch_embed(images[view])) for view in order]
+            for view, x in zip(order, tokens, strict=True):
+                features = model.norm(model.blocks(x))
+                if order == (0, 2):
+                    assert handle.trace.to_grid(features).shape[2:] == (4, 9)
+                    continue
+                with pytest.raises(InputError, match="grid"):
+                    handle.trace.to_grid(features)
+                rows, columns = images[view].shape[2] // 16, images[view].shape[3] // 16
+                shown = tokenmerge.trace_of(features).with_grid((rows, columns))
+                assert shown.to_grid(features).shape[2:] == (rows, columns)
+            assert handle.trace.to_grid(model.forward_features(images[1])).shape[2:] == (9, 4)
+        model.patch_embed(images[0])  # and nothing comes of it
+        assert handle.trace.to_grid(model.forward_features(images[1])).shape[2:] == (9, 4)
+
+
+def test_the_wish_for_full_maps_is_one_models_own() -> None:
+    """A pass of another model, a teacher in a hook, gives what it always gives; and has its own wish."""
+    outer, inner = tiny("vit_small_patch16_224"), tiny("vit_base_patch16_224")
+    images, seen = images_for(outer), []
+    tokenmerge.patch(outer, r=4)
+    tokenmerge.patch(inner, r=4)
+
+    def look(*given: Any) -> None:
+        seen.append((inner.forward_features(images).shape, inner.forward_intermediates(images)[1][0].shape))
+
+    outer.blocks[0].register_forward_hook(look)
+    with torch.no_grad():
+        alone = (inner.forward_features(images).shape, inner.forward_intermediates(images)[1][0].shape)
+        final, maps = outer.forward_intermediates(images)
+        assert final.shape == outer.forward_features(images).shape
+        assert {found.shape[2:] for found in maps} == {(6, 6)}
+        tower = BY_NAME["ViTModel"].build()
+        tokenmerge.patch(tower, r=3)
+        tower.layers[1].register_forward_hook(look)
+        states = tower(torch.randn(2, 3, 96, 96), output_hidden_states=True).hidden_states
+        assert len({state.shape[1] for state in states}) == 1
+    assert set(seen) == {alone}
+
+
+@pytest.mark.parametrize(
+    "name", ["vit_tiny_patch16_224", "vit_base_patch14_reg4_dinov2", "vit_base_patch16_siglip_224"]
+)
+def test_dictionaries_of_intermediates_hold_what_forward_features_gives(name: str) -> None:
+    model = tiny(name)
+    images = images_for(model)
+    tokenmerge.patch(model, r=4, output="full" if "siglip" in name else "auto")
+    with torch.no_grad():
+        wanted = model.forward_features(images)
+        for norm, prefix in itertools.product((False, True), repeat=2):
+            found = model.forward_intermediates(images, output_dict=True, norm=norm, return_prefix_tokens=prefix)
+            assert torch.equal(found["image_features"], wanted)
+            assert {maps.shape[2:] for maps in found["image_intermediates"]} == {(6, 6)}
 
 
 @EVERY

@@ -14,7 +14,7 @@ from tokenmerge.ops.basics import unit
 from tokenmerge.ops.modes import is_exporting, require
 from tokenmerge.patching.hooks import full_wanted, take_grid
 from tokenmerge.patching.record import BlockRecord
-from tokenmerge.patching.state import Pass, TokenState, attach, state_of
+from tokenmerge.patching.state import UNMERGED, Pass, TokenState, attach, state_of
 from tokenmerge.schedule import cut
 
 _MASKED = -1e4  # additive masks use −inf or the smallest number of their dtype
@@ -91,7 +91,7 @@ def apart_from_padding(metric: Tensor, size: Tensor) -> Tensor:
     return torch.cat([torch.where(real, unit(metric.detach()), 0.0), torch.where(real, 1.0, -1.0)], dim=2)
 
 
-def begin_pass(record: BlockRecord, x: Tensor, mask: Tensor | None, given: Tensor) -> TokenState:
+def begin_pass(record: BlockRecord, x: Tensor, mask: Tensor | None, given: Tensor, again: bool = False) -> TokenState:
     """The state of tokens that nothing has merged yet: counted, and on their grid, as they arrive.
 
     Args:
@@ -99,12 +99,18 @@ def begin_pass(record: BlockRecord, x: Tensor, mask: Tensor | None, given: Tenso
         x: the tokens.
         mask: of padding.
         given: the tensor that the block was called with, in whose place hooks may have put `x`.
+        again: whether this happens in backward, where gradient checkpointing runs a pass again (or a hook runs one).
 
     Raises:
         PatchError: if blocks before this one have merged, so that a state should have come, or the mask is no padding.
     """
     settings, (batch, tokens) = record.model.settings, x.shape[:2]
     schedule = settings.schedule_for(tokens)
+    if any(schedule[: record.index]) and again:
+        raise PatchError(
+            f"block {record.index} runs in backward on a tensor that was made anew, as reentrant or nested checkpointing does, so its "
+            "sizes are lost: use use_reentrant=False, and let no checkpoint hold another"
+        )
     if any(schedule[: record.index]):
         raise PatchError(
             f"block {record.index} received tokens without their sizes although earlier blocks merge, so something between the "
@@ -117,11 +123,13 @@ def begin_pass(record: BlockRecord, x: Tensor, mask: Tensor | None, given: Tenso
     entry = settings.entry
     if not (entry.adaptive or entry.learned):  # which may leave other numbers of tokens
         schedule = cut(schedule, tokens, settings.protected, entry.most)
-    run = Pass(settings, batch, tokens, grid, schedule, full_wanted(), size, size is not None)
+    run = Pass(settings, batch, tokens, grid, schedule, full_wanted(record.model), size, size is not None)
     state = TokenState(run, size)
     if torch.is_grad_enabled() and not torch.compiler.is_compiling():
         before = state_of(given)  # gradient checkpointing finds what is attached when it runs the block again
-        same = before is None or (before.run.settings is settings and before.run.full == run.full)
+        same = not hasattr(given, UNMERGED) and (
+            before is None or (before.run.settings is settings and before.run.full == run.full)
+        )
         attach(given, state if same else dataclasses.replace(state, run=dataclasses.replace(run, ambiguous=True)))
     return state
 

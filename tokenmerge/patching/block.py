@@ -23,7 +23,7 @@ from tokenmerge.patching.leaf import as_leaf
 from tokenmerge.patching.look import Look, kept_for_looking, look_at, mark_gradient, similarity_of
 from tokenmerge.patching.match import metric_from, tensors_for
 from tokenmerge.patching.record import BlockRecord, Settings
-from tokenmerge.patching.state import STATE, Step, TokenState, attach, state_of
+from tokenmerge.patching.state import STATE, UNMERGED, Step, TokenState, attach, state_of
 from tokenmerge.plan import MergePlan
 from tokenmerge.schedule import max_merges
 
@@ -52,6 +52,8 @@ class MergeBlock:
             kwargs[STATE] = state
         elif args and isinstance(args[0], Tensor) and self._tokenmerge.index == 0 and not torch.compiler.is_compiling():
             kwargs[_INPUT] = weakref.ref(args[0])  # what gradient checkpointing gives again, if it runs the block again
+        if torch.is_grad_enabled() and args and isinstance(args[0], Tensor) and not torch.compiler.is_compiling():
+            _mark_unmerged(self._tokenmerge, args[0], state, kwargs)
         return super().__call__(*args, **kwargs)  # type: ignore[misc]  # nn.Module's
 
     def forward(self, x: Any, *args: Any, **kwargs: Any) -> Any:
@@ -100,20 +102,34 @@ def _recomputing() -> bool:
     return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
 
 
+def _mark_unmerged(record: BlockRecord, x: Tensor, state: TokenState | None, kwargs: dict[str, Any]) -> None:
+    """Let a tensor tell that nothing merged when a block was called with it; pass that on when it is given again in backward.
+
+    Settings may change between forward and backward, and what began without state cannot carry them.
+    """
+    settings = record.model.settings
+    if _recomputing():
+        if hasattr(x, UNMERGED):
+            kwargs[UNMERGED] = True
+    elif not (settings.merges or settings.traces) and (state is None or record.index == 0):
+        setattr(x, UNMERGED, True)
+
+
 def _arrive(
     block: Any, x: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[TokenState | None, dict[str, Any]]:
     """The state of the tokens, and the arguments for attention; no state where upstream's own forward is to run."""
     record: BlockRecord = block._tokenmerge
     family, passed, given_first = record.family, kwargs.pop(STATE, None), kwargs.pop(_INPUT, None)
+    unmerged = kwargs.pop(UNMERGED, False)
     state: TokenState | None = passed if isinstance(x, Proxy) else getattr(x, STATE, passed)
     if state is None and record.index:
         state = state_of(x)
     recomputing = _recomputing()
     if record.index == 0 and not recomputing:
         state = None  # of an older pass, if any
-    if recomputing and (state is None or state.run.ambiguous):
-        _check_first_time(record, x, state)
+    if unmerged or (recomputing and state is not None and state.run.ambiguous):
+        _check_first_time(record, state)
         return None, {}
     settings = record.model.settings if state is None else state.run.settings
     given = {**dict(zip(family.arguments, args, strict=False)), **kwargs}
@@ -129,7 +145,7 @@ def _arrive(
     given = _obeyed(record, given)
     if state is None:
         first = None if given_first is None else given_first()
-        state = begin_pass(record, x, mask, x if first is None else first)
+        state = begin_pass(record, x, mask, x if first is None else first, recomputing)
     elif state.size is not None and state.size.device != x.device:
         state = state.to(x.device)  # a device map has moved the tokens alone
     if state.positions is None and (family.positions is not None or family.rope is not None):
@@ -137,13 +153,8 @@ def _arrive(
     return state, given
 
 
-def _check_first_time(record: BlockRecord, x: Tensor, state: TokenState | None) -> None:
+def _check_first_time(record: BlockRecord, state: TokenState | None) -> None:
     """Raise unless a block that runs again in backward ran upstream's own forward the first time: no state came with it."""
-    if state is None and record.model.settings.merges and x.is_leaf and x.requires_grad:
-        raise PatchError(
-            f"block {record.index} runs again in backward on a tensor that was made anew, as reentrant checkpointing does, so its "
-            "sizes are lost: use use_reentrant=False"
-        )
     if state is not None:
         raise PatchError(
             f"block {record.index} runs again in backward, but passes with different settings began with the very same tensor, and "

@@ -12,7 +12,6 @@ has a form in float64; and as the block is, in its own dtype, on its own device,
 from __future__ import annotations
 
 import contextlib
-import copy
 import dataclasses
 import importlib
 from typing import Any
@@ -30,7 +29,7 @@ from tokenmerge.ops.modes import lacks_values
 from tokenmerge.patching.families.family import BlockFamily
 from tokenmerge.patching.install import install_inside
 from tokenmerge.patching.record import RECORD
-from tokenmerge.patching.swap import Swapped, is_sharded, restore_class
+from tokenmerge.patching.swap import Swapped, copy_without_hooks, is_sharded, restore_class
 from tokenmerge.patching.target import Target
 
 _COPIES = 9  # equal tokens that one token stands for in the third test
@@ -53,14 +52,9 @@ class Probe:
 
 
 def _copied(block: nn.Module) -> Any:
-    # what hooks compute before each pass, as those of torch.nn.utils.prune do, is no leaf, which Python's copy refuses
-    computed = (value for module in block.modules() for value in vars(module).values() if isinstance(value, Tensor))
-    memo: dict[int, Any] = {id(value): value.detach().clone() for value in computed if not value.is_leaf}
-    copied = copy.deepcopy(block, memo).eval()
+    copied = copy_without_hooks(block).eval()
     for module in copied.modules():
-        module._forward_hooks.clear()
-        module._forward_pre_hooks.clear()
-        if isinstance(module, Swapped):
+        if issubclass(type(module), Swapped):
             restore_class(module)
         vars(module).pop(RECORD, None)
     return copied

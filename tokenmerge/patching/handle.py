@@ -136,6 +136,8 @@ class Handle:
     def remove(self) -> None:
         """Give the model back exactly as it was.
 
+        With gradient checkpointing, call `backward` first: blocks run again there, and must still be patched.
+
         Raises:
             PatchError: if the model is no longer patched by this handle, or another thread is inside a forward pass.
         """

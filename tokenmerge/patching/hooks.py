@@ -9,7 +9,7 @@ import contextlib
 import sys
 import threading
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -24,66 +24,105 @@ from tokenmerge.patching.state import attach, needed_state, plans_needed, state_
 class _Ahead(threading.local):
     """What is known before the first block, which takes it; one per thread.
 
+    Compiled code looks at `full` and `grid` alone: it would be compiled anew for every model, if it knew which one.
+
     Attributes:
-        full: whether the pass shall hand on unmerged tokens.
-        owner: the module within which it shall; `None` for `full_outputs`.
-        grid: patches along each axis that the embedding of a model has made.
+        full: whether passes are to hand on unmerged tokens.
+        wishes: for which models, by the numbers of their records, each with the module within which that holds (`None` for
+            `full_outputs`).
+        grid: patches along each axis that the embedding of a model has made; empty where several embeddings wait for
+            their blocks and differ.
         grid_of: the number of that model's record.
+        waiting: how many embeddings of that model wait.
     """
 
     full = False
-    owner: nn.Module | None = None
+    wishes: tuple[tuple[int, nn.Module | None], ...] = ()
+    owner: nn.Module | None = None  # the module, in compiled code
     grid: tuple[int, ...] | None = None
     grid_of: int | None = None
+    waiting = 0
 
 
 _ahead = _Ahead()
 
 
-def full_wanted() -> bool:
-    """Whether passes that begin now in this thread hand on unmerged tokens."""
+def full_wanted(record: ModelRecord) -> bool:
+    """Whether passes of that model that begin now in this thread hand on unmerged tokens."""
+    if torch.compiler.is_compiling():
+        return _ahead.full
     _drop_stale()
-    return _ahead.full
+    return _ahead.full and (not _ahead.wishes or any(number == record.number for number, _ in _ahead.wishes))
 
 
 def _drop_stale() -> None:
-    """Forget the wish of a module that has ended without saying so: torch calls no hooks after a KeyboardInterrupt."""
-    if _ahead.owner is None or torch.compiler.is_compiling():
+    """Forget the wishes of modules that have ended without saying so: torch calls no hooks after a KeyboardInterrupt."""
+    owners = [owner for _, owner in _ahead.wishes if owner is not None]
+    if not owners and _ahead.owner is None:
         return
-    frame: Any = sys._getframe(1)
+    running, frame = set(), cast("Any", sys._getframe(1))
     while frame is not None:
-        if frame.f_locals.get("self") is _ahead.owner:
-            return
+        running.add(id(frame.f_locals.get("self")))
         frame = frame.f_back
-    _ahead.full, _ahead.owner = False, None
+    if _ahead.owner is not None and id(_ahead.owner) not in running:
+        _ahead.full, _ahead.owner = False, None
+    _wish(tuple(wish for wish in _ahead.wishes if wish[1] is None or id(wish[1]) in running))
+
+
+def _wish(wishes: tuple[tuple[int, nn.Module | None], ...]) -> None:
+    _ahead.wishes, _ahead.full = wishes, bool(wishes) or _ahead.owner is not None
 
 
 def take_grid(record: ModelRecord) -> tuple[int, ...] | None:
-    """The grid that the embedding of this very model has just made in this thread, once; `None` if it made none."""
-    grid = _ahead.grid
-    # (compiled code would be compiled anew for every model; it has the embedding in it, or the count of tokens must do)
-    if not torch.compiler.is_compiling() and _ahead.grid_of != record.number:
-        grid = None
+    """The grid that the embedding of this very model has just made in this thread, once; `None` if that is not known."""
+    if torch.compiler.is_compiling():  # the code has the embedding in it, or the count of tokens must do
+        grid, _ahead.grid = _ahead.grid, None
+        return grid or None
+    if _ahead.grid_of != record.number:
+        return None
+    grid, _ahead.waiting = _ahead.grid, _ahead.waiting - 1
+    if _ahead.waiting <= 0:
+        forget_grid()
+    return grid or None
+
+
+def forget_grid() -> None:
+    """What was embedded so far is not what the next pass begins with."""
     _ahead.grid = _ahead.grid_of = None
-    return grid
+    _ahead.waiting = 0
 
 
 def note_grid(module: Any, args: tuple[Any, ...], output: Any) -> None:
     """Forward hook of what makes patches: `[B, C, *grid]`, or tokens and their grid (`None` where images differ in it)."""
-    grid = output[1] if isinstance(output, tuple) else output.shape[2:]
-    _ahead.grid = None if grid is None else tuple(grid)
-    if not torch.compiler.is_compiling():
-        _ahead.grid_of = getattr(module, RECORD).number
+    found = output[1] if isinstance(output, tuple) else output.shape[2:]
+    grid = None if found is None else tuple(found)
+    if torch.compiler.is_compiling():
+        _ahead.grid = grid
+        return
+    number = getattr(module, RECORD).number
+    if _ahead.grid_of != number:
+        forget_grid()
+    if _ahead.waiting and _ahead.grid != grid:
+        grid = ()  # which of them comes first cannot be told
+    _ahead.grid, _ahead.grid_of, _ahead.waiting = grid, number, _ahead.waiting + 1
 
 
 @contextlib.contextmanager
-def full_outputs() -> Iterator[None]:
-    """Passes that begin within it hand on unmerged tokens; what a pass began with stays, also when it is recomputed."""
-    before, _ahead.full = _ahead.full, True
+def full_outputs(record: ModelRecord) -> Iterator[None]:
+    """Passes of that model that begin within it hand on unmerged tokens; what a pass began with stays, also when it is recomputed."""
+    if torch.compiler.is_compiling():
+        before, _ahead.full = _ahead.full, True
+        try:
+            yield
+        finally:
+            _ahead.full = before
+        return
+    wishes = _ahead.wishes
+    _wish((*wishes, (record.number, None)))
     try:
         yield
     finally:
-        _ahead.full = before
+        _wish(wishes)
 
 
 def collect_if_asked(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -97,15 +136,22 @@ def collect_if_asked(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str,
 
 def collect(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     """The same for modules that always collect: backbones."""
+    if torch.compiler.is_compiling():
+        if not _ahead.full:
+            _ahead.full, _ahead.owner = True, module
+        return
     _drop_stale()
-    if not _ahead.full:
-        _ahead.full, _ahead.owner = True, module
+    record: ModelRecord = getattr(module, RECORD)
+    if not any(number == record.number for number, _ in _ahead.wishes):
+        _wish((*_ahead.wishes, (record.number, module)))
 
 
 def end_collecting(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
     """Forward hook, called also after an error: the wish for full outputs ends with its module."""
     if _ahead.owner is module:
         _ahead.full, _ahead.owner = False, None
+    if not torch.compiler.is_compiling():
+        _wish(tuple(wish for wish in _ahead.wishes if wish[1] is not module))
 
 
 def check_root(module: Any, args: tuple[Any, ...] = ()) -> None:
@@ -118,6 +164,8 @@ def check_root(module: Any, args: tuple[Any, ...] = ()) -> None:
     check_blocks(record, record.settings.layers, module)
     if torch.compiler.is_compiling():  # Dynamo looks into no weak reference
         return
+    if _ahead.grid_of == record.number:
+        forget_grid()
     outer = record.outer() if record.outer is not None else None
     for owner in (module, outer):
         if owner is not None and "r" in vars(owner):

@@ -61,7 +61,7 @@ def _install_model(record: ModelRecord, model: Any) -> None:
     for norm in family.norms(model):
         if not isinstance(norm, CarryThrough):  # one norm in two places
             swap_class(norm, CarryThrough)
-    for module in family.collectors(model):
+    for module in _told(record, family.collectors(model)):
         module.register_forward_pre_hook(collect if family.always_collects else collect_if_asked, with_kwargs=True)
         module.register_forward_hook(end_collecting, always_call=True)
     for module, hook in family.hooks(model):

@@ -44,10 +44,12 @@ class MergeRoot:
         What comes with the maps, the output of the last block, is what `forward_features` gives.
         """
         check_root(self)
-        with full_outputs():
+        with full_outputs(self._tokenmerge):
             result = super().forward_intermediates(*args, **kwargs)  # type: ignore[misc]
         if isinstance(result, tuple) and len(result) == 2 and isinstance(result[0], Tensor):
             return self._as_features(result[0]), result[1]
+        if isinstance(result, dict) and isinstance(result.get("image_features"), Tensor):
+            return {**result, "image_features": self._as_features(result["image_features"])}
         return result
 
     def _as_features(self, full: Tensor) -> Tensor:

@@ -24,6 +24,10 @@ from tokenmerge.schedule import Schedule
 
 STATE = "_tokenmerge_state"
 """Name of the attribute; and of the argument by which a block's call hands it to its forward."""
+UNMERGED = "_tokenmerge_unmerged"
+"""Name of an attribute of a tensor with which a block was called while nothing merged; and of the argument that says so when
+gradient checkpointing gives the same tensor again.
+"""
 _OF_VIEW = "_tokenmerge_state_of_view"
 """Name of an attribute of the base of a view that a state travels with: where in the graph the view is, and its state."""
 _IDENTITY = "BackwardHookFunctionBackward"

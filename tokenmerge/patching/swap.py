@@ -7,11 +7,12 @@ checkpointing wrappers and can make Dynamo reuse stale code.
 
 from __future__ import annotations
 
+import copy
 import copyreg
 import functools
 from typing import Any, NoReturn
 
-from torch import nn
+from torch import Tensor, nn
 
 from tokenmerge.errors import PatchError
 
@@ -90,6 +91,23 @@ def restore_class(module: nn.Module) -> None:
     module.__class__ = cls._tokenmerge_original
     for name, place in getattr(cls._tokenmerge_mixin, "_tokenmerge_moved", {}).items():
         vars(module)[name] = vars(module).pop(place)
+
+
+def copy_without_hooks(module: Any, memo: dict[int, Any] | None = None) -> Any:
+    """A deep copy for trying things on, without anyone's hooks, which may expect other inputs or note what they see.
+
+    Args:
+        module: the module.
+        memo: what stands in the copy for tensors of the module, by `id`; all others are copied.
+    """
+    # what hooks compute before each pass, as those of torch.nn.utils.prune do, is no leaf, which Python's copy refuses
+    computed = (value for part in module.modules() for value in vars(part).values() if isinstance(value, Tensor))
+    memo = {**{id(value): value.detach().clone() for value in computed if not value.is_leaf}, **(memo or {})}
+    copied = copy.deepcopy(module, memo)
+    for part in copied.modules():
+        part._forward_hooks.clear()
+        part._forward_pre_hooks.clear()
+    return copied
 
 
 def is_sharded(module: nn.Module) -> bool:

@@ -117,7 +117,8 @@ def misread_by(model: nn.Module, target: Target) -> tuple[str, ...]:
     """Why modules around the target, up to the one that the user holds, would misread its tokens if they were merged."""
     names = [name for name, module in model.named_modules() if module is target.model]
     way = [*(model.get_submodule(names[0][:end]) for end in _ends(names[0])), target.model]
-    reasons = (misread(module, inside, original_class(module)) for module, inside in itertools.pairwise(way))
+    tower = original_class(target.model)
+    reasons = (misread(module, inside, original_class(module), tower) for module, inside in itertools.pairwise(way))
     return tuple(dict.fromkeys(reason for reason in reasons if reason))
 
 

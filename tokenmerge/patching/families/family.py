@@ -255,19 +255,20 @@ _TRANSPARENT = ("torch.nn.parallel.", "torch._dynamo.", "torch.distributed.")
 """Where modules come from that hand on what the one inside gives, untouched."""
 
 
-def misread(module: Any, inside: nn.Module, cls: type[nn.Module]) -> str:
+def misread(module: Any, inside: nn.Module, cls: type[nn.Module], tower: type[nn.Module]) -> str:
     """Why a module of that class around a model would misread merged tokens; empty if it would not. What is not known would.
 
     Args:
         module: the module.
         inside: its child that the model is, or is in.
         cls: upstream's class of the module.
+        tower: upstream's class of the model.
     """
     if isinstance(module, nn.Sequential) and len(module) and module[-1] is inside:
         return ""  # it hands on what the last one gives
     library = _library_of(cls)
     known = getattr(_rows(library), "misread", None) if library else None
-    reason = None if known is None else cast("str | None", known(cls))
+    reason = None if known is None else cast("str | None", known(cls, tower))
     if reason is None:
         transparent = cls.__module__.startswith(_TRANSPARENT)
         return "" if transparent else f"how {cls.__name__} reads its tokens is not known"

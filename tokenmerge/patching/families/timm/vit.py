@@ -26,7 +26,7 @@ from tokenmerge.patching.families.linear import linear_weights
 from tokenmerge.patching.leaf import deferred
 from tokenmerge.patching.root import MergeFeatures
 from tokenmerge.patching.state import needed_state, plans_needed, state_of, weighted_mean
-from tokenmerge.patching.swap import original_class
+from tokenmerge.patching.swap import copy_without_hooks, original_class
 
 # timm grew these classes over time; a row for a class that this timm lacks is left out
 _DiffAttention: type[nn.Module] | None = getattr(vision_transformer, "DiffAttention", None)
@@ -280,16 +280,15 @@ def _grid_at(model: Any, sizes: Sequence[int]) -> tuple[int, ...] | None:
 
 
 def _run_without_data(embed: Any, sizes: Sequence[int]) -> tuple[tuple[int, ...], int]:
-    """The grid that an embedding of any kind makes, and its multiply-adds: it runs on shapes alone."""
+    """The grid that an embedding of any kind makes, and its multiply-adds: a copy of it runs on shapes alone."""
+    shapes: dict[int, Any] = {id(p): nn.Parameter(p.to("meta"), requires_grad=False) for p in embed.parameters()}
+    shapes |= {id(tensor): tensor.to("meta") for tensor in embed.buffers()}
+    embed = copy_without_hooks(embed, shapes)  # hooks would take this for a pass
     first = next(m for m in embed.modules() if isinstance(m, nn.Conv2d))
-    shapes = {name: tensor.to("meta") for name, tensor in (*embed.named_parameters(), *embed.named_buffers())}
     seen: list[tuple[int, ...]] = []
-    hook = embed.proj.register_forward_hook(lambda module, args, output: seen.append(tuple(output.shape[2:])))
-    try:
-        with FlopCounterMode(display=False) as counter:
-            torch.func.functional_call(embed, shapes, torch.empty(1, first.in_channels, *sizes, device="meta"))
-    finally:
-        hook.remove()
+    embed.proj.register_forward_hook(lambda module, args, output: seen.append(tuple(output.shape[2:])))
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        embed(torch.empty(1, first.in_channels, *sizes, device="meta"))
     return seen[-1], int(counter.get_total_flops()) // 2
 
 

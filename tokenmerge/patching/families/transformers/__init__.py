@@ -12,7 +12,7 @@ from torch import nn
 from tokenmerge.patching.families.family import BlockFamily, ModelFamily
 from tokenmerge.patching.families.transformers.blocks import LAYERS, WITHOUT_MASK
 from tokenmerge.patching.families.transformers.models import TOWERS
-from tokenmerge.patching.families.transformers.readers import READERS
+from tokenmerge.patching.families.transformers.readers import ONE_BY_ONE, READERS
 from tokenmerge.patching.families.transformers.refused import REFUSED
 
 NAMES = "transformers' plain vision, video and audio transformers"
@@ -42,8 +42,10 @@ def block_row(cls: type[nn.Module]) -> BlockFamily | None:
     return None if seams is None else BlockFamily(block=cls, **seams)
 
 
-def misread(cls: type[nn.Module]) -> str | None:
+def misread(cls: type[nn.Module], tower: type[nn.Module]) -> str | None:
     """Why a module around a tower would misread merged tokens; empty if it would not, `None` if that is not known."""
+    if _key(cls) in ONE_BY_ONE and "image_sizes" in inspect.signature(tower.forward).parameters:
+        return "splits the tokens of several images by their sizes in pixels"
     return READERS.get(_key(cls))
 
 

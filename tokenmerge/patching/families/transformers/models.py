@@ -33,10 +33,6 @@ def _image(config: Any) -> Grid:
     return height // down, width // right
 
 
-def _masked_image(config: Any) -> Grid:
-    return _image(config) if config.mask_ratio == 0 else None
-
-
 def _video(config: Any) -> Grid:
     height, width = _pair(config.image_size)
     if isinstance(config.tubelet_size, list | tuple):  # ViViT: frames, rows, columns
@@ -275,7 +271,8 @@ TOWERS: dict[str, dict[str, Any]] = {
     "deit.DeiTModel": tower(prefix=2, **_POOLER),
     "vit_msn.ViTMSNModel": tower(**_POOLER),
     "vit_mae.ViTMAEModel": tower(
-        grid=_masked_image,
+        grid=lambda config: None,  # it shuffles its patches, also where it masks none
+        embed=lambda model: None,
         tokens=lambda config: int(math.prod(_image(config) or (0,)) * (1 - config.mask_ratio)),
         merged_output=["its decoder puts the tokens back in place"],
         mae=lambda model: True,
@@ -366,6 +363,8 @@ TOWERS: dict[str, dict[str, Any]] = {
         inputs=_clip_frames,
         pooling="attention pooling over unmerged tokens",
         norm="encoder.layernorm",
+        # (fewer frames than a tubelet has are repeated)
+        grid_at=lambda model, sizes: _grid_at(model, (max(sizes[0], model.config.tubelet_size), *sizes[1:])),
         merged_output=["its predictor and its pooler read all tokens"],
     ),
     "audio_spectrogram_transformer.ASTModel": tower(

@@ -22,7 +22,7 @@ _CLASS_TOKEN = (
     "siglip.SiglipModel",  # its own head, which is given unmerged tokens
     "vision_text_dual_encoder.VisionTextDualEncoderModel",
 )
-_ONE_BY_ONE = (  # a projection of each token, and a language model that takes as many as there are
+ONE_BY_ONE = (  # a projection of each token, and a language model that takes as many as there are
     "llava.LlavaModel",
     "llava.LlavaForConditionalGeneration",
     "git.GitVisionModel",  # hands them on
@@ -34,7 +34,7 @@ _CROSS = "reads its tokens by cross-attention, which would not know the sizes"
 _GRID = "puts its tokens on their grid"
 
 READERS: dict[str, str] = {
-    **dict.fromkeys((*_CLASS_TOKEN, *_ONE_BY_ONE), ""),
+    **dict.fromkeys((*_CLASS_TOKEN, *ONE_BY_ONE), ""),
     **dict.fromkeys(
         (
             "clip.CLIPForImageClassification",
