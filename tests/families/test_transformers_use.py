@@ -406,7 +406,7 @@ def test_a_layer_with_its_own_forward_is_refused() -> None:
     """What it does cannot be taken apart."""
     model = BY_NAME["ViTModel"].build()
     model.layers[1] = OwnForward(model.config)
-    with pytest.raises(UnsupportedModelError, match=r"block 1 .*OwnForward\) has its own forward"):
+    with pytest.raises(UnsupportedModelError, match=r"block 1 .*OwnForward\): it has its own forward"):
         tokenmerge.patch(model, r=2)
 
 

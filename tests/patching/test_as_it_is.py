@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import copy
+import pickle
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
+import accelerate
 import pytest
 import torch
 import torchvision
 from torch import Tensor, nn
 from torch.nn.utils import prune
-from torchvision.models.feature_extraction import create_feature_extractor
+from torchvision.models.feature_extraction import create_feature_extractor, get_graph_node_names
 
 import tokenmerge
 from tests.helpers.tiny import images_for, randomize, tiny
@@ -175,8 +178,93 @@ def _prune(model: Any, kept: Tensor) -> None:
         )
 
 
+def _hook_all(model: Any, folder: Path) -> None:
+    for module in model.modules():
+        accelerate.hooks.add_hook_to_module(module, accelerate.hooks.ModelHook())
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["vit_tiny_patch16_224", "cait_xxs24_224", "ViTModel", "CLIPVisionModel"])
+@pytest.mark.parametrize(
+    "prepare",
+    [
+        lambda model, folder: accelerate.cpu_offload(model, torch.device("cpu")),
+        lambda model, folder: accelerate.disk_offload(model, folder, torch.device("cpu")),
+        _hook_all,
+    ],
+    ids=["offloaded to the CPU", "to disk", "a hook on every module"],
+)
+def test_patched_first_prepared_second(name: str, prepare: Callable[[Any, Path], Any], tmp_path: Path) -> None:
+    """The handle works on, and what Accelerate has kept of a module's methods is upstream's again when the patch is removed."""
+    model = MAKE[name]()
+    images = _input(model)
+    plain = _out(model, images)
+    handle = tokenmerge.patch(model, r=3)
+    merged = _out(model, images)
+    prepare(model, tmp_path)
+    assert torch.equal(_out(model, images), merged)
+    tokens = handle.summary().tokens
+    assert handle.output_tokens() in tokens
+    handle.update(r=0)
+    assert torch.equal(_out(model, images), plain)
+    handle.update(r=3)
+    assert torch.equal(_out(model, images), merged)
+    handle.remove()
+    assert torch.equal(_out(model, images), plain)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", [*NAMES, "vit_base_patch16_dinov3", "vit_base_patch16_rope_mixed_224"])
+def test_patched_models_are_files(name: str) -> None:
+    model = tiny(name)
+    images = images_for(model)
+    tokenmerge.patch(model, r=3)
+    again = pickle.loads(pickle.dumps(model))
+    assert torch.equal(again(images), model(images))
+
+
+@torch.no_grad()
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("name", NAMES)
+def test_patched_first_quantised_second(name: str) -> None:
+    """Tools that look layers up by their class find all of them."""
+    model = tiny(name)
+    images = images_for(model)
+    linear = sum(type(module) is nn.Linear for module in model.modules())
+    try:
+        wanted = _dynamic_int8(copy.deepcopy(model))(images)
+    except (AttributeError, TypeError, RuntimeError):
+        wanted = None  # BEiT and EVA read the weights of their layers themselves
+    handle = tokenmerge.patch(model, r=0)
+    assert sum(type(module) is nn.Linear for module in model.modules()) == linear
+    if wanted is not None:
+        quantised = _dynamic_int8(model)
+        assert torch.equal(quantised(images), wanted)
+        tokenmerge.handle_of(quantised).update(r=3)
+        assert quantised(images).isfinite().all()
+    handle.remove()
+
+
+@pytest.mark.parametrize(
+    "name", ["vit_tiny_patch16_224", "vit_base_patch16_siglip_224", "vit_base_patch14_reg4_dinov2"]
+)
+def test_a_model_that_merges_nothing_has_upstreams_nodes(name: str) -> None:
+    model = tiny(name)
+    wanted = get_graph_node_names(model)
+    tokenmerge.patch(model, r=0)
+    assert get_graph_node_names(model) == wanted
+
+
 def test_the_real_cause_is_named() -> None:
-    accelerate = pytest.importorskip("accelerate")
+    left = tiny("vit_tiny_patch16_224")
+    accelerate.hooks.add_hook_to_module(left, accelerate.hooks.ModelHook())
+    accelerate.hooks.remove_hook_from_module(left, recurse=True)
+    with pytest.raises(
+        UnsupportedModelError, match="forward was set on the module itself, as Accelerate's hooks leave it"
+    ):
+        tokenmerge.patch(left, r=2)
+    del left.forward
+    tokenmerge.patch(left, r=2)
     reset = accelerate.state.AcceleratorState._reset_state
     reset(reset_partial_state=True)
     try:

@@ -154,7 +154,7 @@ def test_code_of_the_users_own_is_refused_where_it_matters() -> None:
     assert caught.value.reasons == ("it has its own forward_features()",)
     with pytest.raises(UnsupportedModelError, match="only timm's own Attention"):
         tokenmerge.patch(Renamed(**small, attn_layer=OwnAttention), r=1)
-    with pytest.raises(UnsupportedModelError, match=r"OwnBlock\) has its own forward\(\)"):
+    with pytest.raises(UnsupportedModelError, match=r"OwnBlock\): it has its own forward\(\)"):
         tokenmerge.patch(Renamed(**small, block_fn=OwnBlock), r=1)
     bound = Renamed(**small)
     vars(bound)["forward_head"] = lambda x: x[:, 0]

@@ -196,10 +196,12 @@ def projected_metric(x: Tensor, weight: Tensor, bias: Tensor | None, heads: int)
 def fused_metric(x: Tensor, projection: Any, heads: int) -> Tensor:
     """`projected_metric` for a linear layer that makes Q, K and V at once: its middle third makes K.
 
-    Any other layer, quantised or with an adapter, runs as it is.
+    Any other layer, quantised, with an adapter, or with weights that are elsewhere until it runs, runs as it is.
     """
-    weight, bias = getattr(projection, "weight", None), getattr(projection, "bias", None)
-    if type(projection) is not torch.nn.Linear or weight is None or type(weight) not in (Tensor, torch.nn.Parameter):
+    weight: Any = getattr(projection, "weight", None)
+    bias: Any = getattr(projection, "bias", None)
+    plain = type(projection) is torch.nn.Linear and type(weight) in (Tensor, torch.nn.Parameter)
+    if not plain or weight.device != x.device:
         keys: Tensor = projection(x).chunk(3, dim=-1)[1]
         return head_mean_untransposed(None, (keys.unflatten(-1, (heads, -1)),))
     width = weight.shape[0] // 3

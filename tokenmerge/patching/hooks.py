@@ -224,6 +224,6 @@ class CarryThrough:
 
     def forward(self, x: Any, *args: Any, **kwargs: Any) -> Any:
         """Upstream's; one call of this module where torch.fx traces the model, so that the state passes then, too."""
-        if isinstance(x, Proxy):
+        if isinstance(x, Proxy) and getattr(self, RECORD).settings.merges:
             return as_leaf(self, x, *args, **kwargs)
         return super().forward(x, *args, **kwargs)  # type: ignore[misc]  # upstream's comes next

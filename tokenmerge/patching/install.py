@@ -33,6 +33,8 @@ def install_inside(row: BlockFamily, block: Any) -> None:
             module.register_forward_hook(row.tap)
     for module, hook in row.hooks(block):
         module.register_forward_pre_hook(hook)
+    for module, hook in row.answers(block):
+        module.register_forward_hook(hook)
     for module, mixin in row.mixins(block):
         swap_class(module, mixin)
 
@@ -58,7 +60,7 @@ def _install_model(record: ModelRecord, model: Any) -> None:
     embed = family.embed(model)
     for module in _told(record, [] if embed is None else [embed]):
         module.register_forward_hook(note_grid)
-    for norm in family.norms(model):
+    for norm in _told(record, family.norms(model)):
         if not isinstance(norm, CarryThrough):  # one norm in two places
             swap_class(norm, CarryThrough)
     for module in _told(record, family.collectors(model)):

@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 import copyreg
 import functools
+import types
 from typing import Any, NoReturn
 
 from torch import Tensor, nn
@@ -91,6 +92,11 @@ def restore_class(module: nn.Module) -> None:
     module.__class__ = cls._tokenmerge_original
     for name, place in getattr(cls._tokenmerge_mixin, "_tokenmerge_moved", {}).items():
         vars(module)[name] = vars(module).pop(place)
+    for name, value in vars(module).items():  # hooks of Accelerate keep the method that they put theirs in place of
+        if isinstance(value, types.MethodType) and value.__self__ is module:
+            own = getattr(type(module), value.__name__, None)
+            if own is not None and getattr(cls, value.__name__, None) is value.__func__ is not own:
+                vars(module)[name] = types.MethodType(own, module)
 
 
 def copy_without_hooks(module: Any, memo: dict[int, Any] | None = None) -> Any:

@@ -144,6 +144,13 @@ def _overridden(module: nn.Module, base: type, methods: tuple[str, ...]) -> list
     ]
 
 
+def _own_method(module: nn.Module, name: str) -> str:
+    """In words, that a method is not upstream's."""
+    if name in vars(module):
+        return f"its {name} was set on the module itself, as Accelerate's hooks leave it (delete that attribute, if it is needed no more)"
+    return f"it has its own {name}()"
+
+
 def check_is_module(model: object) -> None:
     """Raise `UnsupportedModelError` unless `model` is a `torch.nn.Module`."""
     if not isinstance(model, nn.Module):
@@ -194,8 +201,9 @@ def _examine(model: nn.Module) -> Target:
     """The target for a module of a supported class, or all the reasons why it is none."""
     family = model_family(original_class(model))
     assert family is not None
-    reasons = [f"it has its own {name}()" for name in _overridden(model, family.model, family.seams)]
-    if _prepared(model):
+    patched = patch_of(model) is not None  # then what came after is not what was patched: its passes are looked at
+    reasons = [] if patched else [_own_method(model, name) for name in _overridden(model, family.model, family.seams)]
+    if _prepared(model) and not patched:
         reasons = ["Accelerate has prepared it already: patch before accelerator.prepare, or before it is dispatched"]
     blocks: list[tuple[Any, BlockFamily]] = []
     if not reasons:
@@ -210,9 +218,9 @@ def _examine(model: nn.Module) -> Target:
             if row is None:
                 reasons.append(f"block {index} is {_name(block)}, which is not in the table of supported blocks")
                 continue
-            if _overridden(block, row.block, ("forward",)):
-                reasons.append(f"block {index} ({_name(block)}) has its own forward()")
-            reasons += [f"block {index}: {reason}" for reason in row.refuse(block)]
+            if record_of(block) is None and _overridden(block, row.block, ("forward",)):
+                reasons.append(f"block {index} ({_name(block)}): {_own_method(block, 'forward')}")
+            reasons += [f"block {index}: {reason}" for reason in row.refuse(block) if record_of(block) is None]
             blocks.append((block, row))
         if len({id(block) for block, _ in blocks}) < len(blocks):
             reasons.append("it runs the same block object more than once, and one block has one r")

@@ -65,6 +65,7 @@ class BlockFamily:
         rope: name of the argument that holds the table of rotary positions.
         passes: whether further arguments go on to upstream's attention; otherwise they are refused.
         hooks: `(block) -> (module, forward pre-hook)` pairs that put the sizes into attention without a mask.
+        answers: the same with forward hooks, for modules whose answer must change and whose class others may look for.
         mixins: `(block) -> (module, mix-in)` pairs put before the classes of modules inside attention.
         positions: `(block, x) -> [1, N0, P]`: coordinates, where attention makes them itself.
         own_pairs: whether attention makes a bias between original tokens itself (reached by `mixins`).
@@ -90,6 +91,7 @@ class BlockFamily:
     rope: str | None = None
     passes: bool = False
     hooks: Callable[[Any], Sequence[tuple[nn.Module, Hook]]] = _nothing
+    answers: Callable[[Any], Sequence[tuple[nn.Module, Callable[..., Any]]]] = _nothing
     mixins: Callable[[Any], Sequence[tuple[nn.Module, type]]] = _nothing
     positions: Callable[[Any, Tensor], Tensor] | None = None
     own_pairs: bool = False

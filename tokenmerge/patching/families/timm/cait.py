@@ -19,29 +19,24 @@ from tokenmerge.patching.state import TokenState, attach, state_of
 from tokenmerge.patching.swap import original_class
 
 
-class AddsSizes:
-    """Mix-in before the layer that mixes the heads' scores `[B, N, N, H]`: what it gives goes into the softmax."""
-
-    def forward(self, scores: Tensor) -> Tensor:
-        """Upstream's mixed scores plus the bias of the sizes, per key."""
-        mixed: Tensor = super().forward(scores)  # type: ignore[misc]
-        bias = context().bias
-        return mixed if bias is None else mixed + bias.permute(0, 2, 3, 1)
+def _add_sizes(layer: Any, args: tuple[Any, ...], mixed: Tensor) -> Tensor | None:
+    """Forward hook of the layer that mixes the heads' scores `[B, N, N, H]`: what it gives goes into the softmax."""
+    bias = context().bias
+    return None if bias is None else mixed + bias.permute(0, 2, 3, 1)
 
 
-class CountsCopies:
-    """Mix-in before the layer that mixes the heads' weights after the softmax: its own bias counts per patch."""
-
-    def forward(self, weights: Tensor) -> Tensor:
-        """Upstream's mixed weights `[B, N, N, H]`; a token of size s gets the layer's bias s times."""
-        mixed: Tensor = super().forward(weights)  # type: ignore[misc]
-        sizes = context().bias
-        if sizes is None:
-            return mixed
-        nothing = weights.new_zeros(1, 1, 1, weights.shape[-1])
-        own = super().forward(nothing)  # type: ignore[misc]  # its bias, whatever layer it is: quantised, with an adapter
-        counted: Tensor = mixed + (sizes.permute(0, 2, 3, 1).exp() - 1) * own
-        return counted
+def _count_copies(layer: Any, args: tuple[Any, ...], mixed: Tensor) -> Tensor | None:
+    """Forward hook of the layer that mixes the heads' weights `[B, N, N, H]` after the softmax: a token of size s gets the
+    layer's own bias s times.
+    """
+    sizes = context().bias
+    if sizes is None:
+        return None
+    weights: Tensor = args[0]
+    own: Tensor = layer.forward(
+        weights.new_zeros(1, 1, 1, weights.shape[-1])
+    )  # its bias, also quantised or with an adapter
+    return mixed + (sizes.permute(0, 2, 3, 1).exp() - 1) * own
 
 
 def _attention(block: Any, x: Tensor, bias: Tensor | None, **given: Any) -> Tensor:
@@ -118,7 +113,7 @@ BLOCKS: Sequence[BlockFamily] = (
         metric=_metric,
         cost=_cost,
         refuse=_refuse,
-        mixins=lambda block: [(block.attn.proj_l, AddsSizes), (block.attn.proj_w, CountsCopies)],
+        answers=lambda block: [(block.attn.proj_l, _add_sizes), (block.attn.proj_w, _count_copies)],
     ),
 )
 

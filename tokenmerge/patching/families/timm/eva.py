@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -105,42 +106,30 @@ def _frequencies(rope: Any) -> Tensor:
     return _on_two_axes(bands.float())
 
 
-def _unpacker(half: bool) -> Any:
-    def unpack(table: Tensor) -> tuple[Tensor, Tensor]:
-        """`[N, 2D]` or `[B, 1, N, 2D]` -> sines and cosines, each angle once."""
-        if table.dim() == 4:
-            table = table.squeeze(1)
-        sin, cos = table.chunk(2, dim=-1)
-        if half:
-            return sin[..., : sin.shape[-1] // 2], cos[..., : cos.shape[-1] // 2]
-        return sin[..., ::2], cos[..., ::2]
-
-    return unpack
+def _unpack(table: Tensor, half: bool) -> tuple[Tensor, Tensor]:
+    """`[N, 2D]` or `[B, 1, N, 2D]` -> sines and cosines, each angle once."""
+    if table.dim() == 4:
+        table = table.squeeze(1)
+    sin, cos = table.chunk(2, dim=-1)
+    if half:
+        return sin[..., : sin.shape[-1] // 2], cos[..., : cos.shape[-1] // 2]
+    return sin[..., ::2], cos[..., ::2]
 
 
 def _spread(part: Tensor, half: bool) -> Tensor:
     return torch.cat([part, part], dim=-1) if half else part.repeat_interleave(2, dim=-1)
 
 
-def _packer(half: bool, per_head: bool) -> Any:
-    def pack(sin: Tensor, cos: Tensor, like: Tensor) -> Tensor:
-        """-> `[B, 1 or H, N, 2D]` in timm's layout."""
-        table = torch.cat([_spread(sin, half), _spread(cos, half)], dim=-1).to(like.dtype)
-        return table if per_head else table.unsqueeze(1)
-
-    return pack
+def _pack(sin: Tensor, cos: Tensor, like: Tensor, half: bool, per_head: bool) -> Tensor:
+    """-> `[B, 1 or H, N, 2D]` in timm's layout."""
+    table = torch.cat([_spread(sin, half), _spread(cos, half)], dim=-1).to(like.dtype)
+    return table if per_head else table.unsqueeze(1)
 
 
-class _BlockFrequencies:
-    """This block's share of RoPE-mixed frequencies `[2, depth, H, F]`; a class, because it must pickle."""
-
-    def __init__(self, index: int) -> None:
-        self.index = index
-
-    def __call__(self, rope: Any) -> Tensor:
-        """`[2, H, F]`."""
-        frequencies: Tensor = rope.freqs[:, self.index]
-        return frequencies
+def _block_frequencies(rope: Any, index: int) -> Tensor:
+    """A block's share `[2, H, F]` of RoPE-mixed frequencies `[2, depth, H, F]`."""
+    frequencies: Tensor = rope.freqs[:, index]
+    return frequencies
 
 
 def _mixed_grid(rope: Any) -> Tensor:
@@ -154,8 +143,10 @@ def rotary(model: Any, index: int) -> Rotary | None:
         return None
     half = _is_half(rope)
     if type(rope).__name__ == "RotaryEmbeddingMixed":
-        return MixedRotary(rope, _mixed_grid, _BlockFrequencies(index), _packer(False, per_head=True))
-    return axial_rotary(rope, _frequencies, _unpacker(half), _packer(half, per_head=False))
+        frequencies = functools.partial(_block_frequencies, index=index)  # no closure: a patched model must pickle
+        return MixedRotary(rope, _mixed_grid, frequencies, functools.partial(_pack, half=False, per_head=True))
+    unpack, pack = functools.partial(_unpack, half=half), functools.partial(_pack, half=half, per_head=False)
+    return axial_rotary(rope, _frequencies, unpack, pack)
 
 
 def rotary_table(model: Any, index: int) -> Any:
