@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import math
+import sys
 import typing
 from collections.abc import Mapping
 from typing import Any, Literal, NoReturn
@@ -25,28 +25,6 @@ Place = Literal["before", "between", "after"]
 AttentionForm = Literal["auto", "mask", "cudnn", "efficient", "math", "flex", "key_channel", "value_channel"]
 Backend = Literal["auto", "torch", "triton"]
 
-PRESETS: Mapping[str, Mapping[str, Any]] = {
-    # the paper's choices, which are the defaults
-    "paper": {
-        "matcher": "bipartite",
-        "metric": "k",
-        "heads": "mean",
-        "distance": "cosine",
-        "partition": "alternating",
-        "combine": "mean",
-        "place": "between",
-    },
-    # chosen by how little it moves predictions, on training images and photos, and confirmed on others (docs/compare.md): what is
-    # compared is half keys and half the tokens themselves, weighted by class attention; merged tokens keep their length
-    "accurate": {
-        "matcher": "informed",
-        "options": {"attention_power": 0.5, "token_weight": 0.5},
-        "partition": "checkerboard",
-        "combine": "norm",
-    },
-}
-"""Sets of fields under a name: `patch(model, speedup=2, preset="accurate")`."""
-
 
 def _immutable(self: Any, *_: Any, **__: Any) -> NoReturn:
     raise TypeError("a config cannot be changed: make another one with MergeConfig.create, or call handle.update(…)")
@@ -58,6 +36,9 @@ class FrozenList(list):  # type: ignore[type-arg]  # of anything
     __setitem__ = __delitem__ = __iadd__ = __imul__ = _immutable
     append = extend = insert = pop = remove = clear = sort = reverse = _immutable
 
+    def __hash__(self) -> int:  # type: ignore[override]
+        return hash(tuple(self))
+
     def __reduce__(self) -> tuple[Any, ...]:
         return FrozenList, (list(self),)
 
@@ -68,6 +49,9 @@ class FrozenDict(dict):  # type: ignore[type-arg]  # of anything
     __setitem__ = __delitem__ = __ior__ = _immutable
     pop = popitem = clear = update = setdefault = _immutable
 
+    def __hash__(self) -> int:  # type: ignore[override]
+        return hash(frozenset(self.items()))
+
     def __reduce__(self) -> tuple[Any, ...]:
         return FrozenDict, (dict(self),)
 
@@ -77,6 +61,31 @@ def _frozen(value: Any) -> Any:
     if isinstance(value, Mapping):
         return FrozenDict({key: _frozen(entry) for key, entry in value.items()})
     return FrozenList([_frozen(entry) for entry in value]) if isinstance(value, list) else value
+
+
+PRESETS: Mapping[str, Mapping[str, Any]] = _frozen(
+    {
+        # the paper's choices, which are the defaults
+        "paper": {
+            "matcher": "bipartite",
+            "metric": "k",
+            "heads": "mean",
+            "distance": "cosine",
+            "partition": "alternating",
+            "combine": "mean",
+            "place": "between",
+        },
+        # chosen by how little it moves predictions, on training images and photos, and confirmed on others (docs/compare.md): what is
+        # compared is half keys and half the tokens themselves, weighted by class attention; merged tokens keep their length
+        "accurate": {
+            "matcher": "informed",
+            "options": {"attention_power": 0.5, "token_weight": 0.5},
+            "partition": "checkerboard",
+            "combine": "norm",
+        },
+    }
+)
+"""Sets of fields under a name: `patch(model, speedup=2, preset="accurate")`."""
 
 
 def _thawed(value: Any) -> Any:
@@ -210,35 +219,35 @@ class MergeConfig:
             validate_r(self.r)
         if not isinstance(self.options, Mapping) or not all(isinstance(key, str) for key in self.options):
             raise ConfigError(
-                f"options={self.options!r}, but it must map names to values: try options={{'iterations': 5}}"
+                f"options={self.options!r:.200}, but it must map names to values: try options={{'iterations': 5}}"
             )
         for name in ("r", "keep", "options"):  # copies, so that nobody can change a frozen config from outside
             object.__setattr__(self, name, _frozen(getattr(self, name)))
         self._check_fractions()
         if not isinstance(self.matcher, str):
             raise ConfigError(
-                f"matcher={self.matcher!r}, but it must be the name of a registered matcher: try 'bipartite'"
+                f"matcher={self.matcher!r:.200}, but it must be the name of a registered matcher: try 'bipartite'"
             )
         for name in CHOICES:
             value = getattr(self, name)
             if not any(value is choice or (isinstance(value, str) and value == choice) for choice in choices_of(name)):
                 words = ", ".join(map(str, choices_of(name)))
-                raise ConfigError(f"{name}={value!r}, but it must be one of {words}: choose one of them")
+                raise ConfigError(f"{name}={value!r:.200}, but it must be one of {words}: choose one of them")
 
         if self.place == "before" and self.metric != "x_pre":
             raise ConfigError(
-                f"place='before' merges before attention has made {self.metric!r}: give metric='x_pre' as well"
+                f"place='before' merges before attention has made {self.metric!r:.200}: give metric='x_pre' as well"
             )
 
     def _check_fractions(self) -> None:
         keep = self.keep if isinstance(self.keep, list) else [] if self.keep is None else [self.keep]
         for value in keep:
             if not (_is_number(value) and 0 < value <= 1):
-                raise ConfigError(f"keep={self.keep!r}, but a fraction must lie in (0, 1]: try keep=0.7")
+                raise ConfigError(f"keep={self.keep!r:.200}, but a fraction must lie in (0, 1]: try keep=0.7")
         if self.flops is not None and not (_is_number(self.flops) and 0 < self.flops <= 1):
-            raise ConfigError(f"flops={self.flops!r}, but it is a fraction and must lie in (0, 1]: try flops=0.7")
+            raise ConfigError(f"flops={self.flops!r:.200}, but it is a fraction and must lie in (0, 1]: try flops=0.7")
         if self.speedup is not None and not (_is_number(self.speedup) and 1 <= self.speedup <= 1000):
-            raise ConfigError(f"speedup={self.speedup!r}, but it says how many times fewer FLOPs: try speedup=2")
+            raise ConfigError(f"speedup={self.speedup!r:.200}, but it says how many times fewer FLOPs: try speedup=2")
 
     @classmethod
     def create(cls, config: MergeConfig | None = None, preset: str | None = None, **fields: Any) -> MergeConfig:
@@ -257,20 +266,21 @@ class MergeConfig:
         """
         if preset is not None:
             if not isinstance(preset, str) or preset not in PRESETS:
-                raise ConfigError(f"preset={preset!r}, but it must be one of {', '.join(PRESETS)}")
+                raise ConfigError(f"preset={preset!r:.200}, but it must be one of {', '.join(PRESETS)}")
             fields = {**PRESETS[preset], **fields}
         config = cls() if config is None else config
         if not isinstance(config, MergeConfig):
             raise ConfigError(
-                f"config is {config!r} of type {type(config).__name__}, but it must be a MergeConfig: "
+                f"config is {config!r:.200} of type {type(config).__name__}, but it must be a MergeConfig: "
                 "write patch(model, r=8) or patch(model, MergeConfig(r=8))"
             )
         for name in fields:
             if name not in FIELDS:
                 raise UnknownFieldError(
-                    f"{name!r} is no field of MergeConfig, which has {', '.join(FIELDS)}: check the spelling"
+                    f"{name!r:.200} is no field of MergeConfig, which has {', '.join(FIELDS)}: check the spelling"
                 )
-        if fields.get("matcher", config.matcher) != config.matcher:
+        matcher = fields.get("matcher", config.matcher)
+        if not isinstance(matcher, str) or matcher != config.matcher:  # (arrays compare to anything)
             fields = {"options": {}, **fields}
         if any(fields.get(name) is not None for name in SCHEDULE_FIELDS):
             fields = {**dict.fromkeys(SCHEDULE_FIELDS), **fields}
@@ -313,9 +323,9 @@ class MergeConfig:
             fields["r"] = {"r": self.r[0], "inflect": self.r[1]}
         try:
             return json.dumps(fields)
-        except TypeError as error:
+        except (TypeError, ValueError) as error:
             raise ConfigError(
-                f"options={self.options!r} cannot be written as JSON ({error}): use numbers, text and lists"
+                f"options={self.options!r:.200} cannot be written as JSON ({error}): use numbers, text and lists"
             ) from None
 
     @classmethod
@@ -339,7 +349,7 @@ class MergeConfig:
         if isinstance(fields.get("r"), dict):
             pair = fields["r"]
             if set(pair) != {"r", "inflect"}:
-                raise ConfigError(f"r={pair!r}, but as an object it must hold exactly 'r' and 'inflect'")
+                raise ConfigError(f"r={pair!r:.200}, but as an object it must hold exactly 'r' and 'inflect'")
             fields["r"] = (pair["r"], pair["inflect"])
         return cls.create(**fields)
 
@@ -356,7 +366,7 @@ def choices_of(name: str) -> tuple[Any, ...]:
         UnknownFieldError: (a TypeError) if there is no such field.
     """
     if name not in FIELDS:
-        raise UnknownFieldError(f"{name!r} is no field of MergeConfig, which has {', '.join(FIELDS)}")
+        raise UnknownFieldError(f"{name!r:.200} is no field of MergeConfig, which has {', '.join(FIELDS)}")
     return _choices(_TYPES[name])
 
 
@@ -379,4 +389,4 @@ CHOICES = tuple(name for name in FIELDS if choices_of(name))
 
 
 def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= sys.float_info.max

@@ -10,8 +10,9 @@ Per block, for N tokens of C channels: `4NC² + 2N²C` before the merge, `8NC²`
 from __future__ import annotations
 
 import dataclasses
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+from tokenmerge.errors import InputError
 from tokenmerge.schedule import Most, Schedule, token_counts
 
 
@@ -99,6 +100,10 @@ class ModelCost:
     def total(self, schedule: Schedule | None = None) -> int:
         """Multiply-adds for one image under `schedule`; `None` is the unmerged model."""
         schedule = (0,) * len(self.blocks) if schedule is None else schedule
+        if not isinstance(schedule, list | tuple) or len(schedule) != len(self.blocks):
+            raise InputError(
+                f"schedule={schedule!r:.60}, but r of each of {len(self.blocks)} blocks was expected: give a tuple of as many"
+            )
         head = self.head + self.head_per_token * self.counts(schedule)[-1]
         head += self.head_per_patch * self.tokens + self.head_per_pair * self.tokens**2
         return self.stem + sum(self.per_block(schedule)) + head
@@ -130,8 +135,29 @@ def vit_cost(
         num_classes: classes of the head; 0 for none.
         in_chans: channels of the image.
         protected: number of prefix tokens (class, distillation, registers).
+
+    Raises:
+        InputError: for a number that means nothing.
     """
-    height, width = (img_size, img_size) if isinstance(img_size, int) else img_size
+    counts: dict[str, tuple[Any, int]] = {
+        "embed_dim": (embed_dim, 1),
+        "depth": (depth, 1),
+        "patch_size": (patch_size, 1),
+        "num_classes": (num_classes, 0),
+        "in_chans": (in_chans, 1),
+        "protected": (protected, 0),
+    }
+    sides = img_size if isinstance(img_size, list | tuple) else (img_size, img_size)
+    counts |= {f"img_size, side {number + 1}": (side, 1) for number, side in enumerate(sides)}
+    for name, (value, least) in counts.items():
+        if not isinstance(value, int) or isinstance(value, bool) or not least <= value < 2**31:
+            raise InputError(f"{name} is {value!r:.60}, but a whole number of at least {least} was expected: change it")
+    if len(sides) != 2 or not isinstance(mlp_ratio, int | float) or not 0 <= mlp_ratio < 1e6:
+        raise InputError(
+            f"img_size={img_size!r:.60} and mlp_ratio={mlp_ratio!r:.60}, but one side or (height, width) and a positive number were "
+            "expected: change them"
+        )
+    height, width = sides
     patches = (height // patch_size) * (width // patch_size)
     block = BlockCost(before=4 * embed_dim**2, after=2 * int(embed_dim * mlp_ratio) * embed_dim, pair=2 * embed_dim)
     return ModelCost(

@@ -53,6 +53,8 @@ def register_method(name: str, *, kind: str = "matching", source: str = "", note
 
 
 def _add(method: Method) -> None:
+    if not isinstance(method.name, str) or not method.name:
+        raise ConfigError(f"a method was to be registered as {method.name!r:.60}, but its name must be text: change it")
     if _METHODS.get(method.name, method) != method:
         raise ConfigError(f"a method named {method.name!r} is registered already: choose another name")
     MergeConfig.create(**method.fields)
@@ -65,11 +67,11 @@ def get_method(name: str) -> Method:
     Raises:
         ConfigError: if there is neither.
     """
-    if name in _METHODS:
+    if isinstance(name, str) and name in _METHODS:
         return _METHODS[name]
-    if name in matcher_names():
+    if isinstance(name, str) and name in matcher_names():
         return Method(name, {"matcher": name}, source=get_entry(name).about)
-    raise ConfigError(f"method {name!r} is not known; known are {', '.join(method_names())}")
+    raise ConfigError(f"method {name!r:.60} is not known; known are {', '.join(method_names())}")
 
 
 def method_names() -> tuple[str, ...]:

@@ -135,6 +135,8 @@ class MergePlan:
         Raises:
             InputError: if `then` does not start with as many tokens and images as this plan leaves.
         """
+        if not isinstance(then, MergePlan):
+            raise InputError(f"the next plan is of type {type(then).__name__}, but a MergePlan was expected: give one")
         if then.tokens_in != self.tokens_out or then.kept.shape[0] != self.kept.shape[0]:
             raise InputError(
                 f"the next plan merges {then.kept.shape[0]}×{then.tokens_in} tokens, but this one leaves "

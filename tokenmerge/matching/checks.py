@@ -29,9 +29,11 @@ def check_matching_input(metric: Tensor, r: int, protected: int, per_head: bool 
     With `per_head`, `[B, H, N, D]` will do as well.
     """
     if not (isinstance(r, int) and isinstance(protected, int)):
-        raise InputError(f"r={r!r} and protected={protected!r} count tokens: use whole numbers")
+        raise InputError(f"r={r!r:.200} and protected={protected!r:.200} count tokens: use whole numbers")
     if not isinstance(metric, Tensor):
         raise InputError(f"metric is of type {type(metric).__name__}, but a tensor [B, N, D] was expected")
+    if metric.layout is not torch.strided:
+        raise InputError(f"metric is a {metric.layout} tensor, but a dense one was expected: give metric.to_dense()")
     if metric.dim() not in ((3, 4) if per_head else (3,)) or not metric.is_floating_point():
         shapes = "[B, N, D] or [B, H, N, D]" if per_head else "[B, N, D]"
         raise InputError(
@@ -59,8 +61,11 @@ def check_offered(metric: Tensor, given: Mapping[str, Any]) -> None:
     anchor, grid = given.get("anchor"), given.get("grid")
     if anchor is not None and anchor.dtype != torch.int64:
         raise InputError(f"anchor is {anchor.dtype}, but positions of tokens were expected: use int64")
-    if grid is not None and not all(isinstance(length, int) and length > 0 for length in grid):
-        raise InputError(f"grid={grid!r}, but the number of patches along each axis was expected: use (height, width)")
+    lengths = grid if isinstance(grid, list | tuple) else (None,)
+    if grid is not None and not all(isinstance(length, int) and 0 < length < 2**31 for length in lengths):
+        raise InputError(
+            f"grid={grid!r:.200}, but the number of patches along each axis was expected: use (height, width)"
+        )
 
 
 def check_plan(plan: Any, name: str, metric: Tensor, protected: int) -> None:
@@ -76,14 +81,16 @@ def check_plan(plan: Any, name: str, metric: Tensor, protected: int) -> None:
         protected: leading tokens that must stay alone.
     """
     if not isinstance(plan, MergePlan):
-        raise PatchError(f"matcher {name!r} gave a {type(plan).__name__}, but a MergePlan was expected: return one")
+        raise PatchError(
+            f"matcher {name!r:.200} gave a {type(plan).__name__}, but a MergePlan was expected: return one"
+        )
     batch, tokens = metric.shape[0], metric.shape[-2]
     fields = {"kept": plan.kept, "source": plan.source, "target": plan.target}
     shapes = {field: tuple(value.shape) for field, value in fields.items()}
     fits = all(value.dim() == 2 and value.shape[0] == batch and value.dtype == torch.int64 for value in fields.values())
     if not fits or plan.source.shape != plan.target.shape or plan.tokens_in != tokens:
         raise PatchError(
-            f"matcher {name!r} gave a plan of shapes {shapes} for {batch}×{tokens} tokens, but kept [B, N − r], source [B, r] and "
+            f"matcher {name!r:.200} gave a plan of shapes {shapes} for {batch}×{tokens} tokens, but kept [B, N − r], source [B, r] and "
             "target [B, r], all int64, were expected: build it with MergePlan.from_assign"
         )
     if is_exporting():
@@ -91,7 +98,7 @@ def check_plan(plan: Any, name: str, metric: Tensor, protected: int) -> None:
     named = torch.cat([plan.kept, plan.source], dim=1).sort(dim=1).values
     require(
         (named == counting(tokens, named.device)).all(),
-        f"matcher {name!r} gave a plan that leaves out a token or names one twice: build it with MergePlan.from_assign",
+        f"matcher {name!r:.200} gave a plan that leaves out a token or names one twice: build it with MergePlan.from_assign",
         PatchError,
     )
     joins = (plan.target >= protected) & (plan.target < plan.tokens_out)
@@ -99,7 +106,7 @@ def check_plan(plan: Any, name: str, metric: Tensor, protected: int) -> None:
         joins = joins | (plan.target == DROPPED)
     require(
         (plan.kept[:, :protected] == counting(protected, named.device)).all() & joins.all(),
-        f"matcher {name!r} gave a plan that moves or merges one of the first {protected} tokens, which are protected, or lets a token "
+        f"matcher {name!r:.200} gave a plan that moves or merges one of the first {protected} tokens, which are protected, or lets a token "
         "join a position that is not there (−1 drops it, where drops=True says so): leave them alone",
         PatchError,
     )

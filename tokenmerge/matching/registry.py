@@ -124,18 +124,18 @@ def register_matcher(
 
     if not isinstance(name, str) or not name or fault_of(most, Most):
         raise ConfigError(
-            f"a matcher was to be registered as {name!r} with most={most!r}, but its name must be text, and most 'half' or 'all but "
+            f"a matcher was to be registered as {name!r:.200} with most={most!r:.200}, but its name must be text, and most 'half' or 'all but "
             "one': change them"
         )
 
     def add(matcher: _M) -> _M:
         if name in _MATCHERS and _home(_MATCHERS[name].matcher) != _home(matcher):
-            raise ConfigError(f"a matcher named {name!r} is registered already: choose another name")
+            raise ConfigError(f"a matcher named {name!r:.200} is registered already: choose another name")
         further = list(inspect.signature(matcher).parameters.values())[3:]
         for parameter in further:
             if parameter.default is parameter.empty and parameter.name not in OFFERED:
                 raise ConfigError(
-                    f"matcher {name!r} has a parameter {parameter.name!r} without a default, but only metric, r, protected "
+                    f"matcher {name!r:.200} has a parameter {parameter.name!r} without a default, but only metric, r, protected "
                     f"and {', '.join(OFFERED)} are filled in: give it a default, and it becomes an option"
                 )
         offered = frozenset(parameter.name for parameter in further if parameter.name in OFFERED)
@@ -184,7 +184,9 @@ def _checked(name: str, function: Any, per_head: bool, most: Most) -> Callable[.
         for given in known():
             value = bound.arguments[given]
             if wanted := fault(given, value):
-                raise ConfigError(f"{given}={value!r} of matcher {name!r}, but it must be {wanted}: change it")
+                raise ConfigError(
+                    f"{given}={value!r:.200} of matcher {name!r:.200}, but it must be {wanted}: change it"
+                )
         tokens = metric.shape[-2]
         r = min(r, max_merges(tokens, protected, most))
         if r == 0:
@@ -210,7 +212,7 @@ def get_entry(name: str) -> Entry:
         return _MATCHERS[name]
     except KeyError:
         raise ConfigError(
-            f"matcher={name!r} is not registered; known are {', '.join(sorted(_MATCHERS))}: choose one of them"
+            f"matcher={name!r:.200} is not registered; known are {', '.join(sorted(_MATCHERS))}: choose one of them"
         ) from None
 
 
@@ -251,16 +253,18 @@ def check_options(name: str, options: Mapping[str, Any], layers: int | None = No
     for option, value in options.items():
         if option not in entry.options:
             raise ConfigError(
-                f"matcher {name!r} has no option {option!r}; it has {', '.join(entry.options) or 'none'}: check the spelling"
+                f"matcher {name!r:.200} has no option {option!r}; it has {', '.join(entry.options) or 'none'}: check the spelling"
             )
         hint = hints.get(option)
         if hint is None:
             continue
         if fault := fault_of(value, hint):
-            raise ConfigError(f"option {option}={value!r} of matcher {name!r}, but it must be {fault}: change it")
+            raise ConfigError(
+                f"option {option}={value!r:.200} of matcher {name!r:.200}, but it must be {fault}: change it"
+            )
         if layers is not None and isinstance(value, list) and per_block(hint) and len(value) != layers:
             raise ConfigError(
-                f"option {option} of matcher {name!r} lists {len(value)} blocks, but the model has {layers}: give one value for "
+                f"option {option} of matcher {name!r:.200} lists {len(value)} blocks, but the model has {layers}: give one value for "
                 "each block"
             )
 
@@ -272,5 +276,5 @@ def needed(value: Any, name: str, matcher: str) -> Any:
         InputError: if it was not given.
     """
     if value is None:
-        raise InputError(f"matcher {matcher!r} needs {OFFERED[name]}, but none was given: give {name}=…")
+        raise InputError(f"matcher {matcher!r:.200} needs {OFFERED[name]}, but none was given: give {name}=…")
     return value

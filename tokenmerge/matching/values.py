@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import inspect
-import math
+import sys
 import types
 import typing
 from typing import Annotated, Any, Literal
@@ -75,6 +75,11 @@ def _known(hint: Any) -> bool:
     return origin is Literal or hint in _WORDS or hint is type(None)
 
 
+def is_number(value: object) -> bool:
+    """Whether it is a finite int or float, such that arithmetic with floats can hold it."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
+
+
 def per_block(hint: Any) -> bool:
     """Whether a list of that type has one entry for each block."""
     parts = typing.get_args(hint)
@@ -93,17 +98,20 @@ def fault_of(value: Any, hint: Any) -> str | None:
         faults = [fault_of(value, part) for part in parts]
         return None if None in faults else " or ".join(str(fault) for fault in faults)
     if origin is Literal:
-        return None if value in parts and not isinstance(value, bool) else f"one of {', '.join(map(str, parts))}"
+        known = not isinstance(value, bool) and any(
+            isinstance(value, type(part)) and value == part for part in parts
+        )  # (arrays compare to anything)
+        return None if known else f"one of {', '.join(map(str, parts))}"
     if origin is list:
         if not isinstance(value, list):
             return "a list"
         return next((f"a list, each entry {fault}" for entry in value if (fault := fault_of(entry, parts[0]))), None)
     if hint is type(None):
         return None if value is None else "none"
-    number = isinstance(value, int | float) and not isinstance(value, bool)
+    number = is_number(value)
     fits = {
         int: number and isinstance(value, int),
-        float: number and math.isfinite(value),
+        float: number,
         str: isinstance(value, str),
         bool: isinstance(value, bool),
     }

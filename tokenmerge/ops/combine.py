@@ -124,6 +124,12 @@ def merge_rows(
 
 def _check(x: Tensor, size: Tensor | None, kept: Tensor, tokens: int) -> None:
     batch = kept.shape[0]
+    for name, tensor in (("x", x), ("size", size)):
+        if not (isinstance(tensor, Tensor) and tensor.layout is torch.strided) and not (
+            tensor is None and name == "size"
+        ):
+            kind = f"a {tensor.layout} tensor" if isinstance(tensor, Tensor) else f"of type {type(tensor).__name__}"
+            raise InputError(f"{name} is {kind}, but this plan merges dense tensors: give one")
     if x.dim() != 3 or x.shape[:2] != (batch, tokens) or not x.is_floating_point():
         raise InputError(
             f"x is {tuple(x.shape)} {x.dtype}, but this plan merges floating-point tokens of shape [{batch}, {tokens}, C]"

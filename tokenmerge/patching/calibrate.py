@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from tokenmerge.config import MergeConfig
-from tokenmerge.errors import InputError
+from tokenmerge.errors import ConfigError, InputError
 from tokenmerge.matching.informed import collecting_edges
 from tokenmerge.patching.handle import patched
 
@@ -36,9 +36,16 @@ def calibrate(
         The config with `matcher="threshold"` and its thresholds, for `patch`.
 
     Raises:
-        InputError: if there are no batches.
-        ConfigError: if the schedule means nothing.
+        InputError: if there are no batches, or what the model makes of them is not finite.
+        ConfigError: if the schedule means nothing, or another matcher is asked for.
     """
+    matcher = fields.get("matcher", "threshold")
+    if not isinstance(matcher, str) or matcher != "threshold":
+        raise ConfigError(f"matcher={matcher!r:.60} cannot be calibrated, but 'threshold' can: leave the matcher out")
+    if not isinstance(batches, Iterable) or isinstance(batches, str | bytes):
+        raise InputError(
+            f"batches is of type {type(batches).__name__}, but batches of images to run were expected: give a list"
+        )
     wanted = MergeConfig.create(config, **{**fields, "matcher": "threshold", "options": {}})
     with patched(model, wanted) as handle, collecting_edges() as edges:
         for batch in batches:
@@ -52,6 +59,11 @@ def calibrate(
             thresholds.append(1.0)
             continue
         best = torch.cat([similarities.flatten() for similarities, _ in edges[layer]])
+        if not bool(best.isfinite().all()):
+            raise InputError(
+                f"similarities in block {layer} are not finite while calibrating: leave out images that hold NaN or infinity, and look "
+                "at what the model makes of the others"
+            )
         merged = sum(r * len(similarities) for similarities, r in edges[layer])  # as each pass did, whatever its tokens
         position = min(len(best), max(1, merged))
         thresholds.append(float(best.sort(descending=True).values[position - 1]) - 1e-6)
@@ -85,7 +97,7 @@ def diffrate_schedule(path: str | Path, model: str, target: str, tokens: int = 1
         kept = list(zip(pruned, merged, strict=True))
     except OSError as error:
         raise InputError(f"{str(path)!r} cannot be read ({error.strerror}): check the path") from None
-    except (ValueError, KeyError, TypeError, SyntaxError) as error:
+    except (ValueError, LookupError, TypeError, SyntaxError, RecursionError) as error:
         raise InputError(
             f"{str(path)!r} holds no schedule for {model!r} at {target!r} ({type(error).__name__}: {error}): it should hold "
             "prune_kept_num and merge_kept_num, one number for each block"

@@ -64,11 +64,11 @@ class Handle:
     def __getattr__(self, name: str) -> Any:
         if name in FIELDS:
             return getattr(self.config, name)
-        raise AttributeError(f"a handle has no {name!r}; it has {', '.join(FIELDS)}, and what dir(handle) lists")
+        raise AttributeError(f"a handle has no {name!r:.200}; it has {', '.join(FIELDS)}, and what dir(handle) lists")
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name not in FIELDS:
-            raise AttributeError(f"{name!r} cannot be set on a handle, but one of {', '.join(FIELDS)} can")
+            raise AttributeError(f"{name!r:.200} cannot be set on a handle, but one of {', '.join(FIELDS)} can")
         self.update(**{name: value})
 
     @property
@@ -196,7 +196,7 @@ class Handle:
         counts = settings.cost.at(tokens).counts(settings.schedule_for(tokens))
         if not isinstance(layer, int) or isinstance(layer, bool) or not -len(counts) <= layer < len(counts):
             raise InputError(
-                f"layer {layer!r} is none of the {len(counts)} hidden states of this model: give −1 for the last"
+                f"layer {layer!r:.200} is none of the {len(counts)} hidden states of this model: give −1 for the last"
             )
         return tokens if settings.full_output else counts[layer]
 

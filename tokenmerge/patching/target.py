@@ -72,7 +72,7 @@ class Target:
                 "run it with trace=True, and look at handle.trace.tokens"
             )
         if min(grid) < 1:
-            raise InputError(f"input_size={input_size!r} is smaller than one patch: give the size in pixels")
+            raise InputError(f"input_size={input_size!r:.200} is smaller than one patch: give the size in pixels")
         return math.prod(grid) + family.protected(model)
 
     def _sizes(self, input_size: int | Sequence[int]) -> tuple[int, ...]:
@@ -86,7 +86,7 @@ class Target:
         if len(sizes) != axes or not all(isinstance(size, int) and size > 0 for size in sizes):
             names = {1: "(frames,)", 2: "(height, width)", 3: "(frames, height, width)"}[axes]
             raise InputError(
-                f"input_size={input_size!r}, but {names} or one whole number for all of them was expected, in pixels or frames: "
+                f"input_size={input_size!r:.200}, but {names} or one whole number for all of them was expected, in pixels or frames: "
                 "leave out batch and channels"
             )
         return sizes
@@ -147,7 +147,7 @@ def _overridden(module: nn.Module, base: type, methods: tuple[str, ...]) -> list
 def _own_method(module: nn.Module, name: str) -> str:
     """In words, that a method is not upstream's."""
     if name in vars(module):
-        return f"its {name} was set on the module itself, as Accelerate's hooks leave it (delete that attribute, if it is needed no more)"
+        return f"it has its own {name}(), set on the module itself as Accelerate's hooks leave it (delete that if it is needed no more)"
     return f"it has its own {name}()"
 
 
@@ -155,7 +155,7 @@ def check_is_module(model: object) -> None:
     """Raise `UnsupportedModelError` unless `model` is a `torch.nn.Module`."""
     if not isinstance(model, nn.Module):
         raise UnsupportedModelError(
-            f"{model!r} of type {type(model).__name__} was given, but a torch.nn.Module was expected: "
+            f"{model!r:.200} of type {type(model).__name__} was given, but a torch.nn.Module was expected: "
             "create the model first, for instance with timm.create_model(name)"
         )
 

@@ -44,10 +44,12 @@ def measure_forms(
         ConfigError: if one of the given `forms` cannot run here.
         InputError: if no form is given, or `rounds` is not positive.
     """
-    if rounds < 1:
-        raise InputError(f"rounds={rounds}, but at least one pass of each form must be measured: use 5 or more")
-    if forms is not None and not forms:
-        raise InputError("forms is empty, but at least one form must be measured: use forms=None to try all")
+    if not isinstance(rounds, int) or isinstance(rounds, bool) or not 1 <= rounds <= 10_000:
+        raise InputError(
+            f"rounds={rounds!r:.60}, but from 1 to 10,000 passes of each form can be measured: use 5 or more"
+        )
+    if forms is not None and (not isinstance(forms, list | tuple) or not forms):
+        raise InputError(f"forms={forms!r:.60}, but a list of forms to measure was expected: use forms=None to try all")
     model, device = target.model, next(target.model.parameters()).device
 
     @torch.inference_mode()

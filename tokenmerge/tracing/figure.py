@@ -96,17 +96,15 @@ def plot_regions(
         view: see `paint`.
     """
     pixels = as_pixels(picture)
-    whole = block == "all"
-    if isinstance(block, str):
-        if not whole:
-            raise InputError(f'block={block!r}, but a number, several, None or "all" was expected')
+    whole = isinstance(block, str) and block == "all"
+    if whole:
         blocks = strip(len(titles))
-    elif block is None or isinstance(block, int):
+    elif block is None or (isinstance(block, int) and not isinstance(block, bool)):
         blocks = [len(titles) - 1 if block is None else block]
-    else:
+    elif isinstance(block, list | tuple | range) and block and all(type(number) is int for number in block):
         blocks = list(block)
-        if not blocks:
-            raise InputError("no block was given to draw: give one or more, or None for the last")
+    else:
+        raise InputError(f'block={block!r:.60}, but a number, a list of some, None or "all" was expected')
     frames = 1 if pixels.dim() == 3 else min(_FRAMES, pixels.shape[1])
     columns = len(blocks) + whole
     figure = new_figure(2.3 * columns, 0.35 + 2.3 * frames * pixels.shape[-2] / pixels.shape[-1])

@@ -44,7 +44,7 @@ def paint(pixels: Tensor, region: Tensor, view: View = "picture", span: tuple[fl
         raise InputError(
             f"the picture is {tuple(pixels.shape)}, but [1 or 3, {', '.join(map(str, region.shape))}] was expected for this map"
         )
-    if view not in VIEWS:
+    if not isinstance(view, str) or view not in VIEWS:
         raise InputError(f"view={view!r}, but it must be one of {', '.join(VIEWS)}")
     pixels = pixels.to("cpu", torch.float32).expand(3, *region.shape)
     if view == "picture":

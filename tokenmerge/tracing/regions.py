@@ -28,6 +28,9 @@ def region_map(source: Tensor, grid: Sequence[int], shape: Sequence[int]) -> Ten
     Raises:
         InputError: if the grid does not hold N patches, or the picture has other axes.
     """
+    sides = shape if isinstance(shape, list | tuple) else (None,)
+    if not all(isinstance(side, int) and not isinstance(side, bool) and side > 0 for side in sides):
+        raise InputError(f"shape={shape!r:.60}, but pixels along each axis were expected: give (height, width)")
     if source.dim() != 1 or len(source) != math.prod(grid) or len(grid) != len(shape):
         raise InputError(
             f"{tuple(source.shape)} patches were to be drawn on a grid of {tuple(grid)} in a picture of {tuple(shape)} pixels: "
