@@ -90,6 +90,8 @@ class Handle:
     def update(self, config: MergeConfig | None = None, **fields: Any) -> None:
         """Change any field of the config, without patching again. A pass that runs ends as it began.
 
+        A checkpoint that holds the whole model begins a pass anew in backward: call `backward` before.
+
         Raises:
             ConfigError: for a bad value; the model then keeps its old settings.
             UnknownFieldError: (a TypeError) for a keyword that is no field.

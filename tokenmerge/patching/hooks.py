@@ -30,6 +30,7 @@ class _Ahead(threading.local):
         full: whether passes are to hand on unmerged tokens.
         wishes: for which models, by the numbers of their records, each with the module within which that holds (`None` for
             `full_outputs`).
+        owner: that module, where the wish is met in compiled code.
         grid: patches along each axis that the embedding of a model has made; empty where several embeddings wait for
             their blocks and differ.
         grid_of: the number of that model's record.
@@ -38,7 +39,7 @@ class _Ahead(threading.local):
 
     full = False
     wishes: tuple[tuple[int, nn.Module | None], ...] = ()
-    owner: nn.Module | None = None  # the module, in compiled code
+    owner: nn.Module | None = None
     grid: tuple[int, ...] | None = None
     grid_of: int | None = None
     waiting = 0
@@ -109,7 +110,7 @@ def note_grid(module: Any, args: tuple[Any, ...], output: Any) -> None:
 
 @contextlib.contextmanager
 def full_outputs(record: ModelRecord) -> Iterator[None]:
-    """Passes of that model that begin within it hand on unmerged tokens; what a pass began with stays, also when it is recomputed."""
+    """Passes of that model that begin within it hand on unmerged tokens, also when they are run again in backward."""
     if torch.compiler.is_compiling():
         before, _ahead.full = _ahead.full, True
         try:
