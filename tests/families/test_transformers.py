@@ -17,6 +17,17 @@ SCHEDULE = (3, 0, 4)
 EVERY = pytest.mark.parametrize("tower", BY_NAME.values(), ids=BY_NAME.keys())
 
 
+def _first_of_each_kind() -> list[Any]:
+    """Every tower; those whose layers are built like the layers of one before them are slow."""
+    kinds: set[Any] = set()
+    towers = []
+    for name, tower in BY_NAME.items():
+        kind = (tower.blocks, tower.second, tower.keys, tower.rope, tower.bias)
+        towers.append(pytest.param(tower, id=name, marks=[pytest.mark.slow] if kind in kinds else []))
+        kinds.add(kind)
+    return towers
+
+
 def _close(a: torch.Tensor, b: torch.Tensor, tolerance: float = 1e-5) -> None:
     torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance * float(b.abs().max()))
 
@@ -140,7 +151,7 @@ def test_bfloat16(tower: Tower) -> None:
     assert (rough.float() - exact).abs().median() < max(0.1 * exact.abs().mean(), 2 * upstream)
 
 
-@EVERY
+@pytest.mark.parametrize("tower", _first_of_each_kind())
 @torch.no_grad()
 def test_a_compiled_block(tower: Tower) -> None:
     """The last one, which takes sizes and merges: compiling costs seconds, and the blocks are of one class."""
