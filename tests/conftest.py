@@ -41,6 +41,11 @@ _NAMES = ("test_every_name[", "test_every_other_flat_name[")
 SHARED = Path(os.environ.get("TOKENMERGE_SHARED", Path(__file__).resolve().parents[2] / "shared"))
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tests of tools first, which run whole commands: one of minutes that begins last would leave the other core idle."""
+    items.sort(key=lambda item: "tools" not in item.path.parts)
+
+
 def pytest_collection_finish() -> None:
     """What is there before the first test is not looked through again; a test that looks for leaks collects by itself."""
     gc.collect()
