@@ -242,11 +242,11 @@ class MergeConfig:
     def _check_fractions(self) -> None:
         keep = self.keep if isinstance(self.keep, list) else [] if self.keep is None else [self.keep]
         for value in keep:
-            if not (_is_number(value) and 0 < value <= 1):
+            if not (is_number(value) and 0 < value <= 1):
                 raise ConfigError(f"keep={self.keep!r:.200}, but a fraction must lie in (0, 1]: try keep=0.7")
-        if self.flops is not None and not (_is_number(self.flops) and 0 < self.flops <= 1):
+        if self.flops is not None and not (is_number(self.flops) and 0 < self.flops <= 1):
             raise ConfigError(f"flops={self.flops!r:.200}, but it is a fraction and must lie in (0, 1]: try flops=0.7")
-        if self.speedup is not None and not (_is_number(self.speedup) and 1 <= self.speedup <= 1000):
+        if self.speedup is not None and not (is_number(self.speedup) and 1 <= self.speedup <= 1000):
             raise ConfigError(f"speedup={self.speedup!r:.200}, but it says how many times fewer FLOPs: try speedup=2")
 
     @classmethod
@@ -388,5 +388,6 @@ CHOICES = tuple(name for name in FIELDS if choices_of(name))
 """The fields that are one of a list."""
 
 
-def _is_number(value: object) -> bool:
+def is_number(value: object) -> bool:
+    """Whether it is an int or a float, finite and such that arithmetic with floats can hold it."""
     return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= sys.float_info.max

@@ -9,10 +9,11 @@ from __future__ import annotations
 import dataclasses
 import functools
 import inspect
-import sys
 import types
 import typing
 from typing import Annotated, Any, Literal
+
+from tokenmerge.config import is_number
 
 _WORDS = {int: "a whole number", float: "a finite number", str: "text", bool: "true or false"}
 
@@ -73,11 +74,6 @@ def _known(hint: Any) -> bool:
     if origin in (typing.Union, types.UnionType, list):
         return all(_known(part) for part in parts)
     return origin is Literal or hint in _WORDS or hint is type(None)
-
-
-def is_number(value: object) -> bool:
-    """Whether it is a finite int or float, such that arithmetic with floats can hold it."""
-    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
 
 
 def per_block(hint: Any) -> bool:
