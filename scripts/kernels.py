@@ -30,7 +30,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
-from tokenmerge.ops import matching, merging
+from tokenmerge.ops import attending, matching, merging
 from tokenmerge.ops.launch import INTERPRETED, Launch
 
 MOST_STACK = 64
@@ -70,7 +70,7 @@ def launches(dims: list[int], dtypes: list[str]) -> Iterator[tuple[str, Launch]]
         dtype = getattr(torch, name)
         for dim in dims:
             heads = 12
-            for tokens in (1370, 5000):  # a plan in the same launch, and in launches of its own
+            for tokens in (257, 1370):  # a plan in the same launch, and in launches of its own
                 qkv = torch.empty(2, tokens, 3, heads, dim, dtype=dtype, device="meta")
                 for launch in matching.launches(qkv.permute(2, 0, 3, 1, 4)[1], 40, 1)[3]:
                     kernel = launch.kernel.__name__
@@ -78,6 +78,12 @@ def launches(dims: list[int], dtypes: list[str]) -> Iterator[tuple[str, Launch]]
                     words += [name] if kernel == "unit_keys_kernel" else []
                     words += ["and plan" if launch.constants["PLAN"] else "edges"] if kernel == "match_kernel" else []
                     yield " ".join([kernel, *words]), launch
+            if name == "float32" or dim != 64:  # the only heads that it takes
+                continue
+            q, k, v = torch.empty(2, 1370, 3, heads, dim, dtype=dtype, device="meta").permute(2, 0, 3, 1, 4)
+            sizes = torch.empty(2, 1, 1376, dtype=dtype, device="meta")[:, :, :1370].expand(2, heads, 1370)
+            for launch in attending.launches(q, k, v, sizes):
+                yield f"attention_kernel D={dim} {name}", launch
         for sized in (False, True):
             x = torch.empty(2, 1370, 768, dtype=dtype, device="meta")
             logs = (dtype,) if name != "float32" else (dtype, torch.bfloat16, torch.float16)  # these two: autocast

@@ -22,7 +22,7 @@ Distance = Literal["cosine", "dot", "euclidean", "softmax"]
 Partition = Literal["alternating", "sequential", "random", "checkerboard"]
 Combine = Literal["mean", "average", "max", "destination", "norm", "max_norm", "tofu"]
 Place = Literal["before", "between", "after"]
-AttentionForm = Literal["auto", "mask", "cudnn", "efficient", "math", "flex", "key_channel", "value_channel"]
+AttentionForm = Literal["auto", "mask", "triton", "cudnn", "efficient", "math", "flex", "key_channel", "value_channel"]
 Backend = Literal["auto", "torch", "triton"]
 
 
@@ -153,9 +153,9 @@ class MergeConfig:
     )
     attention: AttentionForm = setting(
         "auto",
-        "how sizes reach the attention kernel: as a mask, for which PyTorch finds a kernel; on the cudnn, efficient or math "
-        "kernel; by flex attention; or without a mask, as a channel more of K or V; auto goes by the device, and all compute "
-        "the same",
+        "how sizes reach the attention kernel: as a mask, for which PyTorch finds a kernel; in Triton's kernel of our own; on the "
+        "cudnn, efficient or math kernel; by flex attention; or without a mask, as a channel more of K or V; auto goes by the "
+        "device, and all compute the same",
         "running",
     )
     order: Literal["partition", "spatial"] = setting(

@@ -113,8 +113,8 @@ def test_dropout_drops_from_the_weights_alone(form: str) -> None:
     mask = torch.zeros(1, 1, 1, 8, device=DEVICE)
     out = attend(form, q, k, v, mask, dropout_p=0.5)
     # each output is the mean of eight weights that are 0 or 2, so its variance is 1/8
-    assert out.mean() == pytest.approx(1.0, abs=0.02)
-    assert out[..., 0].var() == pytest.approx(1 / 8, rel=0.1)
+    assert float(out.mean()) == pytest.approx(1.0, abs=0.02)
+    assert float(out[..., 0].var()) == pytest.approx(1 / 8, rel=0.1)
 
 
 @EVERY
@@ -196,8 +196,8 @@ def test_whole_models_of_transformers(name: str, form: str) -> None:
 
 def test_what_auto_means() -> None:
     half, full = torch.bfloat16, torch.float32
-    assert choose_form("auto", "cuda", True, half).form == "cudnn"
-    assert "first pass" in choose_form("auto", "cuda", True, half).reason
+    assert choose_form("auto", "cuda", True, half).form == "triton"
+    assert choose_form("auto", "cuda", True, half, kernels=False).form == "mask"
     assert choose_form("auto", "cuda", True, half, learns=True).form == "efficient"
     assert choose_form("auto", "cuda", True, full).form == "mask"
     assert choose_form("auto", "cuda", False, half).form == "mask"
@@ -264,7 +264,7 @@ def test_tuning_measures_and_chooses() -> None:
     wanted = model(images)
     seconds = handle.tune(images, rounds=2)
     if DEVICE == "cpu":
-        assert set(seconds) == {"mask", "math", "key_channel", "value_channel"}
+        assert set(seconds) == {"mask", "triton", "math", "key_channel", "value_channel"}  # Triton's in its interpreter
     assert handle.config.attention == min(seconds, key=lambda form: seconds[form])
     torch.testing.assert_close(model(images), wanted, atol=2e-5, rtol=2e-5)
     assert set(handle.tune(images, forms=["math"], rounds=1)) == {"math"}

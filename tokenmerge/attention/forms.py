@@ -20,6 +20,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from tokenmerge.config import AttentionForm
 from tokenmerge.errors import ConfigError
+from tokenmerge.ops.choice import device_refusal, triton_refusals
 from tokenmerge.ops.modes import is_exporting
 
 FORMS: tuple[str, ...] = get_args(AttentionForm)
@@ -28,6 +29,8 @@ _LEAST_LOG = -1000.0
 """Stands for log 0 where −inf times 0 would be NaN; e to its power is 0 in every dtype."""
 _FLEX_CHANNELS = 16
 """The least head size that PyTorch compiles flex attention for."""
+_CHANNELS = 64
+"""Channels of a head for which our own kernel runs: no other size has been checked and timed on a GPU (docs/performance.md)."""
 _kernel_choice = threading.Lock()
 """Which kernels PyTorch may choose from is a setting of the process: two threads must not change it at once."""
 
@@ -40,7 +43,9 @@ class Choice:
     reason: str
 
 
-def choose_form(form: str, device_type: str, hopper: bool, dtype: torch.dtype, learns: bool = False) -> Choice:
+def choose_form(
+    form: str, device_type: str, hopper: bool, dtype: torch.dtype, learns: bool = False, kernels: bool = True
+) -> Choice:
     """What "auto" means on a device; any other form is the user's.
 
     Args:
@@ -49,20 +54,21 @@ def choose_form(form: str, device_type: str, hopper: bool, dtype: torch.dtype, l
         hopper: whether it is an NVIDIA GPU of compute capability 9.0.
         dtype: in which attention computes.
         learns: whether a gradient will be wanted.
+        kernels: whether Triton's kernels run there.
 
-    What it says of CPUs was measured on two cores (docs/performance.md); of GPUs it is what others report.
+    What it says of CPUs was measured on two cores, of Hopper on an H200 (docs/performance.md).
     """
     if form != "auto":
         return Choice(form, "as the config asks")
     if hopper and dtype in (torch.float16, torch.bfloat16):
         if learns:
             return Choice("efficient", "cuDNN's gradient with a mask was reported to be NaN for some numbers of tokens")
-        return Choice(
-            "cudnn",
-            "PyTorch prefers cuDNN on Hopper, too; it makes a plan for every new number of tokens, so the first pass of each "
-            "batch size takes some 0.4 s a block (reported, not measured here), which attention='efficient' avoids; where "
-            "gradients are wanted, efficient runs",
-        )
+        if kernels:
+            return Choice(
+                "triton",
+                "our own kernel, which adds sizes on the chip: for heads of 64 channels on an H200 0.68 to 0.86 of the time of "
+                "PyTorch's attention with a mask; that one runs for other heads, and efficient where gradients are wanted",
+            )
     if device_type == "cuda":
         return Choice("mask", "PyTorch's memory-efficient kernel takes a bias; handle.tune(inputs) measures all forms")
     if device_type == "cpu":
@@ -78,17 +84,27 @@ def is_hopper(device_type: str, index: int | None) -> bool:
     return torch.cuda.get_device_capability(index) == (9, 0)
 
 
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _kernels_run(device_type: str, index: int | None) -> bool:
+    """Whether nothing is known against Triton's kernels on a device."""
+    return device_refusal(torch.device(device_type) if index is None else torch.device(device_type, index)) is None
+
+
 def choice_for(form: str, x: Tensor, dtype: torch.dtype | None = None, learns: bool = False) -> Choice:
     """`choose_form` for tokens like `x`, computed on in `dtype` (that of `x`).
 
     Raises:
         ConfigError: if the form cannot run on their device.
     """
+    kernels = x.is_meta or _kernels_run(x.device.type, x.device.index)
+    if form == "triton" and not kernels:
+        raise ConfigError(f"attention='triton' cannot run: {device_refusal(x.device)}: use attention='auto'")
     if form in _NEED_CUDA and not x.is_cuda and not x.is_meta:
         raise ConfigError(
             f"attention={form!r} needs a CUDA device, but the tokens are on {x.device.type!r}: use attention='auto'"
         )
-    return choose_form(form, x.device.type, is_hopper(x.device.type, x.device.index), dtype or x.dtype, learns)
+    hopper = is_hopper(x.device.type, x.device.index)
+    return choose_form(form, x.device.type, hopper, dtype or x.dtype, learns, kernels)
 
 
 def running_form(form: str, x: Tensor, bias: Tensor | None) -> str:
@@ -184,7 +200,22 @@ def _flex(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, dropout_p: fl
     return out
 
 
+def _triton(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, dropout_p: float, scale: float) -> Tensor:
+    """Our own kernel for heads that it was checked with on a GPU, in half precision; else PyTorch's kernels with a mask."""
+    learns = torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad)
+    if dropout_p or learns:
+        return ATTEND["efficient"](query, key, value, mask, dropout_p, scale)
+    fits = query.dtype == key.dtype == value.dtype and query.dtype in (torch.float16, torch.bfloat16)
+    fits = fits and query.shape[-1] == value.shape[-1] == _CHANNELS
+    if not fits or triton_refusals(query, "attend", warn=query.is_cuda):
+        return F.scaled_dot_product_attention(query, key, value, mask, scale=scale)
+    from tokenmerge.ops import attending
+
+    return attending.attend(query, key, value, mask.squeeze(2).expand(*query.shape[:2], -1), scale)
+
+
 ATTEND: dict[str, Callable[..., Tensor]] = {
+    "triton": _triton,
     "cudnn": _kernel(SDPBackend.CUDNN_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH),
     "efficient": _kernel(SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH),
     "math": _kernel(SDPBackend.MATH),

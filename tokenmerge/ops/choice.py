@@ -15,7 +15,7 @@ from tokenmerge.config import Backend
 from tokenmerge.errors import ConfigError
 from tokenmerge.ops.modes import is_exporting
 
-Operation = Literal["match", "merge"]
+Operation = Literal["match", "merge", "attend"]
 LEAST_CAPABILITY = (8, 0)
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 _MISSING = importlib.util.find_spec("triton") is None  # asked once: Dynamo cannot trace the question
@@ -53,12 +53,16 @@ _faults: dict[tuple[torch.dtype, str], None] = {}
 
 def _fault(operation: Operation, index: int, dtype: torch.dtype, heads: int, dim: int) -> str | None:
     """Why the kernels of an operation do not compile for a device that is here; in words."""
-    from tokenmerge.ops import matching, merging
+    from tokenmerge.ops import attending, matching, merging
 
+    compile_all = {
+        "match": lambda: matching.compiled_for(dtype, heads, dim),
+        "merge": lambda: merging.compiled_for(dtype),
+        "attend": lambda: attending.compiled_for(dtype, heads, dim),
+    }
     try:
         with torch.cuda.device(index):
-            compiled = matching.compiled_for(dtype, heads, dim) if operation == "match" else merging.compiled_for(dtype)
-            for kernel in compiled:
+            for kernel in compile_all[operation]():
                 kernel._init_handles()  # loads it, which fails where its shared memory does not fit
     except Exception as error:  # Triton, its assembler and the driver each have their own
         first = (str(error).strip() or repr(error)).splitlines()[0]
@@ -119,12 +123,12 @@ def triton_refusals(x: Tensor, operation: Operation = "merge", warn: bool = Fals
     """Why Triton's kernels cannot run on a tensor like `x`; empty if they can.
 
     Args:
-        x: the keys `[B, N, D]` or `[B, H, N, D]` to match, or the tokens to merge.
+        x: the keys `[B, N, D]` or `[B, H, N, D]` to match, the tokens to merge, or the queries `[B, H, N, D]` of attention.
         operation: what is to be done with it.
         warn: whether to warn, once for each reason, if they cannot. Exporting is no such reason.
     """
-    heads = x.shape[1] if operation == "match" and x.dim() == 4 else 1
-    dim = x.shape[-1] if operation == "match" else 0
+    heads = x.shape[1] if operation != "merge" and x.dim() == 4 else 1
+    dim = x.shape[-1] if operation != "merge" else 0
     found = _asked(operation, x.device.type, x.device.index, x.dtype, heads, dim, warn)
     reasons = [found] if found else []
     if is_exporting():

@@ -96,3 +96,11 @@ def operator(name: str, fake: Callable[..., Any]) -> Callable[[_F], Any]:
 def one_program_per(count: int, size: int) -> int:
     """How many programs of `size` rows cover `count` rows."""
     return -(-count // size)
+
+
+def divisor(*strides: int) -> int:
+    """The largest power of two up to 16 that divides all of these."""
+    step = 16
+    while any(stride % step for stride in strides):
+        step //= 2
+    return step

@@ -3,7 +3,8 @@
 1. `unit_keys_kernel`: K is read once, added over heads and divided by its length.
 2. `match_kernel`: the best edge of each A token on the matrix unit; the program that is the last of its image ranks the
    edges and writes the plan.
-3. For long inputs ranks and plans have launches of their own, because |A|² comparisons would keep one program too long.
+3. For inputs of more than some 250 tokens ranks and plans have launches of their own, because |A|² comparisons would keep one
+   program too long.
 """
 
 from __future__ import annotations
@@ -14,11 +15,11 @@ import torch
 import triton
 from torch import Tensor
 
-from tokenmerge.ops.launch import Launch, is_plain, one_program_per, operator, start_all
+from tokenmerge.ops.launch import Launch, divisor, is_plain, one_program_per, operator, start_all
 from tokenmerge.ops.match_kernels import match_kernel, rank_kernel, select_kernel, unit_keys_kernel
 
-LONGEST_RANKED = 1024
-"""Tokens of A up to which one program ranks the edges of an image: a million comparisons, some ten microseconds."""
+LONGEST_RANKED = 128
+"""Tokens of A up to which one program ranks the edges of an image; above, two launches more are faster (on an H200, batch 64)."""
 _TILE = 128  # A tokens that are ranked or placed at once, and rivals that they are compared with
 _RIVALS = 32
 _IN_FLIGHT = 64  # numbers of K that one thread of `unit_keys_kernel` has asked for and not yet seen
@@ -32,20 +33,12 @@ def sides(tokens: int, protected: int) -> tuple[int, int]:
     return (tokens - protected - protected % 2 + 1) // 2, (tokens - protected - 1 + protected % 2 + 1) // 2
 
 
-def _divisor(*strides: int) -> int:
-    """The largest power of two up to 16 that divides all of these."""
-    step = 16
-    while any(stride % step for stride in strides):
-        step //= 2
-    return step
-
-
 def _unit_keys(keys: Tensor, unit: Tensor, arrived: Tensor) -> Launch:
     batch, heads, tokens, dim = keys.shape
     padded = max(16, triton.next_power_of_2(dim))
     rows = max(1, min(16, 16 * _THREADS // padded))
     tiles = one_program_per(tokens, rows)
-    step = _divisor(*keys.stride()[:3])
+    step = divisor(*keys.stride()[:3])
     strides = [stride // step for stride in keys.stride()[:3]]
     at_once = max(1, _IN_FLIGHT * _THREADS // (rows * padded))
     constants = {
@@ -73,7 +66,7 @@ def _match(unit: Tensor, best: Tensor, partner: Tensor, arrived: Tensor, plan: P
         "COLUMNS": 64,
         "TILE": _TILE,
         "RIVALS": _RIVALS,
-        "num_stages": 3 if width <= 64 else 2,  # more would not fit into the shared memory of small cards
+        "num_stages": 2,  # more are not faster, and would not fit into the shared memory of small cards
     }
     return Launch(
         match_kernel, batch * tiles, (unit, best, partner, arrived, *plan, tokens, tiles, r, protected), constants
