@@ -16,6 +16,7 @@ from __future__ import annotations
 import argparse
 import concurrent.futures
 import json
+import multiprocessing
 import os
 import subprocess
 import sys
@@ -23,6 +24,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import gpu_steps
 from common import append
 from gpu_steps import ROWS, STEPS
 
@@ -81,6 +83,27 @@ def show(report: Report, rows: list[dict[str, Any]], minutes: list[list[str]]) -
     report.table("steps", ("step", "seconds", "limit", "ended"), minutes)
 
 
+def measured(step: str, folder: Path, limit: float) -> int | None:
+    """Run a step in a process of its own; its exit code, or `None` if time ran out."""
+    command = [sys.executable, str(HERE / "gpu_steps.py"), step, "--out", str(folder)]
+    try:
+        return subprocess.run(command, timeout=limit, check=False).returncode
+    except subprocess.TimeoutExpired:
+        return None
+
+
+def rehearsed(step: str, folder: Path, limit: float) -> int | None:
+    """The same for a rehearsal, whose processes are forked from one that has imported everything: most of its time otherwise."""
+    processes = multiprocessing.get_context("forkserver")
+    process = processes.Process(target=gpu_steps.rehearse, args=(step, folder))
+    process.start()
+    process.join(limit)
+    if process.is_alive():
+        process.kill()
+        return None
+    return process.exitcode
+
+
 def run(folder: Path, steps: list[str], rehearse: bool, report: Report) -> list[list[str]]:
     """Run steps in turn, in a rehearsal two at a time; what each took and how it ended."""
     patience = PATIENCE if rehearse else 1
@@ -92,12 +115,8 @@ def run(folder: Path, steps: list[str], rehearse: bool, report: Report) -> list[
         if limit < 5:
             return [step, "0", "0", "left out: no time"]
         report.say(f"== {step}")
-        command = [sys.executable, str(HERE / "gpu_steps.py"), step, "--out", str(folder)]
-        try:
-            done = subprocess.run([*command, "--rehearse"] if rehearse else command, timeout=limit, check=False)
-            how = "well" if done.returncode == 0 else f"exit code {done.returncode}"
-        except subprocess.TimeoutExpired:
-            how = "time ran out"
+        code = rehearsed(step, folder, limit) if rehearse else measured(step, folder, limit)
+        how = "time ran out" if code is None else f"exit code {code}" if code else "well"
         return [step, f"{time.monotonic() - start:.0f}", f"{limit:.0f}", how]
 
     with concurrent.futures.ThreadPoolExecutor(2 if rehearse else 1) as pool:
@@ -130,6 +149,8 @@ def main() -> int:
                 "PyTorch sees no CUDA device here, but all of this needs one: nothing was run (--rehearse needs none)"
             )
             return 2
+    if args.rehearse:
+        multiprocessing.set_forkserver_preload(["gpu_steps", "timm", "transformers"])
     folder = Path(os.environ.get("OUT") or HERE / "out")
     folder.mkdir(parents=True, exist_ok=True)
     before = len(read(folder))

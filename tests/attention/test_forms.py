@@ -164,8 +164,16 @@ def test_multi_head_attention_is_answered_inside(form: str) -> None:
         assert torch.equal(module(x, x, x)[0], copy.deepcopy(module)(x, x, x)[0])
 
 
-@HERE
-@pytest.mark.parametrize("name", ["deit_tiny_patch16_224", "eva02_tiny_patch14_224", "vit_small_patch14_reg4_dinov2"])
+@pytest.mark.parametrize(
+    ("name", "form"),
+    [
+        pytest.param(
+            name, form, marks=() if name == "deit_tiny_patch16_224" or form == "key_channel" else pytest.mark.slow
+        )
+        for name in ("deit_tiny_patch16_224", "eva02_tiny_patch14_224", "vit_small_patch14_reg4_dinov2")
+        for form in ("mask", "math", "key_channel", "value_channel")
+    ],
+)
 def test_whole_models_of_timm(name: str, form: str) -> None:
     torch.compiler.reset()  # models of one class share a limit of compiled versions, patched or not
     model = tiny(name, depth=2)

@@ -197,7 +197,7 @@ def timm_models() -> Iterator[tuple[str, nn.Module, dict[str, Tensor], dict[str,
         if name in timm.list_models():
             model = tiny(name)
             yield name, model, {"x": images_for(model)}, {}
-    options: list[dict[str, Any]] = [{"attention": form} for form in ("triton", "math", "key_channel", "value_channel")]
+    options: list[dict[str, Any]] = [{"attention": form} for form in ("math", "key_channel", "value_channel")]
     options += [{"partition": one} for one in ("sequential", "random", "checkerboard")]
     options += [
         {"matcher": one} for one in ("random_prune", "attention_prune", "evit", "ats", "diffrate", "pitome", "greedy")

@@ -232,7 +232,9 @@ def test_half_precision(name: str) -> None:
         assert torch.isfinite(model(images_for(model).to(torch.bfloat16))).all()
 
 
-@pytest.mark.parametrize("name", STATIC)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=() if name in ("bipartite", "kmeans") else pytest.mark.slow) for name in STATIC]
+)
 def test_compiled_without_breaks(name: str) -> None:
     model = tiny("deit_tiny_patch16_224", depth=2)
     images = images_for(model)

@@ -25,12 +25,15 @@ def without_interpreter(*words: str, path: Path = ROOT) -> subprocess.CompletedP
     )
 
 
-def test_the_path_that_a_gpu_takes() -> None:
+def test_the_path_that_a_gpu_takes(request: pytest.FixtureRequest) -> None:
     """Launches, host reads and copies, devices, models without values, and what a compiler sees; see `fake_cuda.py`.
 
-    In one process, because importing every library takes most of its time. What it prints is shown by `pytest -s`.
+    In one process, because importing every library takes most of its time. What it prints is shown by `pytest -s`. Passes of
+    every family and option are left to a run with the slow tests.
     """
-    done = without_interpreter("-m", "tests.helpers.fake_cuda", "passes", "launches", "devices", "models", "graph")
+    fast = request.config.getoption("markexpr") == "not slow"
+    parts = ("launches", "devices", "models", "graph") if fast else ("passes", "launches", "devices", "models", "graph")
+    done = without_interpreter("-m", "tests.helpers.fake_cuda", *parts)
     print(done.stdout)
     assert done.returncode == 0, done.stdout + done.stderr
     lines = done.stdout.splitlines()
@@ -39,10 +42,11 @@ def test_the_path_that_a_gpu_takes() -> None:
     assert len(rows) == 4
     assert all("match_kernel, merge_kernel, unit_keys_kernel" in row for row in rows)
     # families, options and forms on tensors without values: no host read, and no copy from the host
-    (passes,) = (line for line in lines if line.endswith(" wrong"))
-    count, wrong = (int(word) for word in passes.split() if word.isdigit())
-    assert wrong == 0
-    assert count >= 70
+    for passes in [line for line in lines if line.endswith(" wrong")]:
+        count, wrong = (int(word) for word in passes.split() if word.isdigit())
+        assert wrong == 0
+        assert count >= 70
+    assert fast or any(line.endswith(" wrong") for line in lines)
     # sizes and plans go with the tokens to another device, as a device map moves activations between blocks
     assert "two devices: the output is on cuda:1" in lines
     assert sum(line.startswith("without values: ") for line in lines) == 3

@@ -33,7 +33,7 @@ SHAPES = [  # N, protected, D, heads
     (129, 1, 128, 2),
     (197, 1, 64, 3),
     (261, 5, 96, 1),
-    (400, 0, 72, 1),
+    (300, 0, 72, 1),
 ]
 
 
@@ -134,7 +134,7 @@ def test_plans_of_thousands_of_tokens(r: int) -> None:
 
 @DTYPES
 @pytest.mark.parametrize("sized", [False, True])
-@pytest.mark.parametrize(("tokens", "protected", "channels", "r"), [(2, 0, 16, 1), (50, 1, 40, 24), (197, 1, 192, 16)])
+@pytest.mark.parametrize(("tokens", "protected", "channels", "r"), [(2, 0, 16, 1), (50, 1, 40, 24), (97, 1, 192, 16)])
 def test_merge_and_its_gradient(
     tokens: int, protected: int, channels: int, r: int, sized: bool, dtype: torch.dtype
 ) -> None:
@@ -201,10 +201,10 @@ def test_plans_of_images_do_not_mix(monkeypatch: pytest.MonkeyPatch) -> None:
     """The program that is the last of its image plans that image, however many programs and images there are."""
     from tokenmerge.ops import matching
 
-    keys = draw(5, 2, 300, 32)
+    keys = draw(4, 2, 200, 32)
     together = bipartite_matching(keys, 70, 1, backend="triton")
     same_plan(together, bipartite_matching(keys, 70, 1, backend="torch"))
-    for index in range(5):
+    for index in range(4):
         alone = bipartite_matching(keys[index : index + 1], 70, 1, backend="triton")
         keep, source, target = (part[index : index + 1] for part in (together.kept, together.source, together.target))
         same_plan(alone, MergePlan(keep, source, target))
