@@ -140,9 +140,12 @@ def test_drop_path_and_dropout_train() -> None:
 )
 def test_compiles_without_graph_breaks(backend: str, whole: bool) -> None:
     torch._dynamo.reset()
-    model = tiny("vit_base_patch14_reg4_dinov2", global_pool="avg")
+    to_code = (
+        backend == "inductor"
+    )  # each kernel of which takes a C++ compiler seconds; exported programs hold those of inference
+    model = tiny("vit_base_patch14_reg4_dinov2", global_pool="avg", depth=2 if to_code else 3)
     images = images_for(model)
-    tokenmerge.patch(model, r=[5, 0, 7], trace=True)
+    tokenmerge.patch(model, r=[5, 7] if to_code else [5, 0, 7], trace=True)
     with torch.no_grad():
         wanted = model(images)
     slopes = gradients(model, images)
@@ -152,7 +155,7 @@ def test_compiles_without_graph_breaks(backend: str, whole: bool) -> None:
     else:
         for block in model.blocks:
             block.compile(fullgraph=True, backend=backend)
-    with torch.no_grad():
+    with torch.set_grad_enabled(to_code):
         torch.testing.assert_close(compiled(images), wanted, rtol=1e-4, atol=1e-4)
         assert tokenmerge.handle_of(compiled).trace.source().shape == (2, 41)
     found = gradients(compiled, images)

@@ -73,7 +73,7 @@ def digits(exported: Path, tmp_path: Path) -> Path:
 
 @pytest.fixture
 def brief(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whatever takes turns to be measured has one, and the demo has 60 digits.
+    """Whatever takes turns to be measured has one (of a search, all trials take as long), and the demo has 60 digits.
 
     What comes out is no measurement, but it comes out.
     """
@@ -81,9 +81,12 @@ def brief(monkeypatch: pytest.MonkeyPatch) -> None:
     def once(calls: Any, device: Any, warmup: int, rounds: int, *rest: Any, **options: Any) -> list[list[float]]:
         return timing.take_turns(calls, device, 0, 1, *rest, **options)
 
-    for module in (bench, break_even, variants, search):
+    def never(calls: Any, *_: Any, **__: Any) -> list[list[float]]:
+        return [[1.0] for _ in calls]
+
+    for module, turns in ((bench, once), (break_even, once), (variants, once), (search, never)):
         assert module.take_turns is timing.take_turns
-        monkeypatch.setattr(module, "take_turns", once)
+        monkeypatch.setattr(module, "take_turns", turns)
     monkeypatch.setattr(variants, "_AROUND", 3)  # so many models in each turn
     monkeypatch.setattr(demo, "load_digits", lambda: [part[-60:] for part in load_digits()])
 
