@@ -33,8 +33,8 @@ PAGE = Path(__file__).parents[1] / "docs" / "models.md"
 HEAD = """# Models
 
 Written by `python scripts/models_page.py` from the library's rows and the models that the tests run; do not edit.
-Tested with timm {timm}, transformers {transformers}, torchvision {torchvision} and open_clip {open_clip}; the oldest versions that all
-tests pass with are torch 2.11, timm 1.0.26, transformers 5.17, torchvision 0.26 and open_clip 3.3 (`make test-oldest`).
+Tested with timm {timm}, transformers {transformers}, torchvision {torchvision} and open_clip {open_clip}; the oldest versions that
+the fast tests of models pass with are torch 2.11, timm 1.0.26, transformers 5.17, torchvision 0.26 and open_clip 3.3 (`make test-oldest`).
 
 ```python
 import tokenmerge, torch
