@@ -86,7 +86,7 @@ def test_transformers(name: str, format: str, tmp_path: Path) -> None:
 def test_what_an_onnx_file_holds(tmp_path: Path) -> None:
     """Plain operators of the standard set, any batch size, and what made it."""
     onnx = pytest.importorskip("onnx")
-    model = tiny(NAMES[0])
+    model = tiny(NAMES[0], depth=1)
     tokenmerge.patch(model, r=5, backend="torch")
     export(model, images_for(model), tmp_path, "onnx")
     written = onnx.load(tmp_path / "model.onnx")
