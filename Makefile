@@ -31,12 +31,12 @@ test-fast: $(STAMP)
 
 # every kind of block and head: all names of timm, which differ in sizes alone, run with the newest versions, and so do tests of what is
 # Python alone or tokenmerge's own tools
-NEWEST_ONLY := layout config schedule tools/test_benchmarks tools/test_break_even tools/test_compare tools/test_docs tools/test_sounds \
+NEWEST_ONLY := test_layout test_config test_schedule tools/test_benchmarks tools/test_break_even tools/test_compare tools/test_docs tools/test_sounds \
 	tools/test_videos tools/test_tools
 test-oldest: $(OLD)/.installed
 	OMP_NUM_THREADS=1 $(OLD)/bin/python -m pytest -n 2 --dist worksteal -m "not slow" \
 		-k "not test_every_name and not test_every_other_flat_name" \
-		$(foreach name,$(NEWEST_ONLY),--ignore=tests/$(if $(findstring /,$(name)),$(name),test_$(name)).py)
+		$(foreach name,$(NEWEST_ONLY),--ignore=tests/$(name).py)
 
 $(OLD)/.installed: pyproject.toml Makefile
 	$(PYTHON) -m venv $(OLD)
