@@ -47,9 +47,13 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 def pytest_collection_finish() -> None:
-    """What is there before the first test is not looked through again; a test that looks for leaks collects by itself."""
+    """What is there before the first test is not looked through again, and what comes, seldom: tracing makes many objects.
+
+    A test that looks for leaks collects by itself.
+    """
     gc.collect()
     gc.freeze()
+    gc.set_threshold(100_000, 50, 100)
 
 
 def pytest_unconfigure() -> None:

@@ -27,7 +27,10 @@ KERNELS = (
 SCRIPT = str(ROOT / "scripts" / "kernels.py")
 
 
-@pytest.mark.parametrize(("target", "dtype"), [(80, "float16"), (90, "float32"), (100, "bfloat16")])
+@pytest.mark.parametrize(
+    ("target", "dtype"),
+    [(80, "float16"), (90, "bfloat16"), pytest.param(100, "float32", marks=pytest.mark.slow)],
+)
 def test_kernels_compile_without_spills(target: int, dtype: str) -> None:
     """A representative part: head sizes that fill the registers most, and each dtype on one target.
 
@@ -54,7 +57,7 @@ def changed(tmp_path: Path, file: str, old: str, new: str) -> Path:
 
 MUTANTS = {
     "annotations are evaluated": ("merge_kernel", "merge_kernels.py", "    x,\n", "    x: Any,\n"),
-    "registers run out": ("match_kernel", "matching.py", "rows = 64 if best.shape[1] > 32 else 16", "rows = 512"),
+    "registers run out": ("match_kernel", "matching.py", "rows = 64 if best.shape[1] > 32 else 16", "rows = 256"),
 }
 
 

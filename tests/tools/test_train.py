@@ -504,9 +504,7 @@ def alone(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "how", [(), ("--fsdp",), ("--fsdp", "--grad-checkpointing"), ("--fsdp", "--grad-accum-steps", "2")]
-)
+@pytest.mark.parametrize("how", [(), ("--fsdp",), ("--fsdp", "--grad-checkpointing", "--grad-accum-steps", "2")])
 def test_two_processes_learn_what_one_does(data: Path, alone: Path, tmp_path: Path, how: tuple[str, ...]) -> None:
     """The same losses and accuracy with the same global batch, every validation image counted once."""
     share = "2" if "--grad-accum-steps" in how else "4"
