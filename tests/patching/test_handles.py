@@ -203,6 +203,18 @@ def test_the_originals_idiom_is_noticed(make: Callable[[], Any]) -> None:
         set_and_run()
 
 
+@EVERY
+def test_it_is_noticed_on_a_block_too(make: Callable[[], Any]) -> None:
+    model = make()
+    model(input_for(model))
+    handle = tokenmerge.patch(model, r=4)
+    with pytest.raises(PatchError, match=r"r=8 was set on patched block 1: .*update\(r=\["):
+        blocks_of(model)[1].r = 8
+    assert not hasattr(blocks_of(model)[1], "r")
+    handle.remove()
+    blocks_of(model)[1].r = 8  # upstream's block takes any attribute
+
+
 @torch.no_grad()
 def test_it_is_noticed_on_what_holds_the_model_too() -> None:
     model = BY_NAME["CLIPVisionModel"].build()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import weakref
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -42,6 +42,18 @@ class MergeBlock:
     """
 
     _tokenmerge: BlockRecord
+
+    @property
+    def r(self) -> NoReturn:
+        """Blocks have none of their own; setting one would change nothing."""
+        raise AttributeError("r")
+
+    @r.setter
+    def r(self, value: Any) -> None:
+        raise PatchError(
+            f"r={value!r} was set on patched block {self._tokenmerge.index}: write tokenmerge.handle_of(model).update(r=[…]) "
+            "with a number for each block"
+        )
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """The module's call. Hooks may put new tensors in place of what comes in (FSDP2's do, to learn when its gradient
