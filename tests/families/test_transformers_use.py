@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import concurrent.futures
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -87,6 +88,28 @@ def test_implementations_without_a_mask_are_refused(name: str, implementation: s
     with pytest.raises(UnsupportedModelError, match=rf"{implementation}.*set_attn_implementation\('sdpa'\)"):
         tokenmerge.patch(model, r=2)
     assert not tokenmerge.is_patched(model)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["CLIPVisionModel", "Dinov2Model"])
+def test_hidden_states_of_a_compiled_model(name: str) -> None:
+    """Also where nothing was asked for them before in this thread, and a plain pass was compiled first."""
+    torch.compiler.reset()
+    model = BY_NAME[name].build()
+    tokenmerge.patch(model, r=4)
+    inputs = BY_NAME[name].feed(2)
+    wanted = model(**inputs, output_hidden_states=True).hidden_states
+
+    def compiled_in_a_new_thread() -> Any:
+        with torch.no_grad():
+            compiled: Any = torch.compile(model, backend="eager")
+            compiled(**inputs)
+            return compiled(**inputs, output_hidden_states=True).hidden_states
+
+    with concurrent.futures.ThreadPoolExecutor(1) as pool:
+        found = pool.submit(compiled_in_a_new_thread).result()
+    assert len(found) == len(wanted)
+    assert all(torch.equal(left, right) for left, right in zip(found, wanted, strict=True))
 
 
 @pytest.mark.parametrize("implementation", FLASHY)

@@ -215,6 +215,27 @@ def test_it_is_noticed_on_a_block_too(make: Callable[[], Any]) -> None:
     blocks_of(model)[1].r = 8  # upstream's block takes any attribute
 
 
+@EVERY
+@torch.no_grad()
+def test_an_r_that_was_there_before_is_ones_own(make: Callable[[], Any]) -> None:
+    """The rank of an adapter, for instance."""
+    model = make()
+    images = input_for(model)
+    wanted = out_of(model, images)
+    holder: Any = nn.Sequential(model)
+    for module in (holder, model, blocks_of(model)[0]):
+        module.r = 16
+    handle = tokenmerge.patch(holder, r=0)
+    assert torch.equal(out_of(model, images), wanted)
+    for module in (holder, model, blocks_of(model)[0]):
+        assert module.r == 16
+        module.r = 8
+        assert module.r == 8
+    assert torch.equal(out_of(model, images), wanted)
+    handle.remove()
+    assert [module.r for module in (holder, model, blocks_of(model)[0])] == [8, 8, 8]
+
+
 @torch.no_grad()
 def test_it_is_noticed_on_what_holds_the_model_too() -> None:
     model = BY_NAME["CLIPVisionModel"].build()

@@ -77,7 +77,10 @@ class AttentionCall(TorchFunctionMode):
 class _Answering(threading.local):
     """Whose `nn.MultiheadAttention` this thread is inside of."""
 
-    call: AttentionCall | None = None
+    def __init__(
+        self,
+    ) -> None:  # in each thread from the start, or compiled code would depend on whether it is there yet
+        self.call: AttentionCall | None = None
 
 
 _answering = _Answering()

@@ -65,7 +65,10 @@ class AttentionContext:
 class _Current(threading.local):
     """The tap that is open in this thread, so that threads may share a model."""
 
-    tap: Tap | None = None
+    def __init__(
+        self,
+    ) -> None:  # in each thread from the start, or compiled code would depend on whether it is there yet
+        self.tap: Tap | None = None
 
 
 _current = _Current()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import weakref
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -44,12 +44,15 @@ class MergeBlock:
     _tokenmerge: BlockRecord
 
     @property
-    def r(self) -> NoReturn:
-        """Blocks have none of their own; setting one would change nothing."""
-        raise AttributeError("r")
+    def r(self) -> Any:
+        """What a user's own block has under that name; blocks have none, and setting one would change nothing."""
+        return vars(self)["r"] if "r" in vars(self) else super().r  # type: ignore[misc]
 
     @r.setter
     def r(self, value: Any) -> None:
+        if hasattr(self, "r"):
+            vars(self)["r"] = value
+            return
         raise PatchError(
             f"r={value!r} was set on patched block {self._tokenmerge.index}: write tokenmerge.handle_of(model).update(r=[…]) "
             "with a number for each block"

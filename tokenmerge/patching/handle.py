@@ -250,6 +250,7 @@ def patch(model: nn.Module, config: MergeConfig | None = None, **fields: Any) ->
         target = find_target(model)
         misreaders = misread_by(model, target)
         record = ModelRecord(target.family, settings_for(target, config, misreaders), misreaders, model)
+        record.own_r = ("r" in vars(target.model), "r" in vars(model))
         block, row = target.blocks[0]
         check_block(row, block, target.channels, "block 0", target.family.library)
         check_rotary(target)

@@ -37,12 +37,14 @@ class _Ahead(threading.local):
         waiting: how many embeddings of that model wait.
     """
 
-    full = False
-    wishes: tuple[tuple[int, nn.Module | None], ...] = ()
-    owner: nn.Module | None = None
-    grid: tuple[int, ...] | None = None
-    grid_of: int | None = None
-    waiting = 0
+    def __init__(self) -> None:  # in each thread
+        # set from the start: code that was compiled while one was missing is not compiled anew when it is there
+        self.full = False
+        self.wishes: tuple[tuple[int, nn.Module | None], ...] = ()
+        self.owner: nn.Module | None = None
+        self.grid: tuple[int, ...] | None = None
+        self.grid_of: int | None = None
+        self.waiting = 0
 
 
 _ahead = _Ahead()
@@ -168,8 +170,8 @@ def check_root(module: Any, args: tuple[Any, ...] = ()) -> None:
     if _ahead.grid_of == record.number:
         forget_grid()
     outer = record.outer() if record.outer is not None else None
-    for owner in (module, outer):
-        if owner is not None and "r" in vars(owner):
+    for owner, own in zip((module, outer), record.own_r, strict=True):
+        if owner is not None and not own and "r" in vars(owner):
             raise PatchError(
                 f"r={vars(owner)['r']!r} was set on {type(owner).__name__}, which changes nothing: delete that attribute and write "
                 "tokenmerge.handle_of(model).update(r=…)"

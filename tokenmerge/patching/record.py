@@ -144,6 +144,7 @@ class ModelRecord:
         latest: the state that left the last block of the latest whole pass, when tracing; only for looking at.
         readers: why what reads the model's tokens would misread merged ones, in words.
         outer: the module that the user gave to `patch`.
+        own_r: whether the model, and that module, had an attribute `r` of their own (the rank of an adapter, perhaps).
         number: tells it from other models' where code is traced.
     """
 
@@ -153,6 +154,7 @@ class ModelRecord:
         self.readers = readers
         self.latest: Any = None
         self.outer: Any = weakref.ref(outer)
+        self.own_r = (False, False)
         self.number = next(_numbers)
 
     def __getstate__(self) -> dict[str, Any]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, NoReturn, cast
+from typing import Any, cast
 
 from torch import Tensor, nn
 
@@ -28,12 +28,15 @@ class MergeRoot:
     _tokenmerge: ModelRecord
 
     @property
-    def r(self) -> NoReturn:
-        """The original's idiom, `model.r = 8`, which would change nothing here."""
-        raise AttributeError("r")
+    def r(self) -> Any:
+        """What a user's own model has under that name; the original's idiom, `model.r = 8`, would change nothing here."""
+        return vars(self)["r"] if "r" in vars(self) else super().r  # type: ignore[misc]
 
     @r.setter
     def r(self, value: Any) -> None:
+        if hasattr(self, "r"):
+            vars(self)["r"] = value
+            return
         raise PatchError(
             f"r={value!r} was set on a patched model: write tokenmerge.handle_of(model).update(r={value!r})"
         )
