@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import concurrent.futures
 import itertools
 from collections.abc import Callable
 from typing import Any
@@ -276,3 +277,25 @@ def test_what_is_steered_in_full_maps_is_steered_in_the_next_block() -> None:
         hook.remove()
         assert torch.equal(final, wanted)
         assert not torch.equal(model.forward_features(images), wanted)
+
+
+@torch.no_grad()
+def test_maps_are_full_after_a_plain_pass_of_compiled_blocks() -> None:
+    """The first wish for full maps in a thread comes after its code was compiled."""
+    torch.compiler.reset()
+    model = tiny("vit_tiny_patch16_224")
+    tokenmerge.patch(model, r=4)
+    images = images_for(model)
+    wanted = model.forward_intermediates(images, intermediates_only=True)
+    for block in model.blocks:
+        block.compile(backend="eager")
+
+    def in_a_new_thread() -> Any:
+        with torch.no_grad():
+            model(images)
+            return model.forward_intermediates(images, intermediates_only=True)
+
+    with concurrent.futures.ThreadPoolExecutor(1) as pool:
+        found = pool.submit(in_a_new_thread).result()
+    assert [left.shape for left in found] == [right.shape for right in wanted]
+    assert all(torch.equal(left, right) for left, right in zip(found, wanted, strict=True))
