@@ -279,6 +279,7 @@ def test_what_is_steered_in_full_maps_is_steered_in_the_next_block() -> None:
         assert not torch.equal(model.forward_features(images), wanted)
 
 
+@pytest.mark.slow  # as for hidden states of compiled models in test_transformers_use.py
 @torch.no_grad()
 def test_maps_are_full_after_a_plain_pass_of_compiled_blocks() -> None:
     """The first wish for full maps in a thread comes after its code was compiled."""
