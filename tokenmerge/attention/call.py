@@ -77,9 +77,8 @@ class AttentionCall(TorchFunctionMode):
 class _Answering(threading.local):
     """Whose `nn.MultiheadAttention` this thread is inside of."""
 
-    def __init__(
-        self,
-    ) -> None:  # in each thread from the start, or compiled code would depend on whether it is there yet
+    def __init__(self) -> None:
+        # in each thread from the start, or compiled code would depend on whether it is there yet
         self.call: AttentionCall | None = None
 
 

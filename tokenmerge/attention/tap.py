@@ -65,9 +65,8 @@ class AttentionContext:
 class _Current(threading.local):
     """The tap that is open in this thread, so that threads may share a model."""
 
-    def __init__(
-        self,
-    ) -> None:  # in each thread from the start, or compiled code would depend on whether it is there yet
+    def __init__(self) -> None:
+        # in each thread from the start, or compiled code would depend on whether it is there yet
         self.tap: Tap | None = None
 
 

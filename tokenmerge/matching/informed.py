@@ -129,9 +129,8 @@ def _in_partition(a: Tensor, b: Tensor, going: Tensor, partner: Tensor, protecte
 class _Collecting(threading.local):
     """Where this thread collects the similarities of best edges, by block; `None` where it does not."""
 
-    def __init__(
-        self,
-    ) -> None:  # in each thread from the start, or compiled code would depend on whether it is there yet
+    def __init__(self) -> None:
+        # in each thread from the start, or compiled code would depend on whether it is there yet
         self.edges: dict[int, list[tuple[Tensor, int]]] | None = None
 
 

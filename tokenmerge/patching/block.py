@@ -35,7 +35,25 @@ _INPUT = "_tokenmerge_input"
 """Name of the argument by which the first block's call hands its forward a reference to the tensor that it was given."""
 
 
-class MergeBlock:
+class OwnR:
+    """An attribute `r` stays a user's own where there is one; elsewhere setting it, as the original does, is an error."""
+
+    @property
+    def r(self) -> Any:
+        """What was there before patching."""
+        return vars(self)["r"] if "r" in vars(self) else super().r  # type: ignore[misc]  # upstream's class comes next
+
+    @r.setter
+    def r(self, value: Any) -> None:
+        if not hasattr(self, "r"):
+            raise PatchError(self._refusal_of_r(value))
+        vars(self)["r"] = value
+
+    def _refusal_of_r(self, value: Any) -> str:
+        raise NotImplementedError
+
+
+class MergeBlock(OwnR):
     """Mix-in before upstream's block class: attention, match, merge, MLP.
 
     `x [B, N, C]` becomes `[B, N − r, C]`; the sizes arrive and leave as an attribute of the activation.
@@ -43,17 +61,8 @@ class MergeBlock:
 
     _tokenmerge: BlockRecord
 
-    @property
-    def r(self) -> Any:
-        """What a user's own block has under that name; blocks have none, and setting one would change nothing."""
-        return vars(self)["r"] if "r" in vars(self) else super().r  # type: ignore[misc]
-
-    @r.setter
-    def r(self, value: Any) -> None:
-        if hasattr(self, "r"):
-            vars(self)["r"] = value
-            return
-        raise PatchError(
+    def _refusal_of_r(self, value: Any) -> str:
+        return (
             f"r={value!r} was set on patched block {self._tokenmerge.index}: write tokenmerge.handle_of(model).update(r=[…]) "
             "with a number for each block"
         )

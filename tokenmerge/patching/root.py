@@ -7,8 +7,7 @@ from typing import Any, cast
 
 from torch import Tensor, nn
 
-from tokenmerge.errors import PatchError
-from tokenmerge.patching.block import MergeBlock
+from tokenmerge.patching.block import MergeBlock, OwnR
 from tokenmerge.patching.hooks import check_root, full_outputs
 from tokenmerge.patching.match import shortened
 from tokenmerge.patching.record import ModelRecord
@@ -22,24 +21,13 @@ def merge_blocks(model: nn.Module) -> list[Any]:
     return [module for module in model.modules() if isinstance(module, MergeBlock)]
 
 
-class MergeRoot:
+class MergeRoot(OwnR):
     """Base of the mix-ins that `ModelFamily.swap` names."""
 
     _tokenmerge: ModelRecord
 
-    @property
-    def r(self) -> Any:
-        """What a user's own model has under that name; the original's idiom, `model.r = 8`, would change nothing here."""
-        return vars(self)["r"] if "r" in vars(self) else super().r  # type: ignore[misc]
-
-    @r.setter
-    def r(self, value: Any) -> None:
-        if hasattr(self, "r"):
-            vars(self)["r"] = value
-            return
-        raise PatchError(
-            f"r={value!r} was set on a patched model: write tokenmerge.handle_of(model).update(r={value!r})"
-        )
+    def _refusal_of_r(self, value: Any) -> str:
+        return f"r={value!r} was set on a patched model: write tokenmerge.handle_of(model).update(r={value!r})"
 
     def forward_intermediates(self, *args: Any, **kwargs: Any) -> Any:
         """timm's `forward_intermediates`; every map has upstream's shape, merged tokens spread back.

@@ -74,9 +74,8 @@ def _model_cost(model: Any) -> Ends:
 class _Leaving(threading.local):
     """The state of the tokens that the class attention was given in this thread, until `forward_features` takes it."""
 
-    def __init__(
-        self,
-    ) -> None:  # in each thread from the start, or compiled code would depend on whether it is there yet
+    def __init__(self) -> None:
+        # in each thread from the start, or compiled code would depend on whether it is there yet
         self.state: TokenState | None = None
 
 
