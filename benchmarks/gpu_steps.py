@@ -8,6 +8,7 @@ Every figure is appended to FOLDER/rows.jsonl the moment it is known.
 from __future__ import annotations
 
 import argparse
+import copy
 import functools
 import json
 import os
@@ -35,6 +36,7 @@ from tokenmerge.ops.combine import merge_rows
 from tokenmerge.ops.timing import Call, synchronize, take_turns
 
 ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))  # the tests' small models
 ROWS = "rows.jsonl"
 
 
@@ -262,15 +264,74 @@ def models(bench: Bench, wanted: list[tuple[str, int, int, int]]) -> None:
 
 
 def compiled(bench: Bench) -> None:
-    """`torch.compile` in its default mode, dense and merged."""
-    backend = "aot_eager" if bench.rehearse else "inductor"
-    compiler = functools.partial(torch.compile, backend=backend)
-    calls, shape = model_calls(bench, "vit_base_patch16_224", 224, 16, 64, compiler)
-    firsts = {variant: bench.first(call) for variant, call in calls.items()}
-    for variant, seconds in zip(calls, bench.times(list(calls.values()), 12), strict=True):
-        bench.note(
-            what="model", **shape, variant=variant, mode="compiled", ms=1e3 * seconds, first_ms=1e3 * firsts[variant]
-        )
+    """`torch.compile` in its default mode and with CUDA graphs of its own, dense and merged."""
+    for mode, job in (
+        ("default", ("vit_base_patch16_224", 224, 16, 64)),
+        ("reduce-overhead", ("vit_base_patch16_224", 224, 16, 64)),
+        ("reduce-overhead", ("vit_small_patch16_224", 224, 13, 1)),
+    ):
+        options = {"backend": "aot_eager"} if bench.rehearse else {"mode": mode}
+        torch.compiler.reset()
+        calls, shape = model_calls(bench, *job, prepare=functools.partial(torch.compile, **options))
+        firsts = {variant: bench.first(call) for variant, call in calls.items()}
+        for call in (*calls.values(), *calls.values()):  # a graph is captured by the second or third call
+            call()
+        for variant, seconds in zip(calls, bench.times(list(calls.values()), 12), strict=True):
+            name = "compiled" if mode == "default" else "compiled graph"
+            bench.note(
+                what="model", **shape, variant=variant, mode=name, ms=1e3 * seconds, first_ms=1e3 * firsts[variant]
+            )
+
+
+def families(bench: Bench) -> None:
+    """Every family and option, small, merged on the device and on the CPU: float32 against float32, and half precision.
+
+    Half precision is compared on the device, kernels against plain torch with attention written out; there a pair may come
+    out otherwise in later blocks, so only the direction of the output is looked at.
+    """
+    from tests.helpers.fake_cuda import timm_models
+    from tests.helpers.towers import TOWERS
+
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+    cases = [*timm_models(), *((tower.name, tower.build(), tower.feed(2), {}) for tower in TOWERS)]
+    worst, wrong = {"float32": 0.0, "half": 0.0}, []
+    cases = cases[:1] if bench.rehearse else cases
+    for name, model, inputs, option in cases:
+        try:
+            found = differences(bench, copy.deepcopy(model), inputs, option)
+        except Exception as error:  # whatever it is belongs into the rows, and the next family is looked at
+            wrong.append(f"{name}: {type(error).__name__}: {str(error).splitlines()[0]}")
+            continue
+        if found["float32"] > 1e-3 or found["half"] > 0.05:
+            wrong.append(f"{name}: {found}")
+        worst = {kind: max(worst[kind], value) for kind, value in found.items()}
+    for text in wrong:
+        print(f"  {text}", flush=True)
+    counts = {"passed": len(cases) - len(wrong), "failed": len(wrong), "first_failure": "".join(wrong[:1])}
+    bench.note(what="families", **counts, **{f"worst_{kind}": value for kind, value in worst.items()})
+
+
+def differences(bench: Bench, model: Any, inputs: dict[str, Tensor], option: dict[str, Any]) -> dict[str, float]:
+    """How far a merged model's output on the device is from the reference, relative (float32) or as 1 - cosine (half)."""
+
+    def output(plain: bool = False) -> Tensor:
+        at = next(model.parameters())
+        fed = {k: x.to(at.device, at.dtype if x.is_floating_point() else x.dtype) for k, x in inputs.items()}
+        with tokenmerge.patched(model, r=5, **option) as handle, torch.no_grad():
+            if plain:
+                handle.update(backend="torch")
+            if plain and handle.summary().attention == "triton":
+                handle.update(attention="math")
+            out = model(**fed)
+        out = out if isinstance(out, Tensor) else next(x for x in out.values() if isinstance(x, Tensor))
+        return out.double().cpu().flatten()
+
+    wanted = output()
+    model.to(bench.device)
+    float32 = (output() - wanted).norm() / wanted.norm()
+    model.to(bench.dtype)
+    half = 1 - torch.nn.functional.cosine_similarity(output(), output(plain=True), dim=0)
+    return {"float32": float(float32), "half": float(half)}
 
 
 STEPS: dict[str, tuple[Callable[[Bench], None], int]] = {
@@ -286,7 +347,8 @@ STEPS: dict[str, tuple[Callable[[Bench], None], int]] = {
         lambda bench: models(bench, [("vit_huge_patch14_224", 518, 40, 64), ("vit_small_patch16_224", 224, 13, 1)]),
         50,
     ),
-    "compile": (compiled, 70),
+    "compile": (compiled, 150),
+    "families": (families, 100),
 }
 """Each with its limit in seconds, in the order of their worth."""
 

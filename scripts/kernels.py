@@ -29,6 +29,7 @@ import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
+from triton.runtime.jit import mangle_type
 
 from tokenmerge.ops import attending, matching, merging
 from tokenmerge.ops.launch import INTERPRETED, Launch
@@ -107,10 +108,32 @@ def resources(cubin: bytes) -> Row:
     return {"registers": int(found["REG"]), "stack": int(found["STACK"])}
 
 
-def compile_one(launch: Launch, capability: int) -> Row:
+def compile_as_inductor(launch: Launch) -> None:
+    """Compile it with the types that `torch.compile` gives it, which are not those that Triton finds in its arguments.
+
+    Inductor makes a constant of every whole number that is 1, which `do_not_specialize` does not stop, and (of PyTorch 2.11,
+    for one) passes fractions in float64. Here all whole numbers are 1.
+    """
+    kernel, constants = launch.kernel, dict(launch.constants)
+    options = {name: constants.pop(name) for name in ("num_warps", "num_stages") if name in constants}
+    signature: dict[str, str] = dict.fromkeys(constants, "constexpr")
+    for name, value in zip(kernel.arg_names, launch.arguments, strict=False):
+        if isinstance(value, torch.Tensor):
+            signature[name] = mangle_type(value)
+        elif isinstance(value, float):
+            signature[name] = "fp64"
+        else:
+            signature[name], constants[name] = "constexpr", 1
+    source = triton.compiler.ASTSource(kernel, {name: signature[name] for name in kernel.arg_names}, constants)
+    triton.compile(source, target=driver.active.get_current_target(), options=options)
+
+
+def compile_one(launch: Launch, capability: int, inductor: bool) -> Row:
     """What the compiled kernel needs, and what is wrong with it, if anything."""
     try:
         compiled = launch.compile()
+        if inductor:
+            compile_as_inductor(launch)
     except Exception as error:  # Triton has many
         return {"fault": f"{type(error).__name__}: {str(error).strip().splitlines()[-1]}"}
     cubin = compiled.asm.get("cubin")
@@ -141,8 +164,10 @@ def main() -> int:
         for words, launch in launches(args.dims, args.dtypes):
             if (capability, words) in seen or launch.kernel.__name__ not in (args.kernels or [launch.kernel.__name__]):
                 continue
-            seen.add((capability, words))
-            row, count = compile_one(launch, capability), count + 1
+            # once for each kernel also as Inductor has it
+            inductor = (capability, launch.kernel.__name__) not in seen
+            seen |= {(capability, words), (capability, launch.kernel.__name__)}
+            row, count = compile_one(launch, capability, inductor), count + 1
             cells = "".join(
                 f"{row.get(name, '-'):>{width}}" for name, width in (("registers", 10), ("stack", 7), ("shared", 8))
             )

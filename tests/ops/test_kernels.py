@@ -57,6 +57,12 @@ def changed(tmp_path: Path, file: str, old: str, new: str) -> Path:
 
 MUTANTS = {
     "annotations are evaluated": ("merge_kernel", "merge_kernels.py", "    x,\n", "    x: Any,\n"),
+    "fractions are float64, from Inductor": (
+        "attention_kernel",
+        "attention_kernels.py",
+        "    scale = tl.full((), scale, tl.float32)\n",
+        "",
+    ),
     "registers run out": ("match_kernel", "matching.py", "rows = 64 if best.shape[1] > 32 else 16", "rows = 256"),
 }
 

@@ -125,9 +125,9 @@ def attention_kernel(
     log += (image * log_b + head * log_h) * LOG_STEP
     out += ((image * queries + start) * heads + head) * D
     k_at, v_at = column * (k_n * STEP), column * (v_n * STEP)
-    further = tl.full(
-        (), COLUMNS * STEP, tl.int64
-    )  # numbers may be Python's while Inductor reads the kernel: they have no .to()
+    # What Inductor passes as numbers may be constants, which have no .to(), and fractions come in float64.
+    further = tl.full((), COLUMNS * STEP, tl.int64)
+    scale = tl.full((), scale, tl.float32)
     query = _rows(q, row * (q_n * STEP), asks, D, FACTOR, True)
     total = tl.zeros((ROWS, D), tl.float32)
     highest = tl.full((ROWS,), _LOWEST, tl.float32)
