@@ -1,12 +1,16 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import pickle
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
 
 from tokenmerge import ConfigError, MergeConfig, TokenMergeError
+from tokenmerge.errors import UnknownFieldError
 
 
 @pytest.mark.parametrize(
@@ -76,3 +80,54 @@ def test_a_new_schedule_replaces_the_old_form() -> None:
     assert MergeConfig.create(MergeConfig(r=8), prop_attn=False) == MergeConfig(r=8, prop_attn=False)
     with pytest.raises(ConfigError, match="must be a MergeConfig"):
         MergeConfig.create(8)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("key", ["cls", "config", "preset", "self", ""])
+def test_a_file_holds_fields_alone(key: str) -> None:
+    with pytest.raises(UnknownFieldError, match="is no field"):
+        MergeConfig.from_json(json.dumps({"r": 8, key: 1}))
+
+
+@pytest.mark.parametrize(
+    "value",
+    [{1}, [{1}], ([1], {2}), bytearray(b"x"), torch.ones(2), np.ones(2), {"deep": [torch.ones(1)]}, np.int64(3)],
+    ids=str,
+)
+def test_options_hold_nothing_that_could_change(value: object) -> None:
+    with pytest.raises(ConfigError, match="use numbers, text and lists"):
+        MergeConfig(options={"value": value})
+
+
+def test_options_are_copies_however_deep() -> None:
+    inner = [1]
+    config = MergeConfig(r=1, options={"value": (inner, {"a": inner})})
+    inner.append(2)
+    assert config.options["value"] == ([1], {"a": [1]})
+    with pytest.raises(TypeError, match="cannot be changed"):
+        config.options["value"][0].append(2)
+    assert hash(config) == hash(MergeConfig(r=1, options={"value": ([1], {"a": [1]})}))
+    assert json.loads(config.to_json())["options"] == {"value": [[1], {"a": [1]}]}
+    deep: list[object] = []
+    for _ in range(900):
+        deep = [deep]
+    with pytest.raises(ConfigError, match="deep"):
+        MergeConfig(options={"value": deep})
+
+
+def test_huge_numbers_are_refused_in_a_sentence() -> None:
+    for fields in (
+        {"r": 10**5000},
+        {"keep": 10**5000},
+        {"flops": 10**5000},
+        {"r": (10**5000, 0)},
+        {"speedup": 10**5000},
+    ):
+        with pytest.raises(ConfigError):
+            MergeConfig(**fields)
+
+
+def test_a_preset_with_another_matcher_leaves_what_only_its_own_obeys() -> None:
+    config = MergeConfig.create(preset="accurate", matcher="kmeans", r=8)
+    assert (config.matcher, config.options, config.partition, config.combine) == ("kmeans", {}, "alternating", "norm")
+    same = MergeConfig.create(preset="accurate", matcher="informed", r=8)
+    assert same == MergeConfig.create(preset="accurate", r=8)

@@ -11,6 +11,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import tokenmerge
 from tests.helpers.tiny import images_for, tiny
+from tokenmerge import InputError
+from tokenmerge.flops import BlockCost, ModelCost
 from tokenmerge.schedule import expand
 
 TINY: dict[str, Any] = {"embed_dim": 192, "depth": 12}
@@ -95,3 +97,23 @@ def test_where_tokens_merge_changes_what_is_saved() -> None:
     ):
         wanted = stem + sum(4 * a * c**2 + 2 * a**2 * c for a in attend) + sum(8 * m * c**2 for m in mlp)
         assert dataclasses.replace(cost, place=place).total((r, r)) == wanted, place
+
+
+@pytest.mark.parametrize("schedule", [(1, 2), "abc", (1, 2, "a"), (1, 2, -3), (1.5, 1, 1), (True, 1, 1), 3, {1, 2, 3}])
+def test_a_schedule_that_means_nothing_is_refused(schedule: Any) -> None:
+    cost = ModelCost(17, 1, (BlockCost(1, 1, 1),) * 3)
+    for ask in (cost.counts, cost.total, cost.per_block, cost.fraction):
+        with pytest.raises(InputError, match="r of each of 3 blocks"):
+            ask(schedule)
+
+
+@pytest.mark.parametrize("tokens", [-1, 0, 2.5, True, "9", None])
+def test_a_number_of_tokens_that_means_nothing_is_refused(tokens: Any) -> None:
+    with pytest.raises(InputError, match="a whole number of at least 1"):
+        ModelCost(17, 1, (BlockCost(1, 1, 1),)).at(tokens)
+
+
+@pytest.mark.parametrize("choice", [{"place": "befor"}, {"place": None}, {"most": "all"}])
+def test_a_place_that_is_none_is_refused(choice: Any) -> None:
+    with pytest.raises(InputError, match="choose one"):
+        ModelCost(17, 1, (BlockCost(1, 1, 1),), **choice)

@@ -147,3 +147,23 @@ def test_gradients_in_float64() -> None:
         assert torch.autograd.gradcheck(lambda x, how=reduce: plan.merge(x, size, how)[0], x)
     y = torch.randn(2, 5, 3, dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradcheck(plan.unmerge, y)
+
+
+@pytest.mark.parametrize("value", [-1, 2.0, True, "2", None])
+def test_counts_that_mean_nothing_are_refused(value: Any) -> None:
+    for counts in ((value, 3), (2, value)):
+        with pytest.raises(InputError, match="a whole number"):
+            MergePlan.identity(*counts)
+    if value is not None:
+        with pytest.raises(InputError, match="tokens_out"):
+            MergePlan.from_assign(torch.tensor([[0, 1, 1]]), value)
+
+
+@pytest.mark.parametrize("wrong", [-1.0, float("nan"), float("-inf")])
+def test_sizes_are_numbers_of_patches(wrong: float) -> None:
+    tokens = torch.randn(2, 6, 4)
+    plan = bipartite_matching(tokens, 2)
+    size = torch.ones(2, 6)
+    size[1, 3] = wrong
+    with pytest.raises(InputError, match="a size is negative or NaN"):
+        plan.merge(tokens, size)

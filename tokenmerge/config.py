@@ -11,9 +11,10 @@ import json
 import sys
 import typing
 from collections.abc import Mapping
-from typing import Any, Literal, NoReturn
+from typing import Any, Literal
 
-from tokenmerge.errors import ConfigError, UnknownFieldError
+from tokenmerge.errors import ConfigError, UnknownFieldError, shown
+from tokenmerge.frozen import FrozenDict, frozen, thawed
 from tokenmerge.schedule import RForm, validate_r
 
 Metric = Literal["k", "q", "v", "kv", "x_pre", "x"]
@@ -26,44 +27,7 @@ AttentionForm = Literal["auto", "mask", "triton", "cudnn", "efficient", "math", 
 Backend = Literal["auto", "torch", "triton"]
 
 
-def _immutable(self: Any, *_: Any, **__: Any) -> NoReturn:
-    raise TypeError("a config cannot be changed: make another one with MergeConfig.create, or call handle.update(…)")
-
-
-class FrozenList(list):  # type: ignore[type-arg]  # of anything
-    """A list that cannot be changed; equal to a list of the same entries."""
-
-    __setitem__ = __delitem__ = __iadd__ = __imul__ = _immutable
-    append = extend = insert = pop = remove = clear = sort = reverse = _immutable
-
-    def __hash__(self) -> int:  # type: ignore[override]
-        return hash(tuple(self))
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return FrozenList, (list(self),)
-
-
-class FrozenDict(dict):  # type: ignore[type-arg]  # of anything
-    """A dict that cannot be changed; equal to a dict of the same entries."""
-
-    __setitem__ = __delitem__ = __ior__ = _immutable
-    pop = popitem = clear = update = setdefault = _immutable
-
-    def __hash__(self) -> int:  # type: ignore[override]
-        return hash(frozenset(self.items()))
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return FrozenDict, (dict(self),)
-
-
-def _frozen(value: Any) -> Any:
-    """A copy of lists and mappings, however deep, that nobody can change."""
-    if isinstance(value, Mapping):
-        return FrozenDict({key: _frozen(entry) for key, entry in value.items()})
-    return FrozenList([_frozen(entry) for entry in value]) if isinstance(value, list) else value
-
-
-PRESETS: Mapping[str, Mapping[str, Any]] = _frozen(
+PRESETS: Mapping[str, Mapping[str, Any]] = frozen(
     {
         # the paper's choices, which are the defaults
         "paper": {
@@ -86,13 +50,6 @@ PRESETS: Mapping[str, Mapping[str, Any]] = _frozen(
     }
 )
 """Sets of fields under a name: `patch(model, speedup=2, preset="accurate")`."""
-
-
-def _thawed(value: Any) -> Any:
-    """The same as plain lists and dicts."""
-    if isinstance(value, Mapping):
-        return {key: _thawed(entry) for key, entry in value.items()}
-    return [_thawed(entry) for entry in value] if isinstance(value, list) else value
 
 
 def setting(default: Any, text: str, group: str = "", by_matcher: bool = False) -> Any:
@@ -219,35 +176,35 @@ class MergeConfig:
             validate_r(self.r)
         if not isinstance(self.options, Mapping) or not all(isinstance(key, str) for key in self.options):
             raise ConfigError(
-                f"options={self.options!r:.200}, but it must map names to values: try options={{'iterations': 5}}"
+                f"options={shown(self.options)}, but it must map names to values: try options={{'iterations': 5}}"
             )
         for name in ("r", "keep", "options"):  # copies, so that nobody can change a frozen config from outside
-            object.__setattr__(self, name, _frozen(getattr(self, name)))
+            object.__setattr__(self, name, frozen(getattr(self, name)))
         self._check_fractions()
         if not isinstance(self.matcher, str):
             raise ConfigError(
-                f"matcher={self.matcher!r:.200}, but it must be the name of a registered matcher: try 'bipartite'"
+                f"matcher={shown(self.matcher)}, but it must be the name of a registered matcher: try 'bipartite'"
             )
         for name in CHOICES:
             value = getattr(self, name)
             if not any(value is choice or (isinstance(value, str) and value == choice) for choice in choices_of(name)):
                 words = ", ".join(map(str, choices_of(name)))
-                raise ConfigError(f"{name}={value!r:.200}, but it must be one of {words}: choose one of them")
+                raise ConfigError(f"{name}={shown(value)}, but it must be one of {words}: choose one of them")
 
         if self.place == "before" and self.metric != "x_pre":
             raise ConfigError(
-                f"place='before' merges before attention has made {self.metric!r:.200}: give metric='x_pre' as well"
+                f"place='before' merges before attention has made {shown(self.metric)}: give metric='x_pre' as well"
             )
 
     def _check_fractions(self) -> None:
         keep = self.keep if isinstance(self.keep, list) else [] if self.keep is None else [self.keep]
         for value in keep:
             if not (is_number(value) and 0 < value <= 1):
-                raise ConfigError(f"keep={self.keep!r:.200}, but a fraction must lie in (0, 1]: try keep=0.7")
+                raise ConfigError(f"keep={shown(self.keep)}, but a fraction must lie in (0, 1]: try keep=0.7")
         if self.flops is not None and not (is_number(self.flops) and 0 < self.flops <= 1):
-            raise ConfigError(f"flops={self.flops!r:.200}, but it is a fraction and must lie in (0, 1]: try flops=0.7")
+            raise ConfigError(f"flops={shown(self.flops)}, but it is a fraction and must lie in (0, 1]: try flops=0.7")
         if self.speedup is not None and not (is_number(self.speedup) and 1 <= self.speedup <= 1000):
-            raise ConfigError(f"speedup={self.speedup!r:.200}, but it says how many times fewer FLOPs: try speedup=2")
+            raise ConfigError(f"speedup={shown(self.speedup)}, but it says how many times fewer FLOPs: try speedup=2")
 
     @classmethod
     def create(cls, config: MergeConfig | None = None, preset: str | None = None, **fields: Any) -> MergeConfig:
@@ -266,19 +223,16 @@ class MergeConfig:
         """
         if preset is not None:
             if not isinstance(preset, str) or preset not in PRESETS:
-                raise ConfigError(f"preset={preset!r:.200}, but it must be one of {', '.join(PRESETS)}")
-            fields = {**PRESETS[preset], **fields}
+                raise ConfigError(f"preset={shown(preset)}, but it must be one of {', '.join(PRESETS)}")
+            fields = {**_preset_for(preset, fields), **fields}
         config = cls() if config is None else config
         if not isinstance(config, MergeConfig):
             raise ConfigError(
-                f"config is {config!r:.200} of type {type(config).__name__}, but it must be a MergeConfig: "
+                f"config is {shown(config)} of type {type(config).__name__}, but it must be a MergeConfig: "
                 "write patch(model, r=8) or patch(model, MergeConfig(r=8))"
             )
         for name in fields:
-            if name not in FIELDS:
-                raise UnknownFieldError(
-                    f"{name!r:.200} is no field of MergeConfig, which has {', '.join(FIELDS)}: check the spelling"
-                )
+            _check_field(name)
         matcher = fields.get("matcher", config.matcher)
         if not isinstance(matcher, str) or matcher != config.matcher:  # (arrays compare to anything)
             fields = {"options": {}, **fields}
@@ -318,14 +272,14 @@ class MergeConfig:
         Raises:
             ConfigError: if an option's value has no form in JSON.
         """
-        fields = {name: _thawed(getattr(self, name)) for name in FIELDS}
+        fields = {name: thawed(getattr(self, name)) for name in FIELDS}
         if isinstance(self.r, tuple):
             fields["r"] = {"r": self.r[0], "inflect": self.r[1]}
         try:
             return json.dumps(fields)
         except (TypeError, ValueError) as error:
             raise ConfigError(
-                f"options={self.options!r:.200} cannot be written as JSON ({error}): use numbers, text and lists"
+                f"options={shown(self.options)} cannot be written as JSON ({error}): use numbers, text and lists"
             ) from None
 
     @classmethod
@@ -349,9 +303,31 @@ class MergeConfig:
         if isinstance(fields.get("r"), dict):
             pair = fields["r"]
             if set(pair) != {"r", "inflect"}:
-                raise ConfigError(f"r={pair!r:.200}, but as an object it must hold exactly 'r' and 'inflect'")
+                raise ConfigError(f"r={shown(pair)}, but as an object it must hold exactly 'r' and 'inflect'")
             fields["r"] = (pair["r"], pair["inflect"])
+        for name in fields:
+            _check_field(name)
         return cls.create(**fields)
+
+
+def _check_field(name: Any) -> None:
+    if name not in FIELDS:
+        raise UnknownFieldError(
+            f"{shown(name)} is no field of MergeConfig, which has {', '.join(FIELDS)}: check the spelling"
+        )
+
+
+def _preset_for(preset: str, fields: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields of a preset; what only its matcher obeys goes when another one is asked for."""
+    found = dict(PRESETS[preset])
+    usual = found.get("matcher", FIELDS["matcher"].default)
+    if fields.get("matcher", usual) is not usual and fields.get("matcher") != usual:
+        found = {
+            name: value
+            for name, value in found.items()
+            if name != "options" and not FIELDS[name].metadata["by_matcher"]
+        }
+    return found
 
 
 FIELDS = {field.name: field for field in dataclasses.fields(MergeConfig)}
@@ -366,7 +342,7 @@ def choices_of(name: str) -> tuple[Any, ...]:
         UnknownFieldError: (a TypeError) if there is no such field.
     """
     if name not in FIELDS:
-        raise UnknownFieldError(f"{name!r:.200} is no field of MergeConfig, which has {', '.join(FIELDS)}")
+        raise UnknownFieldError(f"{shown(name)} is no field of MergeConfig, which has {', '.join(FIELDS)}")
     return _choices(_TYPES[name])
 
 

@@ -6,6 +6,14 @@ built-in class that a Python user would expect for it.
 """
 
 
+def shown(value: object) -> str:
+    """A value for a message: its beginning, where it is long or cannot be written at all (Python writes no huge numbers)."""
+    try:
+        return f"{value!r:.200}"
+    except Exception:  # of whatever class it is
+        return f"<a {type(value).__name__} that cannot be shown>"
+
+
 class TokenMergeError(Exception):
     """Base class of everything tokenmerge raises on purpose."""
 

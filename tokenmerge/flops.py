@@ -10,10 +10,12 @@ Per block, for N tokens of C channels: `4NC² + 2N²C` before the merge, `8NC²`
 from __future__ import annotations
 
 import dataclasses
+import typing
 from typing import Any, NamedTuple
 
+from tokenmerge.config import Place
 from tokenmerge.errors import InputError
-from tokenmerge.schedule import Most, Schedule, token_counts
+from tokenmerge.schedule import Most, Schedule, is_count, token_counts
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,16 +80,40 @@ class ModelCost:
     head_per_token: int = 0
     head_per_patch: int = 0
     head_per_pair: int = 0
-    place: str = "between"
+    place: Place = "between"
     most: Most = "half"
 
+    def __post_init__(self) -> None:
+        for name, value, choices in (("place", self.place, Place), ("most", self.most, Most)):
+            if value not in typing.get_args(choices):
+                raise InputError(
+                    f"{name}={value!r:.60}, but one of {', '.join(typing.get_args(choices))} was expected: choose one"
+                )
+
     def at(self, tokens: int) -> ModelCost:
-        """The same model, with another number of tokens entering its first block."""
+        """The same model, with another number of tokens entering its first block.
+
+        Raises:
+            InputError: if that is no whole number, or the protected tokens are more.
+        """
+        if not is_count(tokens) or tokens < self.protected:
+            raise InputError(
+                f"tokens={tokens!r:.60}, but a whole number of at least {self.protected} was expected: change it"
+            )
         patches, own = tokens - self.protected, self.tokens - self.protected
         return dataclasses.replace(self, tokens=tokens, stem=self.stem * patches // own if own else 0)
 
     def counts(self, schedule: Schedule) -> tuple[int, ...]:
-        """Tokens entering each block under `schedule`, then those leaving the last one."""
+        """Tokens entering each block under `schedule`, then those leaving the last one.
+
+        Raises:
+            InputError: if the schedule is not one whole number for each block.
+        """
+        whole = isinstance(schedule, list | tuple) and all(is_count(r) for r in schedule)
+        if not whole or len(schedule) != len(self.blocks):
+            raise InputError(
+                f"schedule={schedule!r:.60}, but r of each of {len(self.blocks)} blocks was expected: give a tuple of as many"
+            )
         return token_counts(schedule, self.tokens, self.protected, self.most)
 
     def per_block(self, schedule: Schedule) -> tuple[int, ...]:
@@ -100,10 +126,6 @@ class ModelCost:
     def total(self, schedule: Schedule | None = None) -> int:
         """Multiply-adds for one image under `schedule`; `None` is the unmerged model."""
         schedule = (0,) * len(self.blocks) if schedule is None else schedule
-        if not isinstance(schedule, list | tuple) or len(schedule) != len(self.blocks):
-            raise InputError(
-                f"schedule={schedule!r:.60}, but r of each of {len(self.blocks)} blocks was expected: give a tuple of as many"
-            )
         head = self.head + self.head_per_token * self.counts(schedule)[-1]
         head += self.head_per_patch * self.tokens + self.head_per_pair * self.tokens**2
         return self.stem + sum(self.per_block(schedule)) + head

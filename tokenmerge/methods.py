@@ -7,11 +7,16 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal
 
 from tokenmerge.config import PRESETS, MergeConfig
 from tokenmerge.errors import ConfigError
+from tokenmerge.frozen import FrozenDict
 from tokenmerge.matching import get_entry, matcher_names
+from tokenmerge.matching.values import fault_of
+from tokenmerge.patching.match import check_matching
+
+Kind = Literal["matching", "clustering", "pruning"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,10 +34,13 @@ class Method:
 
     name: str
     fields: Mapping[str, Any]
-    kind: str = "matching"
+    kind: Kind = "matching"
     source: str = ""
     note: str = ""
     slow: bool = False
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "fields", FrozenDict(self.fields))
 
     @property
     def static(self) -> bool:
@@ -43,13 +51,13 @@ class Method:
 _METHODS: dict[str, Method] = {}
 
 
-def register_method(name: str, *, kind: str = "matching", source: str = "", note: str = "", **fields: Any) -> None:
+def register_method(name: str, *, kind: Kind = "matching", source: str = "", note: str = "", **fields: Any) -> None:
     """Give a set of config fields a name.
 
     Raises:
         ConfigError: if there is another method of that name already, or the fields mean nothing.
     """
-    _add(Method(name, dict(fields), kind, source, note))
+    _add(Method(name, fields, kind, source, note))
 
 
 def _add(method: Method) -> None:
@@ -57,7 +65,11 @@ def _add(method: Method) -> None:
         raise ConfigError(f"a method was to be registered as {method.name!r:.60}, but its name must be text: change it")
     if _METHODS.get(method.name, method) != method:
         raise ConfigError(f"a method named {method.name!r} is registered already: choose another name")
-    MergeConfig.create(**method.fields)
+    if fault := fault_of(method.kind, Kind):
+        raise ConfigError(
+            f"method {method.name!r:.60} is of kind {method.kind!r:.60}, but it must be {fault}: change it"
+        )
+    check_matching(MergeConfig.create(**method.fields))
     _METHODS[method.name] = method
 
 

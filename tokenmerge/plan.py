@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,6 +19,8 @@ from tokenmerge.config import Backend
 from tokenmerge.errors import InputError
 from tokenmerge.ops.basics import counting, descending_order, spread_rows
 from tokenmerge.ops.combine import Reduce, merge_rows
+from tokenmerge.ops.modes import is_exporting, require
+from tokenmerge.schedule import is_count
 
 _INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 DROPPED = -1
@@ -71,7 +74,15 @@ class MergePlan:
 
     @classmethod
     def identity(cls, batch: int, tokens: int, device: torch.device | str | None = None) -> MergePlan:
-        """The plan that merges nothing and changes no position."""
+        """The plan that merges nothing and changes no position.
+
+        Raises:
+            InputError: if either is no number of images or tokens.
+        """
+        counts: dict[str, Any] = {"batch": batch, "tokens": tokens}
+        for name, value in counts.items():
+            if not (torch.compiler.is_compiling() or isinstance(value, torch.SymInt) or is_count(value)):
+                raise InputError(f"{name}={value!r:.60}, but a whole number, 0 or more, was expected: change it")
         none = torch.empty(batch, 0, dtype=torch.int64, device=device)
         return cls(counting(tokens, none.device).expand(batch, tokens), none, none)
 
@@ -92,6 +103,8 @@ class MergePlan:
             raise InputError(
                 f"assign is {tuple(assign.shape)} {assign.dtype}, but integers of shape [B, N] were expected"
             )
+        if tokens_out is not None and not is_count(tokens_out):
+            raise InputError(f"tokens_out={tokens_out!r:.60}, but a whole number, 0 or more, was expected: change it")
         assign = assign.to(torch.int64)
         if tokens_out is None:
             tokens_out = int(assign.max()) + 1 if assign.numel() else 0
@@ -163,9 +176,15 @@ class MergePlan:
             and their sizes `[B, N']` in float32. Dropped tokens count for nothing in either.
 
         Raises:
-            InputError: if a shape or the device does not fit the plan, or `reduce` is unknown.
+            InputError: if a shape or the device does not fit the plan, a size is negative or NaN, or `reduce` is unknown.
             ConfigError: if `backend` is "triton" and cannot run, with the reasons.
         """
+        if isinstance(size, Tensor) and not is_exporting():
+            require(
+                (size >= 0).all(),
+                "a size is negative or NaN, but each says how many patches a token stands for",
+                InputError,
+            )
         merged = merge_rows(x, size, self, reduce, backend)
         return merged.x, merged.size
 

@@ -12,7 +12,7 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Literal
 
-from tokenmerge.errors import ConfigError
+from tokenmerge.errors import ConfigError, shown
 
 Schedule = tuple[int, ...]
 RForm = int | tuple[int, float] | list[int]
@@ -25,17 +25,22 @@ def _is_int(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
 
 
+def is_count(value: object) -> bool:
+    """Whether a value is a whole number, 0 or more."""
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+
+
 def validate_r(r: RForm) -> None:
     """Raise `ConfigError` unless `r` is an int, a pair `(r, inflect)` or a list of ints, none negative."""
     if isinstance(r, tuple):
         if len(r) != 2 or not _is_int(r[0]) or isinstance(r[1], bool) or not isinstance(r[1], int | float):
             raise ConfigError(
-                f"r={r!r:.200} is a tuple, and a tuple must be a pair (r, inflect) such as (16, -1); "
+                f"r={shown(r)} is a tuple, and a tuple must be a pair (r, inflect) such as (16, -1); "
                 "write one r per block as a list, such as [8, 8, 0]"
             )
         if not -1 <= r[1] <= 1:
             raise ConfigError(
-                f"r={r!r:.200} has inflect {r[1]}, but it must lie between -1 (decreasing) and 1 (increasing); "
+                f"r={shown(r)} has inflect {r[1]}, but it must lie between -1 (decreasing) and 1 (increasing); "
                 "0 is a constant r"
             )
         values: Sequence[object] = (r[0],)
@@ -44,11 +49,11 @@ def validate_r(r: RForm) -> None:
     for value in values:
         if not _is_int(value):
             raise ConfigError(
-                f"r={r!r:.200} holds {value!r:.200} of type {type(value).__name__}, but r counts tokens: "
+                f"r={shown(r)} holds {shown(value)} of type {type(value).__name__}, but r counts tokens: "
                 "use a whole number, a pair (r, inflect), or a list with one whole number per block"
             )
         if value < 0:  # type: ignore[operator]  # checked to be an int just above
-            raise ConfigError(f"r={r!r:.200} is negative, but r counts the tokens merged in a block: use 0 or more")
+            raise ConfigError(f"r={shown(r)} is negative, but r counts the tokens merged in a block: use 0 or more")
         if value > _MOST:  # type: ignore[operator]
             raise ConfigError(f"r is larger than {_MOST:,}, but it counts the tokens merged in a block: use fewer")
 

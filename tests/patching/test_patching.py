@@ -330,7 +330,7 @@ def test_replaced_modules_and_wrong_matchers_are_named() -> None:
     images = images_for(model)
     handle = tokenmerge.patch(model, r=2)
     model.blocks[1].attn.k_norm = nn.Identity()
-    with torch.no_grad(), pytest.raises(PatchError, match="block 1 noted no keys"):
+    with torch.no_grad(), pytest.raises(PatchError, match="inside the attention of block 1 was exchanged"):
         model(images)
     handle.remove()
 

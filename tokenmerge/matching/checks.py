@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tokenmerge.errors import InputError, PatchError
+from tokenmerge.config import is_number
+from tokenmerge.errors import InputError, PatchError, shown
 from tokenmerge.ops.basics import counting
 from tokenmerge.ops.modes import is_exporting, require
 from tokenmerge.plan import DROPPED, MergePlan
@@ -28,8 +29,8 @@ def check_matching_input(metric: Tensor, r: int, protected: int, per_head: bool 
 
     With `per_head`, `[B, H, N, D]` will do as well.
     """
-    if not (isinstance(r, int) and isinstance(protected, int)):
-        raise InputError(f"r={r!r:.200} and protected={protected!r:.200} count tokens: use whole numbers")
+    if not all(isinstance(number, int) and not isinstance(number, bool) for number in (r, protected)):
+        raise InputError(f"r={shown(r)} and protected={shown(protected)} count tokens: use whole numbers")
     if not isinstance(metric, Tensor):
         raise InputError(f"metric is of type {type(metric).__name__}, but a tensor [B, N, D] was expected")
     if metric.layout is not torch.strided:
@@ -62,10 +63,34 @@ def check_offered(metric: Tensor, given: Mapping[str, Any]) -> None:
     if anchor is not None and anchor.dtype != torch.int64:
         raise InputError(f"anchor is {anchor.dtype}, but positions of tokens were expected: use int64")
     lengths = grid if isinstance(grid, list | tuple) else (None,)
-    if grid is not None and not all(isinstance(length, int) and 0 < length < 2**31 for length in lengths):
+    if grid is not None and not all(
+        is_number(length) and isinstance(length, int) and 0 < length < 2**31 for length in lengths
+    ):
         raise InputError(
-            f"grid={grid!r:.200}, but the number of patches along each axis was expected: use (height, width)"
+            f"grid={shown(grid)}, but the number of patches along each axis was expected: use (height, width)"
         )
+
+
+def _check_factors(plan: MergePlan, name: str, tokens: int) -> None:
+    """The same for weights of tokens and for gates: as many as tokens, and none negative."""
+    batch = plan.kept.shape[0]
+    for field, value, count in (("weight", plan.weight, tokens), ("gate", plan.gate, plan.tokens_out)):
+        if value is None:
+            continue
+        if not isinstance(value, Tensor) or tuple(value.shape) != (batch, count) or not value.is_floating_point():
+            found = f"{tuple(value.shape)} {value.dtype}" if isinstance(value, Tensor) else f"a {type(value).__name__}"
+            raise PatchError(
+                f"matcher {shown(name)} gave a plan whose {field} is {found}, but floating point of shape [{batch}, {count}] was expected: "
+                "give one number for each token"
+            )
+        if not is_exporting():
+            require(
+                ~(
+                    (value < 0) & value.isfinite()
+                ).any(),  # (what is not finite comes of such an image, and reaches no other)
+                f"matcher {shown(name)} gave a plan whose {field} holds a negative number: give numbers from 0 on",
+                PatchError,
+            )
 
 
 def check_plan(plan: Any, name: str, metric: Tensor, protected: int) -> None:
@@ -82,7 +107,7 @@ def check_plan(plan: Any, name: str, metric: Tensor, protected: int) -> None:
     """
     if not isinstance(plan, MergePlan):
         raise PatchError(
-            f"matcher {name!r:.200} gave a {type(plan).__name__}, but a MergePlan was expected: return one"
+            f"matcher {shown(name)} gave a {type(plan).__name__}, but a MergePlan was expected: return one"
         )
     batch, tokens = metric.shape[0], metric.shape[-2]
     fields = {"kept": plan.kept, "source": plan.source, "target": plan.target}
@@ -90,15 +115,16 @@ def check_plan(plan: Any, name: str, metric: Tensor, protected: int) -> None:
     fits = all(value.dim() == 2 and value.shape[0] == batch and value.dtype == torch.int64 for value in fields.values())
     if not fits or plan.source.shape != plan.target.shape or plan.tokens_in != tokens:
         raise PatchError(
-            f"matcher {name!r:.200} gave a plan of shapes {shapes} for {batch}×{tokens} tokens, but kept [B, N − r], source [B, r] and "
+            f"matcher {shown(name)} gave a plan of shapes {shapes} for {batch}×{tokens} tokens, but kept [B, N − r], source [B, r] and "
             "target [B, r], all int64, were expected: build it with MergePlan.from_assign"
         )
+    _check_factors(plan, name, tokens)
     if is_exporting():
         return
     named = torch.cat([plan.kept, plan.source], dim=1).sort(dim=1).values
     require(
         (named == counting(tokens, named.device)).all(),
-        f"matcher {name!r:.200} gave a plan that leaves out a token or names one twice: build it with MergePlan.from_assign",
+        f"matcher {shown(name)} gave a plan that leaves out a token or names one twice: build it with MergePlan.from_assign",
         PatchError,
     )
     joins = (plan.target >= protected) & (plan.target < plan.tokens_out)
@@ -106,7 +132,7 @@ def check_plan(plan: Any, name: str, metric: Tensor, protected: int) -> None:
         joins = joins | (plan.target == DROPPED)
     require(
         (plan.kept[:, :protected] == counting(protected, named.device)).all() & joins.all(),
-        f"matcher {name!r:.200} gave a plan that moves or merges one of the first {protected} tokens, which are protected, or lets a token "
+        f"matcher {shown(name)} gave a plan that moves or merges one of the first {protected} tokens, which are protected, or lets a token "
         "join a position that is not there (−1 drops it, where drops=True says so): leave them alone",
         PatchError,
     )

@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 
 from tokenmerge.config import MergeConfig
-from tokenmerge.errors import ConfigError, InputError
+from tokenmerge.errors import ConfigError, InputError, shown
 from tokenmerge.matching.checks import check_matching_input, check_offered, check_plan
-from tokenmerge.matching.values import fault_of, hints_of, per_block
+from tokenmerge.matching.values import fault_of, hints_of, per_block, plain_function
 from tokenmerge.plan import MergePlan
 from tokenmerge.schedule import Most, max_merges
 
@@ -85,7 +85,10 @@ class Entry:
     @property
     def about(self) -> str:
         """The first line of the function's docstring."""
-        return (inspect.getdoc(self.matcher) or "").partition("\n")[0]
+        own = inspect.unwrap(self.matcher)
+        return (inspect.getdoc(plain_function(own) if isinstance(own, functools.partial) else own) or "").partition(
+            "\n"
+        )[0]
 
     @property
     def looks_inside(self) -> bool:
@@ -122,25 +125,27 @@ def register_matcher(
             its place), or a further parameter has no default.
     """
 
-    if not isinstance(name, str) or not name or fault_of(most, Most):
+    flags = isinstance(adaptive, bool) and isinstance(learned, bool)
+    if not isinstance(name, str) or not name or fault_of(most, Most) or not flags:
         raise ConfigError(
-            f"a matcher was to be registered as {name!r:.200} with most={most!r:.200}, but its name must be text, and most 'half' or 'all but "
-            "one': change them"
+            f"a matcher was to be registered as {shown(name)} with most={shown(most)}, adaptive={shown(adaptive)} and learned={shown(learned)}, but "
+            "its name must be text, most 'half' or 'all but one', and the others true or false: change them"
         )
 
     def add(matcher: _M) -> _M:
+        _check_callable(name, matcher)
         if name in _MATCHERS and _home(_MATCHERS[name].matcher) != _home(matcher):
-            raise ConfigError(f"a matcher named {name!r:.200} is registered already: choose another name")
+            raise ConfigError(f"a matcher named {shown(name)} is registered already: choose another name")
         further = list(inspect.signature(matcher).parameters.values())[3:]
         for parameter in further:
             if parameter.default is parameter.empty and parameter.name not in OFFERED:
                 raise ConfigError(
-                    f"matcher {name!r:.200} has a parameter {parameter.name!r} without a default, but only metric, r, protected "
+                    f"matcher {shown(name)} has a parameter {parameter.name!r} without a default, but only metric, r, protected "
                     f"and {', '.join(OFFERED)} are filled in: give it a default, and it becomes an option"
                 )
         offered = frozenset(parameter.name for parameter in further if parameter.name in OFFERED)
         options = {parameter.name: parameter.default for parameter in further if parameter.name not in OFFERED}
-        function = matcher if matcher.__module__.startswith("tokenmerge.") else _watched(name, matcher)
+        function = matcher if _home(matcher)[0].startswith("tokenmerge.") else _watched(name, matcher)
         checked = _checked(name, function, "backend" in offered, most)
         _MATCHERS[name] = Entry(name, function, checked, offered, options, adaptive, learned, most)
         return cast("_M", checked)
@@ -153,7 +158,12 @@ def _watched(name: str, function: Any) -> Callable[..., MergePlan]:
 
     @functools.wraps(function)
     def matcher(metric: Tensor, r: int, protected: int = 0, *args: Any, **kwargs: Any) -> MergePlan:
-        plan: MergePlan = function(metric, r, protected, *args, **kwargs)
+        def own(value: Any) -> Any:
+            return value.clone() if isinstance(value, Tensor) else value
+
+        # copies, because they are tokens, sizes and keys of the pass itself: a matcher may work in place
+        given = {name: own(value) for name, value in kwargs.items()}
+        plan: MergePlan = function(own(metric), r, protected, *map(own, args), **given)
         check_plan(plan, name, metric, protected)
         return plan
 
@@ -185,7 +195,7 @@ def _checked(name: str, function: Any, per_head: bool, most: Most) -> Callable[.
             value = bound.arguments[given]
             if wanted := fault(given, value):
                 raise ConfigError(
-                    f"{given}={value!r:.200} of matcher {name!r:.200}, but it must be {wanted}: change it"
+                    f"{given}={shown(value)} of matcher {shown(name)}, but it must be {wanted}: change it"
                 )
         tokens = metric.shape[-2]
         r = min(r, max_merges(tokens, protected, most))
@@ -199,7 +209,23 @@ def _checked(name: str, function: Any, per_head: bool, most: Most) -> Callable[.
 
 
 def _home(function: Any) -> tuple[str, str]:
+    function = plain_function(function)
     return function.__module__, function.__qualname__
+
+
+def _check_callable(name: str, matcher: Any) -> None:
+    """Raise `ConfigError` unless it can be called with a metric, r and protected."""
+    try:
+        parameters = list(inspect.signature(matcher).parameters.values())
+    except (TypeError, ValueError):  # no callable, or one that shows no parameters
+        parameters = []
+    kinds = [parameter.kind for parameter in parameters[:3]]
+    by_place = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    if len(kinds) < 3 or any(kind not in by_place for kind in kinds) or inspect.isclass(matcher):
+        raise ConfigError(
+            f"matcher {shown(name)} is a {type(matcher).__name__} that takes {', '.join(map(str, parameters[:3])) or 'nothing'}, but a function "
+            "whose first three parameters are metric, r and protected was expected: write def matcher(metric, r, protected=0)"
+        )
 
 
 def get_entry(name: str) -> Entry:
@@ -210,9 +236,9 @@ def get_entry(name: str) -> Entry:
     """
     try:
         return _MATCHERS[name]
-    except KeyError:
+    except (KeyError, TypeError):
         raise ConfigError(
-            f"matcher={name!r:.200} is not registered; known are {', '.join(sorted(_MATCHERS))}: choose one of them"
+            f"matcher={shown(name)} is not registered; known are {', '.join(sorted(_MATCHERS))}: choose one of them"
         ) from None
 
 
@@ -249,22 +275,24 @@ def check_options(name: str, options: Mapping[str, Any], layers: int | None = No
         layers: blocks of the model, where that is known: lists with an entry per block must be as long.
     """
     entry = get_entry(name)
+    if not isinstance(options, Mapping):
+        raise ConfigError(f"options={shown(options)}, but names and values were expected: give a dict")
     hints = hints_of(entry.matcher)
     for option, value in options.items():
         if option not in entry.options:
             raise ConfigError(
-                f"matcher {name!r:.200} has no option {option!r}; it has {', '.join(entry.options) or 'none'}: check the spelling"
+                f"matcher {shown(name)} has no option {option!r}; it has {', '.join(entry.options) or 'none'}: check the spelling"
             )
         hint = hints.get(option)
         if hint is None:
             continue
         if fault := fault_of(value, hint):
             raise ConfigError(
-                f"option {option}={value!r:.200} of matcher {name!r:.200}, but it must be {fault}: change it"
+                f"option {option}={shown(value)} of matcher {shown(name)}, but it must be {fault}: change it"
             )
         if layers is not None and isinstance(value, list) and per_block(hint) and len(value) != layers:
             raise ConfigError(
-                f"option {option} of matcher {name!r:.200} lists {len(value)} blocks, but the model has {layers}: give one value for "
+                f"option {option} of matcher {shown(name)} lists {len(value)} blocks, but the model has {layers}: give one value for "
                 "each block"
             )
 
@@ -276,5 +304,5 @@ def needed(value: Any, name: str, matcher: str) -> Any:
         InputError: if it was not given.
     """
     if value is None:
-        raise InputError(f"matcher {matcher!r:.200} needs {OFFERED[name]}, but none was given: give {name}=…")
+        raise InputError(f"matcher {shown(matcher)} needs {OFFERED[name]}, but none was given: give {name}=…")
     return value

@@ -18,6 +18,13 @@ from tokenmerge.config import is_number
 _WORDS = {int: "a whole number", float: "a finite number", str: "text", bool: "true or false"}
 
 
+def _numbers(value: Any) -> list[Any]:
+    """The numbers that a rule is about: of what is none, nothing."""
+    if isinstance(value, list):
+        return [number for entry in value for number in _numbers(entry)]
+    return [value] if is_number(value) else []
+
+
 @dataclasses.dataclass(frozen=True)
 class AtLeast:
     """The least value of a number."""
@@ -25,8 +32,8 @@ class AtLeast:
     low: float
 
     def fault(self, value: Any) -> str | None:
-        """What is wrong with a value."""
-        return None if value >= self.low else f"at least {self.low:g}"
+        """What is wrong with a value, or with an entry of a list."""
+        return None if all(number >= self.low for number in _numbers(value)) else f"at least {self.low:g}"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,8 +44,9 @@ class Within:
     high: float
 
     def fault(self, value: Any) -> str | None:
-        """What is wrong with a value."""
-        return None if self.low <= value <= self.high else f"between {self.low:g} and {self.high:g}"
+        """What is wrong with a value, or with an entry of a list."""
+        fits = all(self.low <= number <= self.high for number in _numbers(value))
+        return None if fits else f"between {self.low:g} and {self.high:g}"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,20 +58,34 @@ class PerBlock:
         return None
 
 
-@functools.cache
 def hints_of(function: Any) -> dict[str, Any]:
     """The annotations of a function's parameters, as types; those that cannot be read are left out."""
-    function = inspect.unwrap(function)
+    function = plain_function(function)
     found = {}
     for name, hint in getattr(function, "__annotations__", {}).items():
-        if isinstance(hint, str):
-            try:
+        try:
+            if isinstance(hint, str):
                 hint = eval(hint, function.__globals__)  # (the code of the function itself, not of a user)
-            except Exception:  # a name that is there for type checkers alone
-                continue
-        if name != "return" and _known(hint):
+            known = name != "return" and _known(hint)
+        except Exception:  # a name that is there for type checkers alone, or no type at all
+            continue
+        if known:
             found[name] = hint
     return found
+
+
+def plain_function(function: Any) -> Any:
+    """The function that is called in the end: by a wrapper, a `functools.partial`, or an object with `__call__`."""
+    while True:
+        function = inspect.unwrap(function)
+        if isinstance(function, functools.partial):
+            function = function.func
+        elif inspect.ismethod(function):
+            function = function.__func__
+        elif not inspect.isroutine(function) and not inspect.isclass(function):
+            function = type(function).__call__
+        else:
+            return function
 
 
 def _known(hint: Any) -> bool:
@@ -89,13 +111,15 @@ def fault_of(value: Any, hint: Any) -> str | None:
     origin, parts = typing.get_origin(hint), typing.get_args(hint)
     if origin is Annotated:
         fault = fault_of(value, parts[0])
-        return fault or next((found for rule in parts[1:] if (found := rule.fault(value))), None)
+        rules = [rule for rule in parts[1:] if isinstance(rule, AtLeast | Within | PerBlock)]  # others are not for us
+        return fault or next((found for rule in rules if (found := rule.fault(value))), None)
     if origin in (typing.Union, types.UnionType):
         faults = [fault_of(value, part) for part in parts]
         return None if None in faults else " or ".join(str(fault) for fault in faults)
     if origin is Literal:
-        known = not isinstance(value, bool) and any(
-            isinstance(value, type(part)) and value == part for part in parts
+        known = any(
+            isinstance(value, type(part)) and isinstance(value, bool) == isinstance(part, bool) and value == part
+            for part in parts
         )  # (arrays compare to anything)
         return None if known else f"one of {', '.join(map(str, parts))}"
     if origin is list:

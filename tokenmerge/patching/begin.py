@@ -12,9 +12,10 @@ from torch import Tensor
 from tokenmerge.errors import PatchError
 from tokenmerge.ops.basics import unit
 from tokenmerge.ops.modes import is_exporting, require
-from tokenmerge.patching.hooks import full_wanted, take_grid
+from tokenmerge.patching.hooks import full_wanted, take_entered, take_grid
 from tokenmerge.patching.record import BlockRecord
-from tokenmerge.patching.state import UNMERGED, Pass, TokenState, attach, state_of
+from tokenmerge.patching.running import refuse_stranger
+from tokenmerge.patching.state import GRID, UNMERGED, Pass, TokenState, attach, state_of
 from tokenmerge.schedule import cut
 
 _MASKED = -1e4  # additive masks use −inf or the smallest number of their dtype
@@ -91,6 +92,16 @@ def apart_from_padding(metric: Tensor, size: Tensor) -> Tensor:
     return torch.cat([torch.where(real, unit(metric.detach()), 0.0), torch.where(real, 1.0, -1.0)], dim=2)
 
 
+def _grid_of(given: Tensor, record: BlockRecord) -> tuple[int, ...] | None:
+    """The grid of the tokens that a pass begins with; a tensor that begins several keeps that of the first."""
+    if torch.compiler.is_compiling():
+        return take_grid(record.model)
+    if not hasattr(given, GRID):
+        setattr(given, GRID, take_grid(record.model))
+    grid: tuple[int, ...] | None = getattr(given, GRID)
+    return grid
+
+
 def begin_pass(record: BlockRecord, x: Tensor, mask: Tensor | None, given: Tensor, again: bool = False) -> TokenState:
     """The state of tokens that nothing has merged yet: counted, and on their grid, as they arrive.
 
@@ -117,13 +128,17 @@ def begin_pass(record: BlockRecord, x: Tensor, mask: Tensor | None, given: Tenso
             "blocks made a new tensor (a hook, an adapter, reentrant checkpointing), or the model was patched while it ran: let "
             "hooks give tokenmerge.carry(new, like=old), and use use_reentrant=False"
         )
-    size, grid = padding_sizes(mask, batch, tokens), take_grid(record.model)
+    full, size = full_wanted(record.model), padding_sizes(mask, batch, tokens)
+    if not again and not take_entered(record.model):  # someone runs the blocks, and may read what each hands on
+        refuse_stranger(record.model)
+        full = full or settings.full_output
+    grid = _grid_of(given, record)
     if grid is not None and math.prod(grid) != tokens - settings.protected:
         grid = None  # patches were dropped or masked out since
     entry = settings.entry
     if not (entry.adaptive or entry.learned):  # which may leave other numbers of tokens
         schedule = cut(schedule, tokens, settings.protected, entry.most)
-    run = Pass(settings, batch, tokens, grid, schedule, full_wanted(record.model), size, size is not None)
+    run = Pass(settings, batch, tokens, grid, schedule, full, size, size is not None)
     state = TokenState(run, size)
     if torch.is_grad_enabled() and not torch.compiler.is_compiling():
         before = state_of(given)  # gradient checkpointing finds what is attached when it runs the block again

@@ -23,7 +23,7 @@ from tokenmerge.patching.leaf import as_leaf
 from tokenmerge.patching.look import Look, kept_for_looking, look_at, mark_gradient, similarity_of
 from tokenmerge.patching.match import metric_from, tensors_for
 from tokenmerge.patching.record import BlockRecord, Settings
-from tokenmerge.patching.state import STATE, UNMERGED, Step, TokenState, attach, state_of
+from tokenmerge.patching.state import STATE, UNMERGED, Step, TokenState, attach, state_after_hooks, state_of
 from tokenmerge.plan import MergePlan
 from tokenmerge.schedule import max_merges
 
@@ -32,7 +32,7 @@ _NEVER_MIXES = ("mean", "norm", "destination")
 
 
 _INPUT = "_tokenmerge_input"
-"""Name of the argument by which the first block's call hands its forward a reference to the tensor that it was given."""
+"""Name of the argument by which a block's call hands its forward a reference to the tensor that it was given."""
 
 
 class OwnR:
@@ -69,11 +69,13 @@ class MergeBlock(OwnR):
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """The module's call. Hooks may put new tensors in place of what comes in (FSDP2's do, to learn when its gradient
-        is there; those of device maps, to move it), so the state passes them as an argument.
+        is there; those of device maps, to move it), so the state passes them as an argument, with what it belongs to.
         """
         state = getattr(args[0], STATE, None) if args and not isinstance(args[0], Proxy) else None
         if state is not None and state.merged is None:
             kwargs[STATE] = state
+            if not torch.compiler.is_compiling():
+                kwargs[_INPUT] = weakref.ref(args[0])
         elif args and isinstance(args[0], Tensor) and self._tokenmerge.index == 0 and not torch.compiler.is_compiling():
             kwargs[_INPUT] = weakref.ref(args[0])  # what gradient checkpointing gives again, if it runs the block again
         if torch.is_grad_enabled() and args and isinstance(args[0], Tensor) and not torch.compiler.is_compiling():
@@ -147,6 +149,8 @@ def _arrive(
     family, passed, given_first = record.family, kwargs.pop(STATE, None), kwargs.pop(_INPUT, None)
     unmerged = kwargs.pop(UNMERGED, False)
     state: TokenState | None = passed if isinstance(x, Proxy) else getattr(x, STATE, passed)
+    if passed is not None and given_first is not None and not hasattr(x, STATE):
+        state = state_after_hooks(x, given_first(), passed)
     if state is None and record.index:
         state = state_of(x)
     recomputing = _recomputing()
@@ -287,7 +291,7 @@ def _merge(
     log = attention_dtype(x) if settings.prop_attn else None
     merged = merge_rows(x, state.size, plan, reduce, config.backend, log)
     steps = state.steps
-    if settings.keep_plans or run.full:
+    if settings.keep_plans or run.full or run.padded:
         steps = (*steps, Step(plan, similarity=similarity_of(metric, plan) if settings.traces else None))
     return merged.x, TokenState(run, merged.size, steps, positions, None, merged.log_size, state.rollout)
 
@@ -345,7 +349,7 @@ def _leave(block: Any, x: Tensor, state: TokenState, look: Look | None, merged: 
     run, settings = state.run, state.run.settings
     last = record.index == settings.layers - 1
     if not merged:
-        steps = (*state.steps, Step(None)) if settings.keep_plans or run.full else ()
+        steps = (*state.steps, Step(None)) if settings.keep_plans or run.full or run.padded else ()
         state = dataclasses.replace(state, steps=steps, merged=None)
     if settings.traces:
         state = kept_for_looking(state, look)

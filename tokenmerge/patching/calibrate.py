@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from tokenmerge.config import MergeConfig
+from tokenmerge.config import FIELDS, MergeConfig
 from tokenmerge.errors import ConfigError, InputError
 from tokenmerge.matching.informed import collecting_edges
 from tokenmerge.patching.handle import patched
@@ -40,8 +40,14 @@ def calibrate(
         ConfigError: if the schedule means nothing, or another matcher is asked for.
     """
     matcher = fields.get("matcher", "threshold")
+    if isinstance(config, MergeConfig) and "matcher" not in fields and config.matcher != FIELDS["matcher"].default:
+        matcher = config.matcher
     if not isinstance(matcher, str) or matcher != "threshold":
         raise ConfigError(f"matcher={matcher!r:.60} cannot be calibrated, but 'threshold' can: leave the matcher out")
+    if fields.get("options"):
+        raise ConfigError(
+            f"options={fields['options']!r:.60} were given, but calibrating finds them: leave the options out"
+        )
     if not isinstance(batches, Iterable) or isinstance(batches, str | bytes):
         raise InputError(
             f"batches is of type {type(batches).__name__}, but batches of images to run were expected: give a list"
@@ -70,6 +76,12 @@ def calibrate(
     return MergeConfig.create(wanted, options={"thresholds": thresholds})
 
 
+def _whole(number: Any) -> int:
+    if isinstance(number, bool) or not isinstance(number, int | float) or int(number) != number or number < 0:
+        raise ValueError(f"{number!r:.60} is no number of tokens")
+    return int(number)
+
+
 def diffrate_schedule(path: str | Path, model: str, target: str, tokens: int = 197) -> MergeConfig:
     """A schedule that DiffRate published: tokens kept after pruning and after merging, block by block.
 
@@ -91,7 +103,7 @@ def diffrate_schedule(path: str | Path, model: str, target: str, tokens: int = 1
         entry = found[model][target]
         # lists, or lists written as text
         pruned, merged = (
-            [int(number) for number in (ast.literal_eval(listed) if isinstance(listed, str) else listed)]
+            [_whole(number) for number in (ast.literal_eval(listed) if isinstance(listed, str) else listed)]
             for listed in (entry["prune_kept_num"], entry["merge_kept_num"])
         )
         kept = list(zip(pruned, merged, strict=True))

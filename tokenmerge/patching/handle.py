@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import threading
+import weakref
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -14,7 +15,7 @@ from tokenmerge.config import FIELDS, MergeConfig
 from tokenmerge.errors import InputError, PatchError
 from tokenmerge.flops import ModelCost
 from tokenmerge.patching.check import attention_choice, check_block, check_rotary
-from tokenmerge.patching.hooks import check_blocks
+from tokenmerge.patching.hooks import check_blocks, count_again
 from tokenmerge.patching.install import install, restore
 from tokenmerge.patching.match import cost_of
 from tokenmerge.patching.record import ModelRecord, record_of
@@ -59,6 +60,7 @@ class Handle:
                 "this handle's model is no longer patched by it (removed, unpatched, or patched anew): "
                 "get the current handle with tokenmerge.handle_of(model), or patch the model again"
             )
+        count_again(self._record, self._model)
         return self._model, self._record
 
     def __getattr__(self, name: str) -> Any:
@@ -256,6 +258,8 @@ def patch(model: nn.Module, config: MergeConfig | None = None, **fields: Any) ->
         check_rotary(target)
         try:
             install(target, record)
+            record.root = weakref.ref(target.model)
+            count_again(record, target.model)
         except BaseException:
             restore(target.model)
             raise

@@ -6,8 +6,10 @@ Hooks are module-level functions: closures would break when a model is copied.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import sys
 import threading
+import weakref
 from collections.abc import Iterator
 from typing import Any, cast
 
@@ -16,7 +18,9 @@ from torch import nn
 from torch.fx import Proxy
 
 from tokenmerge.errors import PatchError
+from tokenmerge.flops import Ends
 from tokenmerge.patching.leaf import as_leaf
+from tokenmerge.patching.present import check_inside, has_hook
 from tokenmerge.patching.record import RECORD, BlockRecord, ModelRecord
 from tokenmerge.patching.state import attach, needed_state, plans_needed, state_of
 
@@ -35,6 +39,7 @@ class _Ahead(threading.local):
             their blocks and differ.
         grid_of: the number of that model's record.
         waiting: how many embeddings of that model wait.
+        entered: the number of the record of the model whose own methods run, until its first block takes it.
     """
 
     def __init__(self) -> None:  # in each thread
@@ -45,6 +50,7 @@ class _Ahead(threading.local):
         self.grid: tuple[int, ...] | None = None
         self.grid_of: int | None = None
         self.waiting = 0
+        self.entered: int | None = None
 
 
 _ahead = _Ahead()
@@ -165,8 +171,12 @@ def check_root(module: Any, args: tuple[Any, ...] = ()) -> None:
     """
     record: ModelRecord = getattr(module, RECORD)
     check_blocks(record, record.settings.layers, module)
+    check_around(record, module)
     if torch.compiler.is_compiling():  # Dynamo looks into no weak reference
         return
+    record.root = record.root or weakref.ref(module)
+    count_again(record, module)
+    _ahead.entered = record.number
     if _ahead.grid_of == record.number:
         forget_grid()
     outer = record.outer() if record.outer is not None else None
@@ -176,6 +186,65 @@ def check_root(module: Any, args: tuple[Any, ...] = ()) -> None:
                 f"r={vars(owner)['r']!r} was set on {type(owner).__name__}, which changes nothing: delete that attribute and write "
                 "tokenmerge.handle_of(model).update(r=…)"
             )
+
+
+def check_around(record: ModelRecord, model: Any) -> None:
+    """Raise `PatchError` unless patching reaches what runs, in the blocks and after them; modules may have been exchanged."""
+    settings, family = record.settings, record.family
+    if not settings.merges:
+        return
+    for index, block in enumerate(family.blocks(model)):
+        check_inside(getattr(block, RECORD).family, block, index)
+    reasons = [] if settings.full_output else family.merged_output(model)
+    if reasons:
+        raise PatchError(
+            f"the model has changed since it was patched with output='merged': {'; '.join(reasons)}; use "
+            "handle.update(output='full')"
+        )
+    for reader in family.readers(model):
+        if not has_hook(reader, unmerge_input):
+            raise PatchError(
+                f"{type(reader).__name__}, which reads all tokens, has taken another's place since the model was patched: unpatch "
+                "before exchanging it, and patch again"
+            )
+    embed = family.embed(model)
+    if embed is not None and not torch.compiler.is_compiling() and not has_hook(embed, note_grid):
+        setattr(
+            embed, RECORD, record
+        )  # a new one, for other patches or channels: its grid is seen as the old one's was
+        embed.register_forward_hook(note_grid)
+
+
+def count_again(record: ModelRecord, model: Any) -> None:
+    """Bring up to date what the model costs, where the schedule follows from that and its head or its embedding was exchanged."""
+    settings, family = record.settings, record.family
+    if settings.config.flops is None and settings.config.speedup is None:
+        return
+    parts = [*model._modules.values(), family.embed(model)]
+    numbers = [(id(part), sum(p.numel() for p in part._parameters.values() if p is not None)) for part in parts if part]
+    ends = (*numbers, family.tokens(model))
+    if record.ends is not None and record.ends != ends:
+        found = Ends(*family.cost(model))._asdict()
+        cost = dataclasses.replace(settings.cost, tokens=family.tokens(model), **found)
+        if cost != settings.cost:
+            record.settings = dataclasses.replace(settings, cost=cost)
+    record.ends = ends
+
+
+def take_entered(record: ModelRecord) -> bool:
+    """Whether the pass that begins was asked of this very model, once; if someone else runs its blocks, it is looked at now.
+
+    Raises:
+        PatchError: as `check_around`.
+    """
+    if torch.compiler.is_compiling():
+        return True
+    entered, _ahead.entered = _ahead.entered, None
+    model = None if record.root is None else record.root()
+    if entered != record.number and model is not None:
+        check_blocks(record, record.settings.layers, model)
+        check_around(record, model)
+    return entered == record.number
 
 
 def check_blocks(record: ModelRecord, layers: int, model: Any) -> None:

@@ -145,6 +145,8 @@ class ModelRecord:
         readers: why what reads the model's tokens would misread merged ones, in words.
         outer: the module that the user gave to `patch`.
         own_r: whether the model, and that module, had an attribute `r` of their own (the rank of an adapter, perhaps).
+        root: the model itself, once it is known.
+        ends: what tells whether the model's own parts were exchanged since its cost was counted.
         number: tells it from other models' where code is traced.
     """
 
@@ -155,11 +157,13 @@ class ModelRecord:
         self.latest: Any = None
         self.outer: Any = weakref.ref(outer)
         self.own_r = (False, False)
+        self.ends: Any = None
+        self.root: Any = None
         self.number = next(_numbers)
 
     def __getstate__(self) -> dict[str, Any]:
         """A copy has had no pass yet, and is not inside of what the original was in."""
-        return {**vars(self), "latest": None, "outer": None}
+        return {**vars(self), "latest": None, "outer": None, "root": None, "ends": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state, number=next(_numbers))

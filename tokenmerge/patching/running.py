@@ -1,4 +1,4 @@
-"""Whether a model is running right now, in any thread; asked when it is unpatched, so that passes need not note anything."""
+"""What is running right now, read off the frames: asked when a model is unpatched, or its blocks run without it."""
 
 from __future__ import annotations
 
@@ -8,11 +8,31 @@ from types import FrameType
 
 from torch import nn
 
+from tokenmerge.errors import PatchError
+from tokenmerge.patching.families.family import model_family
+from tokenmerge.patching.record import ModelRecord, record_of
+from tokenmerge.patching.swap import original_class
+
 
 def is_running(model: nn.Module) -> bool:
     """Whether some thread is inside a method of the model, or of a module in it."""
     modules = {id(module) for module in model.modules()}
     return any(id(frame.f_locals.get("self")) in modules for frame in _frames() if frame.f_code.co_name in _METHODS)
+
+
+def refuse_stranger(record: ModelRecord) -> None:
+    """Raise `PatchError` if blocks run inside another model than theirs, which knows nothing of merged tokens."""
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None:
+        module = frame.f_locals.get("self")
+        if isinstance(module, nn.Module) and model_family(original_class(module)) is not None:
+            if record_of(module) is not record:
+                raise PatchError(
+                    f"blocks of a patched model run inside another {type(module).__name__}, which is not patched and would misread "
+                    "their tokens: give that model blocks of its own (copy.deepcopy), or unpatch"
+                )
+            return
+        frame = frame.f_back
 
 
 _METHODS = ("forward", "forward_features", "forward_intermediates", "forward_head", "_call_impl")

@@ -28,6 +28,8 @@ UNMERGED = "_tokenmerge_unmerged"
 """Name of an attribute of a tensor with which a block was called while nothing merged; and of the argument that says so when
 gradient checkpointing gives the same tensor again.
 """
+GRID = "_tokenmerge_grid"
+"""Name of an attribute of a tensor with which a pass began: its patches along each axis, as far as they were seen."""
 _OF_VIEW = "_tokenmerge_state_of_view"
 """Name of an attribute of the base of a view that a state travels with: where in the graph the view is, and its state."""
 _IDENTITY = "BackwardHookFunctionBackward"
@@ -219,6 +221,25 @@ def _beyond_backward_hooks(x: Tensor) -> TokenState | None:
         return None
     # the next block goes on with merged tokens: taken from `x`, so that gradients go the way of the hooks
     return state if state.merged is None else dataclasses.replace(state, merged=state.one_of_equals(x))
+
+
+def state_after_hooks(x: Tensor, given: Tensor | None, state: TokenState) -> TokenState | None:
+    """The state that `given` carried, for the tensor that forward pre-hooks have put in its place; `None` if that is another.
+
+    The same memory, seen the same way, is the same tokens (FSDP2 passes them through an identity); and so are those that were
+    only moved to another device or cast. Whatever else was computed may be other tokens, in another order.
+    """
+    if given is None or x is given:
+        return state
+    if x.shape != given.shape:
+        return None
+    if x.device != given.device or x.dtype != given.dtype:
+        return state
+    try:
+        same = x.untyped_storage()._cdata == given.untyped_storage()._cdata
+    except (RuntimeError, NotImplementedError):  # tensors of function transforms have no memory to look at
+        return state
+    return state if same and x.stride() == given.stride() and x.storage_offset() == given.storage_offset() else None
 
 
 def needed_state(x: Tensor, reader: str) -> TokenState:

@@ -12,6 +12,7 @@ from torch import nn
 from torch.fx import GraphModule
 from torch.jit import ScriptModule
 
+from tokenmerge.config import Place
 from tokenmerge.errors import InputError, PatchError, UnsupportedModelError
 from tokenmerge.flops import Ends, ModelCost
 from tokenmerge.patching.families.family import (
@@ -44,7 +45,7 @@ class Target:
         """C of the tokens: as the first block has it, whose channels may have been pruned since the model was made."""
         return channels_of(self.blocks[0][0], self.family.channels(self.model))
 
-    def cost(self, place: str = "between", most: Most = "half") -> ModelCost:
+    def cost(self, place: Place = "between", most: Most = "half") -> ModelCost:
         """What the model costs for one image at its own input size, when blocks merge there, and at most so many tokens."""
         return ModelCost(
             tokens=self.family.tokens(self.model),

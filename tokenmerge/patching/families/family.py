@@ -266,7 +266,7 @@ def misread(module: Any, inside: nn.Module, cls: type[nn.Module], tower: type[nn
         cls: upstream's class of the module.
         tower: upstream's class of the model.
     """
-    if isinstance(module, nn.Sequential) and len(module) and module[-1] is inside:
+    if cls.forward is nn.Sequential.forward and len(module) and module[-1] is inside:
         return ""  # it hands on what the last one gives
     library = _library_of(cls)
     known = getattr(_rows(library), "misread", None) if library else None

@@ -18,6 +18,14 @@ from tokenmerge.patching.root import MergeRoot
 NAMES = "open_clip's VisionTransformer"
 
 
+class MergeOpenClip(MergeRoot):
+    """Mix-in before open_clip's VisionTransformer, whose `forward_intermediates` pools what left the last block."""
+
+    def _pool(self, x: Tensor) -> Any:
+        """Upstream's, of the tokens that `forward` would give it."""
+        return super()._pool(self._as_features(x))  # type: ignore[misc]  # upstream's class comes next
+
+
 def _attention(block: Any, x: Tensor, bias: Tensor | None, **given: Any) -> Tensor:
     out: Tensor = x + block.ls_1(multihead.attend(block.attn, block.ln_1(x)))
     return out
@@ -84,7 +92,7 @@ _MODEL = ModelFamily(
     library="open_clip",
     model=transformer.VisionTransformer,
     seams=("forward", "forward_intermediates", "_embeds", "_pool", "_global_pool"),
-    swap=MergeRoot,
+    swap=MergeOpenClip,
     blocks=lambda model: list(model.transformer.resblocks),
     channels=lambda model: int(model.conv1.out_channels),
     protected=lambda model: 1,

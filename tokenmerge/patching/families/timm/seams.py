@@ -5,13 +5,16 @@ from __future__ import annotations
 from typing import Any
 
 from torch import Tensor, nn
+from torch.fx import Proxy
 
 from tokenmerge.attention.tap import context
+from tokenmerge.errors import PatchError
 from tokenmerge.flops import Ends
 from tokenmerge.patching.families.family import ModelFamily
 from tokenmerge.patching.families.linear import linear_weights
 from tokenmerge.patching.families.timm.vit import SHAPES, image_shape, stem_cost
 from tokenmerge.patching.root import MergeFeatures
+from tokenmerge.patching.state import needed_state, state_of
 
 WORDS = {
     "": "none",
@@ -23,8 +26,55 @@ WORDS = {
 }
 
 
+_ONE_BY_ONE = ("", "token", "max")
+"""Kinds of pooling that need no sizes."""
+
+
 class MergeHook(MergeFeatures):
     """Mix-in before models whose heads read unmerged tokens."""
+
+    def forward_head(self, *args: Any, **kwargs: Any) -> Any:
+        """timm's head, which also reads features that a user hands in.
+
+        Raises:
+            PatchError: if it would pool merged tokens without their sizes.
+        """
+        _check_pooled(self, (*args, *kwargs.values())[0])
+        return super().forward_head(*args, **kwargs)  # type: ignore[misc]  # upstream's class comes next
+
+
+class MergePool(MergeHook):
+    """The same for models that pool in `pool`, which also reads features that a user hands in."""
+
+    def pool(self, x: Any, *args: Any, **kwargs: Any) -> Any:
+        """timm's pooling.
+
+        Raises:
+            PatchError: if it would read merged tokens without their sizes.
+        """
+        _check_pooled(self, x, *args, **kwargs)
+        return super().pool(x, *args, **kwargs)  # type: ignore[misc]  # upstream's class comes next
+
+
+class MergePaddedPool(MergeHook):
+    """The same for models whose pooling knows which patches are padding."""
+
+    def _pool(self, x: Any, *args: Any, **kwargs: Any) -> Any:
+        _check_pooled(self, x, *args, **kwargs)
+        return super()._pool(x, *args, **kwargs)  # type: ignore[misc]  # upstream's class comes next
+
+
+def _check_pooled(model: Any, x: Any, pool_type: str | None = None, patch_valid: Tensor | None = None) -> None:
+    settings = model._tokenmerge.settings
+    kind = pool_kind(model) if pool_type is None or pool_kind(model) == "map" else pool_type
+    by_position = patch_valid is not None and kind not in ("", "token")
+    if settings.full_output or isinstance(x, Proxy) or (kind in _ONE_BY_ONE and not by_position):
+        return
+    reader = f"{kind} pooling"
+    state = needed_state(x, reader) if settings.merges else state_of(x)
+    if state is not None and state.size is not None and state.merged is None:
+        what = "masks padding by position" if by_position else "knows nothing of sizes"
+        raise PatchError(f"{reader} {what}, but was given merged tokens: use handle.update(output='full')")
 
 
 def pool_kind(model: Any) -> str:
@@ -34,12 +84,15 @@ def pool_kind(model: Any) -> str:
 
 def _merged_output(model: Any) -> list[str]:
     kind = pool_kind(model)
-    return [] if kind in ("", "token", "max") else [f"its {kind} pooling would not weigh tokens by their sizes"]
+    return [] if kind in _ONE_BY_ONE else [f"its {kind} pooling would not weigh tokens by their sizes"]
 
 
 def _cost(model: Any) -> Ends:
     heads = [getattr(model, name, None) for name in ("attn_pool", "head")]
     return Ends(stem_cost(model), linear_weights(*(head for head in heads if head is not None)))
+
+
+_POOLS = {"pool": MergePool, "_pool": MergePaddedPool}
 
 
 def isotropic(model: type[nn.Module], **seams: Any) -> ModelFamily:
@@ -55,7 +108,7 @@ def isotropic(model: type[nn.Module], **seams: Any) -> ModelFamily:
         "cost": _cost,
         "norms": lambda model: [model.norm],
         "merged_output": _merged_output,
-        "swap": MergeHook,
+        "swap": next((mixin for name, mixin in _POOLS.items() if hasattr(model, name)), MergeHook),
     }
     methods = ("forward", "forward_features", "forward_head", "forward_intermediates", "pool", "_pos_embed")
     return ModelFamily(

@@ -19,7 +19,7 @@ from torch.fx import Proxy
 from torch.utils.flop_counter import FlopCounterMode
 
 from tokenmerge.attention.tap import head_mean_untransposed, size_bias
-from tokenmerge.errors import InputError
+from tokenmerge.errors import InputError, PatchError
 from tokenmerge.flops import BlockCost, Ends
 from tokenmerge.patching.families.family import BlockFamily, ModelFamily
 from tokenmerge.patching.families.linear import linear_weights
@@ -182,6 +182,8 @@ class MergeVisionTransformer(MergeFeatures):
             return _traced_pool(self, x, upstream, pool_type, reader)
         state = needed_state(x, reader) if self._tokenmerge.settings.merges else state_of(x)
         prop_attn = state is None or state.run.settings.prop_attn
+        if state is not None and state.run.padded and state.merged is None:  # upstream pools padding, too
+            return upstream(plans_needed(state, reader).unmerge(x), pool_type)
         if kind == "map" and not prop_attn and state is not None and state.merged is not None:
             return upstream(state.one_of_equals(x), pool_type)
         if state is None or state.size is None or state.merged is not None:
@@ -214,17 +216,27 @@ def _unmerged(x: Tensor, reader: str) -> Tensor:
 
 
 def _sizes_of(x: Tensor, reader: str, first: int) -> Tensor:
-    state = needed_state(x, reader)
-    ones = state.size is None or state.merged is not None
-    return torch.ones(x.shape[:2], device=x.device)[:, first:] if ones or state.size is None else state.size[:, first:]
+    state = state_of(x)
+    ones = state is None or state.size is None or state.merged is not None
+    return (
+        torch.ones(x.shape[:2], device=x.device)[:, first:]
+        if ones or state is None or state.size is None
+        else state.size[:, first:]
+    )
 
 
 def _bias_of(x: Tensor, reader: str, first: int, prop_attn: bool) -> Tensor | None:
+    if needed_state(x, reader).run.padded:
+        raise PatchError(
+            f"{reader} of padded inputs cannot be traced by torch.fx while tokens merge: run the model itself"
+        )
     size = _sizes_of(x, reader, first)
     return size_bias(size if prop_attn else torch.ones_like(size), x)
 
 
 def _mean_of(x: Tensor, reader: str, first: int, kind: str) -> Tensor:
+    if needed_state(x, reader).run.padded:  # upstream pools padding, too
+        x = _unmerged(x, reader)
     tokens, size = x[:, first:], _sizes_of(x, reader, first)
     mean = weighted_mean(tokens, size)
     return mean if kind == "avg" else 0.5 * (tokens.amax(dim=1) + mean)

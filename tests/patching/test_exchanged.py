@@ -1,0 +1,320 @@
+"""What was put on modules is still on those that run: layers, heads, pooling, blocks and tokens exchanged after `patch`."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import timm
+import torch
+from torch import Tensor, nn
+
+import tokenmerge
+from tests.helpers.tiny import images_for, tiny
+from tests.helpers.towers import TOWERS
+from tokenmerge.errors import PatchError
+from tokenmerge.patching.state import state_of
+from tokenmerge.patching.swap import original_class
+
+EXCHANGED = "exchanged or wrapped since the model was patched"
+
+
+class Adapter(nn.Module):
+    """A layer around another one, as adapters put it there."""
+
+    def __init__(self, base_layer: nn.Linear) -> None:
+        super().__init__()
+        self.base_layer = base_layer
+        self.in_features, self.out_features = base_layer.in_features, base_layer.out_features
+        self.more = nn.Linear(base_layer.in_features, base_layer.out_features)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.base_layer(x) + self.more(x)
+        return out
+
+
+def _adapt(model: nn.Module) -> int:
+    """Put an adapter around every projection of keys; how many there were."""
+    torch.manual_seed(3)
+    names = [
+        name
+        for name, module in model.named_modules()
+        if name.rpartition(".")[2] in ("k_proj", "key") and isinstance(module, nn.Linear)
+    ]
+    for name in names:
+        parent, _, own = name.rpartition(".")
+        setattr(model.get_submodule(parent), own, Adapter(model.get_submodule(name)))  # type: ignore[arg-type]
+    return len(names)
+
+
+def _features(out: Any) -> Tensor:
+    return out if isinstance(out, Tensor) else next(value for value in out.values() if isinstance(value, Tensor))
+
+
+@pytest.mark.parametrize("tower", TOWERS, ids=lambda tower: tower.name)
+def test_an_adapter_that_comes_later_is_not_left_out(tower: Any) -> None:
+    """Put on before, it takes part in matching; put on afterwards, it is refused, or takes part as well."""
+    before, after = tower.build(), tower.build()
+    after.load_state_dict(before.state_dict())
+    if not _adapt(before):
+        pytest.skip("its keys are not projected apart")
+    feed = tower.feed(2)
+    tokenmerge.patch(before, r=4)
+    handle = tokenmerge.patch(after, r=4)
+    _adapt(after)
+    with torch.no_grad():
+        try:
+            found = _features(after(**feed))
+        except PatchError:
+            with pytest.raises(PatchError, match=EXCHANGED):
+                after(**feed)
+            handle.remove()
+            tokenmerge.patch(after, r=4)
+            found = _features(after(**feed))
+        assert torch.equal(found, _features(before(**feed)))
+
+
+def _towers_with(part: str) -> Iterator[tuple[Any, str]]:
+    for tower in TOWERS:
+        model = tower.build()
+        name = next((name for name, module in model.named_modules() if part in type(module).__name__), None)
+        if name:
+            yield tower, name
+
+
+def test_a_part_that_gives_sizes_to_attention_is_missed() -> None:
+    """BLIP's sizes reach its attention at a dropout: another one there would turn proportional attention off."""
+    tower = next(tower for tower in TOWERS if tower.name.endswith("BlipVisionModel") and "instruct" not in tower.name)
+    model, feed = tower.build(), tower.feed(2)
+    tokenmerge.patch(model, r=4)
+    for module in [module for module in model.modules() if isinstance(getattr(module, "dropout", None), nn.Dropout)]:
+        module.dropout = nn.Dropout(0.0)
+    with torch.no_grad(), pytest.raises(PatchError, match=EXCHANGED):
+        model(**feed)
+
+
+def test_a_head_that_comes_later_is_not_given_merged_tokens() -> None:
+    seen = 0
+    for tower, name in _towers_with("PoolingHead"):
+        model, feed = tower.build(), tower.feed(2)
+        try:
+            handle = tokenmerge.patch(model, r=4, output="merged")
+        except tokenmerge.ConfigError:
+            continue
+        parent, _, own = name.rpartition(".")
+        old = model.get_submodule(name)
+        new = type(old)(model.config).eval()
+        new.load_state_dict(old.state_dict())
+        setattr(model.get_submodule(parent), own, new)
+        with torch.no_grad(), pytest.raises(PatchError, match="has taken another's place"):
+            model(**feed)
+        handle.update(r=0)
+        with torch.no_grad():
+            model(**feed)
+        seen += 1
+    assert seen
+
+
+# --- pooling -----------------------------------------------------------------------------------------------
+
+TOKEN_POOLED: dict[str, dict[str, Any]] = {
+    "eva02_tiny_patch14_224": {},
+    "vit_small_patch16_dinov3": {},
+    "beit_base_patch16_224": {},
+    "vit_relpos_small_patch16_224": {"class_token": True},
+    "naflexvit_base_patch16_gap": {"class_token": True},
+}
+
+
+@pytest.mark.parametrize("name", TOKEN_POOLED)
+def test_pooling_that_changes_after_patching_never_averages_merged_tokens(name: str) -> None:
+    if name not in timm.list_models():
+        pytest.skip("this timm does not have it")
+    model = tiny(name, global_pool="token", **TOKEN_POOLED[name])
+    images = images_for(model)
+    with torch.no_grad():
+        wanted = model(images)
+        handle = tokenmerge.patch(model, r=4, output="merged")
+        features = model.forward_features(images)
+        if hasattr(model, "pool"):
+            model.pool(features, "token")
+            with pytest.raises(PatchError, match="knows nothing of sizes"):
+                model.pool(features, "avg")
+        model.reset_classifier(0, "avg")
+        with pytest.raises(PatchError, match="output='full'"):
+            model(images)
+        with pytest.raises(PatchError, match="output='full'"):
+            model.forward_head(features)
+        handle.update(output="full")
+        assert model(images).shape == (2, wanted.shape[1] if model.num_classes else model.num_features)
+
+
+def test_pooling_of_open_clip_that_changes_is_seen_and_its_features_agree() -> None:
+    transformer = pytest.importorskip("open_clip.transformer")
+    torch.manual_seed(0)
+    model = transformer.VisionTransformer(96, 16, 48, 3, 4, 4.0, output_dim=32, pool_type="none").eval()
+    images = torch.randn(2, 3, 96, 96)
+    tokenmerge.patch(model, r=4, output="merged")
+    with torch.no_grad():
+        assert torch.equal(model.forward_intermediates(images)["image_features"], model(images))
+        model.pool_type = "avg"
+        with pytest.raises(PatchError, match="output='full'"):
+            model(images)
+
+
+@pytest.mark.parametrize("kind", ["avg", "avgmax", "map"])
+def test_padding_is_pooled_as_upstream_pools_it(kind: str) -> None:
+    """timm's pooling counts what a mask says is padding: so it does when tokens merge, and nothing jumps between r=0 and 1."""
+    model = tiny("vit_small_patch16_224", global_pool=kind, class_token=False)
+    images, tokens = images_for(model), 36
+    seen = torch.ones(2, 1, 1, tokens, dtype=torch.bool)
+    seen[1, ..., 20:] = False
+    mask = seen.expand(2, 1, tokens, tokens)
+    with torch.no_grad():
+        wanted = model(images, attn_mask=mask)
+        handle = tokenmerge.patch(model, r=0)
+        assert torch.equal(model(images, attn_mask=mask), wanted)
+        handle.update(r=4)
+        features = model.forward_features(images, attn_mask=mask)
+        state = state_of(features)
+        assert state is not None
+        assert features.shape[1] == tokens - 12
+        upstream = original_class(model).pool(model, state.unmerge(features))
+        assert torch.equal(model.pool(features), upstream)
+
+
+# --- who runs the blocks -----------------------------------------------------------------------------------
+
+
+class Averages(nn.Sequential):
+    """A container with a forward of its own."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = super().forward(x)
+        return out.mean(dim=1)
+
+
+class EachBlock(nn.Module):
+    """Runs the blocks itself and reads what each hands on."""
+
+    def __init__(self, vit: Any) -> None:
+        super().__init__()
+        self.vit = vit
+
+    def forward(self, images: Tensor) -> list[Tensor]:
+        x, means = self.vit._pos_embed(self.vit.patch_embed(images)), []
+        for block in self.vit.blocks:
+            x = block(x)
+            means.append(x.mean(dim=1))
+        return means
+
+
+def test_a_container_counts_as_transparent_only_with_its_own_forward_unchanged() -> None:
+    model = tiny("vit_tiny_patch16_224", num_classes=0, global_pool="")
+    images = images_for(model)
+    wrapper = Averages(model)
+    tokenmerge.patch(wrapper, r=4)
+    assert model(images).shape[1] == 37
+    tokenmerge.unpatch(wrapper)
+    tokenmerge.patch(nn.Sequential(model), r=4)
+    assert model(images).shape[1] == 25
+
+
+def test_who_runs_the_blocks_reads_full_tokens_where_full_ones_are_handed_on() -> None:
+    model = tiny("vit_tiny_patch16_224")
+    images, seen = images_for(model), []
+    wrapper = EachBlock(model)
+    tokenmerge.patch(wrapper, r=4)
+    for block in model.blocks:
+        block.register_forward_hook(lambda module, args, output: seen.append(output.shape[1]))
+    with torch.no_grad():
+        full = model.forward_features(images)
+        means = wrapper(images)
+        assert seen == [33, 29, 37, 37, 37, 37]
+        assert len(means) == 3
+        assert torch.equal(model.forward_features(images), full)
+        assert seen[6:] == [33, 29, 37]
+
+
+def test_blocks_that_another_model_runs_do_not_merge_in_silence() -> None:
+    one, other = tiny("vit_tiny_patch16_224"), tiny("vit_tiny_patch16_224")
+    images = images_for(one)
+    other.blocks = one.blocks
+    with torch.no_grad():
+        wanted = other(images)
+        with tokenmerge.patched(one, r=4):
+            one(images)
+            with pytest.raises(PatchError, match="run inside another VisionTransformer"):
+                other(images)
+            one(images)
+        assert torch.equal(other(images), wanted)
+
+
+def test_tokens_that_begin_two_passes_keep_their_grid() -> None:
+    model = tiny("vit_tiny_patch16_224", dynamic_img_size=True)
+    tokenmerge.patch(model, r=2, trace=True)
+    patch = model.patch_embed.patch_size[0]
+
+    def embedded(rows: int, columns: int) -> Any:
+        return model._pos_embed(model.patch_embed(torch.randn(1, 3, rows * patch, columns * patch)))
+
+    def grid_of(tokens: Tensor) -> Any:
+        for block in model.blocks:
+            tokens = block(tokens)
+        state = state_of(tokens)
+        assert state is not None
+        return state.run.grid
+
+    first = embedded(4, 9)
+    assert grid_of(first) == (4, 9)
+    second = embedded(9, 4)
+    assert (grid_of(first), grid_of(second), grid_of(first)) == ((4, 9), (9, 4), (4, 9))
+
+
+HOOKS: dict[str, tuple[Callable[[Tensor], Tensor], bool]] = {
+    "another order of images": (lambda x: x.flip(0), False),
+    "another order of tokens": (lambda x: x.flip(1), False),
+    "fewer tokens": (lambda x: x[:, :-2], False),
+    "other values": (lambda x: x * 1.5, False),
+    "the same": (lambda x: x, True),
+    "the same memory": (lambda x: x.view_as(x), True),
+    "carried": (lambda x: tokenmerge.carry(x * 1.5, like=x), True),
+}
+
+
+@pytest.mark.parametrize("name", HOOKS)
+def test_what_hooks_before_a_block_put_in_place_of_its_tokens(name: str) -> None:
+    change, fits = HOOKS[name]
+    model = tiny("vit_tiny_patch16_224")
+    images = images_for(model)
+    tokenmerge.patch(model, r=4)
+    model.blocks[1].register_forward_pre_hook(lambda module, args: (change(args[0]), *args[1:]))
+    with torch.no_grad():
+        if fits:
+            model(images)
+        else:
+            with pytest.raises(PatchError, match=r"tokenmerge\.carry"):
+                model(images)
+
+
+# --- what is counted ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("change", ["head", "patches"])
+def test_a_share_of_flops_is_of_the_model_as_it_is_now(change: str) -> None:
+    model: Any = timm.create_model("vit_tiny_patch16_224", depth=4, num_classes=10).eval()
+    images = torch.randn(1, 3, 224, 224)
+    handle = tokenmerge.patch(model, flops=0.7)
+    before = handle.schedule
+    if change == "head":
+        model.reset_classifier(100_000)
+    else:
+        model.set_input_size(patch_size=8)
+    with torch.no_grad():
+        model(images)
+    again = copy.deepcopy(model)
+    tokenmerge.unpatch(again)
+    assert handle.schedule == tokenmerge.patch(again, flops=0.7).schedule != before
+    assert handle.summary().r == tokenmerge.handle_of(again).summary().r

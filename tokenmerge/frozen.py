@@ -1,0 +1,73 @@
+"""Lists and mappings that nobody can change: what settings and methods hold."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Mapping
+from typing import Any, NoReturn
+
+from tokenmerge.errors import ConfigError
+
+
+def _immutable(self: Any, *_: Any, **__: Any) -> NoReturn:
+    raise TypeError("a config cannot be changed: make another one with MergeConfig.create, or call handle.update(…)")
+
+
+class FrozenList(list):  # type: ignore[type-arg]  # of anything
+    """A list that cannot be changed; equal to a list of the same entries."""
+
+    __setitem__ = __delitem__ = __iadd__ = __imul__ = _immutable
+    append = extend = insert = pop = remove = clear = sort = reverse = _immutable
+
+    def __hash__(self) -> int:  # type: ignore[override]
+        return hash(tuple(self))
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return FrozenList, (list(self),)
+
+
+class FrozenDict(dict):  # type: ignore[type-arg]  # of anything
+    """A dict that cannot be changed; equal to a dict of the same entries."""
+
+    __setitem__ = __delitem__ = __ior__ = _immutable
+    pop = popitem = clear = update = setdefault = _immutable
+
+    def __hash__(self) -> int:  # type: ignore[override]
+        return hash(frozenset(self.items()))
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return FrozenDict, (dict(self),)
+
+
+_DEEPEST = 20
+"""How deep lists and mappings of an option may lie in each other."""
+
+
+def frozen(value: Any, depth: int = 0) -> Any:
+    """A copy of lists, tuples and mappings that nobody can change.
+
+    Raises:
+        ConfigError: if something in it could be changed from outside, or cannot be compared: arrays, tensors, sets.
+    """
+    if depth > _DEEPEST:
+        raise ConfigError(f"an option holds lists within lists, more than {_DEEPEST} deep: give a flatter value")
+    if isinstance(value, Mapping):
+        return FrozenDict({key: frozen(entry, depth + 1) for key, entry in value.items()})
+    if isinstance(value, list | tuple):
+        entries = [frozen(entry, depth + 1) for entry in value]
+        return FrozenList(entries) if isinstance(value, list) else tuple(entries)
+    if not isinstance(value, Hashable) or (hasattr(value, "__array__") and not isinstance(value, int | float)):
+        raise ConfigError(
+            f"an option holds a {type(value).__name__}, which can be changed from outside or cannot be compared: use numbers, text and "
+            "lists of them"
+        )
+    return value
+
+
+def thawed(value: Any) -> Any:
+    """The same as plain lists and dicts."""
+    if isinstance(value, Mapping):
+        return {key: thawed(entry) for key, entry in value.items()}
+    if isinstance(value, list | tuple):
+        entries = [thawed(entry) for entry in value]
+        return entries if isinstance(value, list) else tuple(entries)
+    return value
