@@ -1,7 +1,7 @@
 """Everything that a GPU is needed for, in one run of at most 300 seconds.
 
     python benchmarks/gpu.py                        # all steps, in the order of their worth
-    python benchmarks/gpu.py --steps ops models     # some of them again
+    python benchmarks/gpu.py --steps ops families   # some of them, or others: every family and option; compile-graphs
     python benchmarks/gpu.py --rehearse             # the same steps on small work, on a CPU, in under a minute
     python benchmarks/gpu.py --into-results FOLDER  # later, anywhere: the rows of a run into results.csv
 
@@ -26,7 +26,7 @@ from typing import Any
 
 import gpu_steps
 from common import append
-from gpu_steps import ROWS, STEPS
+from gpu_steps import FURTHER, ROWS, STEPS
 
 from tokenmerge.tools.report import Report
 
@@ -110,7 +110,7 @@ def run(folder: Path, steps: list[str], rehearse: bool, report: Report) -> list[
     deadline = time.monotonic() + patience * SECONDS
 
     def one(step: str) -> list[str]:
-        limit = min(float(patience * STEPS[step][1]), deadline - time.monotonic())
+        limit = min(float(patience * {**STEPS, **FURTHER}[step][1]), deadline - time.monotonic())
         start = time.monotonic()
         if limit < 5:
             return [step, "0", "0", "left out: no time"]
@@ -126,7 +126,7 @@ def run(folder: Path, steps: list[str], rehearse: bool, report: Report) -> list[
 def main() -> int:
     """Run, append, print; 1 if a step or a test on the device failed."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", nargs="+", choices=STEPS, default=list(STEPS))
+    parser.add_argument("--steps", nargs="+", choices={**STEPS, **FURTHER}, default=list(STEPS))
     parser.add_argument("--rehearse", action="store_true", help="small work on a CPU: are the steps in order?")
     parser.add_argument("--into-results", type=Path, metavar="FOLDER", help="append the rows of a run to results.csv")
     args = parser.parse_args()

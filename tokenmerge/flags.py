@@ -172,7 +172,7 @@ def count(least: int) -> Any:
         except ValueError:
             value = least - 1
         if value < least:
-            raise argparse.ArgumentTypeError(f"{text!r} given, a whole number of at least {least} expected")
+            raise argparse.ArgumentTypeError(f"{text!r:.60} given, a whole number of at least {least} expected")
         return value
 
     return count
@@ -187,7 +187,7 @@ def between(low: float, high: float) -> Any:
         except ValueError:
             value = math.nan
         if not low < value <= high:
-            raise argparse.ArgumentTypeError(f"{text!r} given, a number above {low:g} and up to {high:g} expected")
+            raise argparse.ArgumentTypeError(f"{text!r:.60} given, a number above {low:g} and up to {high:g} expected")
         return value
 
     return number

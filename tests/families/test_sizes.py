@@ -247,3 +247,16 @@ def test_every_layer_is_known_before_the_pass() -> None:
         hybrid(noise(1, 3, 64, 128))
         assert handle.trace.grid == (2, 4)
         assert handle.summary(input_size=(64, 128)).tokens[0] == handle.trace.tokens == 9
+
+
+@pytest.mark.parametrize("name", ["WhisperEncoder", "VideoMAEModel", "ASTModel", "Aimv2VisionModel"])
+def test_models_of_one_size_promise_nothing_for_another(name: str) -> None:
+    """Their position embeddings fit one number of patches, and they refuse to run on others."""
+    tower = BY_NAME[name]
+    model = tower.build()
+    handle = tokenmerge.patch(model, r=2)
+    with torch.no_grad():
+        model(**tower.feed(1))
+    for size in (160, 320):
+        with pytest.raises(InputError, match="of one size only"):
+            handle.summary(input_size=size)

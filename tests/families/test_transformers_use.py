@@ -443,3 +443,22 @@ def test_a_layer_that_inherits_its_forward_is_patched() -> None:
     model.layers[1].__class__ = OwnName
     with tokenmerge.patched(model, r=R):
         assert torch.equal(model(**IMAGES).last_hidden_state, expected)
+
+
+def test_llava_that_puts_layers_side_by_side_needs_every_token() -> None:
+    """Merged, the layers would have other numbers of tokens."""
+    model = lively(llava(vision_feature_layer=[-2, -1]))
+    with pytest.raises(ConfigError, match="several layers side by side"):
+        tokenmerge.patch(model, r=3, output="merged")
+    tokenmerge.patch(model, r=3)
+    with torch.no_grad():
+        assert model(**IMAGES, input_ids=prompt(36)).logits.isfinite().all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_a_large_grid_of_rotary_positions_in_half_precision_is_no_fault(dtype: torch.dtype) -> None:
+    """`model.half()` rounds the angles that Pixtral keeps, too: far from the corner they are off by more than its table is."""
+    config = hf.PixtralVisionConfig(
+        hidden_size=128, num_hidden_layers=2, num_attention_heads=2, intermediate_size=96, image_size=1540, patch_size=14
+    )
+    tokenmerge.patch(hf.PixtralVisionModel(config).eval().to(dtype), r=3)

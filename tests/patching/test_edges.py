@@ -406,3 +406,49 @@ def test_whatever_is_asked_the_answer_is_a_sentence() -> None:
 
     with tokenmerge.patched(model, r=3, matcher="gives nothing"), pytest.raises(PatchError, match="gave a NoneType"):
         model(images)
+
+
+def _compiled(block: Any) -> None:
+    block.attn = torch.compile(block.attn)
+
+
+def _traced(block: Any) -> None:
+    block.attn = torch.fx.symbolic_trace(block.attn)
+
+
+def _own_forward(block: Any) -> None:
+    forward = block.attn.forward
+    block.attn.forward = lambda *args, **kwargs: forward(*args, **kwargs)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (_compiled, "its module attn was compiled or wrapped already"),
+        (_traced, "its module attn was traced or scripted already"),
+        (_own_forward, "its module attn has its own forward"),
+    ],
+)
+def test_what_hides_an_attention_is_named(change: Any, words: str) -> None:
+    model = tiny("vit_tiny_patch16_224")
+    change(model.blocks[0])
+    with pytest.raises(UnsupportedModelError, match=words):
+        tokenmerge.patch(model, r=2)
+
+
+def test_blocks_that_were_traced_or_lost_are_named() -> None:
+    model = tiny("vit_tiny_patch16_224")
+    images = images_for(model)
+    traced = copy.deepcopy(model)
+    traced.blocks[0] = torch.jit.trace(traced.blocks[0], torch.randn(1, 37, 48))  # type: ignore[no-untyped-call]
+    with pytest.raises(UnsupportedModelError, match="block 0: it was traced or scripted already"):
+        tokenmerge.patch(traced, r=2)
+    without = copy.deepcopy(model)
+    del without.blocks
+    with pytest.raises(UnsupportedModelError, match="has lost the list of its blocks"):
+        tokenmerge.patch(without, r=2)
+    handle = tokenmerge.patch(model, r=2)
+    del model.blocks
+    for ask in (lambda: model(images), handle.summary, lambda: handle.update(r=1)):
+        with pytest.raises(PatchError, match="0 blocks, but 3 were patched"):
+            ask()

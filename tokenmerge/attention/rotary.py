@@ -26,6 +26,11 @@ _STEP = 24.0  # largest ratio of two frequencies between which an angle can be u
 class Rotary(Protocol):
     """How one block's table and the coordinates of its tokens belong together."""
 
+    @property
+    def module(self) -> nn.Module:
+        """Upstream's module that makes the table."""
+        ...
+
     def positions(self, table: Any) -> Tensor:
         """Coordinates `[1 or B, N, P]`, float32, of the tokens that `table` turns."""
         ...

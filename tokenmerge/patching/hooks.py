@@ -249,7 +249,10 @@ def take_entered(record: ModelRecord) -> bool:
 
 def check_blocks(record: ModelRecord, layers: int, model: Any) -> None:
     """Raise `PatchError` unless the blocks that the model runs are those that were patched."""
-    blocks = record.family.blocks(model)
+    try:
+        blocks = record.family.blocks(model)
+    except AttributeError:
+        blocks = []
     if len(blocks) != layers:
         raise PatchError(
             f"the model has {len(blocks)} blocks, but {layers} were patched: unpatch before adding or removing blocks, and patch "

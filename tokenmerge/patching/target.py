@@ -148,7 +148,8 @@ def _overridden(module: nn.Module, base: type, methods: tuple[str, ...]) -> list
 def _own_method(module: nn.Module, name: str) -> str:
     """In words, that a method is not upstream's."""
     if name in vars(module):
-        return f"it has its own {name}(), set on the module itself as Accelerate's hooks leave it (delete that if it is needed no more)"
+        by = ", as Accelerate's hooks leave it" if _prepared(module) else ""
+        return f"it has its own {name}(), set on the module itself{by} (delete that if it is needed no more)"
     return f"it has its own {name}()"
 
 
@@ -195,7 +196,43 @@ def _why_none(model: nn.Module) -> str:
 
 def _prepared(module: nn.Module) -> bool:
     """Whether Accelerate has put a forward of its own on the module."""
-    return "forward" in vars(module) and ("_original_forward" in vars(module) or hasattr(module, "_hf_hook"))
+    own = vars(module)
+    return "forward" in own and any(name in own for name in ("_original_forward", "_old_forward", "_hf_hook"))
+
+
+def _wrapped(block: nn.Module) -> str:
+    """What hides a block or a module inside it from its row, in words and with a remedy; empty if nothing does."""
+    for name, module in block.named_modules():
+        where = f"its module {name}" if name else "it"
+        if isinstance(module, GraphModule | ScriptModule):
+            return f"{where} was traced or scripted already: patch first, then do that"
+        if any(part.startswith(("_orig_mod", "_checkpoint_wrapped")) for part in module._modules):
+            return f"{where} was compiled or wrapped already ({_name(module)}): patch first, then do that"
+        if name and _prepared(module):
+            return f"{where} was prepared by Accelerate already: patch before that"
+        if name and "forward" in vars(module):
+            return f"{where} has its own forward(), set on the module itself: delete that if it is needed no more"
+    return ""
+
+
+def _against(block: nn.Module, row: BlockFamily | None) -> list[str]:
+    """Why a block cannot be patched right."""
+    if row is None:
+        hidden = _wrapped(block)
+        return [hidden or f"it is {_name(block)}, which is not in the table of supported blocks"]
+    reasons = [_own_method(block, "forward")] if _overridden(block, row.block, ("forward",)) else []
+    refused = row.refuse(block)
+    hidden = _wrapped(block) if refused else ""
+    return [*reasons, *([hidden] if hidden else refused)]
+
+
+def _blocks_of(model: nn.Module, family: ModelFamily) -> list[nn.Module]:
+    try:
+        return list(family.blocks(model))
+    except AttributeError as error:
+        raise UnsupportedModelError(
+            f"{_name(model)} has lost the list of its blocks ({error}): create it anew", (str(error),)
+        ) from None
 
 
 def _examine(model: nn.Module) -> Target:
@@ -209,20 +246,12 @@ def _examine(model: nn.Module) -> Target:
     blocks: list[tuple[Any, BlockFamily]] = []
     if not reasons:
         reasons += family.refuse(model)
-        for index, block in enumerate(family.blocks(model)):
-            row = block_family(original_class(block))
-            if row is None and any(name.startswith(("_orig_mod", "_checkpoint_wrapped")) for name in block._modules):
-                reasons.append(
-                    f"block {index} was compiled or wrapped already ({_name(block)}): patch first, then do that"
-                )
-                continue
-            if row is None:
-                reasons.append(f"block {index} is {_name(block)}, which is not in the table of supported blocks")
-                continue
-            if record_of(block) is None and _overridden(block, row.block, ("forward",)):
-                reasons.append(f"block {index} ({_name(block)}): {_own_method(block, 'forward')}")
-            reasons += [f"block {index}: {reason}" for reason in row.refuse(block) if record_of(block) is None]
-            blocks.append((block, row))
+        for index, block in enumerate(_blocks_of(model, family)):
+            row = None if isinstance(block, ScriptModule) else block_family(original_class(block))
+            against = [] if record_of(block) is not None else _against(block, row)
+            reasons += [f"block {index}: {reason}" for reason in against]
+            if row is not None:
+                blocks.append((block, row))
         if len({id(block) for block, _ in blocks}) < len(blocks):
             reasons.append("it runs the same block object more than once, and one block has one r")
         if any(is_sharded(block) and record_of(block) is None for block, _ in blocks):

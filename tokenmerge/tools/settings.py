@@ -9,7 +9,7 @@ from typing import Any
 
 from tokenmerge.config import FIELDS, MergeConfig
 from tokenmerge.errors import ConfigError, UnknownFieldError
-from tokenmerge.patching.match import check_matching
+from tokenmerge.matching.fits import check_matching
 
 GRAMMAR = "8 (in every block), 16:-1 (r:inflect), 8,8,0 (a list per block), keep=0.9, flops=0.5, speedup=2, or a config file ending in .json"
 
@@ -53,7 +53,7 @@ def parse_setting(text: str) -> Setting:
     try:
         fields = _fields(text)
     except ValueError:
-        raise ConfigError(f"r={text!r} is not understood, but one of these was expected: {GRAMMAR}") from None
+        raise ConfigError(f"r={text!r:.60} is not understood, but one of these was expected: {GRAMMAR}") from None
     MergeConfig.create(**fields)
     label = fields["r"] if isinstance(fields.get("r"), int) else text
     return Setting(label, fields)
@@ -112,3 +112,5 @@ def _option(text: str) -> tuple[str, Any]:
         return name, json.loads(value)
     except json.JSONDecodeError:
         return name, value
+    except (ValueError, RecursionError) as error:  # too many digits, too many brackets
+        raise ConfigError(f"--option {text!r:.60} is not understood ({error!s:.80}): try iterations=5") from None

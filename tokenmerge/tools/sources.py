@@ -104,6 +104,12 @@ def _open_clip(name: str, pretrained: bool, img_size: int | None) -> Any:
             raise InputError(
                 f"open_clip has no pretrained weights for {architecture!r}: check open_clip.list_pretrained()"
             )
+    tags = open_clip.list_pretrained_tags_by_model(architecture)
+    known = architecture in open_clip.list_models()
+    if known and tag and tag not in tags and not Path(tag).is_file():
+        raise InputError(
+            f"open_clip knows no weights {tag!r:.60} for {architecture!r:.60}: give one of {', '.join(tags) or 'none'}, or a file of weights"
+        )
     with torch.device("cpu"):  # it moves what it makes, which nothing on the meta device survives
         model = open_clip.create_model(architecture, pretrained=tag if pretrained else None, force_image_size=img_size)
     return model.visual

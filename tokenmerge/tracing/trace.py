@@ -14,6 +14,7 @@ from tokenmerge.errors import InputError, PatchError
 from tokenmerge.ops.basics import spread_rows
 from tokenmerge.patching.state import Step, TokenState, attach, carried_state, plans_needed
 from tokenmerge.plan import MergePlan, source_map
+from tokenmerge.schedule import is_count
 from tokenmerge.tracing.paint import View
 
 if TYPE_CHECKING:
@@ -45,11 +46,7 @@ class Trace:
 
     def with_grid(self, grid: Sequence[int]) -> Trace:
         """The same trace with patches laid out so: for models whose grid no pass sees (NaFlex, Siglip2, Pixtral)."""
-        if (
-            not isinstance(grid, list | tuple)
-            or not grid
-            or not all(isinstance(side, int) and side > 0 for side in grid)
-        ):
+        if not isinstance(grid, list | tuple) or not grid or not all(is_count(side) and side > 0 for side in grid):
             raise InputError(
                 f"grid={grid!r}, but patches along each axis were expected: give (h, w), or (t, h, w) for video"
             )

@@ -270,7 +270,7 @@ def misread(module: Any, inside: nn.Module, cls: type[nn.Module], tower: type[nn
         return ""  # it hands on what the last one gives
     library = _library_of(cls)
     known = getattr(_rows(library), "misread", None) if library else None
-    reason = None if known is None else cast("str | None", known(cls, tower))
+    reason = None if known is None else cast("str | None", known(cls, tower, module))
     if reason is None:
         transparent = cls.__module__.startswith(_TRANSPARENT)
         return "" if transparent else f"how {cls.__name__} reads its tokens is not known"

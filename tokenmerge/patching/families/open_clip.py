@@ -145,6 +145,6 @@ def why_not(cls: type[nn.Module]) -> str | None:
     return None
 
 
-def misread(cls: type[nn.Module], tower: type[nn.Module]) -> str | None:
+def misread(cls: type[nn.Module], tower: type[nn.Module], module: nn.Module) -> str | None:
     """Why a module around a tower would misread merged tokens: open_clip's models read what its towers have pooled."""
     return "" if cls.__name__ in ("CLIP", "CustomTextCLIP", "TimmModel") else None

@@ -37,6 +37,6 @@ def why_not(cls: type[nn.Module]) -> str | None:
     return REFUSED.get(cls.__module__.rpartition(".")[2])
 
 
-def misread(cls: type[nn.Module], tower: type[nn.Module]) -> str | None:
+def misread(cls: type[nn.Module], tower: type[nn.Module], module: nn.Module) -> str | None:
     """Why a module around a model would misread merged tokens: timm's own extractors of features read unmerged ones."""
     return "" if cls.__module__ in ("timm.models._features", "timm.models._features_fx") else None

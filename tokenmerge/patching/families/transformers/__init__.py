@@ -42,10 +42,12 @@ def block_row(cls: type[nn.Module]) -> BlockFamily | None:
     return None if seams is None else BlockFamily(block=cls, **seams)
 
 
-def misread(cls: type[nn.Module], tower: type[nn.Module]) -> str | None:
+def misread(cls: type[nn.Module], tower: type[nn.Module], module: nn.Module) -> str | None:
     """Why a module around a tower would misread merged tokens; empty if it would not, `None` if that is not known."""
     if _key(cls) in ONE_BY_ONE and "image_sizes" in inspect.signature(tower.forward).parameters:
         return "splits the tokens of several images by their sizes in pixels"
+    if isinstance(getattr(getattr(module, "config", None), "vision_feature_layer", None), list | tuple):
+        return "puts the tokens of several layers side by side, which merge to other numbers"
     return READERS.get(_key(cls))
 
 

@@ -12,141 +12,27 @@ from collections.abc import Callable, Sequence
 from operator import attrgetter
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
-from tokenmerge.attention.rotary import Rotary, axial_rotary
+from tokenmerge.errors import InputError
 from tokenmerge.flops import Ends
-
-Grid = tuple[int, ...] | None
-
-
-def _pair(value: Any) -> tuple[int, int]:
-    return (int(value[0]), int(value[1])) if isinstance(value, list | tuple) else (int(value), int(value))
-
-
-# --- how many tokens ---------------------------------------------------------------------------------------
-
-
-def _image(config: Any) -> Grid:
-    (height, width), (down, right) = _pair(config.image_size), _pair(config.patch_size)
-    return height // down, width // right
-
-
-def _video(config: Any) -> Grid:
-    height, width = _pair(config.image_size)
-    if isinstance(config.tubelet_size, list | tuple):  # ViViT: frames, rows, columns
-        frames, down, right = config.tubelet_size
-    else:
-        frames, (down, right) = config.tubelet_size, _pair(config.patch_size)
-    return int(config.num_frames) // int(frames), height // int(down), width // int(right)
-
-
-def _clip(config: Any) -> Grid:
-    side = config.crop_size // config.patch_size
-    return config.frames_per_clip // config.tubelet_size, side, side
-
-
-def _spectrogram(config: Any) -> Grid:
-    rows = (config.num_mel_bins - config.patch_size) // config.frequency_stride + 1
-    columns = (config.max_length - config.patch_size) // config.time_stride + 1
-    return rows, columns
-
-
-def _sound(config: Any) -> Grid:
-    return (int(config.max_source_positions),)
-
-
-def _frames(config: Any) -> tuple[int, ...]:
-    return (int(config.num_frames), int(config.num_channels), *_pair(config.image_size))
-
-
-def _clip_frames(config: Any) -> tuple[int, ...]:
-    return int(config.frames_per_clip), int(config.in_chans), int(config.crop_size), int(config.crop_size)
-
-
-def _spectrum(config: Any) -> tuple[int, ...]:
-    return int(config.max_length), int(config.num_mel_bins)
-
-
-def _mel(config: Any) -> tuple[int, ...]:
-    return int(config.num_mel_bins), 2 * int(config.max_source_positions)
-
-
-def _several(config: Any) -> None:
-    return None
-
-
-def _any_shape(config: Any) -> Grid:
-    return None
-
-
-def _with_registers(config: Any) -> int:
-    return 1 + int(config.num_register_tokens)
-
-
-# --- rotary positions ----------------------------------------------------------------------------------------
-
-
-def _halves(table: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-    """(cos, sin), each angle twice -> sin, cos, each angle once."""
-    cos, sin = table
-    return sin[..., : sin.shape[-1] // 2], cos[..., : cos.shape[-1] // 2]
-
-
-def _pack_per_head(sin: Tensor, cos: Tensor, like: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-    """`[B, N, F]` each -> (cos, sin) `[B, 1, N, 2F]`: the same for every head."""
-    return tuple(torch.cat([part, part], dim=-1).unsqueeze(1).to(like[0].dtype) for part in (cos, sin))  # type: ignore[return-value]
-
-
-def _pack_packed(sin: Tensor, cos: Tensor, like: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-    """`[1, N, F]` each -> (cos, sin) `[N, 2F]`: a batch that is one packed sequence."""
-    return tuple(torch.cat([part, part], dim=-1)[0].to(like[0].dtype) for part in (cos, sin))  # type: ignore[return-value]
-
-
-def _on_two_axes(rows: Tensor, columns: Tensor) -> Tensor:
-    """Frequencies `[2, F]` whose first channels turn by the row and whose others turn by the column."""
-    zeros = torch.zeros_like
-    return torch.stack([torch.cat([rows, zeros(columns)]), torch.cat([zeros(rows), columns])])
-
-
-def _dinov3_frequencies(rope: Any) -> Tensor:
-    speeds = 2 * math.pi * rope.inv_freq.float()
-    return _on_two_axes(speeds, speeds)
-
-
-def _dinov3_rotary(model: Any, index: int) -> Rotary:
-    return axial_rotary(model.rope_embeddings, _dinov3_frequencies, _halves, _pack_per_head)
-
-
-def _dinov3_table(model: Any, index: int) -> Any:
-    (down, right), (height, width) = _pair(model.config.patch_size), _pair(model.config.image_size)
-    weight = next(model.parameters())
-    image = torch.empty(1, 1, height // down * down, width // right * right, device=weight.device, dtype=weight.dtype)
-    return model.rope_embeddings(image)
-
-
-def _pixtral_frequencies(rope: Any) -> Tensor:
-    config = rope.config
-    base = (getattr(config, "rope_parameters", None) or {}).get("rope_theta") or config.rope_theta
-    dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    speeds = 1.0 / base ** (torch.arange(0, dim, 2, dtype=torch.float32, device=rope.inv_freq.device) / dim)
-    return _on_two_axes(speeds[0::2], speeds[1::2])
-
-
-def _pixtral_rotary(model: Any, index: int) -> Rotary:
-    return axial_rotary(model.patch_positional_embedding, _pixtral_frequencies, _halves, _pack_packed)
-
-
-def _pixtral_table(model: Any, index: int) -> Any:
-    grid = _image(model.config)
-    assert grid is not None
-    weight = next(model.parameters())
-    ids = torch.cartesian_prod(*(torch.arange(side, device=weight.device) for side in grid))
-    return model.patch_positional_embedding(weight.new_empty(1, 1), ids)
-
-
-# --- rows --------------------------------------------------------------------------------------------------
+from tokenmerge.patching.families.transformers.grids import (
+    Grid,
+    any_shape,
+    clip_frames,
+    clip_grid,
+    frames,
+    image_grid,
+    mel,
+    pair,
+    several,
+    sound_grid,
+    spectrogram_grid,
+    spectrum,
+    video_grid,
+    with_registers,
+)
+from tokenmerge.patching.families.transformers.rotary import dinov3_rotary, dinov3_table, pixtral_rotary, pixtral_table
 
 
 def _convolutions(model: Any) -> list[Any]:
@@ -183,13 +69,14 @@ def _stem_cost(model: Any, patches: int) -> int:
 def tower(
     blocks: str = "layers",
     prefix: int | Callable[[Any], int] = 1,
-    grid: Callable[[Any], Grid] = _image,
-    inputs: Callable[[Any], tuple[int, ...] | None] = lambda config: (config.num_channels, *_pair(config.image_size)),
+    grid: Callable[[Any], Grid] = image_grid,
+    inputs: Callable[[Any], tuple[int, ...] | None] = lambda config: (config.num_channels, *pair(config.image_size)),
     pooling: str = "class token",
     tokens: Callable[[Any], int] | None = None,
     readers: Sequence[str] = (),
     merged_output: Sequence[str] | Callable[[Any], list[str]] = (),
     norm: str = "",
+    fixed: Callable[[Any], bool] = lambda config: False,
     **seams: Any,
 ) -> dict[str, Any]:
     """The seams of a model that holds its layers in the list `blocks` and reads everything else from its config.
@@ -204,6 +91,7 @@ def tower(
         readers: modules that must get unmerged tokens when merged ones leave the last layer.
         merged_output: why merged tokens may not leave the last layer: what the model's own modules do with them.
         norm: the module after the last layer, through which sizes pass on.
+        fixed: how the config says whether its position embeddings fit one number of patches only.
         seams: further fields of `ModelFamily`.
     """
 
@@ -212,6 +100,15 @@ def tower(
 
     def patches(model: Any) -> int:
         return tokens(model.config) if tokens is not None else math.prod(grid(model.config) or (0,))
+
+    def at(model: Any, sizes: Sequence[int]) -> tuple[int, ...] | None:
+        found, own = _grid_at(model, sizes), grid(model.config)
+        if fixed(model.config) and found and own and math.prod(found) != math.prod(own):
+            mine, asked = ("×".join(map(str, numbers)) for numbers in (own, found))
+            raise InputError(
+                f"this model takes inputs of one size only, of {mine} patches, not of {asked}: create it for that size"
+            )
+        return found
 
     def collectors(model: Any) -> list[nn.Module]:
         parts = blocks.split(".")[:-1]
@@ -232,7 +129,7 @@ def tower(
         "input_shape": lambda model: inputs(model.config),
         "pooling": lambda model: pooling,
         "embed": lambda model: next(reversed(_convolutions(model)), None),
-        "grid_at": _grid_at if tokens is None else None,  # where patches are masked out, or of no grid
+        "grid_at": at if tokens is None else None,  # where patches are masked out, or of no grid
         "cost": lambda model: Ends(_stem_cost(model, patches(model))),
         "collectors": collectors,
         "readers": lambda model: present(model, readers),
@@ -273,7 +170,7 @@ TOWERS: dict[str, dict[str, Any]] = {
     "vit_mae.ViTMAEModel": tower(
         grid=lambda config: None,  # it shuffles its patches, also where it masks none
         embed=lambda model: None,
-        tokens=lambda config: int(math.prod(_image(config) or (0,)) * (1 - config.mask_ratio)),
+        tokens=lambda config: int(math.prod(image_grid(config) or (0,)) * (1 - config.mask_ratio)),
         merged_output=["its decoder puts the tokens back in place"],
         mae=lambda model: True,
         grid_at=lambda model, sizes: _grid_at(model, sizes) if model.config.mask_ratio == 0 else None,
@@ -284,22 +181,22 @@ TOWERS: dict[str, dict[str, Any]] = {
     ),
     "dinov2.Dinov2Model": tower(blocks="encoder.layer", **_DINO),
     "dinov2.Dinov2Backbone": tower(blocks="encoder.layer", always_collects=True, merged_output=[_MAPS], **_DINO),
-    "dinov2_with_registers.Dinov2WithRegistersModel": tower(blocks="encoder.layer", prefix=_with_registers, **_DINO),
+    "dinov2_with_registers.Dinov2WithRegistersModel": tower(blocks="encoder.layer", prefix=with_registers, **_DINO),
     "dinov2_with_registers.Dinov2WithRegistersBackbone": tower(
-        blocks="encoder.layer", prefix=_with_registers, always_collects=True, merged_output=[_MAPS], **_DINO
+        blocks="encoder.layer", prefix=with_registers, always_collects=True, merged_output=[_MAPS], **_DINO
     ),
     "dinov3_vit.DINOv3ViTModel": tower(
         blocks="model.layer",
-        prefix=_with_registers,
-        rotary=_dinov3_rotary,
-        rotary_example=_dinov3_table,
+        prefix=with_registers,
+        rotary=dinov3_rotary,
+        rotary_example=dinov3_table,
         **{**_DINO, "norm": "norm"},
     ),
     "dinov3_vit.DINOv3ViTBackbone": tower(
         blocks="model.layer",
-        prefix=_with_registers,
-        rotary=_dinov3_rotary,
-        rotary_example=_dinov3_table,
+        prefix=with_registers,
+        rotary=dinov3_rotary,
+        rotary_example=dinov3_table,
         always_collects=True,
         merged_output=[_MAPS],
         **{**_DINO, "norm": "norm"},
@@ -323,8 +220,8 @@ TOWERS: dict[str, dict[str, Any]] = {
     "siglip.SiglipVisionModel": tower(**_SIGLIP),
     "siglip2.Siglip2VisionModel": tower(
         **{**_SIGLIP, "readers": ()},
-        grid=_any_shape,
-        inputs=_several,
+        grid=any_shape,
+        inputs=several,
         tokens=lambda config: int(config.num_patches),
         merged_output=["its head masks padding by position"],
     ),
@@ -337,30 +234,34 @@ TOWERS: dict[str, dict[str, Any]] = {
     "blip.BlipVisionModel": tower(**_CLIP),
     "blip_2.Blip2VisionModel": tower(**_CLIP),
     "instructblip.InstructBlipVisionModel": tower(**_CLIP),
-    "aimv2.Aimv2VisionModel": tower(**{**_SIGLIP, "norm": "rms_norm"}),
+    "aimv2.Aimv2VisionModel": tower(
+        **{**_SIGLIP, "norm": "rms_norm"},
+        fixed=lambda config: not config.is_native,
+    ),
     "pixtral.PixtralVisionModel": tower(
         blocks="transformer.layers",
         prefix=0,
         pooling="none",
-        rotary=_pixtral_rotary,
-        rotary_example=_pixtral_table,
+        rotary=pixtral_rotary,
+        rotary_example=pixtral_table,
     ),
     "internvl.InternVLVisionModel": tower(blocks="encoder.layer", pooling="none"),
-    "vivit.VivitModel": tower(grid=_video, inputs=_frames, **_POOLER),
+    "vivit.VivitModel": tower(grid=video_grid, inputs=frames, **_POOLER),
     "videomae.VideoMAEModel": tower(
         blocks="encoder.layer",
         prefix=0,
-        grid=_video,
-        inputs=_frames,
+        grid=video_grid,
+        inputs=frames,
         pooling="mean of unmerged tokens",
         mae=lambda model: True,
+        fixed=lambda config: True,
         **_POOLER,
     ),
     "vjepa2.VJEPA2Model": tower(
         blocks="encoder.layer",
         prefix=0,
-        grid=_clip,
-        inputs=_clip_frames,
+        grid=clip_grid,
+        inputs=clip_frames,
         pooling="attention pooling over unmerged tokens",
         norm="encoder.layernorm",
         # (fewer frames than a tubelet has are repeated)
@@ -368,13 +269,19 @@ TOWERS: dict[str, dict[str, Any]] = {
         merged_output=["its predictor and its pooler read all tokens"],
     ),
     "audio_spectrogram_transformer.ASTModel": tower(
-        prefix=2, grid=_spectrogram, inputs=_spectrum, pooling="mean of class and distillation token", **_POOLER
+        prefix=2,
+        grid=spectrogram_grid,
+        inputs=spectrum,
+        pooling="mean of class and distillation token",
+        fixed=lambda config: True,
+        **_POOLER,
     ),
     "whisper.WhisperEncoder": tower(
         prefix=0,
-        grid=_sound,
-        inputs=_mel,
+        grid=sound_grid,
+        inputs=mel,
         norm="layer_norm",
+        fixed=lambda config: True,
         pooling="the decoder's cross-attention over unmerged tokens",
     ),
 }
