@@ -13,8 +13,8 @@ from tokenmerge.config import PRESETS, MergeConfig
 from tokenmerge.errors import ConfigError
 from tokenmerge.frozen import FrozenDict
 from tokenmerge.matching import get_entry, matcher_names
-from tokenmerge.matching.fits import check_matching
 from tokenmerge.matching.values import fault_of
+from tokenmerge.patching.match import check_matching
 
 Kind = Literal["matching", "clustering", "pruning"]
 

@@ -459,6 +459,11 @@ def test_llava_that_puts_layers_side_by_side_needs_every_token() -> None:
 def test_a_large_grid_of_rotary_positions_in_half_precision_is_no_fault(dtype: torch.dtype) -> None:
     """`model.half()` rounds the angles that Pixtral keeps, too: far from the corner they are off by more than its table is."""
     config = hf.PixtralVisionConfig(
-        hidden_size=128, num_hidden_layers=2, num_attention_heads=2, intermediate_size=96, image_size=1540, patch_size=14
+        hidden_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=96,
+        image_size=1540,
+        patch_size=14,
     )
     tokenmerge.patch(hf.PixtralVisionModel(config).eval().to(dtype), r=3)

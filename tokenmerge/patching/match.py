@@ -9,9 +9,9 @@ from torch import Tensor
 
 from tokenmerge.attention.tap import Tap, class_attention
 from tokenmerge.config import FIELDS, SCHEDULE_FIELDS, MergeConfig
-from tokenmerge.errors import PatchError
+from tokenmerge.errors import ConfigError, PatchError
 from tokenmerge.flops import ModelCost
-from tokenmerge.matching import entry_for
+from tokenmerge.matching import check_options, entry_for
 from tokenmerge.matching.learned import PREDICTOR
 from tokenmerge.matching.values import hints_of, per_block
 from tokenmerge.ops.basics import counting, unit
@@ -37,6 +37,32 @@ def looks_inside(config: MergeConfig) -> bool:
     """Whether Q, K and V must be noted as attention uses them."""
     from_attention = config.metric in _FROM_ATTENTION or (config.heads == "concat" and config.metric == "k")
     return from_attention or entry_for(config).looks_inside
+
+
+def check_matching(config: MergeConfig, layers: int | None = None) -> None:
+    """Raise `ConfigError` unless the matcher can do what the config says of matching.
+
+    Args:
+        config: the settings.
+        layers: blocks of the model, where one is known.
+    """
+    entry = entry_for(config)
+    check_options(entry.name, config.options, layers)
+    for name, field in FIELDS.items():
+        value, usual = getattr(config, name), field.default
+        if field.metadata["by_matcher"] and name not in entry.offered and value != usual and name != "backend":
+            raise ConfigError(f"{name}={value!r} means nothing to matcher {entry.name!r}: leave it at {usual!r}")
+    if entry.most == "half":
+        keep = config.keep if isinstance(config.keep, list) else [config.keep or 1]
+        if min(keep, default=1) < 0.5:
+            raise ConfigError(
+                f"keep={config.keep!r}, but matcher {entry.name!r} merges at most half of the tokens of a block: keep 0.5 or "
+                "more"
+            )
+    if config.place == "before" and entry.looks_inside:
+        raise ConfigError(
+            f"place='before' merges before attention runs, but matcher {entry.name!r} looks at it: use place='between'"
+        )
 
 
 def shortened(config: MergeConfig, layers: int) -> MergeConfig:

@@ -8,11 +8,10 @@ from tokenmerge.attention.forms import Choice
 from tokenmerge.config import MergeConfig
 from tokenmerge.errors import ConfigError
 from tokenmerge.matching import entry_for
-from tokenmerge.matching.fits import check_matching
 from tokenmerge.ops.basics import autocast_dtype
 from tokenmerge.ops.choice import faults, triton_refusals
 from tokenmerge.patching.check import attention_choice, reaches_sdpa
-from tokenmerge.patching.match import TENSORS, cost_of, looks_inside, offered_by, other_metric
+from tokenmerge.patching.match import TENSORS, check_matching, cost_of, looks_inside, offered_by, other_metric
 from tokenmerge.patching.record import Settings, resolved_schedule
 from tokenmerge.patching.swap import original_class
 from tokenmerge.patching.target import Target

@@ -201,9 +201,9 @@ def _prepared(module: nn.Module) -> bool:
 
 
 def _wrapped(block: nn.Module) -> str:
-    """What hides a block or a module inside it from its row, in words and with a remedy; empty if nothing does."""
+    """What hides a block or a module inside it from its row, and a remedy, after its number; empty if nothing does."""
     for name, module in block.named_modules():
-        where = f"its module {name}" if name else "it"
+        where = f": its module {name}" if name else ""
         if isinstance(module, GraphModule | ScriptModule):
             return f"{where} was traced or scripted already: patch first, then do that"
         if any(part.startswith(("_orig_mod", "_checkpoint_wrapped")) for part in module._modules):
@@ -216,14 +216,14 @@ def _wrapped(block: nn.Module) -> str:
 
 
 def _against(block: nn.Module, row: BlockFamily | None) -> list[str]:
-    """Why a block cannot be patched right."""
+    """Why a block cannot be patched right: what follows its number."""
     if row is None:
-        hidden = _wrapped(block)
-        return [hidden or f"it is {_name(block)}, which is not in the table of supported blocks"]
-    reasons = [_own_method(block, "forward")] if _overridden(block, row.block, ("forward",)) else []
+        return [_wrapped(block) or f" is {_name(block)}, which is not in the table of supported blocks"]
+    own = _overridden(block, row.block, ("forward",))
+    reasons = [f" ({_name(block)}): {_own_method(block, 'forward')}"] if own else []
     refused = row.refuse(block)
     hidden = _wrapped(block) if refused else ""
-    return [*reasons, *([hidden] if hidden else refused)]
+    return [*reasons, *([hidden] if hidden else (f": {reason}" for reason in refused))]
 
 
 def _blocks_of(model: nn.Module, family: ModelFamily) -> list[nn.Module]:
@@ -248,8 +248,8 @@ def _examine(model: nn.Module) -> Target:
         reasons += family.refuse(model)
         for index, block in enumerate(_blocks_of(model, family)):
             row = None if isinstance(block, ScriptModule) else block_family(original_class(block))
-            against = [] if record_of(block) is not None else _against(block, row)
-            reasons += [f"block {index}: {reason}" for reason in against]
+            if record_of(block) is None:
+                reasons += [f"block {index}{reason}" for reason in _against(block, row)]
             if row is not None:
                 blocks.append((block, row))
         if len({id(block) for block, _ in blocks}) < len(blocks):

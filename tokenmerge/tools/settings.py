@@ -9,7 +9,7 @@ from typing import Any
 
 from tokenmerge.config import FIELDS, MergeConfig
 from tokenmerge.errors import ConfigError, UnknownFieldError
-from tokenmerge.matching.fits import check_matching
+from tokenmerge.patching.match import check_matching
 
 GRAMMAR = "8 (in every block), 16:-1 (r:inflect), 8,8,0 (a list per block), keep=0.9, flops=0.5, speedup=2, or a config file ending in .json"
 
