@@ -207,12 +207,25 @@ def check_around(record: ModelRecord, model: Any) -> None:
                 f"{type(reader).__name__}, which reads all tokens, has taken another's place since the model was patched: unpatch "
                 "before exchanging it, and patch again"
             )
-    embed = family.embed(model)
-    if embed is not None and not torch.compiler.is_compiling() and not has_hook(embed, note_grid):
-        setattr(
-            embed, RECORD, record
-        )  # a new one, for other patches or channels: its grid is seen as the old one's was
+    if not torch.compiler.is_compiling():
+        watch_embedding(record, model)
+
+
+def watch_embedding(record: ModelRecord, model: Any) -> None:
+    """See the grid of an embedding that has taken another's place, for other patches or channels, as the old one's was."""
+    if record.embed is not None:
+        try:
+            if has_hook(model.get_submodule(record.embed), note_grid):  # the usual case, without a search for it
+                return
+        except AttributeError:  # it is elsewhere now
+            pass
+    embed = record.family.embed(model)
+    if embed is None:
+        return
+    if not has_hook(embed, note_grid):
+        setattr(embed, RECORD, record)
         embed.register_forward_hook(note_grid)
+    record.embed = next(name for name, module in model.named_modules() if module is embed)
 
 
 def count_again(record: ModelRecord, model: Any) -> None:

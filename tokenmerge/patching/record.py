@@ -145,6 +145,7 @@ class ModelRecord:
         readers: why what reads the model's tokens would misread merged ones, in words.
         outer: the module that the user gave to `patch`.
         own_r: whether the model, and that module, had an attribute `r` of their own (the rank of an adapter, perhaps).
+        embed: name of the module that makes the patches, once it was looked for.
         root: the model itself, once it is known.
         ends: what tells whether the model's own parts were exchanged since its cost was counted.
         number: tells it from other models' where code is traced.
@@ -158,6 +159,7 @@ class ModelRecord:
         self.outer: Any = weakref.ref(outer)
         self.own_r = (False, False)
         self.ends: Any = None
+        self.embed: str | None = None
         self.root: Any = None
         self.number = next(_numbers)
 
