@@ -3,7 +3,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import pickle
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
@@ -90,12 +90,35 @@ def test_a_file_holds_fields_alone(key: str) -> None:
 
 @pytest.mark.parametrize(
     "value",
-    [{1}, [{1}], ([1], {2}), bytearray(b"x"), torch.ones(2), np.ones(2), {"deep": [torch.ones(1)]}, np.int64(3)],
+    [{1}, [{1}], ([1], {2}), bytearray(b"x"), torch.ones(2), np.ones(2), {"deep": [torch.ones(1)]}, torch.tensor(3)],
     ids=str,
 )
 def test_options_hold_nothing_that_could_change(value: object) -> None:
     with pytest.raises(ConfigError, match="use numbers, text and lists"):
         MergeConfig(options={"value": value})
+
+
+class Pair(NamedTuple):
+    """A tuple with names."""
+
+    first: object
+    second: int
+
+
+def test_options_keep_what_cannot_change() -> None:
+    given = {
+        "a": np.float32(2),
+        "b": np.int64(3),
+        "c": Pair(1, 2),
+        "d": Pair([1], 2),
+        "e": torch.Size((2, 3)),
+        "f": None,
+    }
+    config = MergeConfig(options=given)
+    assert config.options == given
+    assert [type(value) for value in config.options.values()] == [type(value) for value in given.values()]
+    assert config.options["d"].first == [1]
+    assert hash(config) == hash(MergeConfig(options=given))
 
 
 def test_options_are_copies_however_deep() -> None:

@@ -54,8 +54,11 @@ def frozen(value: Any, depth: int = 0) -> Any:
         return FrozenDict({key: frozen(entry, depth + 1) for key, entry in value.items()})
     if isinstance(value, list | tuple):
         entries = [frozen(entry, depth + 1) for entry in value]
-        return FrozenList(entries) if isinstance(value, list) else tuple(entries)
-    if not isinstance(value, Hashable) or (hasattr(value, "__array__") and not isinstance(value, int | float)):
+        if isinstance(value, list):
+            return FrozenList(entries)
+        same = all(one is other for one, other in zip(entries, value, strict=True))
+        return value if same else type(value)(*entries) if hasattr(value, "_fields") else tuple(entries)
+    if not isinstance(value, Hashable) or hasattr(value, "__setitem__"):
         raise ConfigError(
             f"an option holds a {type(value).__name__}, which can be changed from outside or cannot be compared: use numbers, text and "
             "lists of them"

@@ -9,17 +9,18 @@ all others are one row gather (`ops/combine.py`).
 from __future__ import annotations
 
 import dataclasses
+import operator
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 
 from tokenmerge.config import Backend
-from tokenmerge.errors import InputError
+from tokenmerge.errors import InputError, shown
 from tokenmerge.ops.basics import counting, descending_order, spread_rows
 from tokenmerge.ops.combine import Reduce, merge_rows
-from tokenmerge.ops.modes import is_exporting, require
+from tokenmerge.ops.modes import has_values, is_exporting, require
 from tokenmerge.schedule import is_count
 
 _INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
@@ -79,10 +80,8 @@ class MergePlan:
         Raises:
             InputError: if either is no number of images or tokens.
         """
-        counts: dict[str, Any] = {"batch": batch, "tokens": tokens}
-        for name, value in counts.items():
-            if not (torch.compiler.is_compiling() or isinstance(value, torch.SymInt) or is_count(value)):
-                raise InputError(f"{name}={value!r:.60}, but a whole number, 0 or more, was expected: change it")
+        if not torch.compiler.is_compiling():
+            batch, tokens = _count("batch", batch), _count("tokens", tokens)
         none = torch.empty(batch, 0, dtype=torch.int64, device=device)
         return cls(counting(tokens, none.device).expand(batch, tokens), none, none)
 
@@ -103,8 +102,7 @@ class MergePlan:
             raise InputError(
                 f"assign is {tuple(assign.shape)} {assign.dtype}, but integers of shape [B, N] were expected"
             )
-        if tokens_out is not None and not is_count(tokens_out):
-            raise InputError(f"tokens_out={tokens_out!r:.60}, but a whole number, 0 or more, was expected: change it")
+        tokens_out = None if tokens_out is None else _count("tokens_out", tokens_out)
         assign = assign.to(torch.int64)
         if tokens_out is None:
             tokens_out = int(assign.max()) + 1 if assign.numel() else 0
@@ -179,7 +177,8 @@ class MergePlan:
             InputError: if a shape or the device does not fit the plan, a size is negative or NaN, or `reduce` is unknown.
             ConfigError: if `backend` is "triton" and cannot run, with the reasons.
         """
-        if isinstance(size, Tensor) and not is_exporting():
+        looked_at = isinstance(size, Tensor) and not torch.compiler.is_compiling() and not is_exporting()
+        if looked_at and isinstance(size, Tensor) and has_values(size):
             require(
                 (size >= 0).all(),
                 "a size is negative or NaN, but each says how many patches a token stands for",
@@ -201,6 +200,19 @@ class MergePlan:
                 f"x is {tuple(getattr(x, 'shape', ()))}, but this plan leaves tokens of shape {[*self.kept.shape]} and C channels"
             )
         return spread_rows(x, self.assign, self.drops)
+
+
+def _count(name: str, value: Any) -> int:
+    """A whole number, of whatever class it is: Python's, NumPy's, or one that stands for a length while code is traced."""
+    if isinstance(value, torch.SymInt):
+        return cast("int", value)
+    try:
+        found = -1 if isinstance(value, bool) else operator.index(value)
+    except TypeError:
+        found = -1
+    if not is_count(found):
+        raise InputError(f"{name}={shown(value)}, but a whole number, 0 or more, was expected: change it")
+    return found
 
 
 def _gather(table: Tensor, index: Tensor, drops: bool) -> Tensor:

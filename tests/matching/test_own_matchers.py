@@ -33,6 +33,18 @@ def _powered(metric: Tensor, r: int, protected: int = 0, power: float = 1.0) -> 
     return tokenmerge.bipartite_matching(metric, r, protected)
 
 
+class PoweredModule(torch.nn.Module):
+    """A module that matches."""
+
+    def forward(self, metric: Tensor, r: int, protected: int = 0, power: float = 1.0) -> MergePlan:
+        return _powered(metric, r, protected, power)
+
+
+def _handed_on(*args: Any, **kwargs: Any) -> MergePlan:
+    """A wrapper that shows no parameters."""
+    return _powered(*args, **kwargs)
+
+
 class Powered:
     """An object that matches."""
 
@@ -51,8 +63,9 @@ class Powered:
         (functools.partial(_powered, power=2.0), "Merges as the paper does."),
         (Powered(), "An object that matches."),
         (Powered().method, "A method that matches."),
+        (PoweredModule(), "A module that matches."),
     ],
-    ids=["function", "partial", "object", "method"],
+    ids=["function", "partial", "object", "method", "module"],
 )
 def test_whatever_can_be_called_may_match_and_its_options_are_checked(matcher: Any, about: str) -> None:
     tokenmerge.register_matcher("powered")(matcher)
@@ -68,6 +81,43 @@ def test_whatever_can_be_called_may_match_and_its_options_are_checked(matcher: A
             assert torch.equal(model(images), wanted)
 
 
+@pytest.mark.parametrize("matcher", [_handed_on, lambda metric, r, *rest: _powered(metric, r, *rest)])
+def test_wrappers_that_hand_on_what_they_get_may_match(matcher: Any) -> None:
+    tokenmerge.register_matcher("handed on")(matcher)
+    model = tiny("vit_tiny_patch16_224")
+    images, metric = images_for(model), torch.randn(2, 9, 4)
+    with torch.no_grad():
+        with tokenmerge.patched(model, r=4):
+            wanted = model(images)
+        with tokenmerge.patched(model, r=4, matcher="handed on"):
+            assert torch.equal(model(images), wanted)
+    plan = registry.get_matcher("handed on")(metric, 3, 1)
+    assert torch.equal(plan.assign, tokenmerge.bipartite_matching(metric, 3, 1).assign)
+
+
+def test_what_looks_like_tokenmerges_own_is_looked_at_too() -> None:
+    """A decorator copies the name of the module onto a user's function."""
+
+    @functools.wraps(tokenmerge.bipartite_matching)
+    def moving(*args: Any, **kwargs: Any) -> MergePlan:
+        plan = tokenmerge.bipartite_matching(*args, **kwargs)
+        return dataclasses.replace(plan, kept=plan.kept.flip(1))
+
+    tokenmerge.register_matcher("moving")(moving)
+    model = tiny("vit_tiny_patch16_224")
+    images = images_for(model)
+    tokenmerge.patch(model, r=4, matcher="moving")
+    with torch.no_grad(), pytest.raises(PatchError, match="moves or merges one of the first 1 tokens"):
+        model(images)
+
+
+def test_another_partial_of_one_function_is_another_matcher() -> None:
+    tokenmerge.register_matcher("halved")(functools.partial(_powered, power=0.5))
+    tokenmerge.register_matcher("halved")(functools.partial(_powered, power=0.5))
+    with pytest.raises(ConfigError, match="is registered already"):
+        tokenmerge.register_matcher("halved")(functools.partial(_powered, power=2.0))
+
+
 @pytest.mark.parametrize(
     "matcher",
     [
@@ -77,7 +127,6 @@ def test_whatever_can_be_called_may_match_and_its_options_are_checked(matcher: A
         dict,
         lambda metric: None,
         lambda metric, r: None,
-        lambda *tensors: None,
         lambda *, metric, r, protected: None,
     ],
 )

@@ -10,6 +10,7 @@ import pytest
 import timm
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import tokenmerge
 from tests.helpers.tiny import images_for, tiny
@@ -238,6 +239,67 @@ def test_who_runs_the_blocks_reads_full_tokens_where_full_ones_are_handed_on() -
         assert seen[6:] == [33, 29, 37]
 
 
+def test_who_asks_is_not_a_matter_of_history() -> None:
+    """Whatever ran before, also with an error: blocks that are run by hand hand on full tokens, the model's own pass does not."""
+    model = tiny("vit_tiny_patch16_224")
+    images = images_for(model)
+    wrapper = EachBlock(model)
+    handle = tokenmerge.patch(wrapper, r=0)
+    seen: list[int] = []
+    for block in model.blocks:
+        block.register_forward_hook(lambda module, args, output: seen.append(output.shape[1]))
+
+    def fails(module: Any, args: Any) -> None:
+        raise ValueError("on purpose")
+
+    with torch.no_grad():
+        model(images)
+        handle.update(r=4)
+        hook = model.patch_embed.register_forward_pre_hook(fails)
+        with pytest.raises(ValueError, match="on purpose"):
+            model(images)
+        hook.remove()
+    for _ in range(2):
+        seen.clear()
+        wrapper(images)
+        assert seen == [37, 37, 37]
+        seen.clear()
+        model(images)
+        assert seen == [33, 29, 37]
+    torch.utils.checkpoint.checkpoint(model, images.requires_grad_(), use_reentrant=False).sum().backward()
+    seen.clear()
+    wrapper(images)
+    assert seen == [37, 37, 37]
+
+
+def test_a_patched_model_within_the_pass_of_another_does_not_end_it() -> None:
+    outer, inner = tiny("vit_tiny_patch16_224"), tiny("vit_tiny_patch16_224")
+    images = images_for(outer)
+    wrapper = EachBlock(outer)
+    tokenmerge.patch(wrapper, r=4)
+    tokenmerge.patch(inner, r=2)
+    seen: list[int] = []
+    for block in outer.blocks:
+        block.register_forward_hook(lambda module, args, output: seen.append(output.shape[1]))
+    with torch.no_grad():
+        wanted = outer(images)
+        outer.patch_embed.register_forward_hook(lambda *_: (inner(images), None)[1])
+        assert torch.equal(outer(images), wanted)
+    assert seen == [33, 29, 37] * 2
+
+
+def test_merged_tokens_do_not_begin_another_pass() -> None:
+    model = tiny("vit_tiny_patch16_224")
+    images = images_for(model)
+    handle = tokenmerge.patch(model, r=4)
+    with torch.no_grad():
+        features = model.forward_features(images)
+        with pytest.raises(PatchError, match="25 tokens that stand for 37"):
+            model.blocks[0](features)
+        handle.update(output="full")
+        model.blocks[0](model.forward_features(images))
+
+
 def test_blocks_that_another_model_runs_do_not_merge_in_silence() -> None:
     one, other = tiny("vit_tiny_patch16_224"), tiny("vit_tiny_patch16_224")
     images = images_for(one)
@@ -273,6 +335,92 @@ def test_tokens_that_begin_two_passes_keep_their_grid() -> None:
     assert (grid_of(first), grid_of(second), grid_of(first)) == ((4, 9), (9, 4), (4, 9))
 
 
+def test_memory_that_is_written_anew_holds_other_tokens() -> None:
+    """As the static input of a CUDA graph: the grid is that of what was written last."""
+    model = tiny("vit_tiny_patch16_224", dynamic_img_size=True)
+    tokenmerge.patch(model, r=2, trace=True)
+    patch = model.patch_embed.patch_size[0]
+    buffer = torch.zeros(1, 37, model.embed_dim)
+    with torch.no_grad():
+        for rows, columns in ((4, 9), (9, 4), (6, 6)):
+            x = buffer.copy_(model._pos_embed(model.patch_embed(torch.randn(1, 3, rows * patch, columns * patch))))
+            for block in model.blocks:
+                x = block(x)
+            state = state_of(x)
+            assert state is not None
+            assert state.run.grid == (rows, columns)
+
+
+def test_two_models_that_share_their_attention_are_not_both_patched() -> None:
+    for name in ("vit_tiny_patch16_224", "beit_base_patch16_224", "cait_xxs24_224"):
+        one, other = tiny(name), tiny(name)
+        images = images_for(one)
+        for mine, theirs in zip(other.blocks, one.blocks, strict=True):
+            mine.attn = theirs.attn
+        handle = tokenmerge.patch(one, r=4)
+        with torch.no_grad():
+            wanted = one(images)
+            with pytest.raises(PatchError, match="modules inside them, belong to another model"):
+                tokenmerge.patch(other, r=4)
+            assert torch.equal(one(images), wanted)
+        handle.remove()
+        tokenmerge.patch(other, r=4)
+
+
+def test_prefix_tokens_that_change_are_noticed() -> None:
+    model = tiny("vit_tiny_patch16_224")
+    images = images_for(model)
+    tokenmerge.patch(model, r=4)
+    model.reg_token = nn.Parameter(torch.zeros(1, 2, model.embed_dim))
+    model.num_reg_tokens, model.num_prefix_tokens = 2, 3
+    with torch.no_grad(), pytest.raises(PatchError, match="has 3 prefix tokens, but 1 when it was patched"):
+        model(images)
+
+
+@pytest.mark.parametrize("name", ["vit_tiny_patch16_224", "eva02_tiny_patch14_224", "cait_xxs24_224"])
+def test_an_embedding_may_be_wrapped_or_taken_away(name: str) -> None:
+    model = tiny(name)
+    images = images_for(model)
+    handle = tokenmerge.patch(model, r=4)
+    with torch.no_grad():
+        wanted, patches = model(images), model.patch_embed(images)
+        model.patch_embed = nn.Sequential(model.patch_embed, nn.Identity())
+        torch.testing.assert_close(model(images), wanted)
+        own, model.patch_embed = model.patch_embed[0], nn.Identity()
+        torch.testing.assert_close(model(patches), wanted)
+        model.patch_embed = own
+        old = own.proj
+        own.proj = nn.Conv2d(3, old.out_channels, old.kernel_size, old.stride)  # type: ignore[arg-type]
+        model(images)
+        gone, own.proj = own.proj, old
+    handle.remove()
+    for module in (gone, old):
+        assert not module._forward_hooks
+        assert not any(key.startswith("_tokenmerge") for key in vars(module))
+
+
+@pytest.mark.parametrize("name", ["beit_base_patch16_224", "cait_xxs24_224", "vit_tiny_patch16_224"])
+def test_an_attention_may_be_compiled_after_patching(name: str) -> None:
+    model = tiny(name)
+    images = images_for(model)
+    tokenmerge.patch(model, r=4)
+    with torch.no_grad():
+        wanted = model(images)
+        for block in model.blocks:
+            block.attn = torch.compile(block.attn, backend="eager")
+        torch.testing.assert_close(model(images), wanted)
+
+
+def test_sizes_are_looked_at_only_where_they_can_be() -> None:
+    tokens = torch.randn(2, 6, 4)
+    plan, size = tokenmerge.bipartite_matching(tokens, 2), torch.ones(2, 6)
+    torch.func.vmap(lambda x, s: plan.merge(x, s)[0])(tokens[None], size[None])
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        plan.merge(mode.from_tensor(tokens), mode.from_tensor(size))
+    merged = torch.compile(lambda x, s: plan.merge(x, s)[0], backend="eager", fullgraph=True)(tokens, size)
+    torch.testing.assert_close(merged, plan.merge(tokens, size)[0])
+
+
 HOOKS: dict[str, tuple[Callable[[Tensor], Tensor], bool]] = {
     "another order of images": (lambda x: x.flip(0), False),
     "another order of tokens": (lambda x: x.flip(1), False),
@@ -300,6 +448,21 @@ def test_what_hooks_before_a_block_put_in_place_of_its_tokens(name: str) -> None
 
 
 # --- what is counted ---------------------------------------------------------------------------------------
+
+
+def test_a_head_that_is_the_same_layer_in_another_form_costs_the_same() -> None:
+    model = tiny("vit_tiny_patch16_224", num_classes=1000)
+    handle = tokenmerge.patch(model, flops=0.9)
+    cost, schedule = tokenmerge.model_cost(model), handle.schedule
+    torch.nn.utils.parametrizations.weight_norm(model.head)
+    assert tokenmerge.model_cost(model) == cost
+    model.head = Adapter(nn.Linear(model.embed_dim, 1000))
+    assert tokenmerge.model_cost(model).head == 2 * cost.head
+    model.head = torch.compile(model.head.base_layer, backend="eager")
+    assert tokenmerge.model_cost(model) == cost
+    with torch.no_grad():
+        model(images_for(model))
+    assert handle.schedule == schedule
 
 
 @pytest.mark.parametrize("change", ["head", "patches"])

@@ -105,7 +105,7 @@ def test_patching_twice_or_across_handles_is_refused() -> None:
     for target in (model, wrapper):
         with pytest.raises(PatchError, match=r"patched already.*handle_of\(model\)\.update"):
             tokenmerge.patch(target, r=3)
-    with pytest.raises(PatchError, match="belong to a larger model"):
+    with pytest.raises(PatchError, match="belong to another model"):
         tokenmerge.patch(model.blocks, r=3)
     assert tokenmerge.handle_of(wrapper).config == handle.config
     tokenmerge.unpatch(wrapper)

@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, Protocol, TypeVar, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from tokenmerge.config import MergeConfig
 from tokenmerge.errors import ConfigError, InputError, shown
@@ -136,7 +136,7 @@ def register_matcher(
         _check_callable(name, matcher)
         if name in _MATCHERS and _home(_MATCHERS[name].matcher) != _home(matcher):
             raise ConfigError(f"a matcher named {shown(name)} is registered already: choose another name")
-        further = list(inspect.signature(matcher).parameters.values())[3:]
+        further = _further(matcher)
         for parameter in further:
             if parameter.default is parameter.empty and parameter.name not in OFFERED:
                 raise ConfigError(
@@ -145,7 +145,7 @@ def register_matcher(
                 )
         offered = frozenset(parameter.name for parameter in further if parameter.name in OFFERED)
         options = {parameter.name: parameter.default for parameter in further if parameter.name not in OFFERED}
-        function = matcher if _home(matcher)[0].startswith("tokenmerge.") else _watched(name, matcher)
+        function = matcher if _is_own(matcher) else _watched(name, matcher)
         checked = _checked(name, function, "backend" in offered, most)
         _MATCHERS[name] = Entry(name, function, checked, offered, options, adaptive, learned, most)
         return cast("_M", checked)
@@ -173,7 +173,7 @@ def _watched(name: str, function: Any) -> Callable[..., MergePlan]:
 def _checked(name: str, function: Any, per_head: bool, most: Most) -> Callable[..., MergePlan]:
     """A matcher for whoever calls it directly."""
     signature = inspect.signature(function)
-    further = list(signature.parameters)[3:]
+    further = [parameter.name for parameter in _further(function)]
 
     # what values may be is read off annotations, which Dynamo cannot do: it runs these two, and takes what they give
     @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
@@ -188,7 +188,7 @@ def _checked(name: str, function: Any, per_head: bool, most: Most) -> Callable[.
     def matcher(*args: Any, **kwargs: Any) -> MergePlan:
         bound = signature.bind(*args, **kwargs)
         bound.apply_defaults()
-        metric, r, protected = list(bound.arguments.values())[:3]
+        metric, r, protected = (*bound.args[:3], 0)[:3]
         check_matching_input(metric, r, protected, per_head)
         check_offered(metric, {given: bound.arguments.get(given) for given in OFFERED})
         for given in known():
@@ -201,27 +201,51 @@ def _checked(name: str, function: Any, per_head: bool, most: Most) -> Callable[.
         r = min(r, max_merges(tokens, protected, most))
         if r == 0:
             return MergePlan.identity(metric.shape[0], tokens, metric.device)
-        bound.arguments[list(bound.arguments)[1]] = r
-        plan: MergePlan = function(*bound.args, **bound.kwargs)
+        plan: MergePlan = function(metric, r, *bound.args[2:], **bound.kwargs)
         return plan
 
     return matcher
 
 
-def _home(function: Any) -> tuple[str, str]:
+def _home(function: Any) -> tuple[str, ...]:
+    function = inspect.unwrap(function)
+    given = (str(function.args), str(function.keywords)) if isinstance(function, functools.partial) else ()
     function = plain_function(function)
-    return function.__module__, function.__qualname__
+    return function.__module__, function.__qualname__, *given
+
+
+def _is_own(function: Any) -> bool:
+    """Whether its code is tokenmerge's, whatever a decorator has copied onto it."""
+    return str(getattr(function, "__globals__", {}).get("__name__", "")).startswith("tokenmerge.")
+
+
+def _parameters(matcher: Any) -> tuple[list[inspect.Parameter], int, bool]:
+    """The parameters of a callable, how many of the first three are given by place, and whether any number more can be."""
+    try:
+        found = inspect.signature(matcher.forward if isinstance(matcher, nn.Module) else matcher)
+    except (TypeError, ValueError):  # no callable, or one that shows no parameters
+        return [], 0, False
+    parameters = list(found.parameters.values())
+    kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    by_place = 0
+    while by_place < min(3, len(parameters)) and parameters[by_place].kind in kinds:
+        by_place += 1
+    return parameters, by_place, any(parameter.kind is parameter.VAR_POSITIONAL for parameter in parameters[:3])
+
+
+def _further(matcher: Any) -> list[inspect.Parameter]:
+    """What a matcher takes besides metric, r and protected."""
+    parameters, by_place, any_number = _parameters(matcher)
+    further = parameters[by_place:]
+    if any_number:  # a wrapper that hands on whatever it is given
+        further = [p for p in further if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
+    return further
 
 
 def _check_callable(name: str, matcher: Any) -> None:
     """Raise `ConfigError` unless it can be called with a metric, r and protected."""
-    try:
-        parameters = list(inspect.signature(matcher).parameters.values())
-    except (TypeError, ValueError):  # no callable, or one that shows no parameters
-        parameters = []
-    kinds = [parameter.kind for parameter in parameters[:3]]
-    by_place = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
-    if len(kinds) < 3 or any(kind not in by_place for kind in kinds) or inspect.isclass(matcher):
+    parameters, by_place, any_number = _parameters(matcher)
+    if inspect.isclass(matcher) or not (by_place == 3 or any_number):
         raise ConfigError(
             f"matcher {shown(name)} is a {type(matcher).__name__} that takes {', '.join(map(str, parameters[:3])) or 'nothing'}, but a function "
             "whose first three parameters are metric, r and protected was expected: write def matcher(metric, r, protected=0)"

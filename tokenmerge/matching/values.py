@@ -13,6 +13,8 @@ import types
 import typing
 from typing import Annotated, Any, Literal
 
+from torch import nn
+
 from tokenmerge.config import is_number
 
 _WORDS = {int: "a whole number", float: "a finite number", str: "text", bool: "true or false"}
@@ -82,6 +84,8 @@ def plain_function(function: Any) -> Any:
             function = function.func
         elif inspect.ismethod(function):
             function = function.__func__
+        elif isinstance(function, nn.Module):
+            function = type(function).forward
         elif not inspect.isroutine(function) and not inspect.isclass(function):
             function = type(function).__call__
         else:

@@ -22,7 +22,11 @@ def is_exporting() -> bool:
 
 
 def has_values(x: Tensor) -> bool:
-    """Whether there are numbers in `x` that could be looked at: it is neither on the "meta" device nor a fake tensor."""
+    """Whether there are numbers in `x` that could be looked at: it is neither on the "meta" device nor a fake tensor, nor one
+    that a function transform (`torch.func.vmap`) follows.
+    """
+    if torch._C._functorch.is_functorch_wrapped_tensor(x):
+        return False
     fakes = sys.modules.get("torch._subclasses.fake_tensor")  # nobody has made one before it is imported
     return not x.is_meta and (fakes is None or not isinstance(x, fakes.FakeTensor))
 

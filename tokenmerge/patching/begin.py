@@ -12,7 +12,8 @@ from torch import Tensor
 from tokenmerge.errors import PatchError
 from tokenmerge.ops.basics import unit
 from tokenmerge.ops.modes import is_exporting, require
-from tokenmerge.patching.hooks import full_wanted, take_entered, take_grid
+from tokenmerge.patching.entering import was_asked
+from tokenmerge.patching.hooks import full_wanted, take_grid
 from tokenmerge.patching.record import BlockRecord
 from tokenmerge.patching.running import refuse_stranger
 from tokenmerge.patching.state import GRID, UNMERGED, Pass, TokenState, attach, state_of
@@ -96,10 +97,13 @@ def _grid_of(given: Tensor, record: BlockRecord) -> tuple[int, ...] | None:
     """The grid of the tokens that a pass begins with; a tensor that begins several keeps that of the first."""
     if torch.compiler.is_compiling():
         return take_grid(record.model)
-    if not hasattr(given, GRID):
-        setattr(given, GRID, take_grid(record.model))
-    grid: tuple[int, ...] | None = getattr(given, GRID)
-    return grid
+    # what is written into the same memory later, as into the static input of a CUDA graph, is other tokens
+    key = (record.model.number, None if given.is_inference() else given._version)
+    known: dict[tuple[int, int | None], tuple[int, ...] | None] = getattr(given, GRID, {})
+    if key not in known:
+        known = {key: take_grid(record.model), **{other: grid for other, grid in known.items() if other[0] != key[0]}}
+        setattr(given, GRID, known)
+    return known[key]
 
 
 def begin_pass(record: BlockRecord, x: Tensor, mask: Tensor | None, given: Tensor, again: bool = False) -> TokenState:
@@ -129,7 +133,7 @@ def begin_pass(record: BlockRecord, x: Tensor, mask: Tensor | None, given: Tenso
             "hooks give tokenmerge.carry(new, like=old), and use use_reentrant=False"
         )
     full, size = full_wanted(record.model), padding_sizes(mask, batch, tokens)
-    if not again and not take_entered(record.model):  # someone runs the blocks, and may read what each hands on
+    if not again and not was_asked(record.model):  # someone runs the blocks, and may read what each hands on
         refuse_stranger(record.model)
         full = full or settings.full_output
     grid = _grid_of(given, record)

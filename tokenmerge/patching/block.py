@@ -155,6 +155,7 @@ def _arrive(
         state = state_of(x)
     recomputing = _recomputing()
     if record.index == 0 and not recomputing:
+        _check_unmerged(x, state)
         state = None  # of an older pass, if any
     if unmerged or (recomputing and state is not None and state.run.ambiguous):
         _check_first_time(record, state)
@@ -187,6 +188,16 @@ def _check_first_time(record: BlockRecord, state: TokenState | None) -> None:
         raise PatchError(
             f"block {record.index} runs again in backward, but passes with different settings began with the very same tensor, and "
             "gradient checkpointing cannot tell them apart: give each pass a tensor of its own (x.clone())"
+        )
+
+
+def _check_unmerged(x: Any, state: TokenState | None) -> None:
+    """Raise if merged tokens begin another pass, which would take each for one patch."""
+    merged = state is not None and state.merged is None and state.size is not None
+    if state is not None and merged and state.size is not state.run.first_size and x.shape[1] != state.run.tokens:
+        raise PatchError(
+            f"block 0 received {x.shape[1]} tokens that stand for {state.run.tokens}, and would take each for one patch: begin a pass with "
+            "the tokens of patches, or merge with output='full'"
         )
 
 

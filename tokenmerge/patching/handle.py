@@ -15,10 +15,10 @@ from tokenmerge.config import FIELDS, MergeConfig
 from tokenmerge.errors import InputError, PatchError
 from tokenmerge.flops import ModelCost
 from tokenmerge.patching.check import attention_choice, check_block, check_rotary
-from tokenmerge.patching.hooks import check_blocks, count_again
-from tokenmerge.patching.install import install, restore
+from tokenmerge.patching.entering import check_blocks, count_again
+from tokenmerge.patching.install import install, remove_hooks, restore
 from tokenmerge.patching.match import cost_of
-from tokenmerge.patching.record import ModelRecord, record_of
+from tokenmerge.patching.record import RECORD, ModelRecord, record_of
 from tokenmerge.patching.running import is_running
 from tokenmerge.patching.settings import backend_choice, matching_in_words, settings_for
 from tokenmerge.patching.summary import Summary, summarize
@@ -301,6 +301,10 @@ def _take_off(model: nn.Module, record: ModelRecord) -> None:
             "a forward pass of this model is running, whose merged tokens the unpatched blocks would misread: wait for it to "
             "end, then remove the patch"
         )
+    for reference in record.embeddings:
+        if (embedding := reference()) is not None:
+            vars(embedding).pop(RECORD, None)
+            remove_hooks(embedding)
     restore(model)
 
 

@@ -6,10 +6,8 @@ Hooks are module-level functions: closures would break when a model is copied.
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import sys
 import threading
-import weakref
 from collections.abc import Iterator
 from typing import Any, cast
 
@@ -17,11 +15,8 @@ import torch
 from torch import nn
 from torch.fx import Proxy
 
-from tokenmerge.errors import PatchError
-from tokenmerge.flops import Ends
 from tokenmerge.patching.leaf import as_leaf
-from tokenmerge.patching.present import check_inside, has_hook
-from tokenmerge.patching.record import RECORD, BlockRecord, ModelRecord
+from tokenmerge.patching.record import RECORD, ModelRecord
 from tokenmerge.patching.state import attach, needed_state, plans_needed, state_of
 
 
@@ -39,7 +34,6 @@ class _Ahead(threading.local):
             their blocks and differ.
         grid_of: the number of that model's record.
         waiting: how many embeddings of that model wait.
-        entered: the number of the record of the model whose own methods run, until its first block takes it.
     """
 
     def __init__(self) -> None:  # in each thread
@@ -50,7 +44,6 @@ class _Ahead(threading.local):
         self.grid: tuple[int, ...] | None = None
         self.grid_of: int | None = None
         self.waiting = 0
-        self.entered: int | None = None
 
 
 _ahead = _Ahead()
@@ -95,8 +88,10 @@ def take_grid(record: ModelRecord) -> tuple[int, ...] | None:
     return grid or None
 
 
-def forget_grid() -> None:
-    """What was embedded so far is not what the next pass begins with."""
+def forget_grid(record: ModelRecord | None = None) -> None:
+    """What was embedded so far, by that model or any, is not what the next pass begins with."""
+    if record is not None and _ahead.grid_of != record.number:
+        return
     _ahead.grid = _ahead.grid_of = None
     _ahead.waiting = 0
 
@@ -108,7 +103,10 @@ def note_grid(module: Any, args: tuple[Any, ...], output: Any) -> None:
     if torch.compiler.is_compiling():
         _ahead.grid = grid
         return
-    number = getattr(module, RECORD).number
+    record = getattr(module, RECORD, None)
+    if record is None:  # a copy that was made of the module and its hooks alone, as quantising does
+        return
+    number = record.number
     if _ahead.grid_of != number:
         forget_grid()
     if _ahead.waiting and _ahead.grid != grid:
@@ -161,125 +159,6 @@ def end_collecting(module: nn.Module, args: tuple[Any, ...], output: Any) -> Non
         _ahead.full, _ahead.owner = False, None
     if not torch.compiler.is_compiling():
         _wish(tuple(wish for wish in _ahead.wishes if wish[1] is not module))
-
-
-def check_root(module: Any, args: tuple[Any, ...] = ()) -> None:
-    """Forward pre-hook of a patched model: what was changed behind the handle's back is noticed.
-
-    Raises:
-        PatchError: if `r` was set on the model, or blocks were added, exchanged or taken away.
-    """
-    record: ModelRecord = getattr(module, RECORD)
-    check_blocks(record, record.settings.layers, module)
-    check_around(record, module)
-    if torch.compiler.is_compiling():  # Dynamo looks into no weak reference
-        return
-    record.root = record.root or weakref.ref(module)
-    count_again(record, module)
-    _ahead.entered = record.number
-    if _ahead.grid_of == record.number:
-        forget_grid()
-    outer = record.outer() if record.outer is not None else None
-    for owner, own in zip((module, outer), record.own_r, strict=True):
-        if owner is not None and not own and "r" in vars(owner):
-            raise PatchError(
-                f"r={vars(owner)['r']!r} was set on {type(owner).__name__}, which changes nothing: delete that attribute and write "
-                "tokenmerge.handle_of(model).update(r=…)"
-            )
-
-
-def check_around(record: ModelRecord, model: Any) -> None:
-    """Raise `PatchError` unless patching reaches what runs, in the blocks and after them; modules may have been exchanged."""
-    settings, family = record.settings, record.family
-    if not settings.merges:
-        return
-    for index, block in enumerate(family.blocks(model)):
-        check_inside(getattr(block, RECORD).family, block, index)
-    reasons = [] if settings.full_output else family.merged_output(model)
-    if reasons:
-        raise PatchError(
-            f"the model has changed since it was patched with output='merged': {'; '.join(reasons)}; use "
-            "handle.update(output='full')"
-        )
-    for reader in family.readers(model):
-        if not has_hook(reader, unmerge_input):
-            raise PatchError(
-                f"{type(reader).__name__}, which reads all tokens, has taken another's place since the model was patched: unpatch "
-                "before exchanging it, and patch again"
-            )
-    if not torch.compiler.is_compiling():
-        watch_embedding(record, model)
-
-
-def watch_embedding(record: ModelRecord, model: Any) -> None:
-    """See the grid of an embedding that has taken another's place, for other patches or channels, as the old one's was."""
-    if record.embed is not None:
-        try:
-            if has_hook(model.get_submodule(record.embed), note_grid):  # the usual case, without a search for it
-                return
-        except AttributeError:  # it is elsewhere now
-            pass
-    embed = record.family.embed(model)
-    if embed is None:
-        return
-    if not has_hook(embed, note_grid):
-        setattr(embed, RECORD, record)
-        embed.register_forward_hook(note_grid)
-    record.embed = next(name for name, module in model.named_modules() if module is embed)
-
-
-def count_again(record: ModelRecord, model: Any) -> None:
-    """Bring up to date what the model costs, where the schedule follows from that and its head or its embedding was exchanged."""
-    settings, family = record.settings, record.family
-    if settings.config.flops is None and settings.config.speedup is None:
-        return
-    parts = [*model._modules.values(), family.embed(model)]
-    numbers = [(id(part), sum(p.numel() for p in part._parameters.values() if p is not None)) for part in parts if part]
-    ends = (*numbers, family.tokens(model))
-    if record.ends is not None and record.ends != ends:
-        found = Ends(*family.cost(model))._asdict()
-        cost = dataclasses.replace(settings.cost, tokens=family.tokens(model), **found)
-        if cost != settings.cost:
-            record.settings = dataclasses.replace(settings, cost=cost)
-    record.ends = ends
-
-
-def take_entered(record: ModelRecord) -> bool:
-    """Whether the pass that begins was asked of this very model, once; if someone else runs its blocks, it is looked at now.
-
-    Raises:
-        PatchError: as `check_around`.
-    """
-    if torch.compiler.is_compiling():
-        return True
-    entered, _ahead.entered = _ahead.entered, None
-    model = None if record.root is None else record.root()
-    if entered != record.number and model is not None:
-        check_blocks(record, record.settings.layers, model)
-        check_around(record, model)
-    return entered == record.number
-
-
-def check_blocks(record: ModelRecord, layers: int, model: Any) -> None:
-    """Raise `PatchError` unless the blocks that the model runs are those that were patched."""
-    try:
-        blocks = record.family.blocks(model)
-    except AttributeError:
-        blocks = []
-    if len(blocks) != layers:
-        raise PatchError(
-            f"the model has {len(blocks)} blocks, but {layers} were patched: unpatch before adding or removing blocks, and patch "
-            "again"
-        )
-    for index, block in enumerate(blocks):
-        own: BlockRecord | None = getattr(block, RECORD, None)
-        strange = own is None or own.index != index
-        if own is not None and not torch.compiler.is_compiling():
-            strange = strange or own.model is not record
-        if strange:
-            raise PatchError(
-                f"block {index} is not the one that was patched: unpatch before exchanging blocks, and patch again"
-            )
 
 
 def unmerge_input(module: Any, args: tuple[Any, ...]) -> tuple[Any, ...] | None:

@@ -9,10 +9,10 @@ from torch import nn
 
 from tokenmerge.attention.tap import note_input
 from tokenmerge.patching.block import MergeBlock
+from tokenmerge.patching.entering import enter_root, leave_root
 from tokenmerge.patching.families.family import BlockFamily
 from tokenmerge.patching.hooks import (
     CarryThrough,
-    check_root,
     collect,
     collect_if_asked,
     end_collecting,
@@ -20,7 +20,7 @@ from tokenmerge.patching.hooks import (
     unmerge_input,
 )
 from tokenmerge.patching.record import RECORD, BlockRecord, ModelRecord
-from tokenmerge.patching.swap import Swapped, check_restorable, restore_class, swap_class
+from tokenmerge.patching.swap import Swapped, check_restorable, is_ours, restore_class, swap_class
 from tokenmerge.patching.target import Target
 
 
@@ -56,7 +56,8 @@ def _install_model(record: ModelRecord, model: Any) -> None:
     family = record.family
     if family.swap is not None:
         swap_class(model, family.swap)
-    model.register_forward_pre_hook(check_root)
+    model.register_forward_pre_hook(enter_root)
+    model.register_forward_hook(leave_root, always_call=True)
     embed = family.embed(model)
     for module in _told(record, [] if embed is None else [embed]):
         module.register_forward_hook(note_grid)
@@ -96,14 +97,14 @@ def restore(model: nn.Module) -> None:
 
 
 def remove_hooks(module: nn.Module) -> None:
-    """Remove our hooks; found by where they were written, because a deep copy has no `RemovableHandle`s."""
+    """Remove our hooks, one by one: a deep copy has no `RemovableHandle`s."""
     tables = (
         (module._forward_hooks, (module._forward_hooks_with_kwargs, module._forward_hooks_always_called)),
         (module._forward_pre_hooks, (module._forward_pre_hooks_with_kwargs,)),
     )
     for hooks, flags in tables:
         for key, hook in list(hooks.items()):
-            if (getattr(hook, "__module__", None) or "").startswith("tokenmerge."):
+            if is_ours(hook):
                 del hooks[key]
                 for flag in flags:
                     flag.pop(key, None)

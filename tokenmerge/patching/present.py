@@ -11,8 +11,14 @@ from tokenmerge.patching.families.family import BlockFamily
 
 
 def has_hook(module: nn.Module, hook: Any) -> bool:
-    """Whether a module calls that function after its forward, or before it."""
+    """Whether a module calls that function after its forward, or before it; one that was compiled, by what is inside."""
+    module = _compiled(module)
     return hook in module._forward_hooks.values() or hook in module._forward_pre_hooks.values()
+
+
+def _compiled(module: nn.Module) -> nn.Module:
+    inner = module._modules.get("_orig_mod")
+    return module if inner is None else inner
 
 
 def check_inside(family: BlockFamily, block: Any, index: int) -> None:
@@ -26,7 +32,7 @@ def check_inside(family: BlockFamily, block: Any, index: int) -> None:
             any(not has_hook(module, family.tap) for module in family.keys(block))
             or any(not has_hook(module, hook) for module, hook in family.hooks(block))
             or any(not has_hook(module, hook) for module, hook in family.answers(block))
-            or any(not isinstance(module, mixin) for module, mixin in family.mixins(block))
+            or any(not isinstance(_compiled(module), mixin) for module, mixin in family.mixins(block))
         )
     except AttributeError:  # what a part is looked for in is another module
         missing = True

@@ -146,6 +146,7 @@ class ModelRecord:
         outer: the module that the user gave to `patch`.
         own_r: whether the model, and that module, had an attribute `r` of their own (the rank of an adapter, perhaps).
         embed: name of the module that makes the patches, once it was looked for.
+        embeddings: those that have taken its place since, which `remove` must find also when they are gone from the model.
         root: the model itself, once it is known.
         ends: what tells whether the model's own parts were exchanged since its cost was counted.
         number: tells it from other models' where code is traced.
@@ -160,12 +161,13 @@ class ModelRecord:
         self.own_r = (False, False)
         self.ends: Any = None
         self.embed: str | None = None
+        self.embeddings: tuple[Any, ...] = ()
         self.root: Any = None
         self.number = next(_numbers)
 
     def __getstate__(self) -> dict[str, Any]:
         """A copy has had no pass yet, and is not inside of what the original was in."""
-        return {**vars(self), "latest": None, "outer": None, "root": None, "ends": None}
+        return {**vars(self), "latest": None, "outer": None, "root": None, "ends": None, "embeddings": ()}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state, number=next(_numbers))

@@ -8,7 +8,8 @@ from typing import Any, cast
 from torch import Tensor, nn
 
 from tokenmerge.patching.block import MergeBlock, OwnR
-from tokenmerge.patching.hooks import check_root, full_outputs
+from tokenmerge.patching.entering import enter_root, leave_root
+from tokenmerge.patching.hooks import full_outputs
 from tokenmerge.patching.match import shortened
 from tokenmerge.patching.record import ModelRecord
 from tokenmerge.patching.settings import settings_for
@@ -34,9 +35,12 @@ class MergeRoot(OwnR):
 
         What comes with the maps, the output of the last block, is what `forward_features` gives.
         """
-        check_root(self)
-        with full_outputs(self._tokenmerge):
-            result = super().forward_intermediates(*args, **kwargs)  # type: ignore[misc]
+        enter_root(self)
+        try:
+            with full_outputs(self._tokenmerge):
+                result = super().forward_intermediates(*args, **kwargs)  # type: ignore[misc]
+        finally:
+            leave_root(self)
         if isinstance(result, tuple) and len(result) == 2 and isinstance(result[0], Tensor):
             return self._as_features(result[0]), result[1]
         if isinstance(result, dict) and isinstance(result.get("image_features"), Tensor):
@@ -66,5 +70,8 @@ class MergeFeatures(MergeRoot):
 
     def forward_features(self, *args: Any, **kwargs: Any) -> Any:
         """Upstream's, once it is sure that the model is as it was when it was patched."""
-        check_root(self)
-        return super().forward_features(*args, **kwargs)  # type: ignore[misc]
+        enter_root(self)
+        try:
+            return super().forward_features(*args, **kwargs)  # type: ignore[misc]
+        finally:
+            leave_root(self)

@@ -9,7 +9,7 @@ from types import FrameType
 from torch import nn
 
 from tokenmerge.errors import PatchError
-from tokenmerge.patching.families.family import model_family
+from tokenmerge.patching.families.family import ModelFamily, model_family
 from tokenmerge.patching.record import ModelRecord, record_of
 from tokenmerge.patching.swap import original_class
 
@@ -25,14 +25,23 @@ def refuse_stranger(record: ModelRecord) -> None:
     frame: FrameType | None = sys._getframe(1)
     while frame is not None:
         module = frame.f_locals.get("self")
-        if isinstance(module, nn.Module) and model_family(original_class(module)) is not None:
-            if record_of(module) is not record:
+        family = model_family(original_class(module)) if isinstance(module, nn.Module) else None
+        if family is not None and isinstance(module, nn.Module):
+            if record_of(module) is not record and _shares_blocks(family, module, record):
                 raise PatchError(
                     f"blocks of a patched model run inside another {type(module).__name__}, which is not patched and would misread "
                     "their tokens: give that model blocks of its own (copy.deepcopy), or unpatch"
                 )
             return
         frame = frame.f_back
+
+
+def _shares_blocks(family: ModelFamily, module: nn.Module, record: ModelRecord) -> bool:
+    try:
+        blocks = family.blocks(module)
+    except AttributeError:
+        return False
+    return any(getattr(record_of(block), "model", None) is record for block in blocks)
 
 
 _METHODS = ("forward", "forward_features", "forward_intermediates", "forward_head", "_call_impl")

@@ -116,6 +116,17 @@ def copy_without_hooks(module: Any, memo: dict[int, Any] | None = None) -> Any:
     return copied
 
 
+def is_ours(hook: Any) -> bool:
+    """Whether a hook was put on a module by patching; found by where it was written, because copies keep nothing else."""
+    return (getattr(hook, "__module__", None) or "").startswith("tokenmerge.")
+
+
+def is_touched(module: nn.Module) -> bool:
+    """Whether a module has a hook or a class of ours."""
+    hooks = (*module._forward_hooks.values(), *module._forward_pre_hooks.values())
+    return isinstance(module, Swapped) or any(is_ours(hook) for hook in hooks)
+
+
 def is_sharded(module: nn.Module) -> bool:
     """Whether FSDP2's `fully_shard` was called on this very module."""
     return any(base.__name__ == "FSDPModule" for base in type(module).__mro__)

@@ -26,7 +26,7 @@ from tokenmerge.patching.families.family import (
 )
 from tokenmerge.patching.families.linear import channels_of
 from tokenmerge.patching.record import ModelRecord, record_of
-from tokenmerge.patching.swap import is_sharded, original_class
+from tokenmerge.patching.swap import is_sharded, is_touched, original_class
 from tokenmerge.schedule import Most
 
 _WRAPPERS = "transformers.modeling_layers"
@@ -278,8 +278,8 @@ def refuse_if_patched(model: nn.Module) -> None:
             f"{where} is patched already ({record.settings.config.to_json()}), but a model can be patched once: change it "
             "with tokenmerge.handle_of(model).update(...), or call tokenmerge.unpatch(model) first"
         )
-    if any(record_of(module) is not None for module in model.modules()):
+    if any(record_of(module) is not None or is_touched(module) for module in model.modules()):
         raise PatchError(
-            "blocks of this module belong to a larger model that is patched already: "
-            "update that model's handle, or unpatch that model first"
+            "blocks of this module, or modules inside them, belong to another model that is patched already: update that model's "
+            "handle, unpatch that model first, or give this one modules of its own (copy.deepcopy)"
         )

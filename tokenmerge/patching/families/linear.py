@@ -15,8 +15,13 @@ def channels_of(block: nn.Module, otherwise: int) -> int:
     return otherwise if weight is None else len(weight)
 
 
+def _is_linear(module: nn.Module) -> bool:
+    return hasattr(module, "in_features") and hasattr(module, "out_features")
+
+
 def linear_weights(*modules: nn.Module) -> int:
     """Multiply-adds per token; quantized and other linear layers count by their shape."""
-    leaves: list[Any] = [m for module in modules for m in module.modules() if not any(True for _ in m.children())]
-    linear = [m for m in leaves if hasattr(m, "in_features") and hasattr(m, "out_features")]
+    found: list[Any] = [m for module in modules for m in module.modules() if _is_linear(m)]
+    # a layer around another one (an adapter) is counted by its parts
+    linear = [m for m in found if not any(_is_linear(part) for part in m.modules() if part is not m)]
     return sum(int(m.in_features) * int(m.out_features) for m in linear)

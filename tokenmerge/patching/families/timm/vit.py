@@ -182,7 +182,8 @@ class MergeVisionTransformer(MergeFeatures):
             return _traced_pool(self, x, upstream, pool_type, reader)
         state = needed_state(x, reader) if self._tokenmerge.settings.merges else state_of(x)
         prop_attn = state is None or state.run.settings.prop_attn
-        if state is not None and state.run.padded and state.merged is None:  # upstream pools padding, too
+        counts = prop_attn or kind != "map"  # or each token counts once, whatever it stands for
+        if state is not None and state.run.padded and state.merged is None and counts:  # upstream pools padding, too
             return upstream(plans_needed(state, reader).unmerge(x), pool_type)
         if kind == "map" and not prop_attn and state is not None and state.merged is not None:
             return upstream(state.one_of_equals(x), pool_type)

@@ -1,0 +1,184 @@
+"""A model's own call begins and ends: what has changed since it was patched is noticed, and who runs its blocks is known."""
+
+from __future__ import annotations
+
+import dataclasses
+import threading
+import weakref
+from typing import Any
+
+import torch
+from torch import nn
+
+from tokenmerge.errors import PatchError
+from tokenmerge.flops import Ends
+from tokenmerge.patching.hooks import forget_grid, note_grid, unmerge_input
+from tokenmerge.patching.present import check_inside, has_hook
+from tokenmerge.patching.record import RECORD, BlockRecord, ModelRecord
+
+
+class _Entered(threading.local):
+    """The models whose own methods run in this thread.
+
+    Attributes:
+        numbers: of their records, outermost first.
+        inside: whether there are any; compiled code looks at that alone, or it would be compiled anew for every model.
+    """
+
+    def __init__(
+        self,
+    ) -> None:  # in each thread from the start, or compiled code would depend on whether it is there yet
+        self.numbers: tuple[int, ...] = ()
+        self.inside = False
+
+
+_entered = _Entered()
+
+
+def enter_root(module: Any, args: tuple[Any, ...] = ()) -> None:
+    """Forward pre-hook of a patched model: what was changed behind the handle's back is noticed.
+
+    Raises:
+        PatchError: if `r` was set on the model, or modules were added, exchanged or taken away.
+    """
+    record: ModelRecord = getattr(module, RECORD)
+    check_blocks(record, record.settings.layers, module)
+    check_around(record, module)
+    if torch.compiler.is_compiling():  # Dynamo looks into no weak reference
+        _entered.inside = True
+        return
+    record.root = record.root or weakref.ref(module)
+    count_again(record, module)
+    forget_grid(record)
+    outer = record.outer() if record.outer is not None else None
+    for owner, own in zip((module, outer), record.own_r, strict=True):
+        if owner is not None and not own and "r" in vars(owner):
+            raise PatchError(
+                f"r={vars(owner)['r']!r} was set on {type(owner).__name__}, which changes nothing: delete that attribute and write "
+                "tokenmerge.handle_of(model).update(r=…)"
+            )
+    _entered.numbers, _entered.inside = (*_entered.numbers, record.number), True
+
+
+def leave_root(module: Any, args: tuple[Any, ...] = (), output: Any = None) -> None:
+    """Forward hook of a patched model, called also after an error: its own call has ended."""
+    if torch.compiler.is_compiling():
+        _entered.inside = False
+        return
+    number, numbers = getattr(module, RECORD).number, _entered.numbers
+    if number in numbers:  # not where it was refused; and what is further in has ended with it
+        numbers = numbers[: len(numbers) - 1 - numbers[::-1].index(number)]
+    _entered.numbers, _entered.inside = numbers, bool(numbers)
+
+
+def was_asked(record: ModelRecord) -> bool:
+    """Whether the pass that begins was asked of this very model; if someone else runs its blocks, the model is looked at now.
+
+    Raises:
+        PatchError: as `check_around`.
+    """
+    if torch.compiler.is_compiling():
+        return _entered.inside
+    if record.number in _entered.numbers:
+        return True
+    model = None if record.root is None else record.root()
+    if model is not None:
+        check_blocks(record, record.settings.layers, model)
+        check_around(record, model)
+    return False
+
+
+# --- what has changed --------------------------------------------------------------------------------------
+
+
+def check_blocks(record: ModelRecord, layers: int, model: Any) -> None:
+    """Raise `PatchError` unless the blocks that the model runs are those that were patched."""
+    try:
+        blocks = record.family.blocks(model)
+    except AttributeError:
+        blocks = []
+    if len(blocks) != layers:
+        raise PatchError(
+            f"the model has {len(blocks)} blocks, but {layers} were patched: unpatch before adding or removing blocks, and patch "
+            "again"
+        )
+    for index, block in enumerate(blocks):
+        own: BlockRecord | None = getattr(block, RECORD, None)
+        strange = own is None or own.index != index
+        if own is not None and not torch.compiler.is_compiling():
+            strange = strange or own.model is not record
+        if strange:
+            raise PatchError(
+                f"block {index} is not the one that was patched: unpatch before exchanging blocks, and patch again"
+            )
+
+
+def check_around(record: ModelRecord, model: Any) -> None:
+    """Raise `PatchError` unless patching reaches what runs, in the blocks and after them; modules may have been exchanged."""
+    settings, family = record.settings, record.family
+    if not settings.merges:
+        return
+    for index, block in enumerate(family.blocks(model)):
+        check_inside(getattr(block, RECORD).family, block, index)
+    prefix = family.protected(model)
+    if prefix != settings.protected:
+        raise PatchError(
+            f"the model has {prefix} prefix tokens, but {settings.protected} when it was patched: unpatch before changing them, and patch "
+            "again"
+        )
+    reasons = [] if settings.full_output else family.merged_output(model)
+    if reasons:
+        raise PatchError(
+            f"the model has changed since it was patched with output='merged': {'; '.join(reasons)}; use "
+            "handle.update(output='full')"
+        )
+    for reader in family.readers(model):
+        if not has_hook(reader, unmerge_input):
+            raise PatchError(
+                f"{type(reader).__name__}, which reads all tokens, has taken another's place since the model was patched: unpatch "
+                "before exchanging it, and patch again"
+            )
+    if not torch.compiler.is_compiling():
+        _watch_embedding(record, model)
+
+
+def _embedding(record: ModelRecord, model: Any) -> nn.Module | None:
+    """The module that makes the patches; `None` where there is none, or someone has put another thing in its place."""
+    try:
+        return record.family.embed(model)
+    except AttributeError:
+        return None
+
+
+def _watch_embedding(record: ModelRecord, model: Any) -> None:
+    """See the grid of an embedding that has taken another's place, for other patches or channels, as the old one's was."""
+    if record.embed is not None:
+        try:
+            if has_hook(model.get_submodule(record.embed), note_grid):  # the usual case, without a search for it
+                return
+        except AttributeError:  # it is elsewhere now
+            pass
+    embed = _embedding(record, model)
+    if embed is None:
+        return
+    if not has_hook(embed, note_grid):
+        setattr(embed, RECORD, record)
+        embed.register_forward_hook(note_grid)
+        record.embeddings = (*record.embeddings, weakref.ref(embed))
+    record.embed = next((name for name, module in model.named_modules() if module is embed), None)
+
+
+def count_again(record: ModelRecord, model: Any) -> None:
+    """Bring up to date what the model costs, where the schedule follows from that and its head or its embedding was exchanged."""
+    settings, family = record.settings, record.family
+    if settings.config.flops is None and settings.config.speedup is None:
+        return
+    parts = [part for part in (*model._modules.values(), _embedding(record, model)) if part is not None]
+    numbers = [(id(part), sum(p.numel() for p in part._parameters.values() if p is not None)) for part in parts]
+    ends = (*numbers, family.tokens(model))
+    if record.ends is not None and record.ends != ends:
+        found = Ends(*family.cost(model))._asdict()
+        cost = dataclasses.replace(settings.cost, tokens=family.tokens(model), **found)
+        if cost != settings.cost:
+            record.settings = dataclasses.replace(settings, cost=cost)
+    record.ends = ends
