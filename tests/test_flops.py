@@ -12,6 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import tokenmerge
 from tests.helpers.tiny import images_for, tiny
 from tokenmerge import InputError
+from tokenmerge.config import Place
 from tokenmerge.flops import BlockCost, ModelCost
 from tokenmerge.schedule import expand
 
@@ -90,11 +91,12 @@ def test_where_tokens_merge_changes_what_is_saved() -> None:
     cost = tokenmerge.vit_cost(embed_dim=192, depth=2, num_classes=0)
     n, r, c = 197, 16, 192
     stem = 3 * 16**2 * c * 196
-    for place, attend, mlp in (
+    cases: tuple[tuple[Place, tuple[int, int], tuple[int, int]], ...] = (
         ("before", (n - r, n - 2 * r), (n - r, n - 2 * r)),
         ("between", (n, n - r), (n - r, n - 2 * r)),
         ("after", (n, n - r), (n, n - r)),
-    ):
+    )
+    for place, attend, mlp in cases:
         wanted = stem + sum(4 * a * c**2 + 2 * a**2 * c for a in attend) + sum(8 * m * c**2 for m in mlp)
         assert dataclasses.replace(cost, place=place).total((r, r)) == wanted, place
 

@@ -440,7 +440,7 @@ def test_blocks_that_were_traced_or_lost_are_named() -> None:
     model = tiny("vit_tiny_patch16_224")
     images = images_for(model)
     traced = copy.deepcopy(model)
-    traced.blocks[0] = torch.jit.trace(traced.blocks[0], torch.randn(1, 37, 48))  # type: ignore[no-untyped-call]
+    traced.blocks[0] = torch.jit.trace(traced.blocks[0], torch.randn(1, 37, 48))
     with pytest.raises(UnsupportedModelError, match="block 0 was traced or scripted already"):
         tokenmerge.patch(traced, r=2)
     without = copy.deepcopy(model)
