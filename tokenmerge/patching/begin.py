@@ -15,7 +15,7 @@ from tokenmerge.ops.modes import is_exporting, require
 from tokenmerge.patching.entering import was_asked
 from tokenmerge.patching.hooks import full_wanted, take_grid
 from tokenmerge.patching.record import BlockRecord
-from tokenmerge.patching.running import refuse_stranger
+from tokenmerge.patching.running import runs_by_hand
 from tokenmerge.patching.state import GRID, UNMERGED, Pass, TokenState, attach, state_of
 from tokenmerge.schedule import cut
 
@@ -133,9 +133,8 @@ def begin_pass(record: BlockRecord, x: Tensor, mask: Tensor | None, given: Tenso
             "hooks give tokenmerge.carry(new, like=old), and use use_reentrant=False"
         )
     full, size = full_wanted(record.model), padding_sizes(mask, batch, tokens)
-    if not again and not was_asked(record.model):  # someone runs the blocks, and may read what each hands on
-        refuse_stranger(record.model)
-        full = full or settings.full_output
+    if not (again or was_asked(record.model)) and (torch.compiler.is_compiling() or runs_by_hand(record.model)):
+        full = full or settings.full_output  # someone runs the blocks, and may read what each hands on
     grid = _grid_of(given, record)
     if grid is not None and math.prod(grid) != tokens - settings.protected:
         grid = None  # patches were dropped or masked out since

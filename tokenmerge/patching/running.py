@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from types import FrameType
 
 from torch import nn
+from torch.fx import GraphModule
 
 from tokenmerge.errors import PatchError
 from tokenmerge.patching.families.family import ModelFamily, model_family
@@ -20,11 +21,17 @@ def is_running(model: nn.Module) -> bool:
     return any(id(frame.f_locals.get("self")) in modules for frame in _frames() if frame.f_code.co_name in _METHODS)
 
 
-def refuse_stranger(record: ModelRecord) -> None:
-    """Raise `PatchError` if blocks run inside another model than theirs, which knows nothing of merged tokens."""
+def runs_by_hand(record: ModelRecord) -> bool:
+    """Whether whoever runs the blocks of a model is not code that torch.fx has made of it.
+
+    Raises:
+        PatchError: if another model runs them, which knows nothing of merged tokens.
+    """
     frame: FrameType | None = sys._getframe(1)
     while frame is not None:
         module = frame.f_locals.get("self")
+        if isinstance(module, GraphModule):
+            return False
         family = model_family(original_class(module)) if isinstance(module, nn.Module) else None
         if family is not None and isinstance(module, nn.Module):
             if record_of(module) is not record and _shares_blocks(family, module, record):
@@ -32,8 +39,9 @@ def refuse_stranger(record: ModelRecord) -> None:
                     f"blocks of a patched model run inside another {type(module).__name__}, which is not patched and would misread "
                     "their tokens: give that model blocks of its own (copy.deepcopy), or unpatch"
                 )
-            return
+            return True
         frame = frame.f_back
+    return True
 
 
 def _shares_blocks(family: ModelFamily, module: nn.Module, record: ModelRecord) -> bool:

@@ -148,7 +148,10 @@ def _overridden(module: nn.Module, base: type, methods: tuple[str, ...]) -> list
 def _own_method(module: nn.Module, name: str) -> str:
     """In words, that a method is not upstream's."""
     if name in vars(module):
-        by = ", as Accelerate's hooks leave it" if _prepared(module) else ""
+        kept = getattr(vars(module)[name], "__func__", None) is getattr(
+            type(module), name
+        )  # its class's own, left there
+        by = " as Accelerate's hooks leave it" if kept or _prepared(module) else ""
         return f"it has its own {name}(), set on the module itself{by} (delete that if it is needed no more)"
     return f"it has its own {name}()"
 
