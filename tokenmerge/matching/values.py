@@ -62,7 +62,11 @@ class PerBlock:
 
 def hints_of(function: Any) -> dict[str, Any]:
     """The annotations of a function's parameters, as types; those that cannot be read are left out."""
-    function = plain_function(function)
+    return _hints_of(plain_function(function))
+
+
+@functools.cache
+def _hints_of(function: Any) -> dict[str, Any]:
     found = {}
     for name, hint in getattr(function, "__annotations__", {}).items():
         try:
