@@ -26,15 +26,17 @@ class BlockCost:
         before: per token that enters the block (attention's linear layers).
         after: per token that leaves it (the MLP).
         pair: per pair of tokens that enter it (QKᵀ and the product with V).
+        fixed: per pass, whatever the number of tokens (an MLP that makes relative position biases).
     """
 
     before: int
     after: int
     pair: int
+    fixed: int = 0
 
     def total(self, tokens_in: int, tokens_out: int) -> int:
-        """Multiply-adds of one image when `tokens_in` tokens enter the block and `tokens_out` leave it."""
-        return self.before * tokens_in + self.pair * tokens_in**2 + self.after * tokens_out
+        """Return the multiply-adds of one image when `tokens_in` tokens enter the block and `tokens_out` leave it."""
+        return self.before * tokens_in + self.pair * tokens_in**2 + self.after * tokens_out + self.fixed
 
 
 class Ends(NamedTuple):
@@ -53,6 +55,14 @@ class Ends(NamedTuple):
     head_per_token: int = 0
     head_per_patch: int = 0
     head_per_pair: int = 0
+
+    def plus(self, other: Ends) -> Ends:
+        """Return the sum, part by part."""
+        return Ends(*(mine + theirs for mine, theirs in zip(self, other, strict=True)))
+
+
+NO_ENDS = Ends(0)
+"""The ends of a model that has none."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,6 +112,11 @@ class ModelCost:
             )
         patches, own = tokens - self.protected, self.tokens - self.protected
         return dataclasses.replace(self, tokens=tokens, stem=self.stem * patches // own if own else 0)
+
+    def with_full_output(self) -> ModelCost:
+        """Return the same model with a head that is given unmerged tokens."""
+        per_patch = self.head_per_patch + self.head_per_token
+        return dataclasses.replace(self, head_per_token=0, head_per_patch=per_patch)
 
     def counts(self, schedule: Schedule) -> tuple[int, ...]:
         """Tokens entering each block under `schedule`, then those leaving the last one.

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from tokenmerge.errors import PatchError
-from tokenmerge.ops.basics import unit
-from tokenmerge.ops.modes import is_exporting, require
+from tokenmerge.ops.basics import is_exporting, unit
+from tokenmerge.ops.modes import require
 from tokenmerge.patching.entering import was_asked
 from tokenmerge.patching.hooks import full_wanted, take_grid
 from tokenmerge.patching.record import BlockRecord

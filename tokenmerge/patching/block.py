@@ -15,9 +15,8 @@ from tokenmerge.attention.forms import running_form
 from tokenmerge.attention.pairs import PairMap
 from tokenmerge.attention.tap import AttentionContext, Tap, attention_dtype, size_bias
 from tokenmerge.errors import PatchError
-from tokenmerge.ops.basics import take_rows
+from tokenmerge.ops.basics import is_exporting, take_rows
 from tokenmerge.ops.combine import merge_rows
-from tokenmerge.ops.modes import is_exporting
 from tokenmerge.patching.begin import begin_pass, padding_in_pairs, with_positions
 from tokenmerge.patching.leaf import as_leaf
 from tokenmerge.patching.look import Look, kept_for_looking, look_at, mark_gradient, similarity_of
@@ -255,12 +254,11 @@ def _attend(block: Any, x: Tensor, state: TokenState, given: dict[str, Any]) -> 
 
 
 def _pair_map(state: TokenState) -> PairMap | None:
-    source = state.source()
-    if source is None or state.size is None:
+    source, places = state.source(), state.places()
+    if source is None or places is None or state.size is None:
         return None
-    anchor = state.anchor()
-    assert anchor is not None
-    return PairMap(source, anchor, state.run.first_size, state.run.settings.config.positions == "mean")
+    mean = state.run.settings.config.positions == "mean"
+    return PairMap(source, *places, state.run.first_size, mean, state.drops)
 
 
 def _table(record: BlockRecord, state: TokenState, upstream: Any) -> Any:

@@ -51,8 +51,14 @@ class Probe:
     noise: float
 
 
-def _copied(block: nn.Module) -> Any:
-    copied = copy_without_hooks(block).eval()
+def plain_copy(block: nn.Module, instead: dict[int, Any] | None = None) -> Any:
+    """Return a copy of a block, in evaluation mode, without anyone's hooks and as upstream made it.
+
+    Args:
+        block: the block, patched or not.
+        instead: what stands in the copy for tensors of the block, by `id`.
+    """
+    copied = copy_without_hooks(block, instead).eval()
     for module in copied.modules():
         if issubclass(type(module), Swapped):
             restore_class(module)
@@ -60,7 +66,8 @@ def _copied(block: nn.Module) -> Any:
     return copied
 
 
-def _tokens(channels: int, count: int, like: Tensor | None = None) -> Tensor:
+def example_tokens(channels: int, count: int, like: Tensor | None = None) -> Tensor:
+    """Return random tokens `[1, count, channels]`, float64 on the CPU or of the dtype and on the device of `like`."""
     x = torch.randn(1, count, channels, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     return x if like is None else x.to(like.device, like.dtype)
 
@@ -68,8 +75,10 @@ def _tokens(channels: int, count: int, like: Tensor | None = None) -> Tensor:
 def _in_float64(family: BlockFamily, block: nn.Module, channels: int) -> Probe | None:
     """The block in float64 on the CPU; `None` if it has no such form, as quantised layers have none."""
     try:
-        double = _copied(block).to(device="cpu", dtype=torch.float64)
-        probe = Probe(double, _tokens(channels, family.example(double).tokens), 1e3 * torch.finfo(torch.float64).eps)
+        double = plain_copy(block).to(device="cpu", dtype=torch.float64)
+        probe = Probe(
+            double, example_tokens(channels, family.example(double).tokens), 1e3 * torch.finfo(torch.float64).eps
+        )
         found = _upstream(family, probe)
     except Exception:  # kernels without float64 raise errors of many kinds; the block as it is will be tried then
         return None
@@ -77,18 +86,18 @@ def _in_float64(family: BlockFamily, block: nn.Module, channels: int) -> Probe |
     return probe if plain and found.dtype == torch.float64 else None
 
 
-def _as_it_is(family: BlockFamily, block: nn.Module, channels: int, rounded: bool) -> Probe:
+def as_it_is(family: BlockFamily, block: nn.Module, channels: int, rounded: bool) -> Probe:
     """The block in its own dtype, on its own device."""
-    own = _copied(block)
+    own = plain_copy(block)
     like = next((p for p in own.parameters() if p.is_floating_point()), torch.empty(0))
     like = torch.empty(0, device=like.device, dtype=like.dtype)
     noise = max(8 * torch.finfo(like.dtype).eps, 0.02 if rounded else 0.0)
-    return Probe(own, _tokens(channels, family.example(own).tokens, like), noise)
+    return Probe(own, example_tokens(channels, family.example(own).tokens, like), noise)
 
 
 def _probe(family: BlockFamily, block: nn.Module, channels: int) -> Probe:
     """The block in float64 if it can be, else as it is."""
-    return _in_float64(family, block, channels) or _as_it_is(family, block, channels, rounded=True)
+    return _in_float64(family, block, channels) or as_it_is(family, block, channels, rounded=True)
 
 
 def _upstream(family: BlockFamily, probe: Probe) -> Tensor:
@@ -96,12 +105,12 @@ def _upstream(family: BlockFamily, probe: Probe) -> Tensor:
     block, no_mask = probe.block, {family.mask: None} if family.mask else {}
     # nn.MultiheadAttention has a kernel of its own for inference, which rounds otherwise; it steps back within a mode
     with AttentionCall() if family.keys_at_call else contextlib.nullcontext():
-        found = type(block).forward(block, probe.x, **no_mask, **_arguments(family, probe))
+        found = type(block).forward(block, probe.x, **no_mask, **example_arguments(family, probe))
     out: Tensor = found[0] if isinstance(found, tuple) else found
     return out
 
 
-def _arguments(family: BlockFamily, probe: Probe) -> dict[str, Any]:
+def example_arguments(family: BlockFamily, probe: Probe) -> dict[str, Any]:
     """The arguments of the row's example, in the dtype and on the device of the tokens."""
     return {name: _fitted(value, probe.x) for name, value in family.example(probe.block).arguments.items()}
 
@@ -130,7 +139,7 @@ def check_block(family: BlockFamily, block: Any, channels: int, name: str, libra
     with torch.no_grad(), no_autocast("cpu"), no_autocast(device):
         double = _in_float64(family, block, channels)
         fault = None if double is None else _fault(family, double)
-        fault = fault or _fault(family, _as_it_is(family, block, channels, rounded=double is None))
+        fault = fault or _fault(family, as_it_is(family, block, channels, rounded=double is None))
     if fault:
         version = getattr(importlib.import_module(library), "__version__", "unknown")
         raise UnsupportedModelError(
@@ -147,7 +156,7 @@ def _attend(
     call: type[AttentionCall] = AttentionCall,
 ) -> tuple[Tensor, tuple[Tensor, ...]]:
     """The attention branch of a block with its hooks in place, and what the tap noted."""
-    arguments = _arguments(family, probe)
+    arguments = example_arguments(family, probe)
     with Tap(AttentionContext(bias)) as tap:
         if family.keys_at_call or call is not AttentionCall:
             with call(watch=family.keys_at_call, bias=bias if family.keys_at_call else None):

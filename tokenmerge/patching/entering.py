@@ -177,8 +177,9 @@ def count_again(record: ModelRecord, model: Any) -> None:
     numbers = [(id(part), sum(p.numel() for p in part._parameters.values() if p is not None)) for part in parts]
     ends = (*numbers, family.tokens(model))
     if record.ends is not None and record.ends != ends:
-        found = Ends(*family.cost(model))._asdict()
+        found = Ends(*family.cost(model)).plus(record.around)._asdict()
         cost = dataclasses.replace(settings.cost, tokens=family.tokens(model), **found)
+        cost = cost.with_full_output() if settings.full_output else cost
         if cost != settings.cost:
             record.settings = dataclasses.replace(settings, cost=cost)
     record.ends = ends

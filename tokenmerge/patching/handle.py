@@ -14,6 +14,7 @@ from torch import nn
 from tokenmerge.config import FIELDS, MergeConfig
 from tokenmerge.errors import InputError, PatchError
 from tokenmerge.flops import ModelCost
+from tokenmerge.patching.added import matching_flops
 from tokenmerge.patching.check import attention_choice, check_block, check_rotary
 from tokenmerge.patching.entering import check_blocks, count_again
 from tokenmerge.patching.install import install, remove_hooks, restore
@@ -24,6 +25,7 @@ from tokenmerge.patching.settings import backend_choice, matching_in_words, sett
 from tokenmerge.patching.summary import Summary, summarize
 from tokenmerge.patching.swap import original_class
 from tokenmerge.patching.target import (
+    Target,
     check_is_module,
     find_target,
     misread_by,
@@ -103,7 +105,7 @@ class Handle:
             model, record = self._live()
             config = MergeConfig.create(record.settings.config if config is None else config, **fields)
             check_blocks(record, record.settings.layers, model)
-            record.settings = settings_for(find_target(model), config, record.readers)
+            record.settings = settings_for(_target(model, record), config, record.readers)
             record.latest = None
 
     def tune(
@@ -129,7 +131,7 @@ class Handle:
         """
         with _turns:
             model, record = self._live()
-            target, before = find_target(model), record.settings
+            target, before = _target(model, record), record.settings
             try:
                 seconds = measure_forms(target, record, inputs, options, forms, rounds)
             finally:
@@ -162,8 +164,10 @@ class Handle:
         """
         model, record = self._live()
         check_blocks(record, record.settings.layers, model)
-        settings, target = record.settings, find_target(model)
-        cost = cost_of(target, settings.config).at(target.tokens_at(input_size))
+        settings, target = record.settings, _target(model, record)
+        cost = cost_of(target, settings.config, settings.full_output).at(target.tokens_at(input_size))
+        schedule = settings.schedule_for(cost.tokens)
+        grid = target.grid_at(input_size)
         return summarize(
             settings,
             model=original_class(model).__name__,
@@ -171,8 +175,9 @@ class Handle:
             choice=attention_choice(target, settings.config),
             backend=backend_choice(target, settings.config),
             matcher=matching_in_words(settings.config),
-            schedule=settings.schedule_for(cost.tokens),
+            schedule=schedule,
             cost=cost,
+            matching=matching_flops(target, settings, cost.counts(schedule), grid),
             input_size=input_size,
         )
 
@@ -190,7 +195,7 @@ class Handle:
             InputError: if there is no such layer, or the number of tokens cannot be known before a pass.
         """
         model, record = self._live()
-        settings, target = record.settings, find_target(model)
+        settings, target = record.settings, _target(model, record)
         tokens = target.tokens_at(input_size)
         if settings.entry.adaptive and not settings.full_output:
             raise InputError(
@@ -228,6 +233,11 @@ class Handle:
         return f"<Handle of {name}: {self._record.settings.config}>"
 
 
+def _target(model: nn.Module, record: ModelRecord) -> Target:
+    """The patched model as a target, with the classifier that stood around it when it was patched."""
+    return dataclasses.replace(find_target(model), around=record.around)
+
+
 def patch(model: nn.Module, config: MergeConfig | None = None, **fields: Any) -> Handle:
     """Make a Vision Transformer merge similar tokens, in place.
 
@@ -259,6 +269,7 @@ def patch(model: nn.Module, config: MergeConfig | None = None, **fields: Any) ->
         try:
             install(target, record)
             record.root = weakref.ref(target.model)
+            record.around = target.around
             count_again(record, target.model)
         except BaseException:
             restore(target.model)

@@ -86,9 +86,16 @@ def other_metric(config: MergeConfig) -> bool:
     return config.metric != "k" or config.heads == "concat"
 
 
-def cost_of(target: Target, config: MergeConfig) -> ModelCost:
-    """What a model costs for one image at its own input size, merging as a config says."""
-    return target.cost(config.place, entry_for(config).most)
+def cost_of(target: Target, config: MergeConfig, full_output: bool = False) -> ModelCost:
+    """Return what a model costs for one image at its own input size, merging as a config says.
+
+    Args:
+        target: the model.
+        config: the settings.
+        full_output: whether its head is given unmerged tokens.
+    """
+    cost = target.cost(config.place, entry_for(config).most)
+    return cost.with_full_output() if full_output else cost
 
 
 def metric_from(block: Any, x: Tensor, x_pre: Tensor | None, tap: Tap, state: TokenState) -> Tensor:
@@ -108,6 +115,21 @@ def metric_from(block: Any, x: Tensor, x_pre: Tensor | None, tap: Tap, state: To
     if state.run.padded and state.size is not None:
         metric = apart_from_padding(metric, state.size)
     return metric
+
+
+def metric_channels(config: MergeConfig, channels: int, heads: int, inside: tuple[int, int, int]) -> int:
+    """Return the channels of the vectors that `metric_from` gives, where they are not the keys averaged over heads.
+
+    Args:
+        config: the settings.
+        channels: C.
+        heads: H.
+        inside: channels of a head of Q, K and V.
+    """
+    if config.metric in ("x", "x_pre"):
+        return channels
+    each = dict(zip("qkv", inside, strict=True))
+    return sum(each[part] for part in config.metric) * (heads if config.heads == "concat" else 1)
 
 
 def _inside(block: Any, tap: Tap, which: str) -> Tensor:

@@ -14,7 +14,7 @@ from torch import nn
 from tokenmerge.attention.rotary import Rotary
 from tokenmerge.config import MergeConfig
 from tokenmerge.errors import ConfigError
-from tokenmerge.flops import ModelCost
+from tokenmerge.flops import NO_ENDS, Ends, ModelCost
 from tokenmerge.matching import Entry
 from tokenmerge.patching.families.family import BlockFamily, ModelFamily
 from tokenmerge.schedule import Schedule, expand, flops_target, keep_ratio, max_merges
@@ -149,6 +149,7 @@ class ModelRecord:
         embeddings: those that have taken its place since, which `remove` must find also when they are gone from the model.
         root: the model itself, once it is known.
         ends: what tells whether the model's own parts were exchanged since its cost was counted.
+        around: multiply-adds of the classifier that stood around the model when it was patched.
         number: tells it from other models' where code is traced.
     """
 
@@ -163,6 +164,7 @@ class ModelRecord:
         self.embed: str | None = None
         self.embeddings: tuple[Any, ...] = ()
         self.root: Any = None
+        self.around: Ends = NO_ENDS
         self.number = next(_numbers)
 
     def __getstate__(self) -> dict[str, Any]:

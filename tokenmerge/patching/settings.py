@@ -49,7 +49,7 @@ def settings_for(target: Target, config: MergeConfig, misreaders: tuple[str, ...
         )
     if "attention" in config.changed("running"):
         attention_choice(target, config)  # or say why not
-    cost = cost_of(target, config)
+    cost = cost_of(target, config, output == "full")
     resolved_schedule(config, cost)  # or say why not
     protected = cost.protected
     needs_plans = (

@@ -146,11 +146,17 @@ class TokenState:
         return source_map(self.plans)
 
     def anchor(self) -> Tensor | None:
-        """`[B, N]`, int64: the original token at whose position each current token is; `None` if none merged."""
-        total: Tensor | None = None
+        """Return `[B, N]` int64: the original token at whose position each current token is; `None` if none merged."""
+        return None if (places := self.places()) is None else places[0]
+
+    def places(self) -> tuple[Tensor, Tensor] | None:
+        """Return the anchors `[B, N]` int64 and all other original tokens `[B, N₀ − N]`; `None` if none merged."""
+        anchor: Tensor | None = None
+        joined: list[Tensor] = []
         for plan in self.plans:
-            total = plan.kept if total is None else total.gather(1, plan.kept)
-        return total
+            joined.append(plan.source if anchor is None else anchor.gather(1, plan.source))
+            anchor = plan.kept if anchor is None else anchor.gather(1, plan.kept)
+        return None if anchor is None else (anchor, joined[0] if len(joined) == 1 else torch.cat(joined, dim=1))
 
     def unmerge(self, x: Tensor) -> Tensor:
         """`[B, N, C]` -> `[B, N0, C]`: each original token gets the value of the token it became, 0 if it was dropped."""

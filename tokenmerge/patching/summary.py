@@ -35,6 +35,8 @@ class Summary:
         flops_before: multiply-adds for one image without merging.
         flops_after: multiply-adds for one image with merging.
         block_flops: multiply-adds of each block with merging.
+        matching_flops: multiply-adds for one image that merging itself adds (metric, matching), which by convention no other
+            figure here holds; `None` where it cannot be known: blocks are sharded, or a predictor is not trained yet.
     """
 
     model: str
@@ -55,6 +57,7 @@ class Summary:
     flops_before: int
     flops_after: int
     block_flops: tuple[int, ...]
+    matching_flops: int | None = None
 
     @property
     def flops_ratio(self) -> float:
@@ -69,6 +72,12 @@ class Summary:
         sizes = [self.input_size] if isinstance(self.input_size, int) else self.input_size
         return f"inputs of {'×'.join(map(str, sizes))}"
 
+    def _matching_in_words(self) -> str:
+        """What the matching adds, in words."""
+        if self.matching_flops is None:
+            return ", matching not counted"
+        return f", matching {100 * self.matching_flops / self.flops_after:.2g} % more" if self.matching_flops else ""
+
     def __str__(self) -> str:
         lines = [
             f"{self.model}: {self.blocks} blocks patched, matcher {self.matcher}",
@@ -79,7 +88,7 @@ class Summary:
             *textwrap.wrap(f"  attention form {self.attention}: {self.attention_reason}", 80, subsequent_indent="    "),
             *textwrap.wrap(f"  backend {self.backend}: {self.backend_reason}", 80, subsequent_indent="    "),
             f"  {self.flops_before / 1e9:.4g} -> {self.flops_after / 1e9:.4g} GFLOPs per image "
-            f"({100 / self.flops_ratio:.1f} %)",
+            f"({100 / self.flops_ratio:.1f} %){self._matching_in_words()}",
             "  block   tokens in   merged   tokens out   GFLOPs",
         ]
         for i, (asked, r) in enumerate(zip(self.requested, self.r, strict=True)):
@@ -100,6 +109,7 @@ def summarize(
     matcher: str,
     schedule: Schedule,
     cost: ModelCost,
+    matching: tuple[int, ...] | None,
     input_size: int | Sequence[int] | None,
 ) -> Summary:
     """The summary of a model with those settings, at the number of tokens that `cost` is for, under `schedule`."""
@@ -122,4 +132,5 @@ def summarize(
         flops_before=cost.total(),
         flops_after=cost.total(schedule),
         block_flops=cost.per_block(schedule),
+        matching_flops=None if matching is None else sum(matching),
     )

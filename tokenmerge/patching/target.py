@@ -14,7 +14,7 @@ from torch.jit import ScriptModule
 
 from tokenmerge.config import Place
 from tokenmerge.errors import InputError, PatchError, UnsupportedModelError
-from tokenmerge.flops import Ends, ModelCost
+from tokenmerge.flops import NO_ENDS, Ends, ModelCost
 from tokenmerge.patching.families.family import (
     BlockFamily,
     ModelFamily,
@@ -34,11 +34,19 @@ _WRAPPERS = "transformers.modeling_layers"
 
 @dataclasses.dataclass(frozen=True)
 class Target:
-    """A model that can be patched: the module itself, its row, and the row of each block."""
+    """A model that can be patched.
+
+    Attributes:
+        model: the module itself.
+        family: its row.
+        blocks: its blocks, each with its row.
+        around: multiply-adds of a classifier that stands around it.
+    """
 
     model: Any
     family: ModelFamily
     blocks: tuple[tuple[Any, BlockFamily], ...]
+    around: Ends = NO_ENDS
 
     @property
     def channels(self) -> int:
@@ -51,10 +59,14 @@ class Target:
             tokens=self.family.tokens(self.model),
             protected=self.family.protected(self.model),
             blocks=tuple(row.cost(block) for block, row in self.blocks),
-            **Ends(*self.family.cost(self.model))._asdict(),
+            **self.ends()._asdict(),
             place=place,
             most=most,
         )
+
+    def ends(self) -> Ends:
+        """Multiply-adds of all that stands before and after the blocks, at the model's own input size."""
+        return Ends(*self.family.cost(self.model)).plus(self.around)
 
     def tokens_at(self, input_size: int | Sequence[int] | None) -> int:
         """Tokens that enter the first block for inputs of that size, prefix included; `None` is the model's own size.
@@ -62,9 +74,19 @@ class Target:
         Raises:
             InputError: if that cannot be known, or the size is none.
         """
+        if input_size is None:
+            return self.family.tokens(self.model)
+        return math.prod(self.grid_at(input_size) or ()) + self.family.protected(self.model)
+
+    def grid_at(self, input_size: int | Sequence[int] | None) -> tuple[int, ...] | None:
+        """Patches along each axis for inputs of that size; `None` is the model's own size, which may have no grid.
+
+        Raises:
+            InputError: if a size is given, and its grid cannot be known, or the size is none.
+        """
         family, model = self.family, self.model
         if input_size is None:
-            return family.tokens(model)
+            return family.grid(model)
         sizes = self._sizes(input_size)
         grid = None if family.grid_at is None else family.grid_at(model, sizes)
         if grid is None:
@@ -74,7 +96,7 @@ class Target:
             )
         if min(grid) < 1:
             raise InputError(f"input_size={input_size!r:.200} is smaller than one patch: give the size in pixels")
-        return math.prod(grid) + family.protected(model)
+        return grid
 
     def _sizes(self, input_size: int | Sequence[int]) -> tuple[int, ...]:
         own = self.family.grid(self.model)
@@ -116,11 +138,16 @@ def _name(module: nn.Module) -> str:
 
 def misread_by(model: nn.Module, target: Target) -> tuple[str, ...]:
     """Why modules around the target, up to the one that the user holds, would misread its tokens if they were merged."""
-    names = [name for name, module in model.named_modules() if module is target.model]
-    way = [*(model.get_submodule(names[0][:end]) for end in _ends(names[0])), target.model]
+    way = [*_way(model, target.model), target.model]
     tower = original_class(target.model)
     reasons = (misread(module, inside, original_class(module), tower) for module, inside in itertools.pairwise(way))
     return tuple(dict.fromkeys(reason for reason in reasons if reason))
+
+
+def _way(model: nn.Module, inside: nn.Module) -> list[nn.Module]:
+    """The modules around one that is inside a model, the outermost first."""
+    name = next(name for name, module in model.named_modules() if module is inside)
+    return [model.get_submodule(name[:end]) for end in _ends(name)]
 
 
 def _ends(name: str) -> list[int]:
@@ -151,7 +178,7 @@ def _own_method(module: nn.Module, name: str) -> str:
         kept = getattr(vars(module)[name], "__func__", None) is getattr(
             type(module), name
         )  # its class's own, left there
-        by = " as Accelerate's hooks leave it" if kept or _prepared(module) else ""
+        by = " as Accelerate's hooks leave it" if kept or is_prepared(module) else ""
         return f"it has its own {name}(), set on the module itself{by} (delete that if it is needed no more)"
     return f"it has its own {name}()"
 
@@ -185,7 +212,8 @@ def find_target(model: nn.Module) -> Target:
         raise UnsupportedModelError(
             f"{_name(model)} holds {len(found)} supported models ({names}), but one was expected: patch the one you mean"
         )
-    return _examine(found[0][1])
+    target = _examine(found[0][1])
+    return dataclasses.replace(target, around=target.family.around(_way(model, target.model), target.model))
 
 
 def _why_none(model: nn.Module) -> str:
@@ -197,7 +225,7 @@ def _why_none(model: nn.Module) -> str:
     return why_not(original_class(model)) or "its class is not in the table of supported models"
 
 
-def _prepared(module: nn.Module) -> bool:
+def is_prepared(module: nn.Module) -> bool:
     """Whether Accelerate has put a forward of its own on the module."""
     own = vars(module)
     return "forward" in own and any(name in own for name in ("_original_forward", "_old_forward", "_hf_hook"))
@@ -211,7 +239,7 @@ def _wrapped(block: nn.Module) -> str:
             return f"{where} was traced or scripted already: patch first, then do that"
         if any(part.startswith(("_orig_mod", "_checkpoint_wrapped")) for part in module._modules):
             return f"{where} was compiled or wrapped already ({_name(module)}): patch first, then do that"
-        if name and _prepared(module):
+        if name and is_prepared(module):
             return f"{where} was prepared by Accelerate already: patch before that"
         if name and "forward" in vars(module):
             return f"{where} has its own forward(), set on the module itself: delete that if it is needed no more"
@@ -244,7 +272,7 @@ def _examine(model: nn.Module) -> Target:
     assert family is not None
     patched = patch_of(model) is not None  # then what came after is not what was patched: its passes are looked at
     reasons = [] if patched else [_own_method(model, name) for name in _overridden(model, family.model, family.seams)]
-    if _prepared(model) and not patched:
+    if is_prepared(model) and not patched:
         reasons = ["Accelerate has prepared it already: patch before accelerator.prepare, or before it is dispatched"]
     blocks: list[tuple[Any, BlockFamily]] = []
     if not reasons:

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from tokenmerge.attention.rotary import Rotary
 from tokenmerge.attention.tap import head_mean, head_mean_untransposed, heads_first, heads_second, note_output
 from tokenmerge.errors import UnsupportedModelError
-from tokenmerge.flops import BlockCost, Ends
+from tokenmerge.flops import NO_ENDS, BlockCost, Ends
 
 Hook = Callable[..., Any]
 
@@ -135,6 +135,7 @@ class ModelFamily:
         grid_at: `(model, sizes of an input along the axes of the grid) -> grid`, before any pass.
         pooling: how the head reads the tokens, in words.
         cost: multiply-adds of what stands before and after the blocks, at the model's own input size.
+        around: `(modules around it, the outermost first; model) -> Ends`: multiply-adds of a classifier that stands around it.
         swap: mix-in put before the model's class while it is patched, for seams only methods can reach.
         norms: modules after the blocks that map tokens one by one; sizes pass through them.
         output: what leaves the last block unless the user chooses: "merged" or "full".
@@ -161,6 +162,7 @@ class ModelFamily:
     input_shape: Callable[[Any], tuple[int, ...] | None]
     pooling: Callable[[Any], str]
     cost: Callable[[Any], Ends]
+    around: Callable[[list[nn.Module], Any], Ends] = lambda way, model: NO_ENDS
     embed: Callable[[Any], nn.Module | None] = lambda model: None
     grid_at: Callable[[Any, Sequence[int]], tuple[int, ...] | None] | None = None
     swap: type | None = None

@@ -1,4 +1,4 @@
-"""Counting the multiply-adds of linear layers, whatever made them."""
+"""Counting the multiply-adds of linear layers and of heads that pool by attention, whatever made them."""
 
 from __future__ import annotations
 
@@ -25,3 +25,36 @@ def linear_weights(*modules: nn.Module) -> int:
     # a layer around another one (an adapter) is counted by its parts
     linear = [m for m in found if not any(_is_linear(part) for part in m.modules() if part is not m)]
     return sum(int(m.in_features) * int(m.out_features) for m in linear)
+
+
+_OF_KEYS = ("k", "v", "kv", "k_proj", "v_proj", "key", "value")
+"""What libraries call the linear layers of an attention that read its keys."""
+
+
+def attention_pool(pool: nn.Module, queries: int = 1) -> tuple[int, int]:
+    """Multiply-adds of a head in which a few learned queries attend to all tokens (and of the MLP after it).
+
+    Args:
+        pool: the head, with one attention inside: `nn.MultiheadAttention`, or linear layers with names of `_OF_KEYS`.
+        queries: how many queries it has.
+
+    Returns:
+        What it costs whatever the number of tokens, and what each token adds.
+    """
+    keys: list[Any] = [module for name, module in pool.named_modules() if name.rpartition(".")[2] in _OF_KEYS]
+    fixed = queries * (linear_weights(pool) - linear_weights(*keys))
+    per_key = linear_weights(*keys)
+    # both products of attention: as wide as the values, which a layer for keys and values makes twice
+    width = sum(int(module.out_features) for module in keys if _is_linear(module))
+    for attention in (module for module in pool.modules() if isinstance(module, nn.MultiheadAttention)):
+        packed = attention.in_proj_weight
+        query, key, value = packed.chunk(3) if packed is not None else _apart(attention)
+        fixed += queries * query.numel()
+        per_key += key.numel() + value.numel()
+        width += key.shape[0] + value.shape[0]
+    return fixed, per_key + queries * width
+
+
+def _apart(attention: nn.MultiheadAttention) -> tuple[Tensor, Tensor, Tensor]:
+    """The three projections of an attention whose keys have other channels than its queries."""
+    return attention.q_proj_weight, attention.k_proj_weight, attention.v_proj_weight

@@ -12,7 +12,7 @@ from tokenmerge.errors import InputError
 from tokenmerge.flops import BlockCost, Ends
 from tokenmerge.patching.families import multihead
 from tokenmerge.patching.families.family import BlockFamily, ModelFamily
-from tokenmerge.patching.families.linear import linear_weights
+from tokenmerge.patching.families.linear import attention_pool, linear_weights
 from tokenmerge.patching.root import MergeRoot
 
 NAMES = "open_clip's VisionTransformer"
@@ -75,8 +75,18 @@ def _merged_output(model: Any) -> list[str]:
 
 def _model_cost(model: Any) -> Ends:
     grid = model.grid_size[0] * model.grid_size[1]
-    pool = 0 if model.attn_pool is None else linear_weights(model.attn_pool)
-    return Ends(int(model.conv1.weight.numel() * grid), int(model.proj.numel()) + pool)
+    stem = int(model.conv1.weight.numel() * grid)
+    project = 0 if model.proj is None else int(model.proj.numel())
+    if model.attn_pool is None:
+        return Ends(stem, project)
+    queries = len(model.attn_pool.query)
+    fixed, per_patch = attention_pool(model.attn_pool, queries)
+    second = getattr(model, "attn_pool_contrastive", None)
+    if second is not None:  # it reads the tokens too, or what the first pool has made of them
+        more, per_key = attention_pool(second, len(second.query))
+        fixed += more + (0 if model.attn_pool_type == "parallel" else per_key * queries)
+        per_patch += per_key if model.attn_pool_type == "parallel" else 0
+    return Ends(stem, project + fixed, head_per_patch=per_patch)
 
 
 def _grid_at(model: Any, sizes: Sequence[int]) -> tuple[int, ...]:

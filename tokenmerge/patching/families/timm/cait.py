@@ -12,7 +12,7 @@ from torch import Tensor
 from tokenmerge.attention.tap import context, fused_metric, note_input
 from tokenmerge.flops import BlockCost, Ends
 from tokenmerge.patching.families.family import BlockFamily, ModelFamily
-from tokenmerge.patching.families.linear import channels_of, linear_weights
+from tokenmerge.patching.families.linear import attention_pool, channels_of, linear_weights
 from tokenmerge.patching.families.timm.seams import MergeHook, isotropic
 from tokenmerge.patching.families.timm.vit import stem_cost
 from tokenmerge.patching.state import TokenState, attach, state_of
@@ -66,9 +66,13 @@ def _refuse(block: Any) -> list[str]:
 
 
 def _model_cost(model: Any) -> Ends:
-    """The class attention reads all patches, unmerged: its keys and values belong to the head."""
-    per_patch = sum(linear_weights(block.attn.k, block.attn.v) for block in model.blocks_token_only)
-    return Ends(stem_cost(model), linear_weights(model.head), head_per_patch=per_patch)
+    """The class attention reads all patches, unmerged, and the class token itself: it belongs to the head."""
+    head, per_patch = linear_weights(model.head), 0
+    for block in model.blocks_token_only:
+        fixed, per_key = attention_pool(block)
+        head += fixed + per_key
+        per_patch += per_key
+    return Ends(stem_cost(model), head, head_per_patch=per_patch)
 
 
 class _Leaving(threading.local):

@@ -6,9 +6,11 @@ from collections.abc import Sequence
 from typing import Any
 
 from timm.models import deepseek_vit, qwen3_vit
-from torch import Tensor
+from torch import Tensor, nn
 
+from tokenmerge.flops import Ends
 from tokenmerge.patching.families.family import BlockFamily, ModelFamily
+from tokenmerge.patching.families.linear import linear_weights
 from tokenmerge.patching.families.timm.eva import cost, refuse, rotary, rotary_table
 from tokenmerge.patching.families.timm.seams import isotropic
 
@@ -21,6 +23,12 @@ def _attention(block: Any, x: Tensor, bias: Tensor | None, **given: Any) -> Tens
 def _mlp(block: Any, x: Tensor) -> Tensor:
     out: Tensor = x + block.drop_path2(block.mlp(block.norm2(x)))
     return out
+
+
+def _classifier(way: list[nn.Module], model: Any) -> Ends:
+    """The classifier that timm puts on the mean of an encoder's tokens."""
+    heads = [head for module in way if isinstance(head := getattr(module, "head", None), nn.Linear)]
+    return Ends(0, linear_weights(*heads))
 
 
 BLOCKS: Sequence[BlockFamily] = (
@@ -40,6 +48,7 @@ _SEAMS: dict[str, Any] = {
     "tokens": lambda model: int(model.patch_embed.num_patches),
     "pooling": lambda model: "none: a grid of unmerged tokens",
     "merged_output": lambda model: ["it gives its tokens out on their grid"],
+    "around": _classifier,
     "rotary": rotary,
     "rotary_example": rotary_table,
 }

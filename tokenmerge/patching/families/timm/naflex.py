@@ -13,7 +13,7 @@ from tokenmerge.flops import Ends
 from tokenmerge.patching.families.family import BlockFamily, ModelFamily
 from tokenmerge.patching.families.linear import linear_weights
 from tokenmerge.patching.families.timm.eva import rotary
-from tokenmerge.patching.families.timm.seams import isotropic
+from tokenmerge.patching.families.timm.seams import ends, isotropic
 
 
 def _grid(model: Any) -> tuple[int, int]:
@@ -39,8 +39,7 @@ def _cost(model: Any) -> Ends:
     proj = model.embeds.proj
     per_patch = proj.weight.numel() if isinstance(proj, nn.Conv2d) else linear_weights(proj)
     stem = int(per_patch) * grid[0] * grid[1]
-    heads = [getattr(model, name, None) for name in ("attn_pool", "head")]
-    return Ends(stem, linear_weights(*(head for head in heads if head is not None)))
+    return ends(model, stem)
 
 
 def _rotary(model: Any, index: int) -> Rotary | None:

@@ -19,7 +19,10 @@ from tokenmerge.patching.swap import original_class
 
 def _cost(block: Any) -> BlockCost:
     width = channels_of(block, block.attn.num_heads * int(getattr(block.attn, "head_dim", 64)))
-    return BlockCost(linear_weights(block.attn.qkv, block.attn.proj), linear_weights(block.mlp), 2 * width)
+    table = getattr(block.attn, "rel_pos", None)  # an MLP of relative coordinates makes its bias, in some
+    offsets = getattr(table, "rel_coords_log", None)
+    fixed = 0 if table is None or offsets is None else linear_weights(table) * offsets.shape[:-1].numel()
+    return BlockCost(linear_weights(block.attn.qkv, block.attn.proj), linear_weights(block.mlp), 2 * width, fixed)
 
 
 # --- BEiT ---------------------------------------------------------------------------------------------------

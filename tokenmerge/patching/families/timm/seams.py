@@ -11,7 +11,7 @@ from tokenmerge.attention.tap import context
 from tokenmerge.errors import PatchError
 from tokenmerge.flops import Ends
 from tokenmerge.patching.families.family import ModelFamily
-from tokenmerge.patching.families.linear import linear_weights
+from tokenmerge.patching.families.linear import attention_pool, linear_weights
 from tokenmerge.patching.families.timm.vit import SHAPES, image_shape, stem_cost
 from tokenmerge.patching.root import MergeFeatures
 from tokenmerge.patching.state import needed_state, state_of
@@ -87,9 +87,18 @@ def _merged_output(model: Any) -> list[str]:
     return [] if kind in _ONE_BY_ONE else [f"its {kind} pooling would not weigh tokens by their sizes"]
 
 
-def _cost(model: Any) -> Ends:
-    heads = [getattr(model, name, None) for name in ("attn_pool", "head")]
-    return Ends(stem_cost(model), linear_weights(*(head for head in heads if head is not None)))
+def ends(model: Any, stem: int) -> Ends:
+    """Multiply-adds before and after the blocks of a model whose head reads unmerged tokens."""
+    classify = linear_weights(*(part for part in [getattr(model, "head", None)] if part is not None))
+    pool, kind = getattr(model, "attn_pool", None), pool_kind(model)
+    if kind == "":  # every token is classified
+        return Ends(stem, head_per_patch=classify)
+    if pool is None:
+        return Ends(stem, classify)
+    fixed, per_patch = attention_pool(pool, pool.latent_len)
+    if not getattr(model, "pool_include_prefix", True):  # prefix tokens come out of the blocks, but are not pooled
+        fixed -= per_patch * int(model.num_prefix_tokens)
+    return Ends(stem, classify + fixed, head_per_patch=per_patch)
 
 
 _POOLS = {"pool": MergePool, "_pool": MergePaddedPool}
@@ -105,7 +114,7 @@ def isotropic(model: type[nn.Module], **seams: Any) -> ModelFamily:
         **SHAPES,
         "input_shape": image_shape,
         "pooling": lambda model: WORDS.get(pool_kind(model), pool_kind(model)),
-        "cost": _cost,
+        "cost": lambda model: ends(model, stem_cost(model)),
         "norms": lambda model: [model.norm],
         "merged_output": _merged_output,
         "swap": next((mixin for name, mixin in _POOLS.items() if hasattr(model, name)), MergeHook),

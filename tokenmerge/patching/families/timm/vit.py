@@ -22,7 +22,7 @@ from tokenmerge.attention.tap import head_mean_untransposed, size_bias
 from tokenmerge.errors import InputError, PatchError
 from tokenmerge.flops import BlockCost, Ends
 from tokenmerge.patching.families.family import BlockFamily, ModelFamily
-from tokenmerge.patching.families.linear import linear_weights
+from tokenmerge.patching.families.linear import attention_pool, linear_weights
 from tokenmerge.patching.leaf import deferred
 from tokenmerge.patching.root import MergeFeatures
 from tokenmerge.patching.state import needed_state, plans_needed, state_of, weighted_mean
@@ -319,13 +319,14 @@ def _model_cost(model: Any) -> Ends:
     pool, kind = getattr(model, "attn_pool", None), _pool_kind(model)
     if kind == "prr":  # attention without weights, over the unmerged tokens
         return Ends(stem_cost(model), head, head_per_pair=2 * model.embed_dim)
+    if kind == "":  # every token is classified
+        return Ends(stem_cost(model), head_per_token=head)
     if kind != "map" or pool is None:
         return Ends(stem_cost(model), head)
-    per_token = linear_weights(pool.kv) + 2 * pool.latent_len * pool.num_heads * pool.head_dim
-    head += linear_weights(pool) - linear_weights(pool.kv)
+    fixed, per_token = attention_pool(pool, pool.latent_len)
     if not model.pool_include_prefix:  # prefix tokens come out of the blocks, but are not pooled
-        head -= per_token * model.num_prefix_tokens
-    return Ends(stem_cost(model), head, per_token)
+        fixed -= per_token * model.num_prefix_tokens
+    return Ends(stem_cost(model), head + fixed, per_token)
 
 
 def _is_mae(model: Any) -> bool:

@@ -15,7 +15,7 @@ from typing import Any
 from torch import nn
 
 from tokenmerge.errors import InputError
-from tokenmerge.flops import Ends
+from tokenmerge.patching.families.transformers.costs import around, tower_ends
 from tokenmerge.patching.families.transformers.grids import (
     Grid,
     any_shape,
@@ -130,7 +130,8 @@ def tower(
         "pooling": lambda model: pooling,
         "embed": lambda model: next(reversed(_convolutions(model)), None),
         "grid_at": at if tokens is None else None,  # where patches are masked out, or of no grid
-        "cost": lambda model: Ends(_stem_cost(model, patches(model))),
+        "cost": lambda model: tower_ends(model, _stem_cost(model, patches(model))),
+        "around": around,
         "collectors": collectors,
         "readers": lambda model: present(model, readers),
         "norms": lambda model: present(model, [norm]),
