@@ -18,9 +18,9 @@ from torch import Tensor
 
 from tokenmerge.config import Backend
 from tokenmerge.errors import InputError, shown
-from tokenmerge.ops.basics import counting, descending_order, spread_rows
+from tokenmerge.ops.basics import ascending_order, counting, descending_order, is_exporting, spread_rows
 from tokenmerge.ops.combine import Reduce, merge_rows
-from tokenmerge.ops.modes import has_values, is_exporting, require
+from tokenmerge.ops.modes import has_values, require
 from tokenmerge.schedule import is_count
 
 _INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
@@ -135,8 +135,9 @@ class MergePlan:
 
     def in_order(self) -> MergePlan:
         """The same merge with the tokens left in ascending position: spatial order is kept."""
-        kept, order = self.kept.sort(dim=1)
-        target = _gather(order.argsort(dim=1), self.target, self.drops)
+        order = ascending_order(self.kept)
+        kept = self.kept.gather(1, order)
+        target = _gather(ascending_order(order), self.target, self.drops)
         gate = None if self.gate is None else self.gate.gather(1, order)
         return MergePlan(kept, self.source, target, self.drops, self.weight, gate)
 

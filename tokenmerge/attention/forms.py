@@ -20,8 +20,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from tokenmerge.config import AttentionForm
 from tokenmerge.errors import ConfigError
+from tokenmerge.ops.basics import is_exporting
 from tokenmerge.ops.choice import device_refusal, triton_refusals
-from tokenmerge.ops.modes import is_exporting
 
 FORMS: tuple[str, ...] = get_args(AttentionForm)
 _NEED_CUDA = ("cudnn", "efficient", "flex")  # flex: on CPUs Inductor has it for inference only, and not for every N

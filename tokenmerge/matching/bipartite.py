@@ -12,7 +12,7 @@ from tokenmerge.errors import ConfigError
 from tokenmerge.matching.distances import as_product
 from tokenmerge.matching.partitions import partition_order
 from tokenmerge.matching.registry import register_matcher
-from tokenmerge.ops.basics import counting, descending_order, no_autocast, sum_over_heads, take_rows, unit
+from tokenmerge.ops.basics import ascending, counting, descending_order, no_autocast, sum_over_heads, take_rows, unit
 from tokenmerge.ops.choice import takes_triton
 from tokenmerge.plan import MergePlan
 
@@ -93,7 +93,7 @@ def _alternating(metric: Tensor, r: int, protected: int, backend: Backend, dista
     a_tokens = order.mul_(2).add_(first_a)
     position = counting(tokens, metric.device)
     prefix, b_tokens = position[:protected].expand(batch, -1), position[first_b::2].expand(batch, -1)
-    kept = torch.cat([prefix, a_tokens[:, r:].sort(dim=1).values, b_tokens], dim=1)
+    kept = torch.cat([prefix, ascending(a_tokens[:, r:]), b_tokens], dim=1)
     return MergePlan(kept, a_tokens[:, :r], partner.add_(kept.shape[1] - b_tokens.shape[1]))
 
 

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from tokenmerge.config import is_number
 from tokenmerge.errors import InputError, PatchError, shown
-from tokenmerge.ops.basics import counting
-from tokenmerge.ops.modes import is_exporting, require
+from tokenmerge.ops.basics import counting, is_exporting
+from tokenmerge.ops.modes import require
 from tokenmerge.plan import DROPPED, MergePlan
 
 _SHAPES: dict[str, tuple[str, ...]] = {

@@ -11,7 +11,7 @@ from tokenmerge.errors import InputError
 from tokenmerge.matching.joining import join
 from tokenmerge.matching.registry import needed, register_matcher
 from tokenmerge.matching.values import AtLeast
-from tokenmerge.ops.basics import unit
+from tokenmerge.ops.basics import ascending_order, descending_order, unit
 from tokenmerge.plan import MergePlan
 
 
@@ -31,8 +31,8 @@ def _plan(nearest: Tensor, closeness: Tensor, clusters: int, protected: int) -> 
     """
     batch, count = nearest.shape
     # tokens by cluster, the one that fits best first: that one stands for the cluster
-    by_fit = closeness.argsort(dim=1, descending=True, stable=True)
-    order = by_fit.gather(1, nearest.gather(1, by_fit).argsort(dim=1, stable=True))
+    by_fit = descending_order(closeness)
+    order = by_fit.gather(1, ascending_order(nearest.gather(1, by_fit)))
     cluster = nearest.gather(1, order)
     first = torch.ones_like(cluster, dtype=torch.bool)
     first[:, 1:] = cluster[:, 1:] != cluster[:, :-1]
@@ -40,7 +40,7 @@ def _plan(nearest: Tensor, closeness: Tensor, clusters: int, protected: int) -> 
     representative = torch.where(first, order, torch.full_like(order, -1))
     of_cluster = nearest.new_full((batch, clusters), -1).scatter_reduce(1, cluster, representative, "amax")
     rank = torch.where(stands, torch.inf, -closeness)  # those that stand for one stay, then those that fit worst
-    staying = rank.argsort(dim=1, descending=True, stable=True)
+    staying = descending_order(rank)
     source = staying[:, clusters:]
     joined = of_cluster.gather(1, nearest.gather(1, source))
     return join(source + protected, joined + protected, count + protected)
@@ -78,7 +78,7 @@ def kmedoids_matching(
     x, weight = _units(metric[:, protected:]), attention[:, protected:].float().nan_to_num(0.0)
     count = x.shape[1]
     similarity = x @ x.transpose(1, 2)
-    medoid = weight.argsort(dim=1, descending=True, stable=True)[:, : count - r]
+    medoid = descending_order(weight)[:, : count - r]
     for step in range(iterations + 1):
         to_medoid = similarity.gather(2, medoid.unsqueeze(1).expand(-1, count, -1))
         closeness, nearest = to_medoid.max(dim=2)

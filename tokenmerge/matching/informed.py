@@ -15,7 +15,7 @@ from tokenmerge.matching.distances import similarities
 from tokenmerge.matching.partitions import partition_order
 from tokenmerge.matching.registry import register_matcher
 from tokenmerge.matching.values import AtLeast, PerBlock, Within
-from tokenmerge.ops.basics import counting, no_autocast, unit
+from tokenmerge.ops.basics import ascending_order, counting, descending_order, no_autocast, unit
 from tokenmerge.plan import MergePlan
 from tokenmerge.schedule import max_merges
 
@@ -113,14 +113,14 @@ def informed_matching(
     if attention is not None and attention_power and layer >= attention_from:
         looked_at = attention[:, a] * (count - protected)  # about 1, so that its power keeps the order of magnitude
         best = best * looked_at.clamp_min(1e-6).pow(attention_power)
-    order = best.argsort(dim=1, stable=True)[:, :r]
+    order = ascending_order(best)[:, :r]
     return _in_partition(a, b, order, partner.gather(1, order), protected, batch)
 
 
 def _in_partition(a: Tensor, b: Tensor, going: Tensor, partner: Tensor, protected: int, batch: int) -> MergePlan:
     """The paper's order: protected tokens, what is left of A, B; as `bipartite_matching` leaves them."""
     staying = torch.ones(batch, len(a), dtype=torch.int64, device=a.device).scatter_(1, going, 0)
-    left = staying.argsort(dim=1, descending=True, stable=True)[:, : len(a) - going.shape[1]]
+    left = descending_order(staying)[:, : len(a) - going.shape[1]]
     prefix = counting(protected, a.device).expand(batch, -1)
     kept = torch.cat([prefix, a[left], b.expand(batch, -1)], dim=1)
     return MergePlan(kept, a[going], partner + (kept.shape[1] - len(b)))
@@ -172,5 +172,5 @@ def threshold_matching(
     r = min(r, most)
     if r == 0 or partner is None:
         return MergePlan.identity(batch, count, metric.device)
-    order = best.argsort(dim=1, descending=True, stable=True)[:, :r]
+    order = descending_order(best)[:, :r]
     return _in_partition(a, b, order, partner.gather(1, order), protected, batch)

@@ -5,20 +5,20 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from tokenmerge.ops.basics import counting
+from tokenmerge.ops.basics import ascending_order, counting
 from tokenmerge.plan import DROPPED, MergePlan
 
 
 def lowest(score: Tensor, count: int, protected: int) -> Tensor:
     """`[B, count]` int64: the tokens of lowest score, lowest first; never a protected one. Ties: lower position first."""
-    order = score[:, protected:].argsort(dim=1, stable=True)
+    order = ascending_order(score[:, protected:])
     return order[:, :count] + protected
 
 
 def rest_of(source: Tensor, tokens: int) -> Tensor:
     """`[B, N − r]` int64: the tokens not in `source [B, r]`, ascending."""
     goes = torch.zeros(source.shape[0], tokens, dtype=torch.int64, device=source.device).scatter_(1, source, 1)
-    return goes.argsort(dim=1, stable=True)[:, : tokens - source.shape[1]]
+    return ascending_order(goes)[:, : tokens - source.shape[1]]
 
 
 def positions_in(kept: Tensor, tokens: int) -> Tensor:

@@ -12,7 +12,7 @@ from tokenmerge.errors import InputError
 from tokenmerge.matching.joining import join, join_nearest, lowest
 from tokenmerge.matching.registry import needed, register_matcher
 from tokenmerge.matching.values import AtLeast, Within
-from tokenmerge.ops.basics import counting, unit
+from tokenmerge.ops.basics import counting, descending_order, unit
 from tokenmerge.plan import MergePlan
 
 
@@ -58,7 +58,7 @@ def greedy_matching(metric: Tensor, r: int, protected: int = 0, size: Tensor | N
         new[image, stays] = -torch.inf
         similarity[image, stays] = new
         similarity[image, :, stays] = new
-    source = gone.to(torch.int64).argsort(dim=1, descending=True, stable=True)[:, :r]
+    source = descending_order(gone.to(torch.int64))[:, :r]
     return join(source, into.gather(1, source), tokens)
 
 

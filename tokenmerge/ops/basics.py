@@ -8,7 +8,20 @@ import functools
 import torch
 from torch import Tensor
 
-from tokenmerge.ops.modes import is_exporting
+from tokenmerge.ops import exported
+
+# --- what PyTorch is doing ------------------------------------------------------------------------------------
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def is_exporting() -> bool:
+    """Whether `torch.export`, TorchScript's tracer or an exporter built on them traces the model: compiling is not exporting.
+
+    In torch 2.11, Dynamo takes `torch.compiler.is_exporting()` for true wherever it compiles. It runs this function
+    instead of tracing it, so that the answer is Python's own.
+    """
+    return torch.compiler.is_exporting() or torch._C._get_tracing_state() is not None
+
 
 # --- ranges of integers ------------------------------------------------------------------------------------
 
@@ -27,7 +40,7 @@ def counting(count: int, device: torch.device, step: int = 1) -> Tensor:
     captured graph.
     """
     # not arange with a step: its length would be a quotient of symbols where N is dynamic, which Dynamo cannot print
-    if device.type != "cpu" or torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack():
+    if device.type != "cpu" or torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() or is_exporting():
         numbers = torch.arange(count, device=device)
         return numbers.mul_(step)
     return _made(count, step)
@@ -62,18 +75,47 @@ def spread_rows(x: Tensor, index: Tensor, drops: bool) -> Tensor:
 
 
 def descending_order(values: Tensor) -> Tensor:
-    """Positions of `values [B, M]` from the largest to the smallest, equal ones by ascending position; `[B, M]`, int64.
-
-    ONNX has no stable sort, but its TopK puts the lower of equal positions first, which is the same.
-    """
-    if torch.onnx.is_in_onnx_export() and is_exporting():
-        return values.topk(values.shape[1], dim=1).indices
+    """Return the positions of `values [B, M]` from the largest to the smallest, equal ones by ascending position; int64."""
+    if is_exporting():
+        return exported.descending_order(values)
     return values.argsort(dim=1, descending=True, stable=True)
 
 
 def ascending_order(values: Tensor) -> Tensor:
-    """The same from the smallest to the largest, for integers."""
-    return descending_order(-values)
+    """Return the positions from the smallest to the largest, equal ones by ascending position; int64."""
+    if is_exporting():
+        return exported.ascending_order(values)
+    return values.argsort(dim=1, stable=True)
+
+
+def ascending(values: Tensor) -> Tensor:
+    """Return integers `[B, M]` from the smallest to the largest."""
+    return values.gather(1, ascending_order(values)) if is_exporting() else values.sort(dim=1).values
+
+
+# --- sums and maxima into rows -----------------------------------------------------------------------------
+
+
+def add_rows(rows: Tensor, target: Tensor, values: Tensor, left: int) -> Tensor:
+    """Return rows to which others were added; the memory of `rows` is used where that is faster.
+
+    Args:
+        rows: `[B·N']` or `[B·N', C]`.
+        target: `[B·r]` int64: the row that each value is added to, of the same image.
+        values: `[B·r]` or `[B·r, C]`.
+        left: N'.
+    """
+    if is_exporting():
+        return exported.add_rows(rows, target, values, left)
+    return rows.index_add_(0, target, values)
+
+
+def largest_rows(rows: Tensor, target: Tensor, values: Tensor, left: int) -> Tensor:
+    """Return the maximum of each of `rows` and the values that join it; arguments as of `add_rows`."""
+    if is_exporting():
+        return exported.largest_rows(rows, target, values, left)
+    index = target if rows.dim() == 1 else target.unsqueeze(1).expand(-1, rows.shape[1])
+    return rows.scatter_reduce(0, index, values, "amax", include_self=True)
 
 
 # --- arithmetic --------------------------------------------------------------------------------------------

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from tokenmerge.config import Backend
 from tokenmerge.errors import ConfigError
-from tokenmerge.ops.modes import is_exporting
+from tokenmerge.ops.basics import is_exporting
 
 Operation = Literal["match", "merge", "attend"]
 LEAST_CAPABILITY = (8, 0)

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from tokenmerge.config import Backend
 from tokenmerge.errors import InputError
-from tokenmerge.ops.basics import counting
+from tokenmerge.ops.basics import add_rows, counting, largest_rows
 from tokenmerge.ops.choice import takes_triton
 
 Reduce = Literal["mean", "average", "max", "destination", "norm", "max_norm", "sum"]
@@ -77,12 +77,14 @@ class Members(NamedTuple):
         source: `[B·r]` rows of `[B·N]` that join one of them.
         target: `[B·r]` the row of `[B·N']` that each of those joins.
         alive: `[B·r]` false where a row is dropped instead; `None` if none is.
+        left: N'.
         weight: `[B·N]` float32, what rows weigh in means; `None` stands for their sizes.
     """
 
     kept: Tensor
     source: Tensor
     target: Tensor
+    left: int
     alive: Tensor | None = None
     weight: Tensor | None = None
 
@@ -152,10 +154,10 @@ def _members(plan: Plan) -> Members:
         alive = alive.reshape(-1)
     weight = None if plan.weight is None else plan.weight.reshape(-1)
     if batch == 1:
-        return Members(kept.view(-1), source.reshape(-1), target.reshape(-1), alive, weight)
+        return Members(kept.view(-1), source.reshape(-1), target.reshape(-1), left, alive, weight)
     first = counting(batch, kept.device, left + r).unsqueeze(1)
     new = counting(batch, kept.device, left).unsqueeze(1)
-    return Members((kept + first).view(-1), (source + first).view(-1), (target + new).view(-1), alive, weight)
+    return Members((kept + first).view(-1), (source + first).view(-1), (target + new).view(-1), left, alive, weight)
 
 
 def combine(x: Tensor, size: Tensor | None, members: Members, reduce: Reduce) -> tuple[Tensor, Tensor]:
@@ -178,7 +180,7 @@ def combine(x: Tensor, size: Tensor | None, members: Members, reduce: Reduce) ->
     """
     if reduce not in get_args(Reduce):
         raise InputError(f"reduce={reduce!r}, but it must be one of {', '.join(get_args(Reduce))}")
-    stays, source, target, alive, weight = members
+    stays, source, target, left, alive, weight = members
     rows = x.reshape(-1, x.shape[2])
     kept = rows.index_select(0, stays)
     if size is None:
@@ -189,7 +191,7 @@ def combine(x: Tensor, size: Tensor | None, members: Members, reduce: Reduce) ->
         joining_size, sizes = size.index_select(0, source), size.index_select(0, stays)
     if alive is not None:
         joining_size = joining_size * alive
-    sizes = sizes.index_add_(0, target, joining_size)
+    sizes = add_rows(sizes, target, joining_size, left)
     if reduce == "destination":
         return kept, sizes
 
@@ -198,25 +200,24 @@ def combine(x: Tensor, size: Tensor | None, members: Members, reduce: Reduce) ->
     if x.dtype != wide:
         kept, joining = kept.to(wide), joining.to(wide)
     if reduce == "sum":
-        kept = kept.index_add_(0, target, _only(joining, alive))
+        kept = add_rows(kept, target, _only(joining, alive), left)
     elif reduce == "max":
         joining = joining if alive is None else joining.masked_fill(~alive.unsqueeze(1), -torch.inf)
-        index = target.unsqueeze(1).expand(-1, x.shape[2])
-        kept = kept.scatter_reduce(0, index, joining, "amax", include_self=True)
+        kept = largest_rows(kept, target, joining, left)
     else:
         share, total = joining_size, sizes
         if sizes.requires_grad:  # of a matcher that learns: its gradient comes through attention
             share, total = share.detach().clone(), total.detach()
         if reduce == "average":
             share = torch.ones_like(share) if alive is None else alive.to(share.dtype)
-            total = torch.ones_like(sizes).index_add_(0, target, share)
+            total = add_rows(torch.ones_like(sizes), target, share, left)
         elif weight is not None:
             share = weight.index_select(0, source)
             share = share if alive is None else share * alive
-            total = weight.index_select(0, stays).index_add_(0, target, share)
+            total = add_rows(weight.index_select(0, stays), target, share, left)
         # (clamped for padding, whose size is 0: it joins with weight 0, and gives way to what joins it)
         share = share.to(wide).div_(total.index_select(0, target).clamp_min_(_TINY))
-        kept = _mean(kept, joining, target, share, alive, reduce)
+        kept = _mean(kept, joining, members, share, reduce)
     return (kept if x.dtype == wide else kept.to(x.dtype)), sizes
 
 
@@ -224,21 +225,22 @@ def _only(joining: Tensor, alive: Tensor | None) -> Tensor:
     return joining if alive is None else joining * alive.unsqueeze(1)
 
 
-def _mean(kept: Tensor, joining: Tensor, target: Tensor, share: Tensor, alive: Tensor | None, reduce: Reduce) -> Tensor:
+def _mean(kept: Tensor, joining: Tensor, members: Members, share: Tensor, reduce: Reduce) -> Tensor:
     """`x_t + Σ share_i (x_i − x_t)` is the weighted mean, and leaves every other row alone."""
+    target, left, alive = members.target, members.left, members.alive
     aimed = kept.index_select(0, target)
     if reduce not in ("norm", "max_norm"):
-        return kept.index_add_(0, target, joining.sub_(aimed).mul_(share.unsqueeze(1)))
+        return add_rows(kept, target, joining.sub_(aimed).mul_(share.unsqueeze(1)), left)
     own, theirs = torch.linalg.vector_norm(aimed, dim=1), torch.linalg.vector_norm(joining, dim=1)
     one = torch.ones_like(share) if alive is None else alive.to(share.dtype)
     nothing = share.new_zeros(kept.shape[0])
     # where several join one row, each brings its part of what is said of that row
-    part = one / nothing.index_add(0, target, one).index_select(0, target).clamp_min(1)
+    part = one / add_rows(nothing.clone(), target, one, left).index_select(0, target).clamp_min(1)
     if reduce == "norm":
-        length = nothing.index_add(0, target, own * part + share * (theirs - own))
+        length = add_rows(nothing, target, own * part + share * (theirs - own), left)
     else:
-        length = nothing.scatter_reduce(0, target, torch.maximum(own, theirs * one), "amax", include_self=True)
-    kept = kept.index_add_(0, target, (joining - aimed) * share.unsqueeze(1))
+        length = largest_rows(nothing, target, torch.maximum(own, theirs * one), left)
+    kept = add_rows(kept, target, (joining - aimed) * share.unsqueeze(1), left)
     merged = kept.index_select(0, target)
     factor = length.index_select(0, target) / torch.linalg.vector_norm(merged, dim=1).clamp_min(_TINY)
-    return kept.index_add_(0, target, merged * ((factor - 1) * part).unsqueeze(1))
+    return add_rows(kept, target, merged * ((factor - 1) * part).unsqueeze(1), left)

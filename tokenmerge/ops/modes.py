@@ -1,7 +1,4 @@
-"""What PyTorch is doing right now: exporting, or running on tensors without values; and checks that suit it.
-
-Right in every supported version.
-"""
+"""Whether tensors have values that can be looked at, and checks that suit what PyTorch is doing right now."""
 
 from __future__ import annotations
 
@@ -9,16 +6,6 @@ import sys
 
 import torch
 from torch import Tensor, nn
-
-
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
-def is_exporting() -> bool:
-    """Whether `torch.export` or the ONNX exporter traces the model: compiling it is not exporting it.
-
-    In torch 2.11, Dynamo takes `torch.compiler.is_exporting()` for true wherever it compiles. It runs this function
-    instead of tracing it, so that the answer is Python's own.
-    """
-    return torch.compiler.is_exporting()
 
 
 def has_values(x: Tensor) -> bool:

@@ -1,0 +1,68 @@
+"""Orders and sums in forms that every exporter and runtime knows.
+
+Stable sorts, sums into rows and scattered maxima are fast in PyTorch, but OpenVINO, Core ML and the older ONNX exporter lack one
+or the other, and runtimes break ties in ways of their own. Exported programs hold comparisons, products and gathers instead,
+which mean the same everywhere. Their work is small beside attention's: |A|² comparisons and r·N·C multiply-adds per block.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def ascending_order(values: Tensor) -> Tensor:
+    """Return the positions of `values [B, M]` from the smallest to the largest, equal ones by ascending position; int64.
+
+    NaN is larger than any number, as in PyTorch's own sorts.
+    """
+    if values.is_floating_point():
+        values = torch.where(values != values, torch.full_like(values, torch.inf), values)
+    position = torch.arange(values.shape[1], device=values.device)
+    own, other = values.unsqueeze(2), values.unsqueeze(1)
+    earlier = (position.unsqueeze(0) < position.unsqueeze(1)).unsqueeze(0)
+    before = torch.logical_or(other < own, torch.logical_and(other == own, earlier))
+    rank = before.to(torch.int64).sum(dim=2)
+    return torch.zeros_like(rank).scatter(1, rank, position.expand_as(rank))
+
+
+def descending_order(values: Tensor) -> Tensor:
+    """Return the positions from the largest to the smallest, equal ones by ascending position; NaN first."""
+    if values.is_floating_point():
+        values = torch.where(values != values, torch.full_like(values, torch.inf), values)
+    return ascending_order(-values)
+
+
+def add_rows(rows: Tensor, target: Tensor, values: Tensor, left: int) -> Tensor:
+    """Return `rows` with `values` added to those that `target` names: a product with the map from one to the other.
+
+    Args:
+        rows: `[B·N']` or `[B·N', C]`.
+        target: `[B·r]` int64 row numbers; rows of an image are joined by values of that image alone.
+        values: `[B·r]` or `[B·r, C]`.
+        left: N'.
+    """
+    wide = rows if rows.dim() == 2 else rows.unsqueeze(1)
+    parts = values if rows.dim() == 2 else values.unsqueeze(1)
+    batch = wide.view(-1, left, wide.shape[1])
+    into = _map(target, batch.shape[0], left).to(wide.dtype)
+    summed = batch + into @ parts.reshape(batch.shape[0], into.shape[2], wide.shape[1])
+    return summed.reshape(rows.shape)
+
+
+def largest_rows(rows: Tensor, target: Tensor, values: Tensor, left: int) -> Tensor:
+    """Return the maximum of each of `rows` and of the values that `target` names it for; arguments as of `add_rows`."""
+    wide = rows if rows.dim() == 2 else rows.unsqueeze(1)
+    parts = values if rows.dim() == 2 else values.unsqueeze(1)
+    batch = wide.view(-1, left, wide.shape[1])
+    into = _map(target, batch.shape[0], left).unsqueeze(3)  # [B, N', r, 1]
+    others = parts.reshape(batch.shape[0], 1, into.shape[2], wide.shape[1])
+    lowest = torch.full_like(others[:, :, :1, :1], torch.finfo(wide.dtype).min)
+    largest = torch.maximum(batch, torch.where(into, others, lowest).amax(dim=2))
+    return largest.reshape(rows.shape)
+
+
+def _map(target: Tensor, batch: int, left: int) -> Tensor:
+    """Return `[B, N', r]`, true where a value joins a row."""
+    own = (target % left).reshape(batch, 1, -1)
+    return own == torch.arange(left, device=target.device).view(1, -1, 1)
