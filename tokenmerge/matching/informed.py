@@ -122,7 +122,7 @@ def informed_matching(
         if size is not None and size_penalty != "none":
             best = best * _penalty(size, a, b, size_penalty).squeeze(2)
     if attention is not None and attention_power and layer >= attention_from:
-        looked_at = attention[:, a] * (count - protected)  # about 1, whatever the power
+        looked_at = attention[:, a] * (count - protected)  # about 1, so that its powers are, too
         best = best * looked_at.clamp_min(1e-6).pow(attention_power)
     order = best.argsort(dim=1, stable=True)[:, :r]
     return _in_partition(a, b, order, partner.gather(1, order), protected, batch)

@@ -1,6 +1,6 @@
-"""What PyTorch is doing right now: exporting, or running on tensors without values; and checks that suit it.
+"""Queries of PyTorch's state (exporting, tensors without values), and checks of values that work in each state.
 
-Right in every supported version.
+They give the same answers in every supported version of PyTorch.
 """
 
 from __future__ import annotations
@@ -13,34 +13,40 @@ from torch import Tensor, nn
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def is_exporting() -> bool:
-    """Whether `torch.export` or the ONNX exporter traces the model: compiling it is not exporting it.
+    """Return whether `torch.export` or the ONNX exporter is tracing; `torch.compile` does not count.
 
-    In torch 2.11, Dynamo takes `torch.compiler.is_exporting()` for true wherever it compiles. It runs this function
-    instead of tracing it, so that the answer is Python's own.
+    In torch 2.11, Dynamo evaluates `torch.compiler.is_exporting()` as true whenever it compiles. The decorator makes
+    Dynamo call this function instead of tracing it.
     """
     return torch.compiler.is_exporting()
 
 
 def has_values(x: Tensor) -> bool:
-    """Whether there are numbers in `x` that could be looked at: it is neither on the "meta" device nor a fake tensor, nor one
-    that a function transform (`torch.func.vmap`) follows.
+    """Return whether the values of `x` can be read.
+
+    They cannot on the "meta" device, in fake tensors, and in tensors wrapped by a function transform (`torch.func.vmap`).
     """
     if torch._C._functorch.is_functorch_wrapped_tensor(x):
         return False
-    fakes = sys.modules.get("torch._subclasses.fake_tensor")  # nobody has made one before it is imported
+    fakes = sys.modules.get("torch._subclasses.fake_tensor")  # without that import no fake tensor exists
     return not x.is_meta and (fakes is None or not isinstance(x, fakes.FakeTensor))
 
 
 def lacks_values(module: nn.Module) -> bool:
-    """Whether a parameter of the module has no numbers, so that nothing can be tried on it."""
+    """Return whether the values of some parameter of the module cannot be read, so that the module cannot be run."""
     return not all(has_values(parameter) for parameter in module.parameters())
 
 
 def require(condition: Tensor, otherwise: str, error: type[Exception]) -> None:
-    """Raise `error` with that sentence unless the condition, one boolean, is true.
+    """Raise an error unless a condition holds.
 
-    So it is in plain Python on a CPU. Compiled code and other devices check without waiting for the value, so that CUDA
-    graphs can be captured: there PyTorch's own assertion fails, with the same sentence.
+    Eager code on a CPU reads the condition and raises `error`. Compiled code and other devices check it asynchronously, so
+    that CUDA graphs can be captured; there PyTorch's own assertion fails with the same message.
+
+    Args:
+        condition: one bool, as a tensor.
+        otherwise: the message.
+        error: class of the error.
     """
     if condition.device.type != "cpu" or torch.compiler.is_compiling():
         torch._assert_async(condition, otherwise)
