@@ -75,7 +75,7 @@ class Members(NamedTuple):
     Attributes:
         kept: `[B·N']` int64: rows before the merge that represent the new rows.
         source: `[B·r]` int64: rows before the merge that join a new row.
-        target: `[B·r]` the row of `[B·N']` that each of those joins.
+        target: `[B·r]` int64: the new row that each source joins.
         alive: `[B·r]` bool: false if a source is dropped; `None` if none is.
         weight: `[B·N]` float32: weights of the mean; `None` uses the sizes.
     """
