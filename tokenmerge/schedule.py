@@ -124,7 +124,7 @@ def max_merges(tokens: int, protected: int, most: Most = "half") -> int:
 
 
 def cut(schedule: Schedule, tokens: int, protected: int, most: Most = "half") -> Schedule:
-    """Return the schedule with each r cut to what its block can merge, if `tokens` tokens enter the first block.
+    """Return the schedule with each r cut to the most that its block can merge, if `tokens` tokens enter the first block.
 
     Args:
         schedule: one r per block.
@@ -146,7 +146,7 @@ def cut(schedule: Schedule, tokens: int, protected: int, most: Most = "half") ->
 
 
 def token_counts(schedule: Schedule, tokens: int, protected: int, most: Most = "half") -> tuple[int, ...]:
-    """Return the tokens that enter each block, followed by those that leave the last one; arguments as of `cut`.
+    """Return the tokens that enter each block, and last the tokens that leave the model; arguments as for `cut`.
 
     Example:
         >>> from tokenmerge.schedule import token_counts
@@ -160,7 +160,7 @@ def token_counts(schedule: Schedule, tokens: int, protected: int, most: Most = "
 
 
 def keep_step(keep: float, tokens: int, protected: int, most: Most = "half") -> int:
-    """Return the r of a block that keeps the fraction `keep` of its unprotected tokens (rounded up), cut to what is possible."""
+    """Return the r of a block that keeps the fraction `keep` of its unprotected tokens (rounded up), cut to `max_merges`."""
     free = tokens - protected
     # floating-point error must not add a token: 0.07 * 100 is 7.000000000000001, whose ceiling is 8
     wanted = free - math.ceil(round(keep * free, 9))

@@ -20,7 +20,7 @@ from tokenmerge.ops.basics import autocast_dtype, no_autocast, sum_over_heads
 
 
 def attention_dtype(x: Tensor) -> torch.dtype:
-    """Return the dtype in which attention computes on tokens `x`, and therefore expects its mask: autocast's, or that of `x`."""
+    """Return the dtype in which attention computes on tokens `x` and expects its mask: autocast's dtype, or `x.dtype`."""
     return autocast_dtype(x.device.type) or x.dtype
 
 

@@ -1,7 +1,7 @@
 """Registry of matchers: functions `(metric, r, protected) -> MergePlan`, selected by name.
 
-The registry checks shapes and options, cuts r to what is possible, and returns the identity plan for r = 0, so that a
-matcher contains its mathematics alone.
+The registry checks shapes and options, cuts r to the most that can merge, and returns the identity plan for r = 0, so
+that a matcher contains its mathematics alone.
 """
 
 from __future__ import annotations
@@ -53,12 +53,12 @@ class Matcher(Protocol):
     def __call__(self, metric: Tensor, r: int, protected: int = 0) -> MergePlan:
         """Match tokens and return the plan of their merge.
 
-        A matcher may have further parameters. The block fills in those that are named in `OFFERED`; all others are
+        A matcher may have further parameters. The block fills in the ones named in `OFFERED`; all others are
         options (`MergeConfig.options`), which need a default and whose annotations state the allowed values.
 
         Args:
             metric: `[B, N, D]`, floating: the features compared.
-            r: tokens to merge away, at least 1 and at most what is possible.
+            r: tokens to merge away, at least 1 and at most `schedule.max_merges` of N.
             protected: leading tokens that neither merge nor are merged into.
         """
         ...
@@ -123,7 +123,7 @@ def register_matcher(
         most: how many of the unprotected tokens it can merge away: "half" or "all but one".
 
     Returns:
-        A decorator, which returns the function with checks of its arguments: r is cut to what is possible, and r = 0
+        A decorator, which returns the function with checks of its arguments: r is cut to `schedule.max_merges`, and r = 0
         returns the identity plan. Blocks call the function without these checks and verify its plans instead.
 
     Raises:

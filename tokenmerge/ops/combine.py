@@ -232,7 +232,7 @@ def _mean(kept: Tensor, joining: Tensor, target: Tensor, share: Tensor, alive: T
     own, theirs = torch.linalg.vector_norm(aimed, dim=1), torch.linalg.vector_norm(joining, dim=1)
     one = torch.ones_like(share) if alive is None else alive.to(share.dtype)
     nothing = share.new_zeros(kept.shape[0])
-    # if several sources join one row, each contributes its part of what is counted once per row
+    # if several sources join one row, each adds an equal part of the terms that count once per row
     part = one / nothing.index_add(0, target, one).index_select(0, target).clamp_min(1)
     if reduce == "norm":
         length = nothing.index_add(0, target, own * part + share * (theirs - own))

@@ -24,8 +24,8 @@ if TYPE_CHECKING:
 class Trace:
     """Record of the merges of one forward pass.
 
-    `handle.trace` is the trace of the latest complete pass, and `trace_of(features)` that of the pass which produced some
-    features. The methods `unmerge` and `to_grid` use the plans that their features carry, whichever pass the trace
+    `handle.trace` is the trace of the latest complete pass, and `trace_of(features)` returns the trace of the pass that
+    produced some features. The methods `unmerge` and `to_grid` use the plans that their features carry, whichever pass the trace
     belongs to; they also work in hooks of inner blocks and in exported programs.
 
     Example:
