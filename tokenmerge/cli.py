@@ -1,4 +1,4 @@
-"""The `tokenmerge` command: parse, call one function of `tools`, turn errors into one sentence and exit code 2."""
+"""The `tokenmerge` command line: parse arguments, call one function of `tokenmerge.tools`, print errors as one sentence."""
 
 from __future__ import annotations
 
@@ -37,13 +37,24 @@ from tokenmerge.tools.visualize.options import add_visualize_options
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command and return its exit code: 0, 1 (eval --strict with skipped images), 2 (bad input), 130."""
+    """Run the command.
+
+    Args:
+        argv: arguments without the program's name; `None` reads them from `sys.argv`.
+
+    Returns:
+        The exit code: 0; 1 for `eval --strict` with skipped images; 2 for invalid input, an unsupported model or too
+        little memory; 130 if interrupted.
+
+    Raises:
+        SystemExit: (from argparse) for `--help`, `--version` and arguments that cannot be parsed.
+    """
     words = list(sys.argv[1:] if argv is None else argv)
     args = make_parser().parse_args(words)
     args.typed = words[1:]
     try:
         code = int(args.run(args))
-        sys.stdout.flush()  # here, where a reader that has left is caught
+        sys.stdout.flush()  # now, so that a broken pipe raises inside this try
         return code
     except TokenMergeError as error:
         print(f"tokenmerge: {error}", file=sys.stderr)
@@ -56,32 +67,32 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("tokenmerge: interrupted", file=sys.stderr)
         return 130
-    except BrokenPipeError:  # the reader of a pipe left: nothing to say, and nobody to say it to
+    except BrokenPipeError:  # the reader of a pipe closed it (`| head`), which is no error
         with contextlib.suppress(OSError):
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
 
 
 def _is_out_of_memory(error: BaseException) -> bool:
-    """CUDA has a class of its own for it; on CPU torch raises a plain RuntimeError."""
+    """Return whether an error means that memory ran out; on a CPU torch raises a plain RuntimeError for that."""
     words = ("can't allocate memory", "Storage size calculation overflowed")
     return isinstance(error, MemoryError | torch.OutOfMemoryError) or any(word in str(error) for word in words)
 
 
 def entry() -> None:
-    """Console script."""
+    """Run the command and exit with its code; the console script of the package."""
     sys.exit(main())
 
 
 class _Parser(argparse.ArgumentParser):
-    """argparse, with errors in one line."""
+    """Argument parser that prints errors as one line."""
 
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"{self.prog}: {message}: see {self.prog} --help\n")
 
 
 def make_parser() -> argparse.ArgumentParser:
-    """The whole command line."""
+    """Return the parser of the whole command line, with one subparser per command."""
     parser = _Parser(prog="tokenmerge", description="Vision Transformers made faster by merging similar tokens.")
     parser.add_argument("--version", action="version", version=f"tokenmerge {tokenmerge.__version__}")
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
@@ -207,7 +218,7 @@ def make_parser() -> argparse.ArgumentParser:
 
 
 def _prepare(args: argparse.Namespace) -> tuple[Any, list[Any], dict[str, Any]]:
-    """The report, the settings and the config fields that every command has."""
+    """Return what most commands start with: the report, the settings of `--r`, and the config fields from the flags."""
     try:
         from tokenmerge.tools.report import Report
     except ImportError as error:

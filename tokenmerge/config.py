@@ -1,7 +1,7 @@
-"""`MergeConfig`: everything a user can choose, in one frozen dataclass with a JSON round trip.
+"""`MergeConfig`: all settings of merging, in one frozen dataclass with a JSON round trip.
 
-A field is written here and nowhere else: its type, whose `Literal` holds the choices; its help, which flags, summaries and
-pages quote; and what it needs of other fields (`MergeConfig.__post_init__`) and of the matcher (`by_matcher`).
+Each setting is defined in this file alone: its type, whose `Literal` lists the choices; its help text, which flags,
+summaries and documentation quote; and its checks against other fields (`MergeConfig.__post_init__`).
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ Backend = Literal["auto", "torch", "triton"]
 
 PRESETS: Mapping[str, Mapping[str, Any]] = frozen(
     {
-        # the paper's choices, which are the defaults
+        # the paper's design choices, which are also the defaults
         "paper": {
             "matcher": "bipartite",
             "metric": "k",
@@ -39,8 +39,9 @@ PRESETS: Mapping[str, Mapping[str, Any]] = frozen(
             "combine": "mean",
             "place": "between",
         },
-        # chosen by how little it moves predictions, on training images and photos, and confirmed on others (docs/compare.md): what is
-        # compared is half keys and half the tokens themselves, weighted by class attention; merged tokens keep their length
+        # selected for the smallest change in predictions on training images and photos, then confirmed on validation
+        # images (docs/compare.md): the cost of a merge is half cosine of the keys and half distance of the tokens, scaled
+        # by class attention, and merged tokens keep the mean length of their members
         "accurate": {
             "matcher": "informed",
             "options": {"attention_power": 0.5, "token_weight": 0.5},
@@ -49,18 +50,18 @@ PRESETS: Mapping[str, Mapping[str, Any]] = frozen(
         },
     }
 )
-"""Sets of fields under a name: `patch(model, speedup=2, preset="accurate")`."""
+"""Named sets of fields, for `patch(model, speedup=2, preset="accurate")`."""
 
 
 def setting(default: Any, text: str, group: str = "", by_matcher: bool = False) -> Any:
-    """A field of `MergeConfig`.
+    """Return the dataclass field of one setting of `MergeConfig`.
 
     Args:
-        default: its value unless the user chooses.
-        text: its help, one sentence without the choices.
-        group: "schedule" for the fields of which one is given; "matching" for those that say what merges; "running" for
-            those that change no result; else "".
-        by_matcher: whether it is the matcher that obeys it, by taking a parameter of that name.
+        default: its default value.
+        text: its help text, one sentence that does not list the choices.
+        group: "schedule" for the mutually exclusive fields that set how many tokens merge; "matching" for fields that
+            set which tokens merge and how; "running" for fields that do not change results; "" for all others.
+        by_matcher: whether the matcher implements the setting, through a parameter of the same name.
     """
     metadata = {"help": text, "group": group, "by_matcher": by_matcher}
     if isinstance(default, dict):
@@ -70,15 +71,24 @@ def setting(default: Any, text: str, group: str = "", by_matcher: bool = False) 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class MergeConfig:
-    """How a model merges its tokens.
+    """Settings of merging for one model.
 
-    Exactly one of `r`, `keep`, `flops` and `speedup` says how many tokens each block merges; which one is only
-    demanded when a model is patched, so that a config without any can be completed by `create`. All but `r` are resolved
-    for the number of tokens that arrives. `help_of(name)` says what a field is, and `choices_of(name)` what it may be;
-    docs/settings.md lists all of them.
+    At most one of `r`, `keep`, `flops` and `speedup` sets how many tokens each block merges away; patching requires one
+    of them. `keep`, `flops` and `speedup` are resolved for the number of tokens that enters the model in each pass.
+    docs/settings.md lists all fields; `tokenmerge.config.help_of(name)` and `choices_of(name)` return the same texts.
 
     Raises:
-        ConfigError: for a value that means nothing.
+        ConfigError: if a field has an invalid value, or fields contradict each other.
+
+    Example:
+        >>> import tokenmerge
+        >>> config = tokenmerge.MergeConfig(r=8, combine="norm")
+        >>> config.changed()
+        {'r': 8, 'combine': 'norm'}
+        >>> tokenmerge.MergeConfig.create(config, keep=0.7).r is None  # a new schedule field replaces the old one
+        True
+        >>> tokenmerge.MergeConfig.from_json(config.to_json()) == config
+        True
     """
 
     r: RForm | None = setting(
@@ -178,7 +188,7 @@ class MergeConfig:
             raise ConfigError(
                 f"options={shown(self.options)}, but it must map names to values: try options={{'iterations': 5}}"
             )
-        for name in ("r", "keep", "options"):  # copies, so that nobody can change a frozen config from outside
+        for name in ("r", "keep", "options"):  # immutable copies: the caller may still hold the lists
             object.__setattr__(self, name, frozen(getattr(self, name)))
         self._check_fractions()
         if not isinstance(self.matcher, str):
@@ -208,18 +218,19 @@ class MergeConfig:
 
     @classmethod
     def create(cls, config: MergeConfig | None = None, preset: str | None = None, **fields: Any) -> MergeConfig:
-        """`config` (or the defaults) with `fields` replaced.
+        """Return a copy of `config` with some fields replaced.
 
-        A new schedule field replaces the old one, whichever form that had; another matcher forgets the old one's options.
+        A new schedule field (`r`, `keep`, `flops`, `speedup`) replaces any of the four that was set; a new matcher
+        resets the options of the old one.
 
         Args:
-            config: what to start from.
-            preset: name of a set of fields (`tokenmerge.PRESETS`) to put in before `fields`.
-            **fields: values by name.
+            config: the config to start from; `None` starts from the defaults.
+            preset: name of a set of fields in `tokenmerge.PRESETS`, applied before `fields`.
+            **fields: new values by field name.
 
         Raises:
-            UnknownFieldError: (a TypeError) for a keyword that is no field.
-            ConfigError: for a preset that there is not.
+            UnknownFieldError: (a TypeError) if a keyword is not a field.
+            ConfigError: if the preset does not exist, a value is invalid, or fields contradict each other.
         """
         if preset is not None:
             if not isinstance(preset, str) or preset not in PRESETS:
@@ -234,7 +245,7 @@ class MergeConfig:
         for name in fields:
             _check_field(name)
         matcher = fields.get("matcher", config.matcher)
-        if not isinstance(matcher, str) or matcher != config.matcher:  # (arrays compare to anything)
+        if not isinstance(matcher, str) or matcher != config.matcher:  # (== of an array is an array)
             fields = {"options": {}, **fields}
         if any(fields.get(name) is not None for name in SCHEDULE_FIELDS):
             fields = {**dict.fromkeys(SCHEDULE_FIELDS), **fields}
@@ -242,35 +253,35 @@ class MergeConfig:
 
     @property
     def traces(self) -> bool:
-        """Whether passes are to be looked at."""
+        """Whether merges are recorded in a trace."""
         return self.trace is not False
 
     @property
     def looks(self) -> bool:
-        """Whether that goes for attention, too."""
+        """Whether a trace includes attention."""
         return self.trace in ("attention", "rollout")
 
     @property
     def rolls_out(self) -> bool:
-        """Whether attention of all blocks is kept together."""
+        """Whether a trace includes attention rollout."""
         return self.trace == "rollout"
 
     @property
     def scheduled(self) -> bool:
-        """Whether it says how much to merge."""
+        """Whether a schedule field (`r`, `keep`, `flops` or `speedup`) is set."""
         return any(getattr(self, name) is not None for name in SCHEDULE_FIELDS)
 
     def changed(self, group: str | None = None) -> dict[str, Any]:
-        """Fields, of one group or all, whose values are not the defaults."""
+        """Return the fields that differ from their defaults, by name; only those of `group` if one is given."""
         usual = MergeConfig()
         names = [name for name in FIELDS if group is None or FIELDS[name].metadata["group"] == group]
         return {name: getattr(self, name) for name in names if getattr(self, name) != getattr(usual, name)}
 
     def to_json(self) -> str:
-        """This config as one JSON object; a pair `(r, inflect)` becomes `{"r": …, "inflect": …}`.
+        """Return this config as the text of one JSON object; a pair `(r, inflect)` becomes `{"r": …, "inflect": …}`.
 
         Raises:
-            ConfigError: if an option's value has no form in JSON.
+            ConfigError: if the value of an option cannot be written as JSON.
         """
         fields = {name: thawed(getattr(self, name)) for name in FIELDS}
         if isinstance(self.r, tuple):
@@ -284,11 +295,11 @@ class MergeConfig:
 
     @classmethod
     def from_json(cls, text: str) -> MergeConfig:
-        """The config that `to_json` wrote.
+        """Return the config that `to_json` wrote; fields that are absent get their defaults.
 
         Raises:
-            ConfigError: if the text is no JSON object or holds a bad value.
-            UnknownFieldError: (a TypeError) for a key that is no field.
+            ConfigError: if the text is not a JSON object or contains an invalid value.
+            UnknownFieldError: (a TypeError) if a key is not a field.
         """
         try:
             fields = json.loads(text)
@@ -318,7 +329,7 @@ def _check_field(name: Any) -> None:
 
 
 def _preset_for(preset: str, fields: Mapping[str, Any]) -> dict[str, Any]:
-    """The fields of a preset; what only its matcher obeys goes when another one is asked for."""
+    """Return the fields of a preset, without those of the preset's matcher if `fields` selects another matcher."""
     found = dict(PRESETS[preset])
     usual = found.get("matcher", FIELDS["matcher"].default)
     if fields.get("matcher", usual) is not usual and fields.get("matcher") != usual:
@@ -336,7 +347,7 @@ _TYPES = typing.get_type_hints(MergeConfig)
 
 
 def choices_of(name: str) -> tuple[Any, ...]:
-    """What a field may be, where that is a list: `("cosine", "dot", …)`; empty for all others.
+    """Return the allowed values of a field, such as `("cosine", "dot", …)`; empty if the field is no choice from a list.
 
     Raises:
         UnknownFieldError: (a TypeError) if there is no such field.
@@ -356,14 +367,14 @@ def _choices(hint: Any) -> tuple[Any, ...]:
 
 
 def help_of(name: str) -> str:
-    """What a field is, in one sentence."""
+    """Return the help text of a field, one sentence."""
     return str(FIELDS[name].metadata["help"])
 
 
 CHOICES = tuple(name for name in FIELDS if choices_of(name))
-"""The fields that are one of a list."""
+"""Names of the fields whose value is a choice from a list."""
 
 
 def is_number(value: object) -> bool:
-    """Whether it is an int or a float, finite and such that arithmetic with floats can hold it."""
+    """Return whether a value is an int or float (not a bool) that is finite and within the range of a float."""
     return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= sys.float_info.max

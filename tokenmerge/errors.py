@@ -1,40 +1,40 @@
-"""The errors a user of tokenmerge can meet.
+"""The errors that tokenmerge raises.
 
-Every message is one sentence in three parts: what was found, what was expected, what to do. All of them
-derive from `TokenMergeError`, so a tool can print them without a traceback; each also derives from the
-built-in class that a Python user would expect for it.
+Every message is one sentence that states what was found, what was expected and what to do. All classes derive from
+`TokenMergeError`, so that a tool can print their messages without a traceback; each one also derives from the built-in
+exception that fits it.
 """
 
 
 def shown(value: object) -> str:
-    """A value for a message: its beginning, where it is long or cannot be written at all (Python writes no huge numbers)."""
+    """Return a value as text for a message, cut to 200 characters; a placeholder if its `repr` fails (huge integers)."""
     try:
         return f"{value!r:.200}"
-    except Exception:  # of whatever class it is
+    except Exception:  # `__repr__` of any class may raise anything
         return f"<a {type(value).__name__} that cannot be shown>"
 
 
 class TokenMergeError(Exception):
-    """Base class of everything tokenmerge raises on purpose."""
+    """Base class of all errors that tokenmerge raises on purpose."""
 
 
 class ConfigError(TokenMergeError, ValueError):
-    """A setting has a value that means nothing, or two settings contradict each other."""
+    """Error for a setting with an invalid value, or settings that contradict each other."""
 
 
 class UnknownFieldError(TokenMergeError, TypeError):
-    """A keyword is no field of `MergeConfig`."""
+    """Error for a keyword that is not a field of `MergeConfig`."""
 
 
 class InputError(TokenMergeError, ValueError):
-    """A tensor has the wrong shape or type, or a file or folder is missing, empty or damaged."""
+    """Error for a tensor of the wrong shape or type, or a missing, empty or damaged file or folder."""
 
 
 class UnsupportedModelError(TokenMergeError, ValueError):
-    """The model cannot be patched right, so it is left untouched.
+    """Error for a model that cannot be patched correctly and is therefore left unchanged.
 
     Attributes:
-        reasons: every reason that was found, in words.
+        reasons: all reasons that were found, one sentence each.
     """
 
     def __init__(self, message: str, reasons: tuple[str, ...] = ()) -> None:
@@ -46,4 +46,4 @@ class UnsupportedModelError(TokenMergeError, ValueError):
 
 
 class PatchError(TokenMergeError, RuntimeError):
-    """A model is patched twice, a handle is stale, or merging met a state in which it would be wrong."""
+    """Error for a model patched twice, a stale handle, or a state in which merging would give wrong results."""

@@ -1,4 +1,4 @@
-"""Lists and mappings that nobody can change: what settings and methods hold."""
+"""Immutable lists and dicts, for the values of settings and methods."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ def _immutable(self: Any, *_: Any, **__: Any) -> NoReturn:
 
 
 class FrozenList(list):  # type: ignore[type-arg]  # of anything
-    """A list that cannot be changed; equal to a list of the same entries."""
+    """Immutable, hashable list that equals a list of the same entries."""
 
     __setitem__ = __delitem__ = __iadd__ = __imul__ = _immutable
     append = extend = insert = pop = remove = clear = sort = reverse = _immutable
@@ -26,7 +26,7 @@ class FrozenList(list):  # type: ignore[type-arg]  # of anything
 
 
 class FrozenDict(dict):  # type: ignore[type-arg]  # of anything
-    """A dict that cannot be changed; equal to a dict of the same entries."""
+    """Immutable, hashable dict that equals a dict of the same entries."""
 
     __setitem__ = __delitem__ = __ior__ = _immutable
     pop = popitem = clear = update = setdefault = _immutable
@@ -39,14 +39,19 @@ class FrozenDict(dict):  # type: ignore[type-arg]  # of anything
 
 
 _DEEPEST = 20
-"""How deep lists and mappings of an option may lie in each other."""
+"""Deepest allowed nesting of lists and mappings in an option."""
 
 
 def frozen(value: Any, depth: int = 0) -> Any:
-    """A copy of lists, tuples and mappings that nobody can change.
+    """Return a value with all lists, tuples and mappings in it replaced by immutable copies.
+
+    Args:
+        value: the value of a setting.
+        depth: current nesting depth, for the recursion.
 
     Raises:
-        ConfigError: if something in it could be changed from outside, or cannot be compared: arrays, tensors, sets.
+        ConfigError: if the value contains something mutable or not comparable (arrays, tensors, sets), or is nested too
+            deeply.
     """
     if depth > _DEEPEST:
         raise ConfigError(f"an option holds lists within lists, more than {_DEEPEST} deep: give a flatter value")
@@ -67,7 +72,7 @@ def frozen(value: Any, depth: int = 0) -> Any:
 
 
 def thawed(value: Any) -> Any:
-    """The same as plain lists and dicts."""
+    """Return a frozen value with its lists and mappings replaced by plain lists and dicts."""
     if isinstance(value, Mapping):
         return {key: thawed(entry) for key, entry in value.items()}
     if isinstance(value, list | tuple):

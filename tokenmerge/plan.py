@@ -1,9 +1,8 @@
-"""`MergePlan`: one merge as data.
+"""`MergePlan`, the result of matching: a map from the tokens before a merge to the tokens after it.
 
-A plan is an integer map from the tokens before a merge to the tokens after it. It is stored in the form that
-makes merging cheap: which token sits at each new position, and which further tokens join it. Every onto map
-has that form; tokens that are dropped join position −1. Merging then touches only the rows that really merge;
-all others are one row gather (`ops/combine.py`).
+The map is stored as two parts: the token that represents each new position, and the tokens that join one of those
+positions. Any map onto 0 … N' − 1 can be written that way, and a dropped token joins position −1. In this form merging
+computes with the r joining rows only; all other rows are copied by one gather (`tokenmerge/ops/combine.py`).
 """
 
 from __future__ import annotations
@@ -25,23 +24,32 @@ from tokenmerge.schedule import is_count
 
 _INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 DROPPED = -1
-"""The position that a dropped token joins."""
+"""Target position of a dropped token."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class MergePlan:
-    """Which tokens become one (paper, section 3).
+    """A merge of N tokens into N' = N − r tokens per image (arXiv 2210.09461, section 3).
 
-    All fields are int64 on the device of the tokens. `kept` and `source` together name every token once.
+    The index tensors are int64, on the device of the tokens. In each image `kept` and `source` together contain every
+    token exactly once.
 
     Attributes:
-        kept: `[B, N']`: the position before the merge of the token that sits at each position after it.
-        source: `[B, r]`: positions before the merge of the tokens that are merged away.
-        target: `[B, r]`: position after the merge that each of those joins; −1 drops it.
-        drops: whether any target may be −1; known without looking at values.
-        weight: `[B, N]` float32: what tokens weigh in the mean of those they merge with; `None` stands for their sizes.
-        gate: `[B, N']` factors on the sizes of the tokens that are left, through which a matcher that is being trained
-            gets its gradient; `None` for all others.
+        kept: `[B, N']` int64: the token (by its old position) that represents each new position.
+        source: `[B, r]` int64: the tokens (by their old positions) that are merged away or dropped.
+        target: `[B, r]` int64: the new position that each source joins; −1 drops the source.
+        drops: whether `target` may contain −1, known without reading its values.
+        weight: `[B, N]` float32: weights of the mean in place of the token sizes; `None` uses the sizes.
+        gate: `[B, N']` floating: factors on the sizes after the merge, through which a matcher in training receives its
+            gradient (DynamicViT); `None` otherwise.
+
+    Example:
+        >>> import torch
+        >>> from tokenmerge import MergePlan
+        >>> plan = MergePlan.from_assign(torch.tensor([[0, 1, 1, 2]]))  # tokens 1 and 2 become token 1
+        >>> merged, size = plan.merge(torch.tensor([[[1.0], [2.0], [4.0], [8.0]]]))
+        >>> merged.flatten().tolist(), size.tolist()
+        ([1.0, 3.0, 8.0], [[1.0, 2.0, 1.0]])
     """
 
     kept: Tensor
@@ -53,32 +61,37 @@ class MergePlan:
 
     @property
     def tokens_in(self) -> int:
-        """N: tokens per image before the merge."""
+        """N, the tokens per image before the merge."""
         return self.kept.shape[1] + self.source.shape[1]
 
     @property
     def tokens_out(self) -> int:
-        """N': tokens per image after the merge."""
+        """N', the tokens per image after the merge."""
         return self.kept.shape[1]
 
     @property
     def r(self) -> int:
-        """Tokens merged away or dropped per image."""
+        """r, the tokens merged away or dropped per image."""
         return self.source.shape[1]
 
     @property
     def assign(self) -> Tensor:
-        """`[B, N]`, int64: position after the merge of each token before it; −1 for a token that was dropped."""
+        """`[B, N]` int64: the new position of each token; −1 for a dropped token."""
         new = counting(self.tokens_out, self.kept.device).expand_as(self.kept)
         out = self.kept.new_empty(self.kept.shape[0], self.tokens_in)
         return out.scatter_(1, self.kept, new).scatter_(1, self.source, self.target)
 
     @classmethod
     def identity(cls, batch: int, tokens: int, device: torch.device | str | None = None) -> MergePlan:
-        """The plan that merges nothing and changes no position.
+        """Return the plan that merges no tokens and keeps every position.
+
+        Args:
+            batch: B, images in the batch.
+            tokens: N, tokens per image.
+            device: device of the plan; `None` is PyTorch's default device.
 
         Raises:
-            InputError: if either is no number of images or tokens.
+            InputError: if `batch` or `tokens` is not a whole number of at least 0.
         """
         if not torch.compiler.is_compiling():
             batch, tokens = _count("batch", batch), _count("tokens", tokens)
@@ -87,14 +100,16 @@ class MergePlan:
 
     @classmethod
     def from_assign(cls, assign: Tensor, tokens_out: int | None = None) -> MergePlan:
-        """The plan of any map `assign [B, N]`, integers, onto `0 … tokens_out − 1` in every image.
+        """Build a plan from a map that is onto `0 … tokens_out − 1` in every image.
+
+        The first token of each group represents it in `kept`.
 
         Args:
-            assign: position after the merge of each token; −1 drops it.
-            tokens_out: tokens after the merge; `None` reads it from the map.
+            assign: `[B, N]`, any integer dtype: the new position of each token; −1 drops the token.
+            tokens_out: N', tokens per image after the merge; `None` reads it from the values of `assign`.
 
         Raises:
-            InputError: if the map is not `[B, N]` integers, leaves the range, or misses a position.
+            InputError: if `assign` is not `[B, N]` integers, leaves the range, or leaves a position empty.
         """
         if not isinstance(assign, Tensor):
             raise InputError(f"assign is of type {type(assign).__name__}, but a tensor of integers [B, N] was expected")
@@ -121,20 +136,20 @@ class MergePlan:
 
     @classmethod
     def _from_onto(cls, assign: Tensor, tokens_out: int, drops: bool) -> MergePlan | None:
-        """The plan of a map known to be onto; the first token of each group represents it."""
+        """Build a plan from a map that is known to be onto; `None` if N' would exceed N."""
         batch, tokens = assign.shape
         if tokens_out > tokens:
             return None
         position = counting(tokens, assign.device).expand_as(assign)
         kept = assign.new_full((batch, tokens_out + drops), tokens - 1 if tokens else 0)
-        bucket = assign.where(assign >= 0, tokens_out) if drops else assign  # one more, for those that are dropped
+        bucket = assign.where(assign >= 0, tokens_out) if drops else assign  # one more bucket, for dropped tokens
         kept = kept.scatter_reduce(1, bucket, position, "amin", include_self=True)[:, :tokens_out]
         is_source = torch.ones_like(assign).scatter_(1, kept, 0)
         source = descending_order(is_source)[:, : tokens - tokens_out]
         return cls(kept, source, assign.gather(1, source), drops)
 
     def in_order(self) -> MergePlan:
-        """The same merge with the tokens left in ascending position: spatial order is kept."""
+        """Return the same merge with the new positions sorted by the old position of their token (spatial order)."""
         order = ascending_order(self.kept)
         kept = self.kept.gather(1, order)
         target = _gather(ascending_order(order), self.target, self.drops)
@@ -142,10 +157,21 @@ class MergePlan:
         return MergePlan(kept, self.source, target, self.drops, self.weight, gate)
 
     def compose(self, then: MergePlan) -> MergePlan:
-        """This merge followed by `then`, as one plan.
+        """Return one plan for this merge followed by the merge `then`; weights and gates are left out.
+
+        Args:
+            then: the plan of the next merge, whose N is this plan's N'.
 
         Raises:
-            InputError: if `then` does not start with as many tokens and images as this plan leaves.
+            InputError: if `then` expects another number of images or tokens than this plan leaves.
+
+        Example:
+            >>> import torch
+            >>> from tokenmerge import MergePlan
+            >>> first = MergePlan.from_assign(torch.tensor([[0, 0, 1, 2]]))
+            >>> second = MergePlan.from_assign(torch.tensor([[0, 1, 1]]))
+            >>> first.compose(second).assign
+            tensor([[0, 0, 1, 1]])
         """
         if not isinstance(then, MergePlan):
             raise InputError(f"the next plan is of type {type(then).__name__}, but a MergePlan was expected: give one")
@@ -162,21 +188,22 @@ class MergePlan:
     def merge(
         self, x: Tensor, size: Tensor | None = None, reduce: Reduce = "mean", backend: Backend = "auto"
     ) -> tuple[Tensor, Tensor]:
-        """Merge tokens.
+        """Merge tokens by this plan.
 
         Args:
             x: tokens `[B, N, C]`, any floating dtype.
-            size: how many patches each token stands for, `[B, N]`; `None` means all ones.
-            reduce: how the tokens that become one are combined (`ops/combine.py`); "mean" is the paper's, weighted by size.
-            backend: "triton" for one fused kernel (mean only), "torch", or "auto": Triton on a GPU.
+            size: patches that each token stands for, `[B, N]`; `None` means 1 for every token.
+            reduce: how the members of a merged token are combined (see `tokenmerge/ops/combine.py`); "mean" is the
+                paper's mean weighted by size.
+            backend: "torch", "triton" (one fused kernel, mean only), or "auto": Triton on a GPU it supports.
 
         Returns:
-            The merged tokens `[B, N', C]` in the dtype of x, accumulated in float32 (float64 for float64),
-            and their sizes `[B, N']` in float32. Dropped tokens count for nothing in either.
+            The merged tokens `[B, N', C]` in the dtype of `x`, accumulated in float32 (float64 for float64 tokens), and
+            their sizes `[B, N']` float32. Dropped tokens contribute to neither.
 
         Raises:
-            InputError: if a shape or the device does not fit the plan, a size is negative or NaN, or `reduce` is unknown.
-            ConfigError: if `backend` is "triton" and cannot run, with the reasons.
+            InputError: if a shape or device does not fit the plan, a size is negative or NaN, or `reduce` is unknown.
+            ConfigError: if `backend="triton"` cannot run; the message lists the reasons.
         """
         looked_at = isinstance(size, Tensor) and not torch.compiler.is_compiling() and not is_exporting()
         if looked_at and isinstance(size, Tensor) and has_values(size):
@@ -189,12 +216,16 @@ class MergePlan:
         return merged.x, merged.size
 
     def unmerge(self, x: Tensor) -> Tensor:
-        """Give every token before the merge the value of the token it became: `[B, N', C]` -> `[B, N, C]`.
+        """Copy the value of every merged token back to all of its members.
 
-        Tokens that were dropped get 0.
+        Args:
+            x: tokens after the merge `[B, N', C]`, any dtype.
+
+        Returns:
+            Tokens `[B, N, C]` in the dtype of `x`; dropped tokens are 0.
 
         Raises:
-            InputError: if x has another number of images or tokens than this plan leaves.
+            InputError: if `x` has another number of images or tokens than this plan leaves.
         """
         if not isinstance(x, Tensor) or x.dim() != 3 or x.shape[:2] != self.kept.shape:
             raise InputError(
@@ -204,7 +235,11 @@ class MergePlan:
 
 
 def _count(name: str, value: Any) -> int:
-    """A whole number, of whatever class it is: Python's, NumPy's, or one that stands for a length while code is traced."""
+    """Return a count as an `int`: from Python's or NumPy's integers, or a `SymInt` while code is traced.
+
+    Raises:
+        InputError: if `value` is not a whole number of at least 0; the message names it `name`.
+    """
     if isinstance(value, torch.SymInt):
         return cast("int", value)
     try:
@@ -217,16 +252,23 @@ def _count(name: str, value: Any) -> int:
 
 
 def _gather(table: Tensor, index: Tensor, drops: bool) -> Tensor:
-    """`table.gather(1, index)`, where what was dropped stays dropped."""
+    """Return `table.gather(1, index)`, with −1 wherever `index` is −1 (a dropped token stays dropped)."""
     if not drops:
         return table.gather(1, index)
     return table.gather(1, index.clamp_min(0)).masked_fill(index < 0, DROPPED)
 
 
 def source_map(plans: Iterable[MergePlan]) -> Tensor | None:
-    """`[B, N0]`, int64: the token after all of `plans` that each token before them became; `None` without plans.
+    """Return the token that each original token became after all of `plans`, applied in order.
 
-    −1 for tokens that were dropped on the way.
+    Returns:
+        `[B, N₀]` int64, with −1 for dropped tokens; `None` if there are no plans.
+
+    Example:
+        >>> import torch
+        >>> plans = [MergePlan.from_assign(torch.tensor([assign])) for assign in ([0, 0, 1, 2], [0, 1, 1])]
+        >>> source_map(plans)
+        tensor([[0, 0, 1, 1]])
     """
     total: Tensor | None = None
     dropped = False

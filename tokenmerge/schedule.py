@@ -1,9 +1,9 @@
-"""Every form of r -> one integer per block. Pure integers: nothing here knows torch.
+"""Merge schedules: the number of tokens that each block merges away. This module is plain Python, without torch.
 
-A *schedule* is a tuple with one entry per block: how many tokens that block merges away. The forms are the
-paper's (section 3 and appendix): a constant, `(r, inflect)`, an explicit list; and two that people ask for:
-a fraction of the tokens that blocks keep, and a target for the model's total FLOPs (`tokenmerge.flops`). The last two
-depend on how many tokens arrive, so they are resolved for each number of tokens.
+A *schedule* is a tuple with one r per block. It is computed from one of the paper's forms of r (arXiv 2210.09461, section 3
+and appendix): a constant, a pair `(r, inflect)`, or an explicit list; from the fraction of tokens that each block keeps;
+or from a target for the model's total FLOPs (`tokenmerge.flops`). The last two depend on the number of tokens that
+enter the model, so they are resolved anew for each number of tokens.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from tokenmerge.errors import ConfigError, shown
 Schedule = tuple[int, ...]
 RForm = int | tuple[int, float] | list[int]
 Most = Literal["half", "all but one"]
-"""How many unprotected tokens a matcher can merge away: bipartite ones half of them, others all but one."""
+"""How many of the unprotected tokens a matcher can merge away; bipartite matching can merge half of them."""
 _MOST = 10**9
 
 
@@ -26,12 +26,16 @@ def _is_int(value: object) -> bool:
 
 
 def is_count(value: object) -> bool:
-    """Whether a value is a whole number, 0 or more."""
+    """Return whether a value is an `int` (not a bool) of at least 0."""
     return isinstance(value, int) and not isinstance(value, bool) and value >= 0
 
 
 def validate_r(r: RForm) -> None:
-    """Raise `ConfigError` unless `r` is an int, a pair `(r, inflect)` or a list of ints, none negative."""
+    """Check a form of r.
+
+    Raises:
+        ConfigError: unless `r` is an int, a pair `(r, inflect)` or a list of ints, none of them negative.
+    """
     if isinstance(r, tuple):
         if len(r) != 2 or not _is_int(r[0]) or isinstance(r[1], bool) or not isinstance(r[1], int | float):
             raise ConfigError(
@@ -59,14 +63,24 @@ def validate_r(r: RForm) -> None:
 
 
 def constant(r: int, layers: int) -> Schedule:
-    """The same r in each of `layers` blocks."""
+    """Return the schedule with the same r in each of `layers` blocks."""
     return (r,) * layers
 
 
 def inflected(r: int, inflect: float, layers: int) -> Schedule:
-    """The paper's linear schedule around a mean of r; inflect -1 falls to 0, 0 is constant, 1 rises from 0.
+    """Return the paper's linear schedule with mean r.
 
-    `lo = int(r·(1 − inflect))`, `hi = 2r − lo`, `r_i = int(lo + (hi − lo)·i / (L − 1))`.
+    With L blocks: `low = int(r·(1 − inflect))`, `high = 2r − low`, `r_i = int(low + (high − low)·i / (L − 1))`.
+
+    Args:
+        r: mean number of tokens merged per block.
+        inflect: slope from −1 (decreasing to 0) over 0 (constant) to 1 (increasing from 0).
+        layers: L, the number of blocks.
+
+    Example:
+        >>> from tokenmerge.schedule import inflected
+        >>> inflected(8, -1, 5)
+        (16, 12, 8, 4, 0)
     """
     if layers == 1:
         return (r,)
@@ -76,10 +90,19 @@ def inflected(r: int, inflect: float, layers: int) -> Schedule:
 
 
 def expand(r: RForm, layers: int) -> Schedule:
-    """Any form of r as one int per block; short lists are padded with 0.
+    """Return the schedule for any form of r; short lists are padded with 0.
+
+    Args:
+        r: an int, a pair `(r, inflect)`, or a list with one int per block.
+        layers: number of blocks.
 
     Raises:
         ConfigError: if `r` is malformed or a list has more entries than there are blocks.
+
+    Example:
+        >>> from tokenmerge.schedule import expand
+        >>> expand(8, 3), expand([8, 4], 3)
+        ((8, 8, 8), (8, 4, 0))
     """
     validate_r(r)
     if isinstance(r, tuple):
@@ -95,13 +118,25 @@ def expand(r: RForm, layers: int) -> Schedule:
 
 
 def max_merges(tokens: int, protected: int, most: Most = "half") -> int:
-    """The most tokens one block can merge away: half of those that are not protected, or all but one of them."""
+    """Return how many of N = `tokens` tokens a block can merge away: half of the unprotected ones, or all but one."""
     free = tokens - protected
     return max(0, free // 2 if most == "half" else free - 1)
 
 
 def cut(schedule: Schedule, tokens: int, protected: int, most: Most = "half") -> Schedule:
-    """What really happens when `tokens` tokens enter the first block: each r cut to what is possible there."""
+    """Return the schedule with each r cut to the most that its block can merge, if `tokens` tokens enter the first block.
+
+    Args:
+        schedule: one r per block.
+        tokens: N₀, tokens per image that enter the first block.
+        protected: leading tokens that never merge.
+        most: how many unprotected tokens the matcher can merge away.
+
+    Example:
+        >>> from tokenmerge.schedule import cut
+        >>> cut((8, 8, 8), tokens=17, protected=1)
+        (8, 4, 2)
+    """
     possible = []
     for r in schedule:
         r = min(r, max_merges(tokens, protected, most))
@@ -111,7 +146,13 @@ def cut(schedule: Schedule, tokens: int, protected: int, most: Most = "half") ->
 
 
 def token_counts(schedule: Schedule, tokens: int, protected: int, most: Most = "half") -> tuple[int, ...]:
-    """Tokens entering each block, and last the tokens leaving the final one: `len(schedule) + 1` numbers."""
+    """Return the tokens that enter each block, and last the tokens that leave the model; arguments as for `cut`.
+
+    Example:
+        >>> from tokenmerge.schedule import token_counts
+        >>> token_counts((8, 8, 8), tokens=197, protected=1)
+        (197, 189, 181, 173)
+    """
     counts = [tokens]
     for r in cut(schedule, tokens, protected, most):
         counts.append(counts[-1] - r)
@@ -119,9 +160,9 @@ def token_counts(schedule: Schedule, tokens: int, protected: int, most: Most = "
 
 
 def keep_step(keep: float, tokens: int, protected: int, most: Most = "half") -> int:
-    """r of a block that keeps the fraction `keep` of its unprotected tokens, rounded up, as far as it can."""
+    """Return the r of a block that keeps the fraction `keep` of its unprotected tokens (rounded up), cut to `max_merges`."""
     free = tokens - protected
-    # rounding hides binary fractions: 0.7 * 10 is 7.000000000000001, and 8 tokens would stay
+    # floating-point error must not add a token: 0.07 * 100 is 7.000000000000001, whose ceiling is 8
     wanted = free - math.ceil(round(keep * free, 9))
     return min(max(wanted, 0), max_merges(tokens, protected, most))
 
@@ -129,10 +170,22 @@ def keep_step(keep: float, tokens: int, protected: int, most: Most = "half") -> 
 def keep_ratio(
     keep: float | Sequence[float], layers: int, tokens: int, protected: int, most: Most = "half"
 ) -> Schedule:
-    """`keep_step` in every block; a sequence holds one fraction per block.
+    """Return the schedule in which each block keeps a fraction of its unprotected tokens.
+
+    Args:
+        keep: the fraction in (0, 1], or a sequence with one per block.
+        layers: number of blocks.
+        tokens: N₀, tokens per image that enter the first block.
+        protected: leading tokens that never merge.
+        most: how many unprotected tokens the matcher can merge away.
 
     Raises:
-        ConfigError: if there are more fractions than blocks, or fewer.
+        ConfigError: if the number of fractions is not the number of blocks.
+
+    Example:
+        >>> from tokenmerge.schedule import keep_ratio
+        >>> keep_ratio(0.7, layers=3, tokens=197, protected=1)
+        (58, 41, 29)
     """
     fractions = [keep] * layers if isinstance(keep, int | float) else list(keep)
     if len(fractions) != layers:
@@ -148,16 +201,16 @@ def keep_ratio(
 
 
 def flops_target(target: float, layers: int, most: int, fraction: Callable[[Schedule], float]) -> Schedule:
-    """The constant r whose FLOPs come closest to `target` of the unmerged model's from below.
+    """Return the schedule with the smallest constant r that reaches a target of FLOPs.
 
     Args:
-        target: wanted FLOPs after merging ÷ FLOPs before it, in (0, 1].
+        target: FLOPs after merging ÷ FLOPs before, at most; in (0, 1].
         layers: number of blocks.
-        most: the largest r that still changes anything.
-        fraction: FLOPs of a schedule ÷ those of the unmerged model; must not rise with r.
+        most: the largest r that makes a difference.
+        fraction: function from a schedule to its FLOPs ÷ those of the unmerged model; must not increase with r.
 
     Raises:
-        ConfigError: if even `most` leaves more FLOPs than the target.
+        ConfigError: if even r = `most` needs more FLOPs than the target.
     """
     if fraction(constant(most, layers)) > target:
         raise ConfigError(

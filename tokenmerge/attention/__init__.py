@@ -1,1 +1,1 @@
-"""Attention that knows token sizes: the tap, the one call, its forms, and positions of merged tokens."""
+"""Proportional attention inside upstream's attention modules, and the positions of merged tokens."""

@@ -1,8 +1,8 @@
-"""The one call of attention, answered in our way while a block's attention runs.
+"""`AttentionCall`: intercept upstream's call of `scaled_dot_product_attention` while a block's attention runs.
 
-Upstream's attention calls PyTorch's `scaled_dot_product_attention` and is never touched. While it runs, a mode of torch
-functions (`torch.overrides.TorchFunctionMode`) sees that call: it notes Q, K and V, and computes it in the form that was
-chosen. Modes belong to one thread, pass Dynamo, fake tensors and `torch.export`, and change no tensor's class.
+Upstream's attention is not modified. A `torch.overrides.TorchFunctionMode` sees its call of
+`scaled_dot_product_attention`, records Q, K and V if they are needed, and computes the result in the chosen form. Such
+a mode applies to one thread, works under Dynamo, fake tensors and `torch.export`, and changes no tensor's class.
 """
 
 from __future__ import annotations
@@ -21,16 +21,18 @@ from tokenmerge.attention.tap import open_tap
 
 
 class AttentionCall(TorchFunctionMode):
-    """Within it, attention with a mask of sizes is computed in a form of `attention.forms.FORMS`.
+    """Context manager in which attention with a mask of sizes runs in one of the forms of `attention.forms.FORMS`.
 
-    A mask that is more than one number for each key (it has a row for each query) is left to PyTorch.
+    Only a floating mask `[B, 1 or H, 1, N]`, one number per key, is handled; PyTorch computes all other calls.
     """
 
     def __init__(self, form: str = "mask", watch: bool = False, bias: Tensor | None = None) -> None:
-        """Args:
-        form: any but "auto".
-        watch: whether to note Q, K and V (`attention.tap.Tap.inside`).
-        bias: mask `[B, 1, 1, N]` for `nn.MultiheadAttention`, which is called without one.
+        """Create the mode.
+
+        Args:
+            form: one of `FORMS` except "auto".
+            watch: whether to record Q, K and V in the open tap (`attention.tap.Tap.inside`).
+            bias: mask `[B, 1, 1, N]` for the attention inside `nn.MultiheadAttention`, which is called without a mask.
         """
         super().__init__()
         self.form, self.watch, self.bias = form, watch, bias
@@ -38,7 +40,7 @@ class AttentionCall(TorchFunctionMode):
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        """Answer attention; everything else is what it is."""
+        """Handle attention functions; call every other function unchanged."""
         kwargs = kwargs or {}
         if func is F.scaled_dot_product_attention:
             return self.attend(*args, **kwargs)
@@ -61,7 +63,7 @@ class AttentionCall(TorchFunctionMode):
         scale: float | None = None,
         enable_gqa: bool = False,
     ) -> Tensor:
-        """`scaled_dot_product_attention`, noted if wanted, in the chosen form where its mask is one of sizes."""
+        """Compute `scaled_dot_product_attention` (same arguments and result), recorded if `watch`, in the chosen form."""
         factor = query.shape[-1] ** -0.5 if scale is None else scale
         tap = open_tap() if self.watch else None
         if tap is not None:
@@ -75,10 +77,10 @@ class AttentionCall(TorchFunctionMode):
 
 
 class _Answering(threading.local):
-    """Whose `nn.MultiheadAttention` this thread is inside of."""
+    """Thread-local holder of the mode that handles the running `nn.MultiheadAttention`."""
 
     def __init__(self) -> None:
-        # in each thread from the start, or compiled code would depend on whether it is there yet
+        # set in every thread from the start: Dynamo would guard on whether the attribute exists
         self.call: AttentionCall | None = None
 
 
@@ -86,7 +88,7 @@ _answering = _Answering()
 
 
 def _attend_in_multihead(query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-    """The call of attention inside `multi_head_attention_forward`, with the sizes as its mask."""
+    """Replace the attention call inside `multi_head_attention_forward`, with the sizes as its mask."""
     call = _answering.call
     assert call is not None
     return call.attend(query, key, value, call.bias)
@@ -97,9 +99,9 @@ def _never(*_: Any) -> bool:
 
 
 def _bound_anew(function: Any, names: dict[str, Any]) -> Any:
-    """PyTorch's own function, as it is installed, in whose code some global names mean something else.
+    """Return a copy of one of PyTorch's functions in whose code the given global names refer to other objects.
 
-    The rest of the process keeps the original. Without `__name__` Dynamo looks names up in this very dict.
+    The original stays unchanged. `__name__` is left out of the globals so that Dynamo looks names up in this dict.
     """
     scope = {key: value for key, value in vars(F).items() if key != "__name__"} | names
     again = types.FunctionType(function.__code__, scope, function.__name__, function.__defaults__, function.__closure__)
@@ -107,7 +109,7 @@ def _bound_anew(function: Any, names: dict[str, Any]) -> Any:
     return again
 
 
-# PyTorch suspends a mode inside the functions that it answers, so that it would not see the call inside this one
+# PyTorch disables a mode inside the functions that it handles, so the mode would not see the attention call in this one
 _multi_head_attention_forward = _bound_anew(
     F.multi_head_attention_forward,
     {"has_torch_function": _never, "scaled_dot_product_attention": _attend_in_multihead},

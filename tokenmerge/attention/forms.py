@@ -1,7 +1,7 @@
-"""Proportional attention on fast kernels: several ways to compute `softmax(QKᵀ·scale + log size) V`, and a choice.
+"""Forms of proportional attention: several ways to compute `softmax(QKᵀ·scale + log size) V`, and the choice of one.
 
-`attention/call.py` puts them in the place of upstream's call of `scaled_dot_product_attention`. Each takes the mask
-`[B, 1 or H, 1, N]` apart in its own way; all compute the same.
+`tokenmerge/attention/call.py` runs a form in place of upstream's call of `scaled_dot_product_attention`. Every form
+takes the sizes as the mask `[B, 1 or H, 1, N]`, and all forms compute the same result up to rounding.
 """
 
 from __future__ import annotations
@@ -26,18 +26,23 @@ from tokenmerge.ops.choice import device_refusal, triton_refusals
 FORMS: tuple[str, ...] = get_args(AttentionForm)
 _NEED_CUDA = ("cudnn", "efficient", "flex")  # flex: on CPUs Inductor has it for inference only, and not for every N
 _LEAST_LOG = -1000.0
-"""Stands for log 0 where −inf times 0 would be NaN; e to its power is 0 in every dtype."""
+"""Replacement of log 0 where −inf · 0 would be NaN; its exponential is 0 in every dtype."""
 _FLEX_CHANNELS = 16
-"""The least head size that PyTorch compiles flex attention for."""
+"""Smallest D for which PyTorch compiles FlexAttention."""
 _CHANNELS = 64
-"""Channels of a head for which our own kernel runs: no other size has been checked and timed on a GPU (docs/performance.md)."""
+"""The D for which tokenmerge's own kernel runs; no other has been verified and timed on a GPU (docs/performance.md)."""
 _kernel_choice = threading.Lock()
-"""Which kernels PyTorch may choose from is a setting of the process: two threads must not change it at once."""
+"""Lock around PyTorch's choice of attention kernels, which is a setting of the whole process."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Choice:
-    """Which form runs, and why, in words."""
+    """The form of attention that runs, and the reason as a sentence.
+
+    Attributes:
+        form: one of `FORMS` except "auto".
+        reason: why, for `Handle.summary`.
+    """
 
     form: str
     reason: str
@@ -46,17 +51,17 @@ class Choice:
 def choose_form(
     form: str, device_type: str, hopper: bool, dtype: torch.dtype, learns: bool = False, kernels: bool = True
 ) -> Choice:
-    """What "auto" means on a device; any other form is the user's.
+    """Choose the form of attention for `form="auto"`; return any other form unchanged.
+
+    The choice for CPUs was measured on two cores, the choice for Hopper on an H200 (docs/performance.md).
 
     Args:
         form: one of `FORMS`.
-        device_type: of the tokens, such as "cuda".
-        hopper: whether it is an NVIDIA GPU of compute capability 9.0.
-        dtype: in which attention computes.
-        learns: whether a gradient will be wanted.
-        kernels: whether Triton's kernels run there.
-
-    What it says of CPUs was measured on two cores, of Hopper on an H200 (docs/performance.md).
+        device_type: device type of the tokens, such as "cuda".
+        hopper: whether the device is an NVIDIA GPU of compute capability 9.0.
+        dtype: dtype in which attention computes.
+        learns: whether attention needs a gradient.
+        kernels: whether tokenmerge's Triton kernels run on the device.
     """
     if form != "auto":
         return Choice(form, "as the config asks")
@@ -78,23 +83,29 @@ def choose_form(
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def is_hopper(device_type: str, index: int | None) -> bool:
-    """Whether the device is an NVIDIA GPU of compute capability 9.0."""
+    """Return whether a device is an NVIDIA GPU of compute capability 9.0."""
     if device_type != "cuda" or torch.version.cuda is None or not torch.cuda.is_available():
-        return False  # (tensors without memory may be of a device that is not here)
+        return False  # fake tensors may name a device that this machine lacks
     return torch.cuda.get_device_capability(index) == (9, 0)
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def _kernels_run(device_type: str, index: int | None) -> bool:
-    """Whether nothing is known against Triton's kernels on a device."""
+    """Return whether no reason is known why the Triton kernels cannot run on a device."""
     return device_refusal(torch.device(device_type) if index is None else torch.device(device_type, index)) is None
 
 
 def choice_for(form: str, x: Tensor, dtype: torch.dtype | None = None, learns: bool = False) -> Choice:
-    """`choose_form` for tokens like `x`, computed on in `dtype` (that of `x`).
+    """Choose the form of attention for tokens on the device of `x`.
+
+    Args:
+        form: one of `FORMS`.
+        x: tokens; only their device and dtype count.
+        dtype: dtype in which attention computes; `None` is the dtype of `x`.
+        learns: whether attention needs a gradient.
 
     Raises:
-        ConfigError: if the form cannot run on their device.
+        ConfigError: if the form cannot run on the device.
     """
     kernels = x.is_meta or _kernels_run(x.device.type, x.device.index)
     if form == "triton" and not kernels:
@@ -108,16 +119,16 @@ def choice_for(form: str, x: Tensor, dtype: torch.dtype | None = None, learns: b
 
 
 def running_form(form: str, x: Tensor, bias: Tensor | None) -> str:
-    """The form in which attention over `x` computes now; "mask" where there is nothing to choose."""
+    """Return the form in which attention over tokens `x` runs in this pass; "mask" if there is nothing to choose."""
     if bias is None or form == "mask" or is_exporting():
-        return "mask"  # exported programs hold PyTorch's own call
+        return "mask"  # exported programs contain PyTorch's own call
     if form == "auto" and x.device.type == "cpu":
-        return "mask"  # as `choose_form` says; said here at once, because it is asked in every block
+        return "mask"  # the answer of `choose_form`, without its cost in every block
     return choice_for(form, x, bias.dtype, torch.is_grad_enabled() and x.requires_grad).form
 
 
 def _kernel(first: SDPBackend, *others: SDPBackend) -> Callable[..., Tensor]:
-    """PyTorch's attention on the first of these kernels that can."""
+    """Return a form that calls PyTorch's attention on the first of these kernels that supports the inputs."""
     order = [first, *others]
 
     def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, dropout_p: float, scale: float) -> Tensor:
@@ -133,14 +144,15 @@ def _widened(x: Tensor) -> Tensor:
 
 
 def _padded(channels: int, more: int) -> int:
-    """How many channels to add for `more` of them to fit and the sum to be a multiple of 8, as fast kernels want it."""
+    """Return the channels to add: at least `more`, and so many that the sum is a multiple of 8, as fast kernels require."""
     return -(channels + more) % 8 + more
 
 
 def _key_channel(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, dropout_p: float, scale: float) -> Tensor:
-    """`log size` as further channels of K where Q is 1: no mask, so that kernels without masks can run.
+    """Compute attention without a mask: `log size` as additional channels of K, where Q has ones.
 
-    There is room for two: the second holds what rounding took from the first.
+    Kernels that take no mask, such as flash attention, can then run. Two channels are used: the second holds the
+    rounding error of the first.
     """
     dtype, more = query.dtype, _padded(query.shape[-1], 2)
     log = _widened(mask.squeeze(2)).clamp_min(_LEAST_LOG) / scale
@@ -159,12 +171,12 @@ def _key_channel(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, dropou
 
 
 def _value_channel(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, dropout_p: float, scale: float) -> Tensor:
-    """`softmax(QKᵀ) [s·V, s]`, its last channel dividing the others: the sizes leave the softmax altogether.
+    """Compute attention without a mask as `softmax(QKᵀ) [s·V, s]`, where the last channel divides the others.
 
-    Q, K and V get as many channels, since fused kernels want heads of one size. The largest size is taken out of all: it
-    cancels, and half precision does not overflow.
+    Q and K are padded to as many channels as V, because fused kernels require one head size. All sizes are divided by
+    the largest one, which cancels in the quotient and avoids overflow in half precision.
     """
-    if dropout_p:  # it would drop from the divisor, too
+    if dropout_p:  # dropout would also apply to the divisor
         return F.scaled_dot_product_attention(query, key, value, mask, dropout_p, scale=scale)
     channels = value.shape[-1]
     more = _padded(channels, 1)
@@ -185,7 +197,7 @@ def _compiled_flex() -> Any:
 
 
 def _flex(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, dropout_p: float, scale: float) -> Tensor:
-    """FlexAttention with `log size` added per key; the mask where flex cannot: with dropout, and for very small heads."""
+    """Compute attention by FlexAttention with `log size` per key; with dropout or D < 16, by PyTorch with the mask."""
     if dropout_p or min(query.shape[-1], value.shape[-1]) < _FLEX_CHANNELS:
         return F.scaled_dot_product_attention(query, key, value, mask, dropout_p, scale=scale)
     from torch.nn.attention.flex_attention import flex_attention
@@ -201,7 +213,7 @@ def _flex(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, dropout_p: fl
 
 
 def _triton(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, dropout_p: float, scale: float) -> Tensor:
-    """Our own kernel for heads that it was checked with on a GPU, in half precision; else PyTorch's kernels with a mask."""
+    """Compute attention by tokenmerge's Triton kernel (half precision, D = 64); else by PyTorch's kernels with a mask."""
     learns = torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad)
     if dropout_p or learns:
         return ATTEND["efficient"](query, key, value, mask, dropout_p, scale)
@@ -223,4 +235,4 @@ ATTEND: dict[str, Callable[..., Tensor]] = {
     "key_channel": _key_channel,
     "value_channel": _value_channel,
 }
-"""`(query, key, value, mask, dropout_p, scale) -> output`, all `[B, H, N, D]`, by form; "mask" is PyTorch's own call."""
+"""Functions by form: `(query, key, value, mask, dropout_p, scale) -> output [B, H, N, D]`; "mask" is PyTorch's own call."""

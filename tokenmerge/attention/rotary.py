@@ -1,9 +1,9 @@
-"""Rotary positions of merged tokens: the size-weighted mean of the coordinates they came from.
+"""Rotary position embeddings of merged tokens, at the size-weighted mean of their patches' coordinates.
 
-Rotary attention turns q and k by `angle = coordinates · frequencies`. Upstream hands its blocks a table of the
-sines and cosines, one row per patch. A merged token lies between patches, so it needs a row of its own. The
-coordinates are read off upstream's own table (which may be augmented, cropped or of another size in every pass),
-merged like everything else, and turned back into sines and cosines. Only the frequencies must be known.
+Rotary attention rotates q and k by `angle = coordinates · frequencies`. Upstream passes its blocks a table of sines and
+cosines with one row per patch. A merged token lies between patches and needs a row of its own: its coordinates are
+recovered from upstream's table (which may be augmented, cropped or resized in every pass), merged like tokens, and
+converted back to sines and cosines. Only the frequencies must be known.
 """
 
 from __future__ import annotations
@@ -20,36 +20,36 @@ from tokenmerge.errors import PatchError
 from tokenmerge.ops.basics import no_autocast
 from tokenmerge.ops.modes import has_values
 
-_STEP = 24.0  # largest ratio of two frequencies between which an angle can be unwrapped in half precision
+_STEP = 24.0  # largest ratio of two frequencies at which one angle unwraps the next in half precision
 
 
 class Rotary(Protocol):
-    """How one block's table and the coordinates of its tokens belong together."""
+    """Conversion between the rotary table of one block and the coordinates of its tokens; P is the number of axes."""
 
     @property
     def module(self) -> nn.Module:
-        """Upstream's module that makes the table."""
+        """Upstream's module that computes the table."""
         ...
 
     def positions(self, table: Any) -> Tensor:
-        """Coordinates `[1 or B, N, P]`, float32, of the tokens that `table` turns."""
+        """Return the coordinates `[1 or B, N, P]` float32 of the tokens that `table` rotates."""
         ...
 
     def table(self, positions: Tensor, like: Any) -> Any:
-        """The table for coordinates `[B, N, P]`, in form and dtype of upstream's own table `like`."""
+        """Return the table for coordinates `[B, N, P]`, in the format and dtype of upstream's table `like`."""
         ...
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class AxialRotary:
-    """Every channel turns by one coordinate: the rotary embeddings of EVA-02, DINOv3, Pixtral, MRoPE and others.
+    """Rotary embedding in which each channel rotates by one coordinate (EVA-02, DINOv3, Pixtral, MRoPE and others).
 
     Attributes:
         module: upstream's module that holds the frequencies.
-        frequencies: of that module -> `[P, F]`: angle of channel f per unit of coordinate p; one p per f.
-        unpack: upstream's table -> its sines and cosines, `[N, F]` or `[B, N, F]`, one column per frequency.
-        pack: sines, cosines `[B, N, F]` and upstream's table -> a table in upstream's form.
-        ladders: for each coordinate the channels to read it from, slow to fast; made by `axial_rotary`.
+        frequencies: module -> `[P, F]`, the angle of channel f per unit of coordinate p; each f has one nonzero p.
+        unpack: upstream's table -> its sines and cosines, `[N, F]` or `[B, N, F]` each.
+        pack: sines and cosines `[B, N, F]`, and upstream's table -> a table in upstream's format.
+        ladders: for each coordinate, the channels it is recovered from, by ascending frequency; set by `axial_rotary`.
     """
 
     module: nn.Module
@@ -59,7 +59,11 @@ class AxialRotary:
     ladders: tuple[tuple[int, ...], ...]
 
     def positions(self, table: Any) -> Tensor:
-        """Coordinates `[1 or B, N, P]`, float32: slow channels say roughly where, fast ones exactly."""
+        """Return coordinates `[1 or B, N, P]` float32: low frequencies give them roughly, higher ones refine them.
+
+        Raises:
+            PatchError: if the frequencies were not known when the model was patched.
+        """
         if not self.ladders:
             raise PatchError(
                 "the rotary frequencies had no values when the model was patched (it was on the meta device, or fake), so "
@@ -79,7 +83,7 @@ class AxialRotary:
         return found if found.dim() == 3 else found.unsqueeze(0)
 
     def table(self, positions: Tensor, like: Any) -> Any:
-        """The table for coordinates `[B, N, P]`."""
+        """Return the table for coordinates `[B, N, P]`, in the format of upstream's table `like`."""
         with no_autocast(positions.device.type):
             angles = positions @ self.frequencies(self.module).to(positions)
         return self.pack(angles.sin(), angles.cos(), like)
@@ -91,14 +95,14 @@ def axial_rotary(
     unpack: Callable[[Any], tuple[Tensor, Tensor]],
     pack: Callable[[Tensor, Tensor, Any], Any],
 ) -> AxialRotary:
-    """An `AxialRotary` with its ladders, from the frequencies as they are now."""
+    """Return an `AxialRotary` whose ladders are computed from the current frequencies; see its attributes."""
     speeds = frequencies(module)
     ladders: list[tuple[int, ...]] = []
     for row in speeds.abs().tolist() if has_values(speeds) else []:
         slow_to_fast = sorted((speed, channel) for channel, speed in enumerate(row) if speed > 0)
         ladder = slow_to_fast[:1]
         for below, above in zip(slow_to_fast[1:], [*slow_to_fast[2:], (math.inf, -1)], strict=False):
-            if above[0] > _STEP * ladder[-1][0]:  # the next would be too far: this one is the last safe rung
+            if above[0] > _STEP * ladder[-1][0]:  # the last rung cannot unwrap `above`
                 ladder.append(below)
         ladders.append(tuple(channel for _, channel in ladder))
     return AxialRotary(module, frequencies, unpack, pack, tuple(ladders))
@@ -106,15 +110,15 @@ def axial_rotary(
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class MixedRotary:
-    """Every head of every block turns by its own learned mixture of the coordinates (RoPE-mixed).
+    """Rotary embedding in which each head of each block rotates by learned mixtures of the coordinates (RoPE-mixed).
 
-    Such a table cannot be read backwards, so the coordinates come from upstream's module.
+    Coordinates cannot be recovered from such a table, so they come from upstream's module.
 
     Attributes:
-        module: upstream's module.
-        grid: of that module -> coordinates `[N, P]` of the patches.
-        frequencies: of that module -> `[P, H, F]` of this block.
-        pack: sines, cosines `[B, H, N, F]` and upstream's table -> a table in upstream's form.
+        module: upstream's module that holds grid and frequencies.
+        grid: module -> coordinates of the patches `[N, P]`.
+        frequencies: module -> frequencies of this block `[P, H, F]`.
+        pack: sines and cosines `[B, H, N, F]`, and upstream's table -> a table in upstream's format.
     """
 
     module: nn.Module
@@ -123,11 +127,11 @@ class MixedRotary:
     pack: Callable[[Tensor, Tensor, Any], Any]
 
     def positions(self, table: Any) -> Tensor:
-        """Coordinates `[1, N, P]`, float32."""
+        """Return the coordinates of the patches `[1, N, P]` float32; `table` is not read."""
         return self.grid(self.module).float().unsqueeze(0)
 
     def table(self, positions: Tensor, like: Any) -> Any:
-        """The table for coordinates `[B, N, P]`."""
+        """Return the table for coordinates `[B, N, P]`, in the format of upstream's table `like`."""
         with no_autocast(positions.device.type):
             frequencies = self.frequencies(self.module).float()  # [P, H, F]
             angles = torch.einsum("bnp,phf->bhnf", positions, frequencies)

@@ -1,8 +1,8 @@
-"""Proportional attention: how token sizes reach upstream's own attention (paper, section 3).
+"""Proportional attention (arXiv 2210.09461, section 3) inside upstream's unmodified attention, and access to its keys.
 
-A token that stands for s patches must draw as much attention as s equal tokens would:
-`softmax(QKᵀ/√d + log s)`. Every attention that takes an additive mask can do that without being touched;
-for the others a row names a module inside where it can be put in (`context`, below).
+A token that stands for s patches must receive as much attention as s equal tokens: `softmax(QKᵀ/√D + log s)`. An
+attention module that takes an additive mask gets `log s` as that mask. For other attention modules the model family names
+a submodule whose hook applies it; such hooks read the mask from `context()`.
 """
 
 from __future__ import annotations
@@ -20,20 +20,24 @@ from tokenmerge.ops.basics import autocast_dtype, no_autocast, sum_over_heads
 
 
 def attention_dtype(x: Tensor) -> torch.dtype:
-    """In which attention over `x` computes, and so wants its mask."""
+    """Return the dtype in which attention computes on tokens `x` and expects its mask: autocast's dtype, or `x.dtype`."""
     return autocast_dtype(x.device.type) or x.dtype
 
 
 def size_bias(size: Tensor | None, x: Tensor, prop_attn: bool = True, log_size: Tensor | None = None) -> Tensor | None:
-    """`log size` as an additive attention mask `[B, 1, 1, N]`; `None` while all sizes are 1.
+    """Return `log size` as an additive attention mask (proportional attention, paper, section 3).
 
-    Padding has size 0, hence −inf: nothing attends to it, with or without proportional attention.
+    Padding has size 0 and gets the least number of the dtype, so that no token attends to it, with or without
+    proportional attention.
 
     Args:
-        size: `[B, N]` float32, or `None` for all ones.
-        x: the tokens `[B, N, C]`; the mask takes the dtype in which attention will compute on them.
-        prop_attn: whether sizes weigh; without, only padding is masked.
-        log_size: `[B, N]`, the logarithms, where the kernel that merged has written them; used if its dtype fits.
+        size: patches per token `[B, N]` float32, or `None` if all are 1.
+        x: the tokens `[B, N, C]`; the mask has the dtype in which attention computes on them.
+        prop_attn: whether attention is proportional to size; if not, only padding is masked.
+        log_size: `[B, N]` logarithms of the sizes as the merge kernel wrote them; used if the dtype matches.
+
+    Returns:
+        The mask `[B, 1, 1, N]`, or `None` if all sizes are 1.
     """
     if size is None:
         return None
@@ -49,12 +53,12 @@ def size_bias(size: Tensor | None, x: Tensor, prop_attn: bool = True, log_size: 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class AttentionContext:
-    """What hooks and mix-ins inside upstream's attention may need while one block runs it.
+    """Inputs for the hooks and mix-ins inside upstream's attention while one block runs.
 
     Attributes:
-        bias: `[B, 1, 1, N]` additive mask of the sizes, or `None`.
-        pairs: brings biases between original tokens to the current ones, or `None` while none merged.
-        positions: `[B, N, P]`, coordinates of the current tokens, where attention makes its own rotation.
+        bias: additive mask of the sizes `[B, 1, 1, N]`, or `None`.
+        pairs: maps biases between original tokens to the current tokens; `None` before the first merge.
+        positions: coordinates of the current tokens `[B, N, P]`, for attention that computes its own rotary embedding.
     """
 
     bias: Tensor | None = None
@@ -63,10 +67,10 @@ class AttentionContext:
 
 
 class _Current(threading.local):
-    """The tap that is open in this thread, so that threads may share a model."""
+    """Thread-local holder of the open tap, so that several threads can run one model."""
 
     def __init__(self) -> None:
-        # in each thread from the start, or compiled code would depend on whether it is there yet
+        # set in every thread from the start: Dynamo would guard on whether the attribute exists
         self.tap: Tap | None = None
 
 
@@ -74,15 +78,16 @@ _current = _Current()
 
 
 class Tap:
-    """Within it, this thread's attention is given a context, and shows its keys: `with Tap(context) as tap: …`.
+    """Context manager around one call of upstream's attention: it offers a context to hooks and records the keys.
 
-    It is closed however the block ends, so that what one model's attention was given never reaches another's.
+    `with Tap(context) as tap: …` applies to the current thread. The tap closes even if the block raises, so that the
+    context of one model never reaches the attention of another.
 
     Attributes:
-        context: what hooks inside attention may read.
-        keys: what the row's `keys` modules showed.
-        inside: Q, K, V `[B, H, N, D]` as attention used them, and its scale; `None` where an `attention.call.AttentionCall`
-            was not asked for them, or attention did not call `scaled_dot_product_attention`.
+        context: the inputs for hooks inside attention.
+        keys: outputs of the modules that the model family names as its source of keys.
+        inside: Q, K and V `[B, H, N, D]` as attention used them, and the scale of QKᵀ; `None` unless an
+            `attention.call.AttentionCall` with `watch=True` saw a call of `scaled_dot_product_attention`.
     """
 
     def __init__(self, context: AttentionContext | None = None) -> None:
@@ -100,32 +105,38 @@ class Tap:
 
 
 def open_tap() -> Tap | None:
-    """The tap that is open in this thread, or `None`."""
+    """Return the tap that is open in this thread, or `None`."""
     return _current.tap
 
 
 def context() -> AttentionContext:
-    """What the running block offers to hooks inside its attention; empty outside of one."""
+    """Return the context of the running block for hooks inside its attention; an empty one outside of a block."""
     tap = _current.tap
     return AttentionContext() if tap is None else tap.context
 
 
 def class_attention(query: Tensor, key: Tensor, scale: float, size: Tensor | None, class_token: bool) -> Tensor:
-    """`[B, N]` float32: attention of the class token to every token, mean over heads; fused attention stays as it is.
+    """Compute the attention from the class token to every token, averaged over heads.
+
+    It is computed beside upstream's attention, which may therefore stay a fused kernel.
 
     Args:
-        query: `[B, H, N, D]`.
-        key: `[B, H or fewer, N, D]`.
-        scale: of their products.
-        size: patches per token `[B, N]`; attention is proportional to them.
-        class_token: whether the first token is one; without it, the mean attention of all tokens, N² numbers a head.
+        query: `[B, H, N, D]`, any floating dtype.
+        key: `[B, H, N, D]`, or with fewer heads (grouped-query attention).
+        scale: factor of QKᵀ.
+        size: patches per token `[B, N]` for proportional attention, or `None`.
+        class_token: whether the first token is a class token. Without one, the result is the mean over all N queries,
+            which takes N² numbers per head.
+
+    Returns:
+        `[B, N]` float32, which sums to 1 for each image.
     """
     rows = query[:, :, :1] if class_token else query
     return attention_maps(rows, key, scale, size).mean(dim=1)
 
 
 def attention_maps(query: Tensor, key: Tensor, scale: float, size: Tensor | None) -> Tensor:
-    """`[B, M, N]` float32: attention of each query to every token, mean over heads; arguments as of `class_attention`."""
+    """Compute attention weights averaged over heads, `[B, M, N]` float32, for M queries; see `class_attention`."""
     heads = query.shape[1]
     with no_autocast(query.device.type):
         key = key.float() if key.shape[1] == heads else key.float().repeat_interleave(heads // key.shape[1], dim=1)
@@ -136,41 +147,41 @@ def attention_maps(query: Tensor, key: Tensor, scale: float, size: Tensor | None
 
 
 def note_output(module: torch.nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
-    """Forward hook of a module whose output holds K as attention uses it."""
+    """Record the output of a module in the open tap; a forward hook for modules that output K as attention uses it."""
     tap = _current.tap
     if tap is not None:
         tap.keys = (*tap.keys, output)
 
 
 def note_input(module: torch.nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Any]) -> None:
-    """Forward pre-hook of an attention whose K is nowhere a module's output: notes the tokens it is made from."""
+    """Record the input of attention in the open tap; a forward pre-hook for attention whose K is no module's output."""
     tap = _current.tap
     if tap is not None:
         tap.keys = (*tap.keys, args[0] if args else next(iter(kwargs.values())))
 
 
 def head_mean(block: Any, keys: tuple[Tensor, ...]) -> Tensor:
-    """The paper's metric: K `[B, H, N, D]` averaged over all heads, `[B, N, D]`; more attentions are more heads."""
+    """Average K over heads, the paper's metric: `[B, H, N, D]` to `[B, N, D]`; several attentions count as more heads."""
     return _mean(tuple(_over_heads(key, 1) for key in keys))
 
 
 def head_mean_untransposed(block: Any, keys: tuple[Tensor, ...]) -> Tensor:
-    """`head_mean` of K as `[B, N, H, D]`."""
+    """Average K over heads, for K laid out as `[B, N, H, D]`; the result is `[B, N, D]`."""
     return _mean(tuple(_over_heads(key, 2) for key in keys))
 
 
 def _over_heads(key: Tensor, dim: int) -> Tensor:
-    """The mean over heads without gradient, in float32 or wider."""
+    """Average over the heads in dimension `dim`, without gradient, in float32 (float64 for float64)."""
     return sum_over_heads(key.detach(), dim).mul_(1 / key.shape[dim])
 
 
 def heads_first(block: Any, keys: tuple[Tensor, ...]) -> Tensor | None:
-    """K as `[B, H, N, D]`, as it was noted; `None` if there are several attentions."""
+    """Return K `[B, H, N, D]` as recorded, for K in that layout; `None` if the block has several attentions."""
     return keys[0] if len(keys) == 1 else None
 
 
 def heads_second(block: Any, keys: tuple[Tensor, ...]) -> Tensor | None:
-    """The same, a view, of K as `[B, N, H, D]`."""
+    """Return K `[B, H, N, D]` as a view, for K recorded as `[B, N, H, D]`; `None` if the block has several attentions."""
     return keys[0].transpose(1, 2) if len(keys) == 1 else None
 
 
@@ -179,16 +190,16 @@ def _mean(parts: tuple[Tensor, ...]) -> Tensor:
 
 
 def projected_metric(x: Tensor, weight: Tensor, bias: Tensor | None, heads: int) -> Tensor:
-    """The mean over heads of `K = x Wᵀ + b`, without making K: the mean commutes with the projection.
+    """Compute the mean over heads of `K = x Wᵀ + b` without computing K: averaging commutes with the projection.
 
     Args:
         x: tokens `[B, N, C]`.
-        weight: `[H·D, C]`, the rows of the projection that make K.
-        bias: `[H·D]` or `None`.
+        weight: `[H·D, C]`, the rows of the projection that produce K.
+        bias: `[H·D]`, or `None`.
         heads: H.
 
     Returns:
-        `[B, N, D]`.
+        `[B, N, D]` in the dtype of the projection.
     """
     mean_weight = weight.reshape(heads, -1, weight.shape[1]).mean(dim=0)
     mean_bias = None if bias is None else bias.reshape(heads, -1).mean(dim=0)
@@ -196,9 +207,9 @@ def projected_metric(x: Tensor, weight: Tensor, bias: Tensor | None, heads: int)
 
 
 def fused_metric(x: Tensor, projection: Any, heads: int) -> Tensor:
-    """`projected_metric` for a linear layer that makes Q, K and V at once: its middle third makes K.
+    """Compute `projected_metric` from a fused QKV layer, whose middle third of rows produces K.
 
-    Any other layer, quantised, with an adapter, or with weights that are elsewhere until it runs, runs as it is.
+    A layer that is not a plain `nn.Linear` (quantised, with an adapter, or with offloaded weights) is called instead.
     """
     weight: Any = getattr(projection, "weight", None)
     bias: Any = getattr(projection, "bias", None)
@@ -212,7 +223,10 @@ def fused_metric(x: Tensor, projection: Any, heads: int) -> Tensor:
 
 
 def weigh_probabilities(module: torch.nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
-    """Forward pre-hook of the dropout after a softmax that takes no mask: `p·s / Σ p·s` is `softmax(… + log s)`."""
+    """Apply sizes to attention weights; a forward pre-hook of the dropout after a softmax that takes no mask.
+
+    `p·s / Σ p·s` for weights p and sizes s equals `softmax(… + log s)`.
+    """
     bias = context().bias
     if bias is None:
         return None

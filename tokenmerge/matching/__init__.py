@@ -1,4 +1,4 @@
-"""Matching algorithms: one file per idea; importing this package registers all of them."""
+"""Matching algorithms, one module per idea; importing this package registers all of them."""
 
 from tokenmerge.matching.bipartite import bipartite_matching
 from tokenmerge.matching.registry import (

@@ -1,4 +1,4 @@
-"""Bipartite soft matching, the paper's algorithm (section 3 and appendix D)."""
+"""Bipartite soft matching, the default matching algorithm (arXiv 2210.09461, section 3 and appendix D)."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from tokenmerge.ops.choice import takes_triton
 from tokenmerge.plan import MergePlan
 
 _FEW = 2**13
-"""Similarities per image up to which one operation for values and their columns beats two."""
+"""Similarities per image up to which one `max` over values and indices is faster than `amax` and `argmax` apart."""
 _SCORES = 2**21
-"""Similarities per image that are held at once, 8 MB: memory then grows with N, not with N²."""
+"""Most similarities per image in memory at once (8 MB in float32), so that memory grows with N, not with N²."""
 
 
 @register_matcher("bipartite")
@@ -33,28 +33,39 @@ def bipartite_matching(
     grid: tuple[int, ...] | None = None,
     layer: int = 0,
 ) -> MergePlan:
-    """Pair every second token with its most similar partner and merge the `r` most similar pairs.
+    """Match each token of set A with its most similar token of set B and merge the `r` most similar pairs.
 
-    Tokens at even positions form set A, those at odd positions set B. Each A token draws one edge to the B
-    token of highest cosine similarity; the `r` best edges are merged, so several A tokens may join one B
-    token. The result is ordered: protected tokens, remaining A tokens, B tokens, each by ascending position.
-    Ties go to the lower A position, then to the lower B position. Takes no gradient.
+    Bipartite soft matching (arXiv 2210.09461, section 3 and appendix D). Unprotected tokens alternate between set A
+    (even positions) and set B (odd positions). Each A token draws one edge to the B token of highest similarity, and
+    the `r` edges of highest similarity are merged, so several A tokens may join one B token. Ties go to the lower
+    A position, then to the lower B position. The remaining tokens are ordered: protected tokens, unmerged A tokens,
+    B tokens, each group by ascending position. Matching carries no gradient.
 
     Args:
-        metric: `[B, N, D]`, what similarity is measured on (the paper: keys averaged over heads), any
-            floating dtype; compared in float32. A vector of norm 0 is similar to nothing (cosine 0).
-            Keys `[B, H, N, D]` are averaged over the heads first.
-        r: tokens to merge away per image; cut to `(N − protected) // 2`.
-        protected: leading tokens that neither merge nor are merged into: class, distillation, registers.
-        backend: "triton" for two fused kernels, "torch", or "auto": Triton on a GPU where it is installed.
-        distance: another measure of similarity (`distances.py`).
-        partition: other sides than every second token (`partitions.py`).
-        grid: patches along each axis, for `partition="checkerboard"`.
-        layer: number of the block, for `partition="random"`.
+        metric: `[B, N, D]`, any floating dtype: the features compared; the paper uses the keys averaged over heads.
+            Keys `[B, H, N, D]` are averaged over heads first. Similarities are computed in float32; a zero vector has
+            cosine similarity 0 with every token.
+        r: tokens to merge away per image, cut to at most `(N − protected) // 2`.
+        protected: number of leading tokens (class, distillation, register) that neither merge nor are merged into.
+        backend: "torch", "triton" (two fused kernels, four for long inputs), or "auto": Triton on a GPU it supports.
+        distance: similarity measure (paper, table 1b); see `tokenmerge/matching/distances.py`.
+        partition: how tokens are divided into A and B (paper, table 1e); see `tokenmerge/matching/partitions.py`.
+        grid: patches along each axis, needed by `partition="checkerboard"` alone.
+        layer: index of the block, which seeds `partition="random"`.
+
+    Returns:
+        A plan for `[B, N, C]` tokens that leaves N' = N − r of them in every image.
 
     Raises:
         InputError: if `metric` has another shape or is not floating point, or `r` or `protected` is negative.
-        ConfigError: if `backend` is "triton" and cannot run, with the reasons.
+        ConfigError: if `backend="triton"` cannot run; the message lists the reasons.
+
+    Example:
+        >>> import torch, tokenmerge
+        >>> keys = torch.tensor([[[1.0, 0.0], [0.0, 1.0], [0.9, 0.1], [1.0, 0.1]]])  # [B=1, N=4, D=2]
+        >>> plan = tokenmerge.bipartite_matching(keys, r=1)
+        >>> plan.tokens_out, plan.assign  # tokens 2 and 3, the most similar pair, became token 2
+        (3, tensor([[0, 1, 2, 2]]))
     """
     metric = metric.detach()
     if partition != "alternating":
@@ -66,7 +77,7 @@ def bipartite_matching(
 
 
 def _alternating(metric: Tensor, r: int, protected: int, backend: Backend, distance: Distance) -> MergePlan:
-    """The plan in which every second token is on side A."""
+    """Match with the alternating partition: unprotected tokens at even positions form A, at odd positions B."""
     batch, tokens = metric.shape[0], metric.shape[-2]
     if distance != "cosine" and backend == "triton":
         raise ConfigError(
@@ -81,8 +92,8 @@ def _alternating(metric: Tensor, r: int, protected: int, backend: Backend, dista
     first_b = protected + 1 - protected % 2
     if metric.dim() == 4:
         heads, metric = metric.shape[1], sum_over_heads(metric, 1)
-        metric = metric if distance == "cosine" else metric / heads  # only a cosine does not ask for the length
-    # autocast would round the similarities to half precision and so pick other pairs
+        metric = metric if distance == "cosine" else metric / heads  # cosine similarity ignores the scale
+    # autocast would round similarities to half precision and thereby select other pairs
     with no_autocast(metric.device.type):
         if distance == "cosine":
             normed = unit(metric)
@@ -98,10 +109,18 @@ def _alternating(metric: Tensor, r: int, protected: int, backend: Backend, dista
 
 
 def _best_edges(a: Tensor, b: Tensor, r: int) -> tuple[Tensor, Tensor]:
-    """The A tokens `[B, |A|]` by their best edge, best first, and the B token `[B, r]` of the first r of those edges.
+    """Rank the A tokens by similarity to their best B token, and find that B token for the first r of them.
 
-    Where there are many similarities, the largest value of each row first, and its column only for the rows that merge:
-    columns cost far more than values. Where there are few, operations are what costs.
+    For many similarities, `amax` runs over all rows and `argmax` only over the r rows that merge, because `argmax` is
+    far slower; for few, the number of operations dominates, and one `max` does both.
+
+    Args:
+        a: features of set A, `[B, |A|, D]` float32.
+        b: features of set B, `[B, |B|, D]` float32.
+        r: edges to merge.
+
+    Returns:
+        The A tokens by descending similarity `[B, |A|]`, and the best B tokens of the first r of them `[B, r]`, int64.
     """
     columns = b.transpose(1, 2)
     pairs = a.shape[1] * b.shape[1]
@@ -120,11 +139,14 @@ def _best_edges(a: Tensor, b: Tensor, r: int) -> tuple[Tensor, Tensor]:
 
 
 def _score_tiles(a: Tensor, columns: Tensor) -> Iterator[Tensor]:
-    """`a @ columns`, some rows at a time, each in the memory of the rows before: new memory costs page faults."""
+    """Yield `a @ columns` in tiles of rows that share one buffer, because fresh memory costs page faults.
+
+    Each tile is overwritten by the next one (not while compiling).
+    """
     batch, _, count_b = columns.shape
     rows = max(1, _SCORES // count_b)
     parts = a.split(rows, dim=1)
-    if torch.compiler.is_compiling():  # which plans memory itself
+    if torch.compiler.is_compiling():  # Inductor plans the memory itself
         yield from (part @ columns for part in parts)
         return
     buffer = a.new_empty(batch * parts[0].shape[1] * count_b)

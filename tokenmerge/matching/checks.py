@@ -1,4 +1,4 @@
-"""What a matcher is given and what it gives, looked at: shapes wherever one is called directly, plans of matchers from elsewhere."""
+"""Checks of a matcher's arguments (in direct calls) and of its plans (for third-party matchers)."""
 
 from __future__ import annotations
 
@@ -21,13 +21,20 @@ _SHAPES: dict[str, tuple[str, ...]] = {
     "tokens": ("B", "N", "C"),
     "values": ("B", "H", "N", "D"),
 }
-"""Axes of the tensors in `OFFERED`; B and N are those of the metric."""
+"""Axes of the tensors in `OFFERED`; B and N must equal the metric's."""
 
 
 def check_matching_input(metric: Tensor, r: int, protected: int, per_head: bool = False) -> None:
-    """Raise `InputError` unless `metric` is `[B, N, D]` floating point and neither number is negative.
+    """Check the first three arguments of a matcher.
 
-    With `per_head`, `[B, H, N, D]` will do as well.
+    Args:
+        metric: must be a dense floating tensor `[B, N, D]`.
+        r: must be a whole number of at least 0.
+        protected: must be a whole number of at least 0.
+        per_head: whether keys `[B, H, N, D]` are allowed as well.
+
+    Raises:
+        InputError: if one of them is not.
     """
     if not all(isinstance(number, int) and not isinstance(number, bool) for number in (r, protected)):
         raise InputError(f"r={shown(r)} and protected={shown(protected)} count tokens: use whole numbers")
@@ -45,7 +52,16 @@ def check_matching_input(metric: Tensor, r: int, protected: int, per_head: bool 
 
 
 def check_offered(metric: Tensor, given: Mapping[str, Any]) -> None:
-    """Raise `InputError` unless the tensors that go with a metric have its images, its tokens, and its device."""
+    """Check further arguments of a matcher against its metric.
+
+    Args:
+        metric: `[B, N, D]` or `[B, H, N, D]`.
+        given: values by their names in `OFFERED`; `None` is allowed for each.
+
+    Raises:
+        InputError: if a tensor has another B, N, number of axes or device than the metric requires, `anchor` is not
+            int64, or `grid` is not a sequence of positive whole numbers.
+    """
     counts = {"B": metric.shape[0], "N": metric.shape[-2]}
     for name, axes in _SHAPES.items():
         value = given.get(name)
@@ -72,7 +88,7 @@ def check_offered(metric: Tensor, given: Mapping[str, Any]) -> None:
 
 
 def _check_factors(plan: MergePlan, name: str, tokens: int) -> None:
-    """The same for weights of tokens and for gates: as many as tokens, and none negative."""
+    """Raise `PatchError` unless the weights and gates of a plan have one number of at least 0 for each token."""
     batch = plan.kept.shape[0]
     for field, value, count in (("weight", plan.weight, tokens), ("gate", plan.gate, plan.tokens_out)):
         if value is None:
@@ -87,23 +103,26 @@ def _check_factors(plan: MergePlan, name: str, tokens: int) -> None:
             require(
                 ~(
                     (value < 0) & value.isfinite()
-                ).any(),  # (what is not finite comes of such an image, and reaches no other)
+                ).any(),  # values that are not finite come from such an image, and affect no other image
                 f"matcher {shown(name)} gave a plan whose {field} holds a negative number: give numbers from 0 on",
                 PatchError,
             )
 
 
 def check_plan(plan: Any, name: str, metric: Tensor, protected: int) -> None:
-    """Raise `PatchError` unless a matcher's plan names each token once, leaves prefix tokens where they are, and joins others.
+    """Check that a plan contains each token once, leaves protected tokens alone, and has valid targets.
 
-    Merging and all that follows trusts that; a plan that says otherwise would give wrong results in silence. On a CPU the
-    values are looked at; compiled code and other devices check them without waiting, where PyTorch's own assertion fails.
+    Merging relies on these properties; a plan without them would silently give wrong results. Eager code on a CPU reads
+    the values. Compiled code and other devices check them asynchronously, by PyTorch's own assertion.
 
     Args:
-        plan: what the matcher gave.
-        name: of the matcher.
-        metric: `[B, N, D]` or `[B, H, N, D]`, what it was given.
-        protected: leading tokens that must stay alone.
+        plan: return value of the matcher.
+        name: name of the matcher, for messages.
+        metric: `[B, N, D]` or `[B, H, N, D]`, the metric that the matcher received.
+        protected: leading tokens that must neither merge nor be merged into.
+
+    Raises:
+        PatchError: if the plan violates one of these properties, or is not a `MergePlan`.
     """
     if not isinstance(plan, MergePlan):
         raise PatchError(

@@ -1,4 +1,4 @@
-"""Clustering: k-means, k-medoids (Token Pooling), and agglomerative clustering (ATC, for reference)."""
+"""Matchers that cluster: k-means, k-medoids (Token Pooling), and agglomerative clustering (ATC, as a reference)."""
 
 from __future__ import annotations
 
@@ -16,21 +16,21 @@ from tokenmerge.plan import MergePlan
 
 
 def _units(metric: Tensor) -> Tensor:
-    """The metric with every vector divided by its length; what is not finite, as a broken image makes it, is like nothing."""
+    """Return unit vectors `[B, N, D]` float32; values that are not finite become 0, which has cosine 0 with all tokens."""
     return unit(metric).nan_to_num(0.0)
 
 
 def _plan(nearest: Tensor, closeness: Tensor, clusters: int, protected: int) -> MergePlan:
-    """The plan of clusters that may be empty: an empty one gets the token that fits worst where it is.
+    """Return the plan that merges each cluster; every empty cluster gets one of the tokens that fit their own worst.
 
     Args:
-        nearest: `[B, M]` the cluster of each unprotected token.
-        closeness: `[B, M]` how well it fits there.
-        clusters: how many there must be.
-        protected: prefix tokens, which stay.
+        nearest: cluster of each of the M unprotected tokens, `[B, M]` int64.
+        closeness: similarity of each token to its cluster, `[B, M]`, floating.
+        clusters: number of clusters, and of unprotected tokens after the merge.
+        protected: leading tokens that never merge.
     """
     batch, count = nearest.shape
-    # tokens by cluster, the one that fits best first: that one stands for the cluster
+    # sorted by cluster, then by closeness: the first token of each cluster represents it
     by_fit = descending_order(closeness)
     order = by_fit.gather(1, ascending_order(nearest.gather(1, by_fit)))
     cluster = nearest.gather(1, order)
@@ -39,7 +39,7 @@ def _plan(nearest: Tensor, closeness: Tensor, clusters: int, protected: int) -> 
     stands = torch.zeros_like(first).scatter_(1, order, first)
     representative = torch.where(first, order, torch.full_like(order, -1))
     of_cluster = nearest.new_full((batch, clusters), -1).scatter_reduce(1, cluster, representative, "amax")
-    rank = torch.where(stands, torch.inf, -closeness)  # those that stand for one stay, then those that fit worst
+    rank = torch.where(stands, torch.inf, -closeness)  # representatives stay, then the tokens that fit worst
     staying = descending_order(rank)
     source = staying[:, clusters:]
     joined = of_cluster.gather(1, nearest.gather(1, source))
@@ -50,7 +50,14 @@ def _plan(nearest: Tensor, closeness: Tensor, clusters: int, protected: int) -> 
 def kmeans_matching(
     metric: Tensor, r: int, protected: int = 0, iterations: Annotated[int, AtLeast(0)] = 5
 ) -> MergePlan:
-    """N − r clusters by k-means with cosine similarity, started at evenly spread tokens."""
+    """Merge tokens into clusters by k-means with cosine similarity, with evenly spaced tokens as initial centres.
+
+    Args:
+        metric: `[B, N, D]`, floating.
+        r: tokens to merge away; N − r tokens are left, protected ones included.
+        protected: leading tokens that never merge.
+        iterations: updates of the centres.
+    """
     x = _units(metric[:, protected:])
     count = x.shape[1]
     clusters = count - r
@@ -73,7 +80,18 @@ def kmedoids_matching(
     attention: Tensor | None = None,
     iterations: Annotated[int, AtLeast(0)] = 5,
 ) -> MergePlan:
-    """N − r clusters by weighted k-medoids, started at the most attended tokens (Token Pooling)."""
+    """Merge tokens into clusters by weighted k-medoids, with the most attended tokens as initial medoids (Token Pooling).
+
+    Args:
+        metric: `[B, N, D]`, floating.
+        r: tokens to merge away; N − r tokens are left, protected ones included.
+        protected: leading tokens that never merge.
+        attention: attention of the class token to each token, `[B, N]`; it weights the tokens.
+        iterations: updates of the medoids.
+
+    Raises:
+        InputError: if `attention` is missing.
+    """
     attention = needed(attention, "attention", "kmedoids")
     x, weight = _units(metric[:, protected:]), attention[:, protected:].float().nan_to_num(0.0)
     count = x.shape[1]
@@ -82,7 +100,7 @@ def kmedoids_matching(
     for step in range(iterations + 1):
         to_medoid = similarity.gather(2, medoid.unsqueeze(1).expand(-1, count, -1))
         closeness, nearest = to_medoid.max(dim=2)
-        # a medoid is its own, whatever equals it
+        # a medoid belongs to its own cluster, even if another medoid is equal to it
         own = torch.arange(count - r, device=x.device).expand_as(medoid)
         nearest = nearest.scatter(1, medoid, own)
         closeness = closeness.scatter(1, medoid, 2.0)
@@ -104,9 +122,18 @@ def agglomerative_matching(
     protected: int = 0,
     linkage: Literal["single", "complete", "average", "weighted"] = "average",
 ) -> MergePlan:
-    """N − r clusters by agglomerative clustering of cosine distances (ATC), in scipy, one image after the other.
+    """Merge tokens into clusters by agglomerative clustering of cosine distances (ATC), in scipy.
 
-    A reference: slow, on the CPU, and not compiled.
+    This matcher is a slow reference: it runs on the CPU, one image after the other, and cannot be compiled.
+
+    Args:
+        metric: `[B, N, D]`, floating.
+        r: tokens to merge away; N − r tokens are left, protected ones included.
+        protected: leading tokens that never merge.
+        linkage: distance between clusters, as in `scipy.cluster.hierarchy.linkage`.
+
+    Raises:
+        InputError: if scipy is not installed.
     """
     batch, tokens, _ = metric.shape
     try:

@@ -1,4 +1,4 @@
-"""Bipartite matching that looks at more than keys: sizes, class attention, the tokens themselves; and by threshold."""
+"""Bipartite matching with costs from sizes, class attention and token features (`informed`), or with thresholds."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ SizePenalty = Literal["none", "harmonic", "sqrt_harmonic", "source", "sqrt_sourc
 
 
 def _sides(order: Tensor | None, tokens: int, protected: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Positions of side A and of side B, `[|A|]` and `[|B|]`, in an order in which every second token is on side A."""
+    """Return the positions of sets A and B, `[|A|]` and `[|B|]` int64, by alternation in `order` (`None`: token order)."""
     order = counting(tokens, device) if order is None else order
     return order[protected + protected % 2 :: 2], order[protected + 1 - protected % 2 :: 2]
 
 
 def _penalty(size: Tensor, a: Tensor, b: Tensor, kind: str) -> Tensor:
-    """What a merge of two tokens costs more for their sizes; `[B, |A|, |B|]` or `[B, |A|, 1]`."""
+    """Return the size penalty, a factor on the cost of merging A and B tokens; `[B, |A|, |B|]` or `[B, |A|, 1]`."""
     of_a, of_b = size[:, a].unsqueeze(2), size[:, b].unsqueeze(1)
     if kind in ("source", "sqrt_source"):
         return of_a if kind == "source" else of_a.sqrt()
@@ -39,11 +39,21 @@ def _penalty(size: Tensor, a: Tensor, b: Tensor, kind: str) -> Tensor:
 
 
 def _scores(metric: Tensor, tokens: Tensor | None, a: Rows, b: Rows, weight: float) -> tuple[Tensor, Tensor | float]:
-    """What is most wanted is largest, `[B, |A|, |B|]`; and what to take it from for the cost, `[B, |A|]` or a number.
+    """Compute the cost of merging each pair, before size penalties, as `start − scores`.
 
-    The cost is `(1 − weight)(1 − cos) + weight · d²`, with d² the squared distance of the tokens in units of twice their
-    mean squared length, 1 for unrelated ones. Both parts are products, and what is the same along a row waits until each
-    row has its best: no further pass over all pairs.
+    The cost is `(1 − weight)·(1 − cos) + weight·d²`, where d² is the squared distance of the tokens divided by twice their
+    mean squared length (about 1 for unrelated tokens). Both parts are matrix products. Terms that are constant along a row
+    are left to `start`, so that they need no pass over all pairs.
+
+    Args:
+        metric: `[B, N, D]`, floating.
+        tokens: `[B, N, C]`, or `None` for a cost from the metric alone.
+        a: rows of set A.
+        b: rows of set B.
+        weight: share of d² in the cost, in [0, 1].
+
+    Returns:
+        `scores` `[B, |A|, |B|]` float32, and `start`, `[B, |A|]` or a number.
     """
     keys = unit(metric)
     columns = keys[:, b].transpose(1, 2)
@@ -75,25 +85,26 @@ def informed_matching(
     attention_from: Annotated[int, AtLeast(0)] = 0,
     token_weight: Annotated[float, Within(0, 1)] = 0.0,
 ) -> MergePlan:
-    """Bipartite matching by a cost: `(1 − cos) · penalty of the sizes · (class attention of the A token) ^ power`.
+    """Match A with B by a cost: `(1 − cos) · size penalty · (class attention of the A token) ^ attention_power`.
 
-    A token that the class token looks at costs more, so it merges later; and so do large tokens, by `size_penalty`:
-    "harmonic" `2 nᵢnⱼ / (nᵢ + nⱼ)`, "source" `nᵢ`, or the root of either.
+    The r edges of lowest cost merge. Tokens with much class attention, or large ones under a `size_penalty`, cost more
+    and therefore merge later. The preset "accurate" uses this matcher.
 
     Args:
-        metric: `[B, N, D]` keys.
+        metric: `[B, N, D]`, floating: keys averaged over heads.
         r: tokens to merge away.
-        protected: leading tokens that stay alone.
+        protected: leading tokens that never merge.
         size: patches per token `[B, N]`.
-        attention: of the class token `[B, N]`.
-        tokens: `[B, N, C]`.
-        partition: which tokens are on which side.
+        attention: attention of the class token to each token `[B, N]`.
+        tokens: the tokens `[B, N, C]`.
+        partition: how tokens are divided into A and B; see `partition_order`.
         grid: patches along each axis.
-        layer: number of the block.
-        size_penalty: which penalty.
-        attention_power: of the class attention; 0 leaves it out.
-        attention_from: the first block that looks at it: early class attention says little.
-        token_weight: part of the cost, between 0 and 1, that is the squared distance of the tokens instead of keys' cosines.
+        layer: index of the block.
+        size_penalty: factor for sizes nᵢ (A) and nⱼ (B): "none"; "harmonic", `2 nᵢnⱼ / (nᵢ + nⱼ)`; "source", `nᵢ`; or the
+            square root of either ("sqrt_harmonic", "sqrt_source").
+        attention_power: exponent of the class attention; 0 ignores attention.
+        attention_from: index of the first block that uses class attention, which is less informative in early blocks.
+        token_weight: share of the cost, in [0, 1], that is the squared distance of the tokens in place of 1 − cos.
     """
     batch, count, _ = metric.shape
     order = partition_order(partition, count, protected, grid, layer, metric.device)
@@ -102,7 +113,7 @@ def informed_matching(
     with no_autocast(metric.device.type):
         left, right = rows if order is None else (a, b)
         scores, start = _scores(metric, tokens, left, right, token_weight)
-    if size is not None and size_penalty in ("harmonic", "sqrt_harmonic"):  # the only ones that differ along a row
+    if size is not None and size_penalty in ("harmonic", "sqrt_harmonic"):  # only these penalties vary along a row
         start = start.unsqueeze(2) if isinstance(start, Tensor) else start
         best, partner = ((start - scores).clamp_min(0) * _penalty(size, a, b, size_penalty)).min(dim=2)
     else:
@@ -111,14 +122,23 @@ def informed_matching(
         if size is not None and size_penalty != "none":
             best = best * _penalty(size, a, b, size_penalty).squeeze(2)
     if attention is not None and attention_power and layer >= attention_from:
-        looked_at = attention[:, a] * (count - protected)  # about 1, so that its power keeps the order of magnitude
+        looked_at = attention[:, a] * (count - protected)  # about 1, so that its powers are, too
         best = best * looked_at.clamp_min(1e-6).pow(attention_power)
     order = ascending_order(best)[:, :r]
     return _in_partition(a, b, order, partner.gather(1, order), protected, batch)
 
 
 def _in_partition(a: Tensor, b: Tensor, going: Tensor, partner: Tensor, protected: int, batch: int) -> MergePlan:
-    """The paper's order: protected tokens, what is left of A, B; as `bipartite_matching` leaves them."""
+    """Return a plan with tokens ordered as by `bipartite_matching`: protected tokens, unmerged A tokens, B tokens.
+
+    Args:
+        a: positions of set A `[|A|]` int64.
+        b: positions of set B `[|B|]` int64.
+        going: indices into A of the tokens that merge away, `[B, r]` int64.
+        partner: indices into B of the tokens that they join, `[B, r]` int64.
+        protected: leading tokens that never merge.
+        batch: B.
+    """
     staying = torch.ones(batch, len(a), dtype=torch.int64, device=a.device).scatter_(1, going, 0)
     left = descending_order(staying)[:, : len(a) - going.shape[1]]
     prefix = counting(protected, a.device).expand(batch, -1)
@@ -127,10 +147,10 @@ def _in_partition(a: Tensor, b: Tensor, going: Tensor, partner: Tensor, protecte
 
 
 class _Collecting(threading.local):
-    """Where this thread collects the similarities of best edges, by block; `None` where it does not."""
+    """Thread-local holder of the edges collected for calibration, by block; `None` while nothing is collected."""
 
     def __init__(self) -> None:
-        # in each thread from the start, or compiled code would depend on whether it is there yet
+        # set in every thread from the start: Dynamo would guard on whether the attribute exists
         self.edges: dict[int, list[tuple[Tensor, int]]] | None = None
 
 
@@ -139,7 +159,7 @@ _collecting = _Collecting()
 
 @contextlib.contextmanager
 def collecting_edges() -> Iterator[dict[int, list[tuple[Tensor, int]]]]:
-    """Within it, `threshold_matching` notes the similarity of every best edge, `[B, |A|]`, and r of each pass, by block."""
+    """Collect, by block, the similarity of every best edge `[B, |A|]` and the r of each call of `threshold_matching`."""
     before, _collecting.edges = _collecting.edges, {}
     try:
         yield _collecting.edges
@@ -155,11 +175,18 @@ def threshold_matching(
     layer: int = 0,
     thresholds: Annotated[list[float], PerBlock()] | None = None,
 ) -> MergePlan:
-    """Merge every A token whose best B token is more similar than this block's threshold (DyMU, LTMP).
+    """Merge every A token whose similarity to its best B token exceeds the threshold of the block (DyMU, LTMP).
 
-    `tokenmerge.calibrate` finds the thresholds at which r merge on average; without any, r merge in every image. The
-    images of a batch must keep one length, so a batch merges the number that its images would merge on average. Give
-    it images alone, or of like content (`tokenmerge.tools.buckets`), and each merges about what it would alone.
+    `tokenmerge.calibrate` finds the thresholds at which r tokens merge on average; without thresholds, r tokens merge in
+    every image. All images of a batch must keep the same number of tokens, so each merges the batch's mean number. With
+    single images, or images of similar content (`tokenmerge.tools.buckets`), that is about each image's own number.
+
+    Args:
+        metric: `[B, N, D]`, floating.
+        r: tokens to merge away if there are no thresholds.
+        protected: leading tokens that never merge.
+        layer: index of the block.
+        thresholds: cosine similarity above which tokens merge, one per block.
     """
     batch, count, _ = metric.shape
     a, b = _sides(None, count, protected, metric.device)

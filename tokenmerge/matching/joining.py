@@ -1,4 +1,4 @@
-"""What matchers share: from "these tokens go" to a plan."""
+"""Building blocks of matchers: from a choice of source tokens to a plan."""
 
 from __future__ import annotations
 
@@ -10,34 +10,52 @@ from tokenmerge.plan import DROPPED, MergePlan
 
 
 def lowest(score: Tensor, count: int, protected: int) -> Tensor:
-    """`[B, count]` int64: the tokens of lowest score, lowest first; never a protected one. Ties: lower position first."""
+    """Return the unprotected tokens of lowest score.
+
+    Args:
+        score: `[B, N]`, any real dtype.
+        count: how many tokens to return per image.
+        protected: leading tokens to leave out.
+
+    Returns:
+        Positions `[B, count]` int64 by ascending score; ties go to the lower position.
+    """
     order = ascending_order(score[:, protected:])
     return order[:, :count] + protected
 
 
 def rest_of(source: Tensor, tokens: int) -> Tensor:
-    """`[B, N − r]` int64: the tokens not in `source [B, r]`, ascending."""
+    """Return the tokens that are not in `source [B, r]`: positions `[B, N − r]` int64, ascending, for N = `tokens`."""
     goes = torch.zeros(source.shape[0], tokens, dtype=torch.int64, device=source.device).scatter_(1, source, 1)
     return ascending_order(goes)[:, : tokens - source.shape[1]]
 
 
 def positions_in(kept: Tensor, tokens: int) -> Tensor:
-    """`[B, N]` int64: where each token is in `kept [B, N']`; of others, anything."""
+    """Return the index of each token in `kept [B, N']`: `[B, N]` int64 for N = `tokens`; arbitrary for all other tokens."""
     positions = kept.new_zeros(kept.shape[0], tokens)
     return positions.scatter_(1, kept, counting(kept.shape[1], kept.device).expand_as(kept))
 
 
 def join(source: Tensor, joined: Tensor, tokens: int) -> MergePlan:
-    """The plan in which each token of `source [B, r]` joins the token `joined [B, r]`; the others keep their order.
+    """Return the plan in which each source token joins another token; the remaining tokens keep their order.
 
-    No token of `joined` may be in `source`.
+    Args:
+        source: positions of the tokens that merge away, `[B, r]` int64.
+        joined: positions of the tokens that they join, `[B, r]` int64; none of them may be in `source`.
+        tokens: N.
     """
     kept = rest_of(source, tokens)
     return MergePlan(kept, source, positions_in(kept, tokens).gather(1, joined))
 
 
 def join_nearest(similarity: Tensor, source: Tensor, protected: int) -> MergePlan:
-    """Each token of `source [B, r]` joins the most similar token that stays, by `similarity [B, N, N]`."""
+    """Return the plan in which each source token joins the most similar token that remains.
+
+    Args:
+        similarity: `[B, N, N]`, floating.
+        source: positions of the tokens that merge away, `[B, r]` int64.
+        protected: leading tokens that nothing may join.
+    """
     batch, tokens, _ = similarity.shape
     rows = similarity.gather(1, source.unsqueeze(2).expand(-1, -1, tokens))
     closed = torch.zeros(batch, tokens, dtype=torch.bool, device=source.device).scatter_(1, source, True)
@@ -46,5 +64,5 @@ def join_nearest(similarity: Tensor, source: Tensor, protected: int) -> MergePla
 
 
 def drop(source: Tensor, tokens: int) -> MergePlan:
-    """The plan in which the tokens of `source [B, r]` are dropped."""
+    """Return the plan that drops the tokens of `source [B, r]` (int64 positions) from N = `tokens` tokens."""
     return MergePlan(rest_of(source, tokens), source, torch.full_like(source, DROPPED), drops=True)

@@ -1,7 +1,7 @@
-"""Dropping tokens that a trained predictor lets go (DynamicViT).
+"""Token pruning by trained predictors (DynamicViT, arXiv 2106.02034).
 
-Everything else in this library works off the shelf. A predictor does not: it is a small network inside a block, with
-weights of its own, which `tokenmerge train --matcher dynamicvit` trains together with the model.
+All other matchers work without training. A predictor is a small network inside a block, whose weights
+`tokenmerge train --matcher dynamicvit` trains together with the model.
 """
 
 from __future__ import annotations
@@ -18,26 +18,29 @@ from tokenmerge.matching.registry import register_matcher
 from tokenmerge.plan import MergePlan
 
 PREDICTOR = "tokenmerge_predictor"
-"""A block's attribute for what a learned matcher works with."""
+"""Name of the attribute of a block that holds its predictor."""
 _ALMOST_NOTHING = 1e-6
-"""What a token that training lets go counts for in attention.
+"""Factor on the size of a token that is sampled to be dropped in training.
 
-Not 0, because then nothing would say how much better or worse the output would be with it: the attention that it draws is
-`size · exp(qk)`, so its derivative by the size is the same for a tiny size as for 0, but reaches us through `log size`.
+It is not 0, because the gradient passes through `log size`. The attention to the token is proportional to
+`size · exp(qk)`, whose derivative with respect to the size is the same for a tiny size as for 0.
 """
 
 
 class TokenPredictor(nn.Module):
-    """Tokens -> log-probabilities of staying and of going (Rao et al. 2021, section 3.2).
+    """Network that predicts for each token whether to keep or drop it (Rao et al. 2021, section 3.2).
 
-    Half of the channels of a projection describe the token, the mean of the other half over all tokens that are still
-    there describes the image; both together are classified by a network of three layers.
+    Half of the channels of a projection describe the token. The mean of the other half over all tokens not yet dropped
+    describes the image. A network of three layers classifies both together.
 
     Args:
-        channels: C of the tokens.
+        channels: C of the tokens, a multiple of 4.
 
     Attributes:
-        kept: `[B]`, the part of the tokens that the latest training pass kept, with its gradient.
+        kept: `[B]`, the fraction of the tokens that the latest training pass kept, with its gradient; `None` before it.
+
+    Raises:
+        ConfigError: if `channels` is not a multiple of 4.
     """
 
     kept: Tensor | None
@@ -57,7 +60,15 @@ class TokenPredictor(nn.Module):
         self.kept = None
 
     def forward(self, tokens: Tensor, size: Tensor) -> Tensor:
-        """`[B, M, C]` and what each token counts in the mean `[B, M]` -> `[B, M, 2]`, log-probabilities."""
+        """Predict the log-probabilities of keeping and of dropping each token.
+
+        Args:
+            tokens: `[B, M, C]`, floating: the unprotected tokens.
+            size: weight of each token in the mean, `[B, M]`.
+
+        Returns:
+            `[B, M, 2]` float32.
+        """
         x = self.project(tokens.to(next(self.parameters()).dtype))
         own, shared = x.chunk(2, dim=2)
         weight = size.to(x.dtype).unsqueeze(2)
@@ -66,7 +77,7 @@ class TokenPredictor(nn.Module):
         return F.log_softmax(scores.float(), dim=2)
 
     def __getstate__(self) -> dict[str, Any]:
-        """Copies do not take part in the graph of the latest pass."""
+        """Return the state without `kept`, which belongs to the autograd graph of the latest pass."""
         return {**self.__dict__, "kept": None}
 
 
@@ -80,10 +91,20 @@ def predicted_pruning(
     layer: int = 0,
     predictor: TokenPredictor | None = None,
 ) -> MergePlan:
-    """Drop the r tokens that the block's trained predictor most wants to go (DynamicViT).
+    """Drop the r tokens with the lowest predicted probability of being kept (DynamicViT).
 
-    While training all tokens stay, as DynamicViT has it: what is drawn to go (Gumbel-softmax, straight through) loses its
-    weight in attention, `ratio_loss` draws the number to what the schedule wants, and no time is saved. Evaluated, r go.
+    In training all tokens stay, as in DynamicViT: tokens that are sampled to be dropped (straight-through Gumbel-softmax)
+    lose their weight in attention, `ratio_loss` pulls the number of kept tokens towards the schedule, and no time is
+    saved. In evaluation r tokens are dropped.
+
+    Args:
+        metric: `[B, N, D]`; only its shape and device count.
+        r: tokens to drop.
+        protected: leading tokens that are never dropped.
+        tokens: the tokens `[B, N, C]`.
+        size: patches per token `[B, N]`.
+        layer: index of the block, for messages.
+        predictor: the predictor of the block.
 
     Raises:
         ConfigError: if the block has no predictor.
@@ -99,7 +120,7 @@ def predicted_pruning(
     if not predictor.training:
         return drop(lowest(F.pad(score[:, :, 0], (protected, 0), value=1.0), r, protected), count)
     stays = F.gumbel_softmax(score, hard=True, dim=2)[:, :, 0]
-    here = size[:, protected:] > 0.5  # what went before stays gone, and no smaller: products of gates would underflow
+    here = size[:, protected:] > 0.5  # tokens dropped earlier keep their factor: products of factors would underflow
     predictor.kept = (stays * here).mean(dim=1)
     gate = torch.where(here, stays * (1 - _ALMOST_NOTHING) + _ALMOST_NOTHING, 1.0)
     everything = MergePlan.identity(batch, count, metric.device)

@@ -1,4 +1,4 @@
-"""Pairs over the complete graph of tokens: greedy matching (paper, table 2), mutual nearest neighbours, PiToMe."""
+"""Matchers on the complete graph of tokens: greedy matching, mutual nearest neighbours, PiToMe, strided destinations."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from tokenmerge.plan import MergePlan
 
 
 def _similarities(metric: Tensor, protected: int) -> Tensor:
-    """`[B, N, N]` cosine; −inf on the diagonal and wherever a token is protected."""
+    """Compute cosine similarities `[B, N, N]` float32, with −inf on the diagonal and for protected tokens."""
     x = unit(metric)
     similarity = x @ x.transpose(1, 2)
     diagonal = torch.eye(x.shape[1], dtype=torch.bool, device=x.device)
@@ -29,9 +29,16 @@ def _similarities(metric: Tensor, protected: int) -> Tensor:
 
 @register_matcher("greedy", most="all but one")
 def greedy_matching(metric: Tensor, r: int, protected: int = 0, size: Tensor | None = None) -> MergePlan:
-    """Merge the most similar pair of all tokens, r times; a merged token's metric is the size-weighted mean.
+    """Merge the most similar pair of all tokens, r times (paper, table 2).
 
-    What bipartite matching approximates. r rounds one after the other, each over all pairs, so it is slow.
+    The metric of a merged token is the size-weighted mean of its members. Bipartite matching approximates this matcher,
+    which is slow because its r rounds run one after the other, each over all pairs.
+
+    Args:
+        metric: `[B, N, D]`, floating.
+        r: tokens to merge away.
+        protected: leading tokens that never merge.
+        size: patches per token `[B, N]`; `None` means 1 for every token.
     """
     batch, tokens, _ = metric.shape
     similarity = _similarities(metric, protected)
@@ -64,19 +71,24 @@ def greedy_matching(metric: Tensor, r: int, protected: int = 0, size: Tensor | N
 
 @register_matcher("mutual")
 def mutual_matching(metric: Tensor, r: int, protected: int = 0) -> MergePlan:
-    """Merge pairs of tokens that are each other's most similar one (MPM), the most similar first.
+    """Merge pairs of tokens that are each other's nearest neighbour (MPM), the most similar pairs first.
 
-    There may be fewer than r of them. Then tokens outside of such pairs follow, those with the most similar partner
-    first; each joins the most similar token that stays.
+    If there are fewer than r such pairs, other tokens merge as well, those with the most similar neighbour first. Each
+    source joins the most similar token that remains.
+
+    Args:
+        metric: `[B, N, D]`, floating.
+        r: tokens to merge away.
+        protected: leading tokens that never merge.
     """
     batch, tokens, _ = metric.shape
     similarity = _similarities(metric, protected)
     best, partner = similarity.max(dim=2)
     position = counting(tokens, metric.device).expand(batch, -1)
     mutual = (partner.gather(1, partner) == position) & (best > -torch.inf)
-    second = mutual & (position > partner)  # the later of the two joins the earlier
+    second = mutual & (position > partner)  # the later token of a pair joins the earlier one
     first = mutual & ~second
-    # later ones of pairs come first, then tokens of no pair, then those that are joined
+    # sources: later tokens of pairs, then tokens of no pair, then earlier tokens of pairs
     score = -best - 4.0 * second + 4.0 * first
     source = lowest(score, r, protected)
     return join_nearest(similarity, source, protected)
@@ -92,11 +104,20 @@ def energy_matching(
     margin: Annotated[float, Within(-1, 1)] = 0.9,
     alpha: Annotated[float, AtLeast(0)] = 1.0,
 ) -> MergePlan:
-    """Only the 2r tokens with the most similar surroundings may merge (PiToMe); the rest is protected.
+    """Merge among the 2r tokens of highest energy, which have many similar tokens (PiToMe); protect all others.
 
-    Energy of a token: the mean over all others of its cosine, where that is above a margin, and `α(exp(cos − margin) −
-    1)` below it. The margin falls linearly with depth, from `margin` to 0. In order of energy, every second of
-    the 2r tokens joins the most similar of the others.
+    The energy of a token is the mean, over all unprotected tokens, of its cosine similarity where that is at least a
+    margin, and of `α·(exp(cos − margin) − 1)` below it. The margin falls linearly with depth from `margin` to 0. By descending energy,
+    every second of the 2r tokens joins the most similar one of the others.
+
+    Args:
+        metric: `[B, N, D]`, floating.
+        r: tokens to merge away.
+        protected: leading tokens that never merge.
+        layer: index of the block.
+        layers: number of blocks.
+        margin: margin in the first block.
+        alpha: α, the weight of similarities below the margin.
     """
     tokens = metric.shape[1]
     x = unit(metric)
@@ -120,10 +141,20 @@ def strided_matching(
     grid: tuple[int, ...] | None = None,
     stride: Annotated[int, AtLeast(1)] = 2,
 ) -> MergePlan:
-    """Tokens on a 2-D grid of destinations, one in stride × stride patches, are joined by the others (tomesd).
+    """Merge tokens into destinations on a coarse grid, one in each stride × stride patches (tomesd).
 
-    Destinations never merge away, so that a quarter of the patches would stay for ever with `stride=2`; when the others run
-    out, the stride doubles.
+    Destinations do not merge away. When fewer than r other tokens are left, the stride doubles.
+
+    Args:
+        metric: `[B, N, D]`, floating.
+        r: tokens to merge away.
+        protected: leading tokens that never merge.
+        anchor: original token at whose position each token is, `[B, N]` int64.
+        grid: patches along each axis, `(h, w)` or `(t, h, w)`.
+        stride: distance between destinations in patches, along both axes of the image.
+
+    Raises:
+        InputError: if `anchor` or `grid` is missing, or the grid does not hold all tokens.
     """
     batch, tokens, _ = metric.shape
     anchor, grid = needed(anchor, "anchor", "strided"), needed(grid, "grid", "strided")
@@ -135,7 +166,7 @@ def strided_matching(
     rows, columns = grid[-2:]
     frames = math.prod(grid[:-2])
     while tokens - protected - frames * -(-rows // stride) * -(-columns // stride) < r:
-        if stride >= max(rows, columns):  # one destination in a frame is still too many
+        if stride >= max(rows, columns):  # one destination per frame is still too many
             frames = 1
         stride *= 2
     index = torch.arange(math.prod(grid), device=metric.device)
@@ -144,6 +175,6 @@ def strided_matching(
     fixed = torch.nn.functional.pad(on_grid, (protected, 0), value=False).expand(batch, -1).gather(1, anchor)
     similarity = _similarities(metric, protected).masked_fill(~fixed.unsqueeze(1), -torch.inf)
     best, partner = similarity.max(dim=2)
-    best = best.nan_to_num(-1.0)  # or destinations would go before what a broken image makes
+    best = best.nan_to_num(-1.0)  # else NaN of a broken image would sort after destinations, which must not be sources
     source = lowest((-best).masked_fill(fixed, torch.inf), r, protected)
     return join(source, partner.gather(1, source), tokens)

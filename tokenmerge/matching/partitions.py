@@ -1,4 +1,4 @@
-"""Which tokens are on which side of a bipartite matching (paper, table 1e)."""
+"""Partitions of the tokens into the sets A and B of bipartite matching (paper, table 1e)."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from tokenmerge.ops.basics import ascending_order
 
 
 def shuffled(count: int, seed: int, device: torch.device) -> Tensor:
-    """`0 … count − 1` in an order that looks random and is the same each time and everywhere, `[count]` int64.
+    """Return a pseudorandom permutation of `0 … count − 1` that is the same on every device, `[count]` int64.
 
-    It is computed where it is wanted: a list made in Python would have to be copied there in every pass.
+    It is computed on the device by hashing, because a list from Python would have to be copied there in every pass.
     """
     mixed = ((torch.arange(count, device=device) + 1) * 0x9E3779B1 + (seed + 1) * 0x85EBCA6B) % 2**32
     mixed = (mixed ^ (mixed >> 15)) * 0x2C1B3C6D % 2**32
@@ -23,7 +23,7 @@ def shuffled(count: int, seed: int, device: torch.device) -> Tensor:
 
 
 def _on_a(partition: Partition, free: int, count_a: int, columns: int, layer: int, device: torch.device) -> Tensor:
-    """`[free]` boolean: which of the tokens that may merge are on side A, `count_a` of them."""
+    """Return which of the `free` unprotected tokens belong to set A, `[free]` bool; at most `count_a` of them do."""
     position = torch.arange(free, device=device)
     if partition == "random":
         return torch.zeros_like(position).scatter_(0, shuffled(free, layer, device), position) < count_a
@@ -36,22 +36,26 @@ def _on_a(partition: Partition, free: int, count_a: int, columns: int, layer: in
 def partition_order(
     partition: Partition, tokens: int, protected: int, grid: tuple[int, ...] | None, layer: int, device: torch.device
 ) -> Tensor | None:
-    """`[N]` int64: the tokens in an order in which every second one is on side A; `None` if they are so already.
+    """Return the tokens in an order in which the alternating partition gives the wanted one (paper, table 1e).
 
     Args:
-        partition: "alternating", every second token (the paper's); "sequential", the first half; "random", half of them,
-            the same in every pass but another in each block; "checkerboard", those of one colour on the grid of patches,
-            for the first block that sees the whole grid, and alternating later, where merging has shuffled them.
+        partition: how set A is chosen among the unprotected tokens: "alternating", every second token (the paper's
+            choice); "sequential", the first half; "random", a pseudorandom half that differs between blocks but not
+            between passes; "checkerboard", one colour of a checkerboard on the grid of patches. Once tokens have
+            merged and no longer fill the grid, "checkerboard" is "alternating".
         tokens: N.
-        protected: leading tokens that are on neither side.
-        grid: patches along each axis.
-        layer: number of the block.
-        device: where the order is wanted, and computed: nothing is copied there.
+        protected: leading tokens that belong to neither set.
+        grid: patches along each axis, or `None` if unknown.
+        layer: index of the block, which seeds "random".
+        device: device of the result.
+
+    Returns:
+        Positions `[N]` int64, or `None` if the order of the tokens already gives that partition.
     """
     if partition == "alternating" or (partition == "checkerboard" and math.prod(grid or (0,)) != tokens - protected):
         return None
     free = tokens - protected
-    first_a, first_b = protected + protected % 2, protected + 1 - protected % 2  # even positions are on side A
+    first_a, first_b = protected + protected % 2, protected + 1 - protected % 2  # A has the even positions
     count_a = len(range(first_a, tokens, 2))
     on_a = _on_a(partition, free, count_a, (grid or (1,))[-1], layer, device)
     sides = ascending_order((~on_a).to(torch.int64).unsqueeze(0))[0] + protected

@@ -1,4 +1,4 @@
-"""Pruning: tokens that are dropped, or fused into one (paper, table 2; EViT; ATS)."""
+"""Matchers that prune: they drop tokens or fuse them into one (paper, table 2; EViT, ATS, DiffRate)."""
 
 from __future__ import annotations
 
@@ -19,7 +19,15 @@ from tokenmerge.plan import MergePlan
 def random_pruning(
     metric: Tensor, r: int, protected: int = 0, layer: int = 0, seed: Annotated[int, Within(0, 2**31)] = 0
 ) -> MergePlan:
-    """Drop r tokens at random: what any other method must beat. The same for every image and in every pass."""
+    """Drop r random tokens, the same ones in every image and every pass; a baseline (paper, table 2).
+
+    Args:
+        metric: `[B, N, D]`; only its shape and device count.
+        r: tokens to drop.
+        protected: leading tokens that are never dropped.
+        layer: index of the block, which selects other tokens in each block.
+        seed: seed of the pseudorandom choice.
+    """
     batch, tokens, _ = metric.shape
     drawn = shuffled(tokens - protected, 1000 * seed + layer, metric.device)[:r] + protected
     return drop(drawn.expand(batch, -1), tokens)
@@ -27,17 +35,36 @@ def random_pruning(
 
 @register_matcher("attention_prune", most="all but one")
 def attention_pruning(metric: Tensor, r: int, protected: int = 0, attention: Tensor | None = None) -> MergePlan:
-    """Drop the r tokens that the class token attends to least (EViT without its fused token)."""
+    """Drop the r tokens with the least class attention (EViT without its fused token).
+
+    Args:
+        metric: `[B, N, D]`; only its shape counts.
+        r: tokens to drop.
+        protected: leading tokens that are never dropped.
+        attention: attention of the class token to each token `[B, N]`.
+
+    Raises:
+        InputError: if `attention` is missing.
+    """
     attention = needed(attention, "attention", "attention_prune")
     return drop(lowest(attention, r, protected), metric.shape[1])
 
 
 @register_matcher("evit", most="all but one")
 def attention_fusing(metric: Tensor, r: int, protected: int = 0, attention: Tensor | None = None) -> MergePlan:
-    """Fuse the r + 1 tokens that the class token attends to least into one, weighted by that attention (EViT).
+    """Fuse the r + 1 tokens with the least class attention into one, weighted by that attention (EViT).
 
-    So N − r tokens are left, one of them the fused one (EViT leaves N − r and the fused one, and does not divide its
-    sum by the weights). It is last, and an ordinary token for the next block.
+    The fused token is the last of the N − r tokens and is an ordinary token for the next block. Two things differ from
+    EViT, which keeps N − r tokens besides the fused one, and does not divide the weighted sum by the weights.
+
+    Args:
+        metric: `[B, N, D]`; only its shape counts.
+        r: tokens to merge away.
+        protected: leading tokens that never merge.
+        attention: attention of the class token to each token `[B, N]`.
+
+    Raises:
+        InputError: if `attention` is missing.
     """
     tokens = metric.shape[1]
     attention = needed(attention, "attention", "evit")
@@ -51,9 +78,20 @@ def attention_fusing(metric: Tensor, r: int, protected: int = 0, attention: Tens
 def adaptive_token_sampling(
     metric: Tensor, r: int, protected: int = 0, attention: Tensor | None = None, values: Tensor | None = None
 ) -> MergePlan:
-    """Sample N − r tokens by inverse transform of class attention times the length of V (ATS); drop the others.
+    """Keep N − r tokens by inverse transform sampling of class attention times the norm of V (ATS); drop the others.
 
-    ATS keeps fewer where one token is drawn twice; here the most significant others fill up, so that batches stay dense.
+    Where ATS draws a token twice, it keeps fewer tokens. Here the most significant remaining tokens fill the number up, so
+    that all images of a batch keep N − r tokens.
+
+    Args:
+        metric: `[B, N, D]`; only its shape and device count.
+        r: tokens to drop.
+        protected: leading tokens that are never dropped.
+        attention: attention of the class token to each token `[B, N]`.
+        values: V `[B, H, N, D]`.
+
+    Raises:
+        InputError: if `attention` or `values` is missing.
     """
     tokens = metric.shape[1]
     attention, values = needed(attention, "attention", "ats"), needed(values, "values", "ats")
@@ -64,7 +102,7 @@ def adaptive_token_sampling(
     quantile = (torch.arange(count, device=metric.device) + 0.5) / count
     drawn = torch.searchsorted(share.cumsum(dim=1), quantile.expand(len(share), -1).contiguous())
     drawn = drawn.clamp_max(share.shape[1] - 1)
-    # drawn ones rank above all others, and among each kind the more significant ones
+    # drawn tokens rank above all others, and both groups rank by significance
     score = share + torch.zeros_like(share).scatter_(1, drawn, 2.0)
     full = torch.nn.functional.pad(score, (protected, 0), value=4.0)
     return drop(lowest(full, r, protected), tokens)
@@ -79,10 +117,22 @@ def prune_then_merge(
     layer: int = 0,
     pruned: Annotated[float, Within(0, 1)] | Annotated[list[Annotated[float, Within(0, 1)]], PerBlock()] = 0.5,
 ) -> MergePlan:
-    """Of the r tokens that the class token attends to least, drop the last part and merge the rest (DiffRate).
+    """Drop or merge the r tokens with the least class attention (DiffRate).
 
-    Those that merge join the most similar token that stays. `pruned` is the part of r that is dropped, the same in every
-    block or one for each (`tokenmerge.diffrate_schedule` reads them from DiffRate's own files).
+    Of these r tokens, the fraction `pruned` with the least attention is dropped, and each of the others joins the most
+    similar token that remains.
+
+    Args:
+        metric: `[B, N, D]`, floating.
+        r: tokens to drop or merge away.
+        protected: leading tokens that never merge.
+        attention: attention of the class token to each token `[B, N]`.
+        layer: index of the block.
+        pruned: fraction of r that is dropped, one number or one per block (`tokenmerge.diffrate_schedule` reads the
+            latter from DiffRate's published files).
+
+    Raises:
+        InputError: if `attention` is missing.
     """
     batch, tokens, _ = metric.shape
     count = round((pruned[layer] if isinstance(pruned, list) else pruned) * r)
@@ -92,7 +142,7 @@ def prune_then_merge(
     closed = torch.zeros(batch, tokens, dtype=torch.bool, device=metric.device).scatter_(1, going, True)
     closed[:, :protected] = True
     nearest = similarity.masked_fill(closed.unsqueeze(1), -torch.inf).argmax(dim=2)
-    # what is dropped joins anything first, and is then marked
+    # `join` needs a partner for dropped tokens, too; their targets are then replaced by −1
     joined = torch.cat([rest_of(going, tokens)[:, -1:].expand(-1, count), nearest], dim=1)
     plan = join(going, joined, tokens)
     target = plan.target.clone()

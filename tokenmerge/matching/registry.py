@@ -1,6 +1,7 @@
-"""Matchers by name. A matcher is mathematics: metric, r, protected -> MergePlan; what can be checked is checked here.
+"""Registry of matchers: functions `(metric, r, protected) -> MergePlan`, selected by name.
 
-The registry checks shapes, cuts r to what is possible, answers r = 0, and knows of every option which values mean something.
+The registry checks shapes and options, cuts r to the most that can merge, and returns the identity plan for r = 0, so
+that a matcher contains its mathematics alone.
 """
 
 from __future__ import annotations
@@ -36,24 +37,29 @@ OFFERED = {
     "predictor": "the block's trained predictor (tokenmerge.matching.learned), or None",
     "backend": "MergeConfig.backend; such a matcher must also take keys [B, H, N, D] not averaged over heads yet",
 }
-"""What a matcher may ask for by naming a parameter so."""
+"""Parameters that a block fills in if a matcher has them, with a description of each."""
 INSIDE = frozenset({"attention", "values"})
-"""Those of them that are seen inside attention."""
+"""The entries of `OFFERED` that come from inside attention."""
 
 
 class Matcher(Protocol):
-    """Decides which tokens become one.
+    """Matching algorithm, which decides which tokens merge.
 
-    The number of tokens it leaves may depend on shapes and `r` alone, never on values, so that every image
-    of a batch keeps the same length and a compiled model has static shapes (unless it is registered as adaptive).
+    The number of tokens that it leaves may depend on shapes and `r` alone and not on values, so that all images of a
+    batch keep the same number of tokens and a compiled model has static shapes. Matchers registered as adaptive are
+    exempt.
     """
 
     def __call__(self, metric: Tensor, r: int, protected: int = 0) -> MergePlan:
-        """Plan the merge of `r` of the N tokens in `metric [B, N, D]`; the first `protected` stay alone.
+        """Match tokens and return the plan of their merge.
 
-        `metric` is floating point, and 0 < r ≤ what is possible. Further parameters need a default. Those named in `OFFERED`
-        are filled in by the block that merges; all others are options, given by `MergeConfig.options`, whose annotations say
-        which values they may have.
+        A matcher may have further parameters. The block fills in the ones named in `OFFERED`; all others are
+        options (`MergeConfig.options`), which need a default and whose annotations state the allowed values.
+
+        Args:
+            metric: `[B, N, D]`, floating: the features compared.
+            r: tokens to merge away, at least 1 and at most `schedule.max_merges` of N.
+            protected: leading tokens that neither merge nor are merged into.
         """
         ...
 
@@ -63,14 +69,14 @@ class Entry:
     """A registered matcher.
 
     Attributes:
-        name: by which `MergeConfig.matcher` finds it.
-        matcher: the function, which trusts what it is given.
-        checked: the same for whoever calls it directly.
-        offered: which of `OFFERED` it takes.
+        name: the value of `MergeConfig.matcher` that selects it.
+        matcher: the function without checks of its arguments, as blocks call it.
+        checked: the function with checks, as users call it.
+        offered: its parameters among `OFFERED`.
         options: its other parameters, with their defaults.
-        adaptive: whether the tokens it leaves depend on values.
-        learned: whether it works with weights of its own, which must be trained first.
-        most: how many tokens it can merge away.
+        adaptive: whether the number of tokens it leaves depends on values.
+        learned: whether it needs trained weights.
+        most: how many of the unprotected tokens it can merge away.
     """
 
     name: str
@@ -84,7 +90,7 @@ class Entry:
 
     @property
     def about(self) -> str:
-        """The first line of the function's docstring."""
+        """The first line of the matcher's docstring."""
         own = inspect.unwrap(self.matcher)
         return (inspect.getdoc(plain_function(own) if isinstance(own, functools.partial) else own) or "").partition(
             "\n"
@@ -92,11 +98,11 @@ class Entry:
 
     @property
     def looks_inside(self) -> bool:
-        """Whether Q, K and V must be noted as attention uses them."""
+        """Whether the matcher needs Q, K or V as attention uses them."""
         return bool(self.offered & INSIDE)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return get_entry, (self.name,)  # the function is found again by its name
+        return get_entry, (self.name,)  # pickled by name: the function may be a local one
 
 
 _MATCHERS: dict[str, Entry] = {}
@@ -106,23 +112,32 @@ _M = TypeVar("_M", bound=Callable[..., MergePlan])
 def register_matcher(
     name: str, adaptive: bool = False, learned: bool = False, most: Most = "half"
 ) -> Callable[[_M], _M]:
-    """Make a function selectable as `patch(model, matcher=name)`.
+    """Register a matching function as a matcher, so that `patch(model, matcher=name)` selects it.
 
     Args:
-        name: what to select it by.
-        adaptive: whether the number of tokens it leaves depends on values: such a model cannot be compiled or exported
-            with static shapes, and `r` is what it merges on average.
-        learned: whether it needs trained weights, and so cannot be compared off the shelf; while training it may leave
-            more tokens than r says.
-        most: how many of the unprotected tokens it can merge away: "half", or "all but one".
+        name: name of the matcher.
+        adaptive: whether the number of tokens it leaves depends on values. A model with such a matcher cannot be
+            compiled or exported with static shapes, and merges r tokens on average.
+        learned: whether it needs trained weights and so cannot work on a pretrained model without training; in training
+            it may leave more than N − r tokens.
+        most: how many of the unprotected tokens it can merge away: "half" or "all but one".
 
     Returns:
-        A decorator. What it gives checks its arguments, cuts r, and answers r = 0 with the plan that merges nothing; blocks
-        call the function itself, and look at its plan.
+        A decorator, which returns the function with checks of its arguments: r is cut to `schedule.max_merges`, and r = 0
+        returns the identity plan. Blocks call the function without these checks and verify its plans instead.
 
     Raises:
-        ConfigError: if a function from elsewhere already has that name (the same one, defined again as in a notebook, takes
-            its place), or a further parameter has no default.
+        ConfigError: if another function is registered under that name (defining the same function again replaces it),
+            if the function does not take metric, r and protected, or if an option has no default.
+
+    Example:
+        >>> import torch, tokenmerge
+        >>> from tokenmerge.matching.joining import drop, lowest
+        >>> @tokenmerge.register_matcher("drop_shortest", most="all but one")
+        ... def drop_shortest(metric, r, protected=0):
+        ...     return drop(lowest(metric.norm(dim=2), r, protected), metric.shape[1])
+        >>> drop_shortest(torch.randn(1, 9, 4), r=20, protected=1).tokens_out  # r is cut to 7
+        2
     """
 
     flags = isinstance(adaptive, bool) and isinstance(learned, bool)
@@ -154,14 +169,14 @@ def register_matcher(
 
 
 def _watched(name: str, function: Any) -> Callable[..., MergePlan]:
-    """A matcher from elsewhere, whose plans are looked at in every pass; the plans of ours are by the tests."""
+    """Return a third-party matcher with checks of its plan in every pass; tests verify the plans of tokenmerge's own."""
 
     @functools.wraps(function)
     def matcher(metric: Tensor, r: int, protected: int = 0, *args: Any, **kwargs: Any) -> MergePlan:
         def own(value: Any) -> Any:
             return value.clone() if isinstance(value, Tensor) else value
 
-        # copies, because they are tokens, sizes and keys of the pass itself: a matcher may work in place
+        # copies, because these are the tokens, sizes and keys of the pass, and a matcher may modify its arguments
         given = {name: own(value) for name, value in kwargs.items()}
         plan: MergePlan = function(own(metric), r, protected, *map(own, args), **given)
         check_plan(plan, name, metric, protected)
@@ -171,11 +186,11 @@ def _watched(name: str, function: Any) -> Callable[..., MergePlan]:
 
 
 def _checked(name: str, function: Any, per_head: bool, most: Most) -> Callable[..., MergePlan]:
-    """A matcher for whoever calls it directly."""
+    """Return a matcher with checks of its arguments, for direct calls."""
     signature = inspect.signature(function)
     further = [parameter.name for parameter in _further(function)]
 
-    # what values may be is read off annotations, which Dynamo cannot do: it runs these two, and takes what they give
+    # these two read annotations, which Dynamo cannot trace; it calls them and treats their results as constants
     @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
     def known() -> tuple[str, ...]:
         return tuple(given for given in hints_of(function) if given in further)
@@ -215,15 +230,15 @@ def _home(function: Any) -> tuple[str, ...]:
 
 
 def _is_own(function: Any) -> bool:
-    """Whether its code is tokenmerge's, whatever a decorator has copied onto it."""
+    """Return whether a function's code is tokenmerge's; `__module__` does not tell, because decorators copy it."""
     return str(getattr(function, "__globals__", {}).get("__name__", "")).startswith("tokenmerge.")
 
 
 def _parameters(matcher: Any) -> tuple[list[inspect.Parameter], int, bool]:
-    """The parameters of a callable, how many of the first three are given by place, and whether any number more can be."""
+    """Return the parameters of a callable, how many of the first three are positional, and whether it takes `*args`."""
     try:
         found = inspect.signature(matcher.forward if isinstance(matcher, nn.Module) else matcher)
-    except (TypeError, ValueError):  # no callable, or one that shows no parameters
+    except (TypeError, ValueError):  # not callable, or without a signature
         return [], 0, False
     parameters = list(found.parameters.values())
     kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
@@ -234,16 +249,16 @@ def _parameters(matcher: Any) -> tuple[list[inspect.Parameter], int, bool]:
 
 
 def _further(matcher: Any) -> list[inspect.Parameter]:
-    """What a matcher takes besides metric, r and protected."""
+    """Return the parameters of a matcher after metric, r and protected."""
     parameters, by_place, any_number = _parameters(matcher)
     further = parameters[by_place:]
-    if any_number:  # a wrapper that hands on whatever it is given
+    if any_number:  # a wrapper with *args and **kwargs
         further = [p for p in further if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
     return further
 
 
 def _check_callable(name: str, matcher: Any) -> None:
-    """Raise `ConfigError` unless it can be called with a metric, r and protected."""
+    """Raise `ConfigError` unless a matcher can be called as `matcher(metric, r, protected)`."""
     parameters, by_place, any_number = _parameters(matcher)
     if inspect.isclass(matcher) or not (by_place == 3 or any_number):
         raise ConfigError(
@@ -253,10 +268,10 @@ def _check_callable(name: str, matcher: Any) -> None:
 
 
 def get_entry(name: str) -> Entry:
-    """What is registered under that name.
+    """Return the entry of a registered matcher.
 
     Raises:
-        ConfigError: if there is nothing.
+        ConfigError: if no matcher has that name.
     """
     try:
         return _MATCHERS[name]
@@ -267,36 +282,39 @@ def get_entry(name: str) -> Entry:
 
 
 def entry_for(config: MergeConfig) -> Entry:
-    """The matcher that a config names.
+    """Return the entry of the matcher that a config selects.
 
     Raises:
-        ConfigError: if there is none of that name.
+        ConfigError: if no matcher has that name.
     """
     return get_entry(config.matcher)
 
 
 def get_matcher(name: str) -> Matcher:
-    """The matcher of that name, which checks what it is given.
+    """Return a registered matcher with checks of its arguments, for direct calls.
 
     Raises:
-        ConfigError: if there is none.
+        ConfigError: if no matcher has that name.
     """
     matcher: Matcher = get_entry(name).checked
     return matcher
 
 
 def matcher_names() -> tuple[str, ...]:
-    """Every registered matcher, in the order of registration."""
+    """Return the names of all registered matchers, in the order of registration."""
     return tuple(_MATCHERS)
 
 
 def check_options(name: str, options: Mapping[str, Any], layers: int | None = None) -> None:
-    """Raise `ConfigError` unless the matcher of that name has all of these options, and can do with their values.
+    """Check options of a matcher against its parameters and their annotations.
 
     Args:
-        name: of the matcher.
-        options: values by name.
-        layers: blocks of the model, where that is known: lists with an entry per block must be as long.
+        name: name of the matcher.
+        options: values by option name.
+        layers: number of blocks of the model, or `None` if unknown; lists with one entry per block must have this length.
+
+    Raises:
+        ConfigError: if the matcher does not exist or lacks an option, or a value is not allowed.
     """
     entry = get_entry(name)
     if not isinstance(options, Mapping):
@@ -322,10 +340,15 @@ def check_options(name: str, options: Mapping[str, Any], layers: int | None = No
 
 
 def needed(value: Any, name: str, matcher: str) -> Any:
-    """What a matcher asked for and cannot do without.
+    """Return an argument that a matcher requires.
+
+    Args:
+        value: the argument, or `None` if the caller left it out.
+        name: its name in `OFFERED`.
+        matcher: name of the matcher, for the message.
 
     Raises:
-        InputError: if it was not given.
+        InputError: if `value` is `None`.
     """
     if value is None:
         raise InputError(f"matcher {shown(matcher)} needs {OFFERED[name]}, but none was given: give {name}=…")

@@ -1,7 +1,7 @@
-"""Which values an option may have, read off its annotation.
+"""Allowed values of a matcher's options, read from the annotations of its parameters.
 
-`int`, `float`, `str`, `bool`, `Literal[…]`, lists and unions of them mean what they say; numbers are finite. `Annotated`
-adds what Python cannot say: `Annotated[int, AtLeast(1)]`, `Annotated[list[float], PerBlock()]`.
+Supported are `int`, `float`, `str`, `bool`, `Literal[…]`, lists and unions of them; numbers must be finite. `Annotated`
+adds rules: `Annotated[int, AtLeast(1)]`, `Annotated[list[float], PerBlock()]`.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ _WORDS = {int: "a whole number", float: "a finite number", str: "text", bool: "t
 
 
 def _numbers(value: Any) -> list[Any]:
-    """The numbers that a rule is about: of what is none, nothing."""
+    """Return the numbers in a value or in nested lists of values; other types are skipped."""
     if isinstance(value, list):
         return [number for entry in value for number in _numbers(entry)]
     return [value] if is_number(value) else []
@@ -29,39 +29,48 @@ def _numbers(value: Any) -> list[Any]:
 
 @dataclasses.dataclass(frozen=True)
 class AtLeast:
-    """The least value of a number."""
+    """Rule for a number: its least value.
+
+    Attributes:
+        low: the least value, inclusive.
+    """
 
     low: float
 
     def fault(self, value: Any) -> str | None:
-        """What is wrong with a value, or with an entry of a list."""
+        """Return what a number should be, as text, if a number in the value violates the rule; else `None`."""
         return None if all(number >= self.low for number in _numbers(value)) else f"at least {self.low:g}"
 
 
 @dataclasses.dataclass(frozen=True)
 class Within:
-    """The least and the largest value of a number."""
+    """Rule for a number: its least and its largest value.
+
+    Attributes:
+        low: the least value, inclusive.
+        high: the largest value, inclusive.
+    """
 
     low: float
     high: float
 
     def fault(self, value: Any) -> str | None:
-        """What is wrong with a value, or with an entry of a list."""
+        """Return what a number should be, as text, if a number in the value violates the rule; else `None`."""
         fits = all(self.low <= number <= self.high for number in _numbers(value))
         return None if fits else f"between {self.low:g} and {self.high:g}"
 
 
 @dataclasses.dataclass(frozen=True)
 class PerBlock:
-    """A list with one entry for each block of the model."""
+    """Rule for a list: one entry for each block of the model."""
 
     def fault(self, value: Any) -> str | None:
-        """Nothing: how many blocks there are is known when a model is patched."""
+        """Return `None`: the length is checked when a model is patched (`registry.check_options`)."""
         return None
 
 
 def hints_of(function: Any) -> dict[str, Any]:
-    """The annotations of a function's parameters, as types; those that cannot be read are left out."""
+    """Return the supported annotations of a function's parameters, as types by parameter name."""
     return _hints_of(plain_function(function))
 
 
@@ -71,9 +80,9 @@ def _hints_of(function: Any) -> dict[str, Any]:
     for name, hint in getattr(function, "__annotations__", {}).items():
         try:
             if isinstance(hint, str):
-                hint = eval(hint, function.__globals__)  # (the code of the function itself, not of a user)
+                hint = eval(hint, function.__globals__)  # evaluates only source code of the function itself
             known = name != "return" and _known(hint)
-        except Exception:  # a name that is there for type checkers alone, or no type at all
+        except Exception:  # imported for type checkers only, or not a type
             continue
         if known:
             found[name] = hint
@@ -81,7 +90,7 @@ def _hints_of(function: Any) -> dict[str, Any]:
 
 
 def plain_function(function: Any) -> Any:
-    """The function that is called in the end: by a wrapper, a `functools.partial`, or an object with `__call__`."""
+    """Return the innermost function behind wrappers, partials, methods, modules and objects with `__call__`."""
     while True:
         function = inspect.unwrap(function)
         if isinstance(function, functools.partial):
@@ -97,7 +106,7 @@ def plain_function(function: Any) -> Any:
 
 
 def _known(hint: Any) -> bool:
-    """Whether `fault_of` can tell."""
+    """Return whether `fault_of` supports an annotation."""
     origin, parts = typing.get_origin(hint), typing.get_args(hint)
     if origin is Annotated:
         return _known(parts[0])
@@ -107,7 +116,7 @@ def _known(hint: Any) -> bool:
 
 
 def per_block(hint: Any) -> bool:
-    """Whether a list of that type has one entry for each block."""
+    """Return whether an annotation states that a list has one entry per block."""
     parts = typing.get_args(hint)
     if typing.get_origin(hint) is Annotated:
         return any(isinstance(part, PerBlock) for part in parts[1:])
@@ -115,11 +124,17 @@ def per_block(hint: Any) -> bool:
 
 
 def fault_of(value: Any, hint: Any) -> str | None:
-    """What a value should be, in words, if it is not of the type; `None` if it is."""
+    """Return what a value should be, as text, if it does not match an annotation; `None` if it does.
+
+    Example:
+        >>> from tokenmerge.matching.values import AtLeast, fault_of
+        >>> fault_of(0, Annotated[int, AtLeast(1)])
+        'at least 1'
+    """
     origin, parts = typing.get_origin(hint), typing.get_args(hint)
     if origin is Annotated:
         fault = fault_of(value, parts[0])
-        rules = [rule for rule in parts[1:] if isinstance(rule, AtLeast | Within | PerBlock)]  # others are not for us
+        rules = [rule for rule in parts[1:] if isinstance(rule, AtLeast | Within | PerBlock)]  # others are ignored
         return fault or next((found for rule in rules if (found := rule.fault(value))), None)
     if origin in (typing.Union, types.UnionType):
         faults = [fault_of(value, part) for part in parts]
@@ -128,7 +143,7 @@ def fault_of(value: Any, hint: Any) -> str | None:
         known = any(
             isinstance(value, type(part)) and isinstance(value, bool) == isinstance(part, bool) and value == part
             for part in parts
-        )  # (arrays compare to anything)
+        )  # types are compared first, because `==` of an array is an array
         return None if known else f"one of {', '.join(map(str, parts))}"
     if origin is list:
         if not isinstance(value, list):

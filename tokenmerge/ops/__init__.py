@@ -1,4 +1,4 @@
-"""The few hot operations: Triton kernels beside their plain torch references, and what chooses between them."""
+"""Performance-critical operations: torch implementations, Triton kernels, and the choice between them."""
 
 from tokenmerge.ops.basics import counting, take_rows
 from tokenmerge.ops.choice import takes_triton, triton_refusals

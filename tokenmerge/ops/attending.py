@@ -1,8 +1,8 @@
-"""Proportional attention by a Triton kernel: sizes are added to scores on the chip, at the cost of no mask at all.
+"""Proportional attention in a Triton kernel, which adds `log size` to the scores at the cost of attention without a mask.
 
-PyTorch's flash attention takes no mask, and its other kernels take a general one, `[B, H, N, N]` in effect, of which they read
-a number for each score. A logarithm for each key needs N numbers. Half precision only: products in float32 on the matrix unit
-(three of tf32) take more registers than there are.
+PyTorch's flash attention takes no mask, and its other kernels read a general mask, in effect one number per score
+(`[B, H, N, N]`). One logarithm per key is only N numbers. The kernel supports half precision only: float32 products on
+tensor cores (three tf32 products each) need more registers than a GPU has.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ from tokenmerge.ops.launch import INTERPRETED, Launch, divisor, is_plain, one_pr
 
 _FACTORS = {
     torch.float16: tl.float16,
-    torch.bfloat16: tl.float32 if INTERPRETED else tl.bfloat16,  # the interpreter cannot multiply matrices of bfloat16
+    torch.bfloat16: tl.float32 if INTERPRETED else tl.bfloat16,  # the interpreter cannot multiply bfloat16 matrices
 }
 
 
 def _constants(channels: int, dtype: torch.dtype) -> dict[str, Any]:
-    """Sizes of tiles: of 11 the fastest for heads of 64 channels on an H200."""
+    """Return the compile-time constants of the kernel: the fastest of 11 tile shapes for D = 64 on an H200."""
     return {"D": channels, "FACTOR": _FACTORS[dtype], "ROWS": 64, "COLUMNS": 64, "num_warps": 4, "num_stages": 3}
 
 
@@ -39,13 +39,13 @@ def _launch(query: Tensor, key: Tensor, value: Tensor, log: Tensor, out: Tensor,
 
 
 def _empty(query: Tensor) -> Tensor:
-    """Memory for the output: heads lie side by side in it, as the projection after attention reads them."""
+    """Allocate the output as `[B, M, H, D]`, the layout that the projection after attention reads."""
     batch, heads, queries, channels = query.shape
     return query.new_empty(batch, queries, heads, channels)
 
 
 def _aligned(x: Tensor) -> bool:
-    """Whether each row lies in one piece that begins at a multiple of 16 bytes, as far as the tensor can tell."""
+    """Return whether each row of D channels is contiguous and starts at a multiple of 16 bytes within its storage."""
     return bool(x.stride(3) == 1 and x.storage_offset() % 8 == 0 and all(stride % 8 == 0 for stride in x.stride()[:3]))
 
 
@@ -63,26 +63,29 @@ def _operator(query: Tensor, key: Tensor, value: Tensor, log: Tensor, scale: flo
 
 
 def attend(query: Tensor, key: Tensor, value: Tensor, log: Tensor, scale: float) -> Tensor:
-    """`softmax(QKᵀ·scale + log size) V`, `[B, H, M, D]` in the dtype of the query; takes no gradient.
+    """Compute `softmax(QKᵀ·scale + log size) V` without gradient.
 
     Args:
-        query: `[B, H, M, D]`, float16 or bfloat16, any strides, D 16, 32 or 64.
-        key: `[B, H, N, D]`.
-        value: `[B, H, N, D]`.
-        log: `[B, H, N]`, any floating dtype: the logarithms of sizes. −inf and the least number of the dtype are padding.
+        query: M queries `[B, H, M, D]`, float16 or bfloat16, any strides; D is 16, 32 or 64.
+        key: `[B, H, N, D]`, the dtype of the query.
+        value: `[B, H, N, D]`, the dtype of the query.
+        log: logarithms of the sizes `[B, H, N]`, any floating dtype; −inf or the least number of the dtype marks padding.
         scale: factor of QKᵀ.
+
+    Returns:
+        `[B, H, M, D]` in the dtype of the query.
     """
     run = _run if is_plain(query) else _operator
     return run(query, key, value, log, scale).transpose(1, 2)
 
 
 def launches(query: Tensor, key: Tensor, value: Tensor, log: Tensor) -> list[Launch]:
-    """The one that attends; the tensors may be on the "meta" device."""
+    """Return the launch that computes attention, for tests and compilation; tensors may be on the "meta" device."""
     return [_launch(query, key, value, log, _empty(query), 1.0)]
 
 
 def compiled_for(dtype: torch.dtype, heads: int, dim: int) -> list[Any]:
-    """Compile what attention over heads of that size needs, for Triton's current target, without any memory."""
+    """Compile the attention kernel for H heads of D = `dim` channels and Triton's current target, on "meta" tensors."""
     qkv = torch.empty(1, 197, 3, heads, dim, dtype=dtype, device="meta").permute(2, 0, 3, 1, 4)
     log = torch.empty(1, 1, 197, dtype=dtype, device="meta").expand(1, heads, 197)
     return [launch.compile() for launch in launches(qkv[0], qkv[1], qkv[2], log)]

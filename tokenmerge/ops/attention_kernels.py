@@ -1,8 +1,8 @@
-"""Triton's kernel of proportional attention: `softmax(QKᵀ·scale + log size) V` without a mask in memory.
+"""Triton kernel of proportional attention: `softmax(QKᵀ·scale + log size) V` without a mask in memory.
 
-`tokenmerge.ops.attending` starts it; the reference is PyTorch's attention with a mask. The softmax is computed online, over
-one tile of keys after the other (arXiv:2205.14135), so scores and weights never leave the chip. Parameters have no
-annotations, because Triton's compiler evaluates them.
+`tokenmerge.ops.attending` launches it; its reference is PyTorch's attention with a mask. The softmax is computed online,
+one tile of keys after the other (arXiv 2205.14135), so scores and weights never leave the chip. Parameters have no
+annotations, because Triton's compiler would evaluate them.
 """
 
 from __future__ import annotations
@@ -10,15 +10,15 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-# The softmax is computed in powers of two, for which GPUs have an instruction.
+# The softmax uses powers of two, for which GPUs have an instruction.
 _LOG2_E = tl.constexpr(1.4426950408889634)
-# Below all scores but those of padding. It is finite, so that a tile that is nothing but padding gives no NaN.
+# Initial maximum, below all scores except those of padding; finite, so that a tile of padding alone gives no NaN.
 _LOWEST = tl.constexpr(-1.0e30)
 
 
 @triton.jit
 def _rows(x, at, inside, D: tl.constexpr, FACTOR: tl.constexpr, TAIL: tl.constexpr):
-    """The rows that begin at `at`, `[rows, D]` as FACTOR; in the TAIL, zeros in place of those that are not inside."""
+    """Load the rows that start at offsets `at` as `[rows, D]` in dtype FACTOR; if TAIL, rows not `inside` are 0."""
     to = x + at[:, None] + tl.arange(0, D)[None, :]
     if TAIL:
         return tl.load(to, mask=inside[:, None], other=0.0).to(FACTOR)
@@ -43,8 +43,8 @@ def _add_keys(
     FACTOR: tl.constexpr,
     TAIL: tl.constexpr,
 ):
-    """The sums of the softmax with one tile of keys more; outside of the TAIL all keys of the tile are there."""
-    # The logarithms are asked for before the product, which hides how long they take to come.
+    """Add one tile of keys to the running sums of the online softmax; only a TAIL tile may lack keys."""
+    # loaded before the product, which hides their latency
     if TAIL:
         bias = tl.load(log + column, mask=there, other=float("-inf")).to(tl.float32)
     else:
@@ -107,11 +107,11 @@ def attention_kernel(
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
-    """One tile of queries of one head against all keys.
+    """Compute attention for one tile of queries of one head.
 
-    q `[B, H, M, D]`, k and v `[B, H, N, D]`, log `[B, H, N]` -> out `[B, M, H, D]`, contiguous; D a power of two. Strides come
-    divided by STEP and LOG_STEP, so that the compiler knows what divides them and loads 16 bytes at once. FACTOR is the dtype of
-    the factors of products. Grid: (B · H · tiles of M).
+    q `[B, H, M, D]`, k and v `[B, H, N, D]`, log `[B, H, N]` -> out `[B, M, H, D]`, contiguous; D is a power of two. Strides
+    are passed divided by STEP and LOG_STEP, which tells the compiler their divisors, so that it loads 16 bytes at once.
+    FACTOR is the dtype of the operands of products. Grid: (B · H · tiles of M).
     """
     image = (tl.program_id(0) // tiles // heads).to(tl.int64)
     head = (tl.program_id(0) // tiles % heads).to(tl.int64)
@@ -125,7 +125,7 @@ def attention_kernel(
     log += (image * log_b + head * log_h) * LOG_STEP
     out += ((image * queries + start) * heads + head) * D
     k_at, v_at = column * (k_n * STEP), column * (v_n * STEP)
-    # What Inductor passes as numbers may be constants, which have no .to(), and fractions come in float64.
+    # numbers from Inductor may be constants, which have no .to(), and floats arrive as float64
     further = tl.full((), COLUMNS * STEP, tl.int64)
     scale = tl.full((), scale, tl.float32)
     query = _rows(q, row * (q_n * STEP), asks, D, FACTOR, True)
@@ -145,6 +145,6 @@ def attention_kernel(
         highest, divisor, total = _add_keys(
             query, k, v, log, k_at, v_at, column, there, scale, highest, divisor, total, D, FACTOR, True
         )
-    divisor = tl.maximum(divisor, 1e-30)  # 0 where all keys are padding; else it is at least 1
+    divisor = tl.maximum(divisor, 1e-30)  # 0 if all keys are padding, else at least 1
     to = out + row[:, None] * (heads * D) + tl.arange(0, D)[None, :]
     tl.store(to, (total / divisor[:, None]).to(out.dtype.element_ty), mask=asks[:, None])

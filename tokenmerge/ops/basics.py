@@ -1,4 +1,4 @@
-"""What every hot operation needs: ranges, rows, orders, sums over heads, and arithmetic that autocast leaves alone."""
+"""Shared operations: ranges, row gathers, sorting, sums over heads, and arithmetic without autocast."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from tokenmerge.ops import exported
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def is_exporting() -> bool:
-    """Whether `torch.export`, TorchScript's tracer or an exporter built on them traces the model: compiling is not exporting.
+    """Return whether `torch.export`, TorchScript or an exporter built on them is tracing; `torch.compile` does not count.
 
-    In torch 2.11, Dynamo takes `torch.compiler.is_exporting()` for true wherever it compiles. It runs this function
-    instead of tracing it, so that the answer is Python's own.
+    In torch 2.11, Dynamo evaluates `torch.compiler.is_exporting()` as true whenever it compiles. The decorator makes
+    Dynamo call this function instead of tracing it.
     """
     return torch.compiler.is_exporting() or torch._C._get_tracing_state() is not None
 
@@ -28,18 +28,22 @@ def is_exporting() -> bool:
 
 @functools.lru_cache(maxsize=512)
 def _made(count: int, step: int) -> Tensor:
-    with torch.inference_mode(False):  # or a later training pass could not save it for backward
+    with torch.inference_mode(False):  # an inference tensor could not be saved for backward later
         return torch.arange(count).mul_(step)
 
 
 def counting(count: int, device: torch.device, step: int = 1) -> Tensor:
-    """`0, step, 2·step, …`, `[count]` int64. The same tensor each time on a CPU: never change it in place.
+    """Return `0, step, 2·step, …`, `[count]` int64, from a cache on a CPU: never modify the result in place.
 
-    Making a range takes as long as using it on a CPU, so it is made once there. It is made anew wherever code is traced,
-    because another mode's tensor must not be found by the next caller, and on other devices, where memory may belong to a
-    captured graph.
+    On a CPU, making a range takes as long as using it. The cache is bypassed while code is traced, because a tensor of one
+    tracing mode must not reach other code, and on other devices, where memory may belong to a captured graph.
+
+    Args:
+        count: number of entries.
+        device: device of the result.
+        step: difference between entries.
     """
-    # not arange with a step: its length would be a quotient of symbols where N is dynamic, which Dynamo cannot print
+    # arange with a step has a length that Dynamo cannot print if N is dynamic (a quotient of symbols)
     if device.type != "cpu" or torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() or is_exporting():
         numbers = torch.arange(count, device=device)
         return numbers.mul_(step)
@@ -50,14 +54,22 @@ def counting(count: int, device: torch.device, step: int = 1) -> Tensor:
 
 
 def flat_rows(index: Tensor, rows: int) -> Tensor:
-    """Row numbers into `[B·rows, C]` for an index `[B, M]` into `[B, rows, C]`; `[B·M]`, int64."""
+    """Convert an index `[B, M]` into `[B, rows, C]` to an index `[B·M]` into `[B·rows, C]`, int64."""
     return (index + counting(index.shape[0], index.device, rows).unsqueeze(1)).reshape(-1)
 
 
 def take_rows(x: Tensor, index: Tensor) -> Tensor:
-    """`out[b, m] = x[b, index[b, m]]` for x `[B, N, C]` and index `[B, M]`; `[B, M, C]`.
+    """Gather rows of each image: `out[b, m] = x[b, index[b, m]]`.
 
-    Whole rows of the flattened tensor: on a CPU some ten times faster than `torch.gather` on an expanded index.
+    Gathering whole rows of the flattened tensor is about ten times faster on a CPU than `torch.gather` with an expanded
+    index.
+
+    Args:
+        x: `[B, N, C]`, any dtype.
+        index: `[B, M]` int64.
+
+    Returns:
+        `[B, M, C]` in the dtype of `x`.
     """
     batch, rows, channels = x.shape
     out = x.reshape(batch * rows, channels).index_select(0, flat_rows(index, rows))
@@ -65,7 +77,7 @@ def take_rows(x: Tensor, index: Tensor) -> Tensor:
 
 
 def spread_rows(x: Tensor, index: Tensor, drops: bool) -> Tensor:
-    """`take_rows` where an index may be −1, if `drops` says so: those rows are 0."""
+    """Gather rows as `take_rows`; if `drops`, `index` may contain −1, whose rows are 0."""
     if not drops:
         return take_rows(x, index)
     return take_rows(x, index.clamp_min(0)).masked_fill((index < 0).unsqueeze(2), 0)
@@ -75,14 +87,14 @@ def spread_rows(x: Tensor, index: Tensor, drops: bool) -> Tensor:
 
 
 def descending_order(values: Tensor) -> Tensor:
-    """Return the positions of `values [B, M]` from the largest to the smallest, equal ones by ascending position; int64."""
+    """Return the positions of `values [B, M]` by descending value, `[B, M]` int64; ties go to the lower position."""
     if is_exporting():
         return exported.descending_order(values)
     return values.argsort(dim=1, descending=True, stable=True)
 
 
 def ascending_order(values: Tensor) -> Tensor:
-    """Return the positions from the smallest to the largest, equal ones by ascending position; int64."""
+    """Return the positions of `values [B, M]` by ascending value, `[B, M]` int64; ties go to the lower position."""
     if is_exporting():
         return exported.ascending_order(values)
     return values.argsort(dim=1, stable=True)
@@ -122,7 +134,7 @@ def largest_rows(rows: Tensor, target: Tensor, values: Tensor, left: int) -> Ten
 
 
 def sum_over_heads(keys: Tensor, dim: int) -> Tensor:
-    """`keys.sum(dim)` in float32 (float64 for float64); for few heads on a CPU by additions, twice as fast there."""
+    """Return `keys.sum(dim)` in float32 (float64 for float64); few heads on a CPU are added one by one, twice as fast."""
     wide = torch.float64 if keys.dtype == torch.float64 else torch.float32
     if keys.device.type != "cpu" or keys.dtype != wide or not 1 < keys.shape[dim] <= 6:
         return keys.sum(dim=dim, dtype=wide)
@@ -134,21 +146,21 @@ def sum_over_heads(keys: Tensor, dim: int) -> Tensor:
 
 
 def unit(metric: Tensor) -> Tensor:
-    """`metric [B, N, D]` in float32, every vector divided by its length."""
+    """Return `metric [B, N, D]` in float32 with every vector divided by its norm (zero vectors stay 0)."""
     metric = metric.to(torch.float32)
     normed: Tensor = metric / torch.linalg.vector_norm(metric, dim=2, keepdim=True).clamp_min_(1e-12)
     return normed
 
 
 def autocast_dtype(device_type: str) -> torch.dtype | None:
-    """The dtype that autocast is casting to on this device right now, or `None`; the meta device knows no autocast."""
+    """Return the dtype of autocast if it is enabled for a device type, else `None`; the meta device has no autocast."""
     if device_type != "meta" and torch.is_autocast_enabled(device_type):
         return torch.get_autocast_dtype(device_type)
     return None
 
 
 def no_autocast(device_type: str) -> contextlib.AbstractContextManager[object]:
-    """A context in which autocast does nothing; free where it is off already."""
+    """Return a context manager that disables autocast for a device type; a no-op if autocast is off."""
     if autocast_dtype(device_type) is None:
         return contextlib.nullcontext()
     return torch.autocast(device_type, enabled=False)

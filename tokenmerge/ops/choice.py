@@ -1,4 +1,4 @@
-"""Which backend runs a hot operation: Triton kernels where they can, plain torch everywhere else."""
+"""Choice of the backend of an operation: Triton kernels where they can run, torch everywhere else."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ from tokenmerge.ops.basics import is_exporting
 Operation = Literal["match", "merge", "attend"]
 LEAST_CAPABILITY = (8, 0)
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
-_MISSING = importlib.util.find_spec("triton") is None  # asked once: Dynamo cannot trace the question
+_MISSING = importlib.util.find_spec("triton") is None  # evaluated at import, because Dynamo cannot trace it
 
 
 def interpreted() -> bool:
-    """Whether Triton's kernels run in its interpreter, on any device and slowly; for tests."""
+    """Return whether Triton runs kernels in its interpreter (`TRITON_INTERPRET=1`): slowly, on any device, for tests."""
     return os.environ.get("TRITON_INTERPRET", "0") == "1"
 
 
 def device_refusal(device: torch.device) -> str | None:
-    """Why Triton's kernels cannot run on that device, or `None` if nothing is known against it."""
+    """Return why the Triton kernels cannot run on a device, or `None` if no reason is known."""
     if _MISSING:
         return "Triton is not installed"
     if interpreted():
@@ -37,7 +37,7 @@ def device_refusal(device: torch.device) -> str | None:
     if torch.version.hip is not None:
         return "the device is AMD's, for which the kernels were never compiled"
     if not torch.cuda.is_available():
-        return None  # tensors without memory, of a device that is not here
+        return None  # fake tensors may name a device that this machine lacks
     capability = torch.cuda.get_device_capability(device)
     if capability < LEAST_CAPABILITY:
         return (
@@ -48,11 +48,11 @@ def device_refusal(device: torch.device) -> str | None:
 
 
 _faults: dict[tuple[torch.dtype, str], None] = {}
-"""What did not compile in this process, by the dtype of the tokens."""
+"""Reasons why kernels did not compile in this process, with the dtype of the tokens."""
 
 
 def _fault(operation: Operation, index: int, dtype: torch.dtype, heads: int, dim: int) -> str | None:
-    """Why the kernels of an operation do not compile for a device that is here; in words."""
+    """Compile the kernels of an operation for an available GPU; return why they do not compile, or `None` if they do."""
     from tokenmerge.ops import attending, matching, merging
 
     compile_all = {
@@ -63,8 +63,8 @@ def _fault(operation: Operation, index: int, dtype: torch.dtype, heads: int, dim
     try:
         with torch.cuda.device(index):
             for kernel in compile_all[operation]():
-                kernel._init_handles()  # loads it, which fails where its shared memory does not fit
-    except Exception as error:  # Triton, its assembler and the driver each have their own
+                kernel._init_handles()  # loading fails if the GPU has too little shared memory
+    except Exception as error:  # Triton, its assembler and the driver raise different classes
         first = (str(error).strip() or repr(error)).splitlines()[0]
         fault = f"the kernels do not compile for {torch.cuda.get_device_name(index)} ({type(error).__name__}: {first})"
         _faults[dtype, fault] = None
@@ -73,7 +73,7 @@ def _fault(operation: Operation, index: int, dtype: torch.dtype, heads: int, dim
 
 
 def faults(dtype: torch.dtype) -> list[str]:
-    """Why kernels for tokens of that dtype did not compile when they were wanted."""
+    """Return why kernels for tokens of a dtype did not compile in this process."""
     return [fault for found, fault in _faults if found == dtype]
 
 
@@ -87,7 +87,7 @@ def _refusal(
     dim: int,
     interpreter: bool,
 ) -> str:
-    """Why Triton's kernels do not run there, in one string, empty if they do."""
+    """Return why the Triton kernels cannot run, as one string; empty if they can."""
     device = torch.device(device_type) if index is None else torch.device(device_type, index)
     reasons = [reason for reason in (device_refusal(device),) if reason]
     if dtype not in _DTYPES:
@@ -102,7 +102,7 @@ def _refusal(
 def _asked(
     operation: Operation, device_type: str, index: int | None, dtype: torch.dtype, heads: int, dim: int, warn: bool
 ) -> str:
-    """`_refusal`, and a warning of it; a constant for Dynamo."""
+    """Return `_refusal` and, if `warn`, warn of it; Dynamo treats the result as a constant."""
     text = _refusal(operation, device_type, index, dtype, heads, dim, interpreted())
     if warn and text:
         _warn_once(text)
@@ -111,7 +111,7 @@ def _asked(
 
 @functools.cache
 def _warn_once(reason: str) -> None:
-    """Say once in a process that a GPU does without the kernels."""
+    """Warn once per process and reason that the kernels do not run on a GPU."""
     warnings.warn(
         f"tokenmerge's Triton kernels do not run here, so plain torch matches and merges, more slowly: {reason}. "
         "backend='torch' chooses that and says nothing",
@@ -120,12 +120,13 @@ def _warn_once(reason: str) -> None:
 
 
 def triton_refusals(x: Tensor, operation: Operation = "merge", warn: bool = False) -> list[str]:
-    """Why Triton's kernels cannot run on a tensor like `x`; empty if they can.
+    """Return the reasons why the Triton kernels cannot run an operation; empty if they can.
 
     Args:
-        x: the keys `[B, N, D]` or `[B, H, N, D]` to match, the tokens to merge, or the queries `[B, H, N, D]` of attention.
-        operation: what is to be done with it.
-        warn: whether to warn, once for each reason, if they cannot. Exporting is no such reason.
+        x: the main input: keys `[B, N, D]` or `[B, H, N, D]` for "match", tokens for "merge", queries `[B, H, N, D]` for
+            "attend"; only dtype, device and shape count.
+        operation: the operation.
+        warn: whether to warn of the reasons, once each; export causes no warning.
     """
     heads = x.shape[1] if operation != "merge" and x.dim() == 4 else 1
     dim = x.shape[-1] if operation != "merge" else 0
@@ -137,17 +138,20 @@ def triton_refusals(x: Tensor, operation: Operation = "merge", warn: bool = Fals
 
 
 def takes_triton(backend: str, x: Tensor, operation: Operation = "merge") -> bool:
-    """Whether Triton's kernels run on `x`: where they can with "auto", never with "torch".
+    """Return whether an operation runs in Triton kernels.
 
-    With "auto" on a GPU on which they cannot run, warns once.
+    Args:
+        backend: "torch" never uses Triton; "auto" uses it on a GPU where it can run, and else warns once; "triton" requires it.
+        x: the main input, as for `triton_refusals`.
+        operation: the operation.
 
     Raises:
-        ConfigError: if `backend` is "triton" and they cannot run, with the reasons, or if it is unknown.
+        ConfigError: if `backend="triton"` cannot run (the message lists the reasons), or the backend is unknown.
     """
     if backend == "torch":
         return False
     if backend == "auto":
-        # kernels of their own pay where launches are what is slow; the interpreter is for tests that ask for it
+        # GPUs only: fused kernels save launches there, and the interpreter is for tests that request it
         return x.is_cuda and not triton_refusals(x, operation, warn=True)
     if backend != "triton":
         raise ConfigError(f"backend={backend!r}, but it must be one of {', '.join(get_args(Backend))}")

@@ -1,8 +1,8 @@
-"""How tokens that become one are combined: the paper's size-weighted mean, and what it was compared with.
+"""Merging of tokens by a plan: the paper's size-weighted mean, and the alternatives it was compared with (table 1d).
 
-Everything works on whole rows of `[B·N, C]`, with few operations, and in place where memory is fresh: a second buffer of
-the size of the tokens would cost page faults at every block, and every operation costs, because after the matrix products
-of a block neither its code nor its few numbers are in a cache. Rows that nothing joins keep every bit.
+The code works on whole rows of `[B·N, C]`, with few operations, and in place on buffers of its own. A second buffer as
+large as the tokens would cost page faults in every block, and each operation has a cost of its own, because the matrix
+products of a block evict its code and operands from the caches. Rows that no token joins are copied bit for bit.
 """
 
 from __future__ import annotations
@@ -22,46 +22,46 @@ _TINY = 1e-12
 
 
 class Plan(Protocol):
-    """What merging reads of a `MergePlan`."""
+    """The attributes of a `MergePlan` that merging reads."""
 
     @property
     def kept(self) -> Tensor:
-        """`[B, N']`."""
+        """`[B, N']` int64: the token that represents each new position."""
         ...
 
     @property
     def source(self) -> Tensor:
-        """`[B, r]`."""
+        """`[B, r]` int64: the tokens that are merged away."""
         ...
 
     @property
     def target(self) -> Tensor:
-        """`[B, r]`."""
+        """`[B, r]` int64: the new position that each source joins; −1 drops it."""
         ...
 
     @property
     def drops(self) -> bool:
-        """Whether a target may be −1."""
+        """Whether `target` may contain −1."""
         ...
 
     @property
     def weight(self) -> Tensor | None:
-        """`[B, N]`."""
+        """`[B, N]` float32: weights of the mean; `None` uses the sizes."""
         ...
 
     @property
     def gate(self) -> Tensor | None:
-        """`[B, N']`."""
+        """`[B, N']`: factors on the new sizes, or `None`."""
         ...
 
 
 class Merged(NamedTuple):
-    """What merging gives.
+    """Result of a merge.
 
     Attributes:
-        x: tokens `[B, N', C]` in the dtype of those that were merged.
-        size: patches in each, `[B, N']` float32.
-        log_size: `[B, N']`: their logarithms in the dtype that was asked for, where the kernel wrote them; else `None`.
+        x: tokens `[B, N', C]` in the dtype of the tokens before the merge.
+        size: patches per token `[B, N']` float32.
+        log_size: logarithms of the sizes `[B, N']` in the requested dtype if the fused kernel computed them, else `None`.
     """
 
     x: Tensor
@@ -70,15 +70,15 @@ class Merged(NamedTuple):
 
 
 class Members(NamedTuple):
-    """A plan in row numbers of flattened tokens.
+    """A plan as row numbers into the flattened tokens `[B·N, C]` and `[B·N', C]`.
 
     Attributes:
-        kept: `[B·N']` rows of `[B·N]` that stay.
-        source: `[B·r]` rows of `[B·N]` that join one of them.
-        target: `[B·r]` the row of `[B·N']` that each of those joins.
-        alive: `[B·r]` false where a row is dropped instead; `None` if none is.
-        left: N'.
-        weight: `[B·N]` float32, what rows weigh in means; `None` stands for their sizes.
+        kept: `[B·N']` int64: rows before the merge that represent the new rows.
+        source: `[B·r]` int64: rows before the merge that join a new row.
+        target: `[B·r]` int64: the new row that each source joins.
+        left: N', rows of each image after the merge.
+        alive: `[B·r]` bool: false if a source is dropped; `None` if none is.
+        weight: `[B·N]` float32: weights of the mean; `None` uses the sizes.
     """
 
     kept: Tensor
@@ -97,19 +97,19 @@ def merge_rows(
     backend: Backend = "auto",
     log: torch.dtype | None = None,
 ) -> Merged:
-    """Merge tokens by a plan, and with them what the next attention adds to its scores, where that costs nothing.
+    """Merge tokens and their sizes by a plan.
 
     Args:
         x: tokens `[B, N, C]`, any floating dtype.
-        size: patches per token `[B, N]`, or `None` for all ones.
-        plan: which tokens become one.
-        reduce: how they are combined (`combine`).
-        backend: "triton" for one fused kernel ("mean" only), "torch", or "auto": Triton on a GPU.
-        log: the dtype in which attention wants the logarithms of the new sizes; the fused kernel writes them.
+        size: patches per token `[B, N]`, or `None` if all are 1.
+        plan: the merge.
+        reduce: how the members of a merged token are combined (see `combine`).
+        backend: "torch", "triton" (one fused kernel, "mean" only), or "auto": Triton on a GPU it supports.
+        log: dtype in which the next attention needs the logarithms of the new sizes; only the fused kernel writes them.
 
     Raises:
-        InputError: if a shape or the device does not fit the plan, or `reduce` is unknown.
-        ConfigError: if `backend` is "triton" and cannot run, with the reasons.
+        InputError: if a shape or device does not fit the plan, or `reduce` is unknown.
+        ConfigError: if `backend="triton"` cannot run; the message lists the reasons.
     """
     batch, left = plan.kept.shape
     _check(x, size, plan.kept, left + plan.source.shape[1])
@@ -146,7 +146,7 @@ def _check(x: Tensor, size: Tensor | None, kept: Tensor, tokens: int) -> None:
 
 
 def _members(plan: Plan) -> Members:
-    """The plan in row numbers of the flattened tokens."""
+    """Convert a plan to row numbers of the flattened tokens."""
     kept, source, target, alive = plan.kept, plan.source, plan.target, None
     (batch, left), r = kept.shape, source.shape[1]
     if plan.drops:
@@ -161,19 +161,19 @@ def _members(plan: Plan) -> Members:
 
 
 def combine(x: Tensor, size: Tensor | None, members: Members, reduce: Reduce) -> tuple[Tensor, Tensor]:
-    """Merge rows (paper, section 3 and table 1d).
+    """Combine the members of each merged token (paper, section 3 and table 1d).
 
     Args:
-        x: tokens `[B, N, C]`.
-        size: patches per token `[B, N]`, or `None` for all ones.
-        members: which rows become one.
-        reduce: "mean", weighted by size (the paper's); "average", each member alike; "max" of every channel; "destination",
-            the token that is joined, unchanged; "norm", the direction of the size-weighted mean and the size-weighted mean of
-            the members' lengths, since a mean of vectors is shorter than they are; "max_norm", that direction and the
-            largest member's length (ToFu); "sum".
+        x: tokens `[B, N, C]`, any floating dtype.
+        size: patches per token `[B, N]`, or `None` if all are 1.
+        members: the plan as row numbers.
+        reduce: "mean", weighted by size (the paper's); "average", the unweighted mean; "max", per channel;
+            "destination", the token that the others join, unchanged; "norm", the direction of the size-weighted mean with
+            the size-weighted mean of the members' norms, because a mean of vectors is shorter than they are; "max_norm",
+            that direction with the largest norm of a member (ToFu); or "sum".
 
     Returns:
-        Tokens `[B·N', C]` in the dtype of x, accumulated in float32 (float64 for float64); sizes `[B·N']` float32.
+        Tokens `[B·N', C]` in the dtype of x, accumulated in float32 (float64 for float64), and sizes `[B·N']` float32.
 
     Raises:
         InputError: if `reduce` is unknown.
@@ -206,7 +206,7 @@ def combine(x: Tensor, size: Tensor | None, members: Members, reduce: Reduce) ->
         kept = largest_rows(kept, target, joining, left)
     else:
         share, total = joining_size, sizes
-        if sizes.requires_grad:  # of a matcher that learns: its gradient comes through attention
+        if sizes.requires_grad:  # a matcher in training, whose gradient comes through attention alone
             share, total = share.detach().clone(), total.detach()
         if reduce == "average":
             share = torch.ones_like(share) if alive is None else alive.to(share.dtype)
@@ -215,7 +215,7 @@ def combine(x: Tensor, size: Tensor | None, members: Members, reduce: Reduce) ->
             share = weight.index_select(0, source)
             share = share if alive is None else share * alive
             total = add_rows(weight.index_select(0, stays), target, share, left)
-        # (clamped for padding, whose size is 0: it joins with weight 0, and gives way to what joins it)
+        # clamped because two padding tokens, of size 0, may merge
         share = share.to(wide).div_(total.index_select(0, target).clamp_min_(_TINY))
         kept = _mean(kept, joining, members, share, reduce)
     return (kept if x.dtype == wide else kept.to(x.dtype)), sizes
@@ -226,7 +226,7 @@ def _only(joining: Tensor, alive: Tensor | None) -> Tensor:
 
 
 def _mean(kept: Tensor, joining: Tensor, members: Members, share: Tensor, reduce: Reduce) -> Tensor:
-    """`x_t + Σ share_i (x_i − x_t)` is the weighted mean, and leaves every other row alone."""
+    """Return the weighted mean as `x_t + Σ share_i (x_i − x_t)`, which does not change rows that no token joins."""
     target, left, alive = members.target, members.left, members.alive
     aimed = kept.index_select(0, target)
     if reduce not in ("norm", "max_norm"):
@@ -234,7 +234,7 @@ def _mean(kept: Tensor, joining: Tensor, members: Members, share: Tensor, reduce
     own, theirs = torch.linalg.vector_norm(aimed, dim=1), torch.linalg.vector_norm(joining, dim=1)
     one = torch.ones_like(share) if alive is None else alive.to(share.dtype)
     nothing = share.new_zeros(kept.shape[0])
-    # where several join one row, each brings its part of what is said of that row
+    # if several sources join one row, each adds an equal part of the terms that count once per row
     part = one / add_rows(nothing.clone(), target, one, left).index_select(0, target).clamp_min(1)
     if reduce == "norm":
         length = add_rows(nothing, target, own * part + share * (theirs - own), left)

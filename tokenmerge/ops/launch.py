@@ -1,6 +1,6 @@
-"""How a Triton kernel is started, and how it is compiled without being started.
+"""Launches of Triton kernels, and their compilation ahead of a launch.
 
-Importing this module needs Triton; `tokenmerge.ops.choice` says whether that is so.
+Importing this module requires Triton; `tokenmerge.ops.choice` tells whether it is available.
 """
 
 from __future__ import annotations
@@ -16,20 +16,20 @@ from torch import Tensor
 from torch.nn import Parameter
 
 INTERPRETED = bool(triton.knobs.runtime.interpret)
-"""Whether the kernels were made for Triton's interpreter (`TRITON_INTERPRET=1` at import): on any device, and slowly."""
+"""Whether the kernels run in Triton's interpreter (`TRITON_INTERPRET=1` at import): slowly, on any device."""
 
 _F = TypeVar("_F", bound=Callable[..., Any])
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Launch:
-    """One start of one kernel.
+    """One launch of one kernel.
 
     Attributes:
         kernel: a `triton.jit` function.
-        programs: how many programs run it; all of them along x, where a grid may have 2³¹ − 1.
+        programs: number of programs, all along the grid's x axis, which allows up to 2³¹ − 1.
         arguments: tensors and numbers.
-        constants: what it is compiled for, by name; `num_warps` and `num_stages` among them.
+        constants: compile-time constants by name, including `num_warps` and `num_stages`.
     """
 
     kernel: Any
@@ -38,10 +38,10 @@ class Launch:
     constants: Mapping[str, Any]
 
     def start(self) -> None:
-        """Run it on the device of its tensors, which need not be the current one.
+        """Run the kernel on the device of its tensors, which need not be the current device.
 
-        Where tensors are traced, the kernel goes into the graph as itself (`torch.library.wrap_triton`), so that
-        Inductor sees it; on the "meta" device nothing runs.
+        While tensors are traced, the kernel enters the graph by `torch.library.wrap_triton`, so that Inductor can compile
+        it. On the "meta" device nothing runs.
         """
         first: Tensor = self.arguments[0]
         if first.is_meta:
@@ -53,15 +53,15 @@ class Launch:
             torch.library.wrap_triton(self.kernel)[(self.programs,)](*self.arguments, **self.constants)
 
     def compile(self) -> Any:
-        """Compile it for the current target of Triton, as for these arguments, and return Triton's compiled kernel.
+        """Compile the kernel for Triton's current target and these arguments; return Triton's compiled kernel.
 
-        The tensors may be on the "meta" device: only their dtypes count, and that they are aligned.
+        The tensors may be on the "meta" device: only their dtypes and alignment count.
         """
         return self.kernel.warmup(*self.arguments, grid=(1,), **self.constants)
 
 
 def is_plain(x: Tensor) -> bool:
-    """Whether `x` is a tensor with memory, and nobody traces what is done with it."""
+    """Return whether `x` is an ordinary tensor with memory whose operations are not being traced."""
     if torch.compiler.is_compiling():
         return False
     traced = torch._C._len_torch_dispatch_stack() or torch._C._functorch.is_functorch_wrapped_tensor(x)
@@ -69,18 +69,20 @@ def is_plain(x: Tensor) -> bool:
 
 
 def start_all(launches: Iterable[Launch]) -> None:
-    """Start them one after the other; nothing is started for a batch without images."""
+    """Start launches in order, except those without programs (empty batches)."""
     for launch in launches:
         if launch.programs:
             launch.start()
 
 
 def operator(name: str, fake: Callable[..., Any]) -> Callable[[_F], Any]:
-    """A torch operator made of launches, into which Inductor sees; closed where Triton's interpreter runs them.
+    """Return a decorator that makes a function of launches a torch operator.
+
+    Inductor traces into the operator, except under Triton's interpreter, where it is opaque.
 
     Args:
-        name: with its namespace.
-        fake: makes outputs of the right shapes where the operator is closed. An open one is traced as it is written.
+        name: name of the operator, with its namespace.
+        fake: function that allocates outputs of the right shapes, used where the operator is opaque.
     """
 
     def register(function: _F) -> Any:
@@ -94,12 +96,12 @@ def operator(name: str, fake: Callable[..., Any]) -> Callable[[_F], Any]:
 
 
 def one_program_per(count: int, size: int) -> int:
-    """How many programs of `size` rows cover `count` rows."""
+    """Return how many programs of `size` rows cover `count` rows."""
     return -(-count // size)
 
 
 def divisor(*strides: int) -> int:
-    """The largest power of two up to 16 that divides all of these."""
+    """Return the largest power of two, at most 16, that divides all strides."""
     step = 16
     while any(stride % step for stride in strides):
         step //= 2

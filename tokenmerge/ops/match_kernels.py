@@ -1,7 +1,7 @@
-"""Triton kernels of bipartite matching: unit keys, best edges with the plan of each image, and the two for long inputs.
+"""Triton kernels of bipartite matching: normalised keys, best edges and plans, and two kernels for long inputs.
 
-`tokenmerge.ops.matching` starts them; the reference in plain torch is `tokenmerge.matching.bipartite`. The results do
-not depend on the order in which programs run. Parameters have no annotations, because Triton's compiler evaluates them.
+`tokenmerge.ops.matching` launches them; the reference in torch is `tokenmerge.matching.bipartite`. Results do not depend
+on the order in which programs run. Parameters have no annotations, because Triton's compiler would evaluate them.
 """
 
 from __future__ import annotations
@@ -9,8 +9,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-# A unit key is stored as two float16 numbers, the rounded one and what rounding took away: 22 bits, as float32 has 24.
-# Scaled up, neither of them is so small that float16 loses bits; both factors are powers of two and so change nothing.
+# Each number of a normalised key is stored as two float16 numbers, the rounded value and its rounding error: 22 bits of
+# precision, where float32 has 24. _SCALE keeps both out of float16's subnormal range; powers of two scale exactly.
 _SCALE = tl.constexpr(256.0)
 _UNSCALE = tl.constexpr(1.0 / 65536.0)
 
@@ -34,11 +34,11 @@ def unit_keys_kernel(
     HEADS: tl.constexpr,
     ROWS: tl.constexpr,
 ):
-    """Keys added over heads and divided by their length, each number in two parts; K is read once.
+    """Sum keys over heads and normalise them, with each number split into two parts; K is read once.
 
-    keys `[B, H, N, D]` -> unit `[B, 2, N, WIDTH]` float16, zero beyond D; sets `arrived [B]` int32 to 0 for `match_kernel`.
-    Strides of B, H and N come divided by STEP, so that the compiler knows what divides them and loads 16 bytes at once.
-    HEADS heads are in flight together. Grid: (B · tiles of N).
+    keys `[B, H, N, D]` -> unit `[B, 2, N, WIDTH]` float16, zero beyond D; also sets `arrived [B]` int32 to 0 for `match_kernel`.
+    Strides of B, H and N are passed divided by STEP, which tells the compiler their divisors, so that it loads 16 bytes at
+    once. Loads of HEADS heads are in flight together. Grid: (B · tiles of N).
     """
     image = (tl.program_id(0) // tiles).to(tl.int64)
     row = tl.program_id(0) % tiles * ROWS + tl.arange(0, ROWS)
@@ -66,7 +66,7 @@ def unit_keys_kernel(
 
 @triton.jit
 def _sides(tokens, protected):
-    """The first position of A and of B, and how many tokens each has."""
+    """Return the first positions of A and B, and their numbers of tokens."""
     first_a = protected + protected % 2
     first_b = protected + 1 - protected % 2
     return first_a, first_b, (tokens - first_a + 1) // 2, (tokens - first_b + 1) // 2
@@ -74,7 +74,7 @@ def _sides(tokens, protected):
 
 @triton.jit
 def _part(unit, tokens, position, valid, k, WIDTH: tl.constexpr, K: tl.constexpr):
-    """Both parts of K channels from channel k on, `[rows, K]` float16 each."""
+    """Load both parts of K channels, from channel k on, `[rows, K]` float16 each."""
     at = position[:, None] * WIDTH + (k + tl.arange(0, K))[None, :]
     rounded = tl.load(unit + at, mask=valid[:, None], other=0.0)
     return rounded, tl.load(unit + tokens * WIDTH + at, mask=valid[:, None], other=0.0)
@@ -82,7 +82,7 @@ def _part(unit, tokens, position, valid, k, WIDTH: tl.constexpr, K: tl.constexpr
 
 @triton.jit
 def _add_product(scores, unit, tokens, a, in_a, b, in_b, k, WIDTH: tl.constexpr, K: tl.constexpr):
-    """Scores plus the product over K channels; what both roundings took away, multiplied, is below float32's last bit."""
+    """Add the product over K channels to scores; the product of both rounding errors is below float32's precision."""
     a_rounded, a_rest = _part(unit, tokens, a, in_a, k, WIDTH, K)
     b_rounded, b_rest = _part(unit, tokens, b, in_b, k, WIDTH, K)
     b_rounded = tl.trans(b_rounded)
@@ -108,7 +108,7 @@ def _best_edges(
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
-    """Write the highest similarity of ROWS tokens of A, and which B token has it: the lowest one of equals."""
+    """Write the highest similarity of each of ROWS A tokens, and the lowest B token that has it."""
     a, in_a = first_a + 2 * row, row < count_a
     highest = tl.full((ROWS,), float("-inf"), tl.float32)
     where = tl.zeros((ROWS,), tl.int32)
@@ -116,7 +116,7 @@ def _best_edges(
         column = start + tl.arange(0, COLUMNS)
         b, in_b = first_b + 2 * column, column < count_b
         scores = tl.zeros((ROWS, COLUMNS), tl.float32)
-        if UNROLLED:  # so that the keys of A are loaded once, before the loop
+        if UNROLLED:  # the compiler then loads the keys of A once, before the loop
             for k in tl.static_range(0, WIDTH, K):
                 scores = _add_product(scores, unit, tokens, a, in_a, b, in_b, k, WIDTH, K)
         else:
@@ -124,9 +124,9 @@ def _best_edges(
                 scores = _add_product(scores, unit, tokens, a, in_a, b, in_b, k, WIDTH, K)
         scores = tl.where(in_b[None, :], scores, float("-inf"))
         top = tl.max(scores, axis=1)
-        # NaN equals nothing: then the last B token is found, and nothing is written out of bounds later
+        # NaN compares unequal: count_b − 1 then keeps later writes in bounds
         found = tl.min(tl.where(scores == top[:, None], column[None, :], count_b - 1), axis=1)
-        where = tl.where(top > highest, found, where)  # an equal one further right does not win
+        where = tl.where(top > highest, found, where)  # ties go to the lower B position
         highest = tl.maximum(top, highest)
     tl.store(best + row, highest * _UNSCALE, mask=in_a)
     tl.store(partner + row, where, mask=in_a)
@@ -134,7 +134,7 @@ def _best_edges(
 
 @triton.jit
 def _ranks(best, a, score, count_a, TILE: tl.constexpr, RIVALS: tl.constexpr):
-    """How many edges come before each of these: higher ones, and equal ones of a lower A position. No sort."""
+    """Count the edges before each of these in rank (higher ones, and equal ones of lower A positions) without a sort."""
     before = tl.zeros((TILE, RIVALS), tl.int32)
     for start in range(0, count_a, RIVALS):
         other = start + tl.arange(0, RIVALS)
@@ -162,16 +162,16 @@ def _select(
     TILE: tl.constexpr,
     RIVALS: tl.constexpr,
 ):
-    """Write the plan of one image: its r best edges, best first, and the tokens that stay, in the paper's order."""
+    """Write the plan of one image: its r best edges by rank, and the remaining tokens in the order of `bipartite_matching`."""
     rest = count_a - r
-    left = 0  # A tokens in earlier tiles that stay
+    left = 0  # unmerged A tokens in earlier tiles
     for start in range(0, count_a, TILE):
         a = start + tl.arange(0, TILE)
         inside = a < count_a
         if RANKED:
             position = tl.load(rank + a, mask=inside, other=0)
         else:
-            # .cg: other programs wrote them, and this multiprocessor's own cache may not know yet
+            # .cg: other programs wrote these values, and the L1 cache of this multiprocessor may be stale
             score = tl.load(best + a, mask=inside, other=float("-inf"), cache_modifier=".cg")
             position = _ranks(best, a, score, count_a, TILE, RIVALS)
         merged = (position < r) & inside
@@ -212,10 +212,10 @@ def match_kernel(
     TILE: tl.constexpr,
     RIVALS: tl.constexpr,
 ):
-    """The best edge of each A token and, with PLAN, the plan of the image by the program that is the last to finish it.
+    """Find the best edge of each A token; with PLAN, the last program of each image also writes its plan.
 
     unit `[B, 2, N, WIDTH]` float16 -> best float32 and partner int32 `[B, |A|]`; keep `[B, N']`, source and target
-    `[B, r]` int64. No more than a tile of the scores exists at a time. Grid: (B · tiles of A).
+    `[B, r]` int64. Only one tile of scores exists at a time. Grid: (B · tiles of A).
     """
     image = (tl.program_id(0) // tiles).to(tl.int64)
     row = tl.program_id(0) % tiles * ROWS + tl.arange(0, ROWS)
@@ -225,7 +225,7 @@ def match_kernel(
     partner += image * count_a
     _best_edges(unit, best, partner, row, tokens, first_a, first_b, count_a, count_b, WIDTH, K, UNROLLED, ROWS, COLUMNS)
     if PLAN:
-        # every thread's edges are written before one thread says so to the whole GPU, and whoever is last sees them all
+        # all threads write their edges before the release on `arrived`; the last program acquires and sees every edge
         tl.debug_barrier()
         if tl.atomic_add(arrived + image, 1, sem="acq_rel", scope="gpu") == tiles - 1:
             tl.debug_barrier()
@@ -253,7 +253,7 @@ def match_kernel(
 
 @triton.jit(do_not_specialize=["count", "tiles"])
 def rank_kernel(best, rank, count, tiles, TILE: tl.constexpr, RIVALS: tl.constexpr):
-    """Ranks of the edges: best `[B, |A|]` float32 -> rank `[B, |A|]` int32. Grid: (B · tiles of A)."""
+    """Rank the edges: best `[B, |A|]` float32 -> rank `[B, |A|]` int32. Grid: (B · tiles of A)."""
     image = (tl.program_id(0) // tiles).to(tl.int64)
     a = tl.program_id(0) % tiles * TILE + tl.arange(0, TILE)
     best += image * count
@@ -263,7 +263,7 @@ def rank_kernel(best, rank, count, tiles, TILE: tl.constexpr, RIVALS: tl.constex
 
 @triton.jit(do_not_specialize=["tokens", "r", "protected"])
 def select_kernel(best, partner, rank, keep, source, target, tokens, r, protected, TILE: tl.constexpr):
-    """The plan from ranks that are there. Grid: (B)."""
+    """Write the plans from the ranks of `rank_kernel`. Grid: (B)."""
     image = tl.program_id(0).to(tl.int64)
     first_a, first_b, count_a, count_b = _sides(tokens, protected)
     best += image * count_a

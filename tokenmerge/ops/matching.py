@@ -1,10 +1,10 @@
-"""Bipartite matching by Triton kernels: keys of every head in, a plan out, in two launches (four for long inputs).
+"""Bipartite matching in Triton kernels: from the keys of all heads to a plan, in two launches (four for long inputs).
 
-1. `unit_keys_kernel`: K is read once, added over heads and divided by its length.
-2. `match_kernel`: the best edge of each A token on the matrix unit; the program that is the last of its image ranks the
+1. `unit_keys_kernel` reads K once, sums it over heads and normalises it.
+2. `match_kernel` finds the best edge of each A token on tensor cores. The last program of each image to finish ranks the
    edges and writes the plan.
-3. For inputs of more than some 250 tokens ranks and plans have launches of their own, because |A|² comparisons would keep one
-   program too long.
+3. With more than about 250 tokens, `rank_kernel` and `select_kernel` rank the edges and write the plan instead, because |A|²
+   comparisons would take one program too long.
 """
 
 from __future__ import annotations
@@ -19,17 +19,17 @@ from tokenmerge.ops.launch import Launch, divisor, is_plain, one_program_per, op
 from tokenmerge.ops.match_kernels import match_kernel, rank_kernel, select_kernel, unit_keys_kernel
 
 LONGEST_RANKED = 128
-"""Tokens of A up to which one program ranks the edges of an image; above, two launches more are faster (on an H200, batch 64)."""
-_TILE = 128  # A tokens that are ranked or placed at once, and rivals that they are compared with
+"""|A| up to which one program ranks the edges of an image; beyond it two more launches are faster (H200, batch 64)."""
+_TILE = 128  # A tokens that are ranked or placed together, and (_RIVALS) tokens they are compared with at once
 _RIVALS = 32
-_IN_FLIGHT = 64  # numbers of K that one thread of `unit_keys_kernel` has asked for and not yet seen
+_IN_FLIGHT = 64  # numbers of K that each thread of `unit_keys_kernel` loads at once
 _THREADS = 128
 
 Plan = tuple[Tensor, Tensor, Tensor]
 
 
 def sides(tokens: int, protected: int) -> tuple[int, int]:
-    """How many tokens A and B have."""
+    """Return |A| and |B|, the numbers of tokens in the sets A and B."""
     return (tokens - protected - protected % 2 + 1) // 2, (tokens - protected - 1 + protected % 2 + 1) // 2
 
 
@@ -66,7 +66,7 @@ def _match(unit: Tensor, best: Tensor, partner: Tensor, arrived: Tensor, plan: P
         "COLUMNS": 64,
         "TILE": _TILE,
         "RIVALS": _RIVALS,
-        "num_stages": 2,  # more are not faster, and would not fit into the shared memory of small cards
+        "num_stages": 2,  # more stages are not faster, and exceed the shared memory of small GPUs
     }
     return Launch(
         match_kernel, batch * tiles, (unit, best, partner, arrived, *plan, tokens, tiles, r, protected), constants
@@ -74,7 +74,16 @@ def _match(unit: Tensor, best: Tensor, partner: Tensor, arrived: Tensor, plan: P
 
 
 def plan_of_edges(best: Tensor, partner: Tensor, plan: Plan, tokens: int, r: int, protected: int) -> list[Launch]:
-    """Launches that rank edges `[B, |A|]` and write the plan of the r best."""
+    """Return the launches that rank edges and write the plan of the r best, for long inputs.
+
+    Args:
+        best: similarity of the best edge of each A token `[B, |A|]` float32.
+        partner: index into B of that edge's B token `[B, |A|]` int32.
+        plan: memory of the plan, see `empty_plan`.
+        tokens: N.
+        r: tokens to merge away.
+        protected: leading tokens that never merge.
+    """
     batch, count = best.shape
     rank = torch.empty_like(partner)
     tiles = one_program_per(count, _TILE)
@@ -86,14 +95,14 @@ def plan_of_edges(best: Tensor, partner: Tensor, plan: Plan, tokens: int, r: int
 
 
 def empty_plan(keys: Tensor, tokens: int, r: int) -> Plan:
-    """Memory for `keep [B, N']`, `source [B, r]` and `target [B, r]`, int64."""
+    """Allocate `keep [B, N']`, `source [B, r]` and `target [B, r]`, int64, for N = `tokens`."""
     batch = keys.shape[0]
     keep, source, target = (keys.new_empty(batch, n, dtype=torch.int64) for n in (tokens - r, r, r))
     return keep, source, target
 
 
 def launches(keys: Tensor, r: int, protected: int) -> tuple[Plan, Tensor, Tensor, list[Launch]]:
-    """The plan and the edges that the launches will write, and the launches."""
+    """Return the memory of the plan, of the best edges and of their partners, and the launches that write them."""
     batch, _, tokens, dim = keys.shape
     count_a, _ = sides(tokens, protected)
     unit = keys.new_empty(batch, 2, tokens, -(-dim // 16) * 16, dtype=torch.float16)
@@ -119,12 +128,15 @@ def _operator(keys: Tensor, r: int, protected: int) -> tuple[Tensor, Tensor, Ten
 
 
 def match(keys: Tensor, r: int, protected: int) -> Plan:
-    """`keep [B, N']`, `source [B, r]` and `target [B, r]`, int64, of the r most similar pairs: see `MergePlan`.
+    """Compute the plan of `bipartite_matching` (cosine, alternating partition) without gradient.
 
     Args:
-        keys: `[B, H, N, D]`, float16, bfloat16 or float32, any strides; averaged over H. Takes no gradient.
+        keys: `[B, H, N, D]`, float16, bfloat16 or float32, any strides; averaged over H.
         r: tokens to merge away, from 1 to (N − protected) // 2.
-        protected: leading tokens that take no part.
+        protected: leading tokens that neither merge nor are merged into.
+
+    Returns:
+        `keep [B, N']`, `source [B, r]` and `target [B, r]`, int64: the fields `kept`, `source` and `target` of `MergePlan`.
     """
     keys = keys.detach()
     plan: Plan = _run(keys, r, protected) if is_plain(keys) else _operator(keys, r, protected)
@@ -132,7 +144,7 @@ def match(keys: Tensor, r: int, protected: int) -> Plan:
 
 
 def compiled_for(dtype: torch.dtype, heads: int, dim: int) -> list[Any]:
-    """Compile what matching keys of that dtype and shape needs, for Triton's current target, without any memory."""
+    """Compile the matching kernels for a dtype, H heads of D = `dim` channels and Triton's current target."""
     compiled = []
     for tokens in (197, 4 * LONGEST_RANKED):
         keys = torch.empty(1, tokens, 3, heads, dim, dtype=dtype, device="meta").permute(2, 0, 3, 1, 4)[1]

@@ -1,7 +1,7 @@
 """Triton kernels of merging: the size-weighted mean with sizes and their logarithms, and its gradient.
 
-`tokenmerge.ops.merging` starts them; the reference in plain torch is `tokenmerge.ops.combine`. All arithmetic is float32.
-Parameters have no annotations, because Triton's compiler evaluates them.
+`tokenmerge.ops.merging` launches them; the reference in torch is `tokenmerge.ops.combine`. All arithmetic is float32.
+Parameters have no annotations, because Triton's compiler would evaluate them.
 """
 
 from __future__ import annotations
@@ -36,11 +36,11 @@ def merge_kernel(
     SOURCES: tl.constexpr,
     CHANNELS: tl.constexpr,
 ):
-    """Size-weighted mean of the tokens that become one, its size, and the logarithm of that for the next attention.
+    """Compute the size-weighted means of the merged tokens, their sizes, and the logarithms of the sizes.
 
-    x `[B, N, C]`, any strides; size `[B, N]` float32, contiguous (unused unless SIZED) -> out `[B, N', C]` in the dtype
-    of x, out_size `[B, N']` float32, out_log `[B, log_width]` in its own dtype (unless not LOG), not below LEAST and 0
-    beyond N'. A row that nothing joins is copied to the bit. Grid: (B · tiles of N' · tiles of C).
+    x `[B, N, C]`, any strides; size `[B, N]` float32, contiguous (used only if SIZED) -> out `[B, N', C]` in the dtype of
+    x; out_size `[B, N']` float32; out_log `[B, log_width]` in its own dtype (only if LOG), at least LEAST, and 0 beyond N'.
+    Rows that no token joins are copied bit for bit. Grid: (B · tiles of N' · tiles of C).
     """
     columns = tl.cdiv(channels, CHANNELS)
     part = tl.program_id(0) % columns
@@ -63,7 +63,7 @@ def merge_kernel(
         s = start + tl.arange(0, SOURCES)
         to = tl.load(target + image * r + s, mask=s < r, other=-1)
         hit = to[None, :] == row[:, None]
-        most = tl.max(tl.sum(hit.to(tl.int32), axis=1), axis=0)  # 0 in most tiles, and seldom more than 2
+        most = tl.max(tl.sum(hit.to(tl.int32), axis=1), axis=0)  # 0 in most tiles, rarely more than 2
         last = tl.full((ROWS,), -1, tl.int32)
         for _ in range(0, most):  # each row's next source, in the order of the plan
             last = tl.min(tl.where(hit & (s[None, :] > last[:, None]), s[None, :], r), axis=1)
@@ -78,9 +78,9 @@ def merge_kernel(
             change += tl.where(found[:, None], weight[:, None] * difference, 0.0)
             joined += weight
     total += joined
-    # x + Σ sᵢ(xᵢ − x)/S, as in the reference; padding has size 0 and S may be 0
+    # x + Σ sᵢ(xᵢ − x)/S as in the reference; S is 0 if only padding merges
     mean = own.to(tl.float32) + change / tl.maximum(total, 1e-12)[:, None]
-    mean = tl.where((joined > 0)[:, None], mean, own.to(tl.float32))  # to the bit: −0 + 0 would be 0
+    mean = tl.where((joined > 0)[:, None], mean, own.to(tl.float32))  # bit for bit: −0 + 0 would be 0
     at = (image * kept + row)[:, None] * channels + column[None, :]
     tl.store(out + at, mean.to(out.dtype.element_ty), mask=inside[:, None] & within)
     if part == 0:
@@ -111,9 +111,9 @@ def merge_gradient_kernel(
     ROWS: tl.constexpr,
     CHANNELS: tl.constexpr,
 ):
-    """Each token's share of the gradient of the token it became: `[B, N', C]` -> `[B, N, C]`.
+    """Give each token its share of the gradient of the token it became: grad `[B, N', C]` -> out `[B, N, C]`.
 
-    Rows 0 … N' − 1 of an image write the tokens in `keep`, the others those in `source`: together each token once.
+    Rows 0 … N' − 1 of an image write the tokens in `keep`, the other rows those in `source`, so each token is written once.
     Grid: (B · tiles of N · tiles of C).
     """
     columns = tl.cdiv(channels, CHANNELS)

@@ -1,4 +1,4 @@
-"""Merging by Triton kernels: tokens, sizes and the logarithms of sizes in one launch, and one for the gradient."""
+"""Merging in Triton kernels: one launch for tokens, sizes and logarithms of sizes, and one for the gradient."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ from torch import Tensor
 from tokenmerge.ops.launch import Launch, is_plain, one_program_per, operator, start_all
 from tokenmerge.ops.merge_kernels import merge_gradient_kernel, merge_kernel
 
-_ROWS = 4  # with the channels and warps below: of 16 shapes of a tile the fastest on an H200
+_ROWS = 4  # with _CHANNELS and _WARPS: the fastest of 16 tile shapes on an H200
 _CHANNELS = 256
 _WARPS = 2
 _GRADIENT_ROWS = 16
 _GRADIENT_CHANNELS = 128
-_SOURCES = 64  # tokens that are merged away, looked through at once
-_ALIGNED = 8  # numbers: PyTorch's memory-efficient attention copies a mask whose rows start elsewhere
+_SOURCES = 64  # source tokens that are searched at once
+_ALIGNED = 8  # elements: PyTorch's memory-efficient attention copies masks whose rows are not aligned so
 
 
 def _tile(channels: int, most: int) -> int:
-    """Channels that one program takes."""
+    """Return how many channels one program handles, at most `most`."""
     return min(most, max(16, int(triton.next_power_of_2(channels))))
 
 
@@ -76,19 +76,20 @@ def merge(
     target: Tensor,
     log: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Size-weighted mean of the tokens that become one; differentiable with respect to x.
+    """Merge tokens into size-weighted means; differentiable with respect to x.
 
     Args:
-        x: `[B, N, C]` float16, bfloat16 or float32, any strides.
-        size: `[B, N]` float32, or `None` for all ones.
-        keep: `[B, N']`, int64; `source` and `target` are `[B, r]`, int64: see `MergePlan`.
-        source: tokens that are merged away.
-        target: the new positions that they join.
-        log: the dtype in which the logarithms of the new sizes are wanted, or `None`.
+        x: `[B, N, C]`, float16, bfloat16 or float32, any strides.
+        size: patches per token `[B, N]` float32, or `None` if all are 1.
+        keep: `[B, N']` int64: the token that represents each new position.
+        source: `[B, r]` int64: the tokens that are merged away.
+        target: `[B, r]` int64: the new position that each source joins.
+        log: dtype of the logarithms of the new sizes, or `None` to leave them out.
 
     Returns:
-        Tokens `[B, N', C]` in the dtype of x, sizes `[B, N']` float32, and the logarithms `[B, N']`, no smaller than the
-        least number of their dtype: a view whose rows are aligned as PyTorch's attention wants its masks.
+        Tokens `[B, N', C]` in the dtype of x, sizes `[B, N']` float32, and the logarithms of the sizes `[B, N']`, clamped to
+        the least number of their dtype, or `None`. The logarithms are a view with rows aligned as PyTorch's attention
+        requires of masks.
     """
     learns = torch.is_grad_enabled() and x.requires_grad
     run = _run if is_plain(x) and not learns else _operator
@@ -142,7 +143,7 @@ _operator.register_autograd(_backward, setup_context=_remember)
 
 
 def launches(x: Tensor, sized: bool, r: int, log: torch.dtype | None) -> list[Launch]:
-    """Those that merge r of the tokens `x`, and bring its gradient back; the tensors may be on the "meta" device."""
+    """Return the launches of the merge of r of the tokens `x` and of its gradient; `x` may be on the "meta" device."""
     batch, tokens, _ = x.shape
     size = x.new_empty(batch, tokens, dtype=torch.float32) if sized else None
     keep, source, target = (x.new_empty(batch, n, dtype=torch.int64) for n in (tokens - r, r, r))
@@ -152,6 +153,6 @@ def launches(x: Tensor, sized: bool, r: int, log: torch.dtype | None) -> list[La
 
 
 def compiled_for(dtype: torch.dtype) -> list[Any]:
-    """Compile what merging tokens of that dtype needs, for Triton's current target, without any memory."""
+    """Compile the merge kernels for a dtype and Triton's current target, on "meta" tensors."""
     x = torch.empty(1, 197, 768, dtype=dtype, device="meta")
     return [launch.compile() for sized in (False, True) for launch in launches(x, sized, 8, dtype)]

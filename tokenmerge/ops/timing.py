@@ -1,7 +1,7 @@
-"""Measuring on machines that are noisy and drift: what is compared takes turns within one run.
+"""Timing on noisy machines: the calls under comparison take turns within one run.
 
-Every round runs everything once, in an order of its own: memory and caches are as the one before left them, and a fixed
-order would charge that to always the same one.
+Every round runs each call once, in random order. A call finds memory and caches as the previous call left them, and with
+a fixed order that effect would always hit the same call.
 """
 
 from __future__ import annotations
@@ -20,17 +20,17 @@ Call = Callable[[], Any]
 
 
 def synchronize(device: torch.device) -> None:
-    """Wait until the device has done what it was given."""
+    """Wait until the device has finished all queued work."""
     if device.type not in ("cpu", "meta"):
         torch.accelerator.synchronize(device)
 
 
 def keep_memory() -> bool:
-    """Tell the C library to keep freed memory, for the life of the process; whether it did.
+    """Make the C library keep freed memory for the life of the process; return whether it accepted the setting.
 
-    Otherwise glibc gives the top of its heap back after some passes and not after others, whatever lies there: with the page faults
-    of taking it again a model is up to a fifth slower, for minutes, and then is not. What is measured minutes apart, as by a
-    search, could not be compared.
+    By default glibc returns the top of its heap to the system after some passes and not after others. Page faults then
+    make a model up to a fifth slower for minutes at a time, so that measurements taken minutes apart, as in a search, could
+    not be compared.
     """
     import ctypes
 
@@ -50,15 +50,18 @@ def take_turns(
     advance: Callable[[], Any] = lambda: None,
     before: Callable[[int], Any] = lambda which: None,
 ) -> list[list[float]]:
-    """Seconds of each measured call, for each of `calls`; the k-th entries belong to the same round.
+    """Time calls in interleaved rounds.
 
     Args:
-        calls: what to measure.
-        device: where they run; waited for around each call.
-        warmup: rounds that are not measured.
-        rounds: rounds that are.
+        calls: the functions to time.
+        device: the device they run on, synchronized before and after each call.
+        warmup: number of rounds before timing starts.
+        rounds: number of timed rounds.
         advance: called after each call, for a progress bar.
-        before: called with the number of each call ahead of it, outside of what is measured.
+        before: called with the index of a call before it, outside of the timed part.
+
+    Returns:
+        Seconds per round for each of `calls`; the k-th entries of all lists belong to the same round.
     """
     seconds: list[list[float]] = [[] for _ in calls]
     order, shuffled = list(range(len(calls))), random.Random(0)
@@ -78,7 +81,13 @@ def take_turns(
 
 @dataclasses.dataclass(frozen=True)
 class Spread:
-    """20th, 50th and 80th percentile."""
+    """Percentiles of a set of measurements.
+
+    Attributes:
+        p20: 20th percentile.
+        p50: median.
+        p80: 80th percentile.
+    """
 
     p20: float
     p50: float
@@ -86,7 +95,7 @@ class Spread:
 
     @classmethod
     def of(cls, values: Sequence[float]) -> Spread:
-        """That of some values, at least one."""
+        """Return the percentiles of one or more values."""
         if len(values) == 1:
             return cls(values[0], values[0], values[0])
         low, *_, high = statistics.quantiles(values, n=5, method="inclusive")
@@ -94,24 +103,24 @@ class Spread:
 
     @classmethod
     def of_ratios(cls, above: Sequence[float], below: Sequence[float]) -> Spread:
-        """That of the ratios within each round; steadier than the ratio of two medians."""
+        """Return the percentiles of the ratios within each round, which vary less than the ratio of two medians."""
         return cls.of([a / b for a, b in zip(above, below, strict=True)])
 
 
 def ratio(above: Sequence[float], below: Sequence[float], statistic: str) -> float:
-    """How much longer `above` takes: the median over paired rounds, or with "min" the ratio of the minima."""
+    """Return how many times as long `above` takes: the median ratio of paired rounds, or with "min" the ratio of minima."""
     return min(above) / min(below) if statistic == "min" else Spread.of_ratios(above, below).p50
 
 
 def peak_memory(call: Call, device: torch.device) -> int:
-    """Bytes that one call allocates at its peak, above what was allocated before it."""
+    """Return the peak memory of one call in bytes, beyond the memory allocated before it."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         before = torch.cuda.memory_allocated(device)
         call()
         synchronize(device)
         return torch.cuda.max_memory_allocated(device) - before
-    os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # the profiler's own notes would run through the progress bar
+    os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # the profiler's log would break the progress bar
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
         call()
     events: Any = profile.profiler.kineto_results.events()

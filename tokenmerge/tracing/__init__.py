@@ -1,4 +1,4 @@
-"""Pictures of merged tokens. The core imports this only when a picture is asked for."""
+"""Traces of merges, and pictures of merged tokens."""
 
 from tokenmerge.tracing.paint import VIEWS, View, paint
 from tokenmerge.tracing.regions import borders, region_map

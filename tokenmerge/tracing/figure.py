@@ -1,4 +1,4 @@
-"""Merged tokens as a matplotlib figure."""
+"""Matplotlib figures of merged tokens."""
 
 from __future__ import annotations
 
@@ -18,17 +18,21 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 _FRAMES = 6
-"""How many frames of a video a figure shows."""
+"""Most frames of a video in a figure."""
 
 
 def strip(blocks: int) -> list[int]:
-    """Which blocks tell the story of a model: four of them up to the last, evenly, from 0."""
+    """Return the indices of four evenly spaced blocks, the last one included, of a model of `blocks` blocks."""
     step = -(-blocks // 4)
     return sorted({*range(step - 1, blocks, step), blocks - 1})
 
 
 def new_figure(width: float, height: float) -> Figure:
-    """A figure that belongs to no window; its size in inches. A notebook shows it, whatever backend it has.
+    """Create a figure without a window that notebooks display with any backend.
+
+    Args:
+        width: in inches.
+        height: in inches.
 
     Raises:
         InputError: if matplotlib is not installed.
@@ -38,7 +42,7 @@ def new_figure(width: float, height: float) -> Figure:
         from matplotlib.figure import Figure
     figure = Figure(figsize=(width, height), layout="constrained")
     FigureCanvasAgg(figure)
-    figure._repr_png_ = functools.partial(_png, figure)  # type: ignore[attr-defined]  # what IPython asks for
+    figure._repr_png_ = functools.partial(_png, figure)  # type: ignore[attr-defined]  # the method that IPython calls
     return figure
 
 
@@ -49,10 +53,17 @@ def _png(figure: Figure) -> bytes:
 
 
 def as_pixels(picture: Any) -> Tensor:
-    """What people have as a picture, as `[C, H, W]`, or of a video `[C, T, H, W]`, float32 in [0, 1].
+    """Convert a picture to float32 pixels in [0, 1].
+
+    Args:
+        picture: a tensor `[C, H, W]` or (video) `[T, C, H, W]`, floating or uint8; an array `[H, W, C]` or `[H, W]`; or a Pillow
+            image. C is 1 or 3.
+
+    Returns:
+        `[C, H, W]`, or `[C, T, H, W]` for video.
 
     Raises:
-        InputError: if it is no picture.
+        InputError: if the picture has another shape.
     """
     if not isinstance(picture, Tensor):
         import numpy as np
@@ -85,15 +96,18 @@ def plot_regions(
     block: int | Sequence[int] | Literal["all"] | None,
     view: View,
 ) -> Figure:
-    """`Trace.plot`.
+    """Draw merged tokens after some blocks, side by side (see `Trace.plot`).
 
     Args:
-        regions: pixels along each axis, and after which block -> which token each pixel belongs to.
-        titles: how many tokens are left after each block, in words.
-        patches: that the picture has.
-        picture: what the model was given.
-        block: after which block; several; "all".
+        regions: function of pixels along each axis and a block (`None`: the last), which returns the token of each pixel.
+        titles: the number of tokens after each block, as text.
+        patches: number of patches in the picture.
+        picture: the model's input as a picture, as for `as_pixels`.
+        block: index of a block, or several, "all", or `None` for the last.
         view: see `paint`.
+
+    Raises:
+        InputError: if matplotlib is missing, or the picture or the block is invalid.
     """
     pixels = as_pixels(picture)
     whole = isinstance(block, str) and block == "all"
@@ -129,12 +143,12 @@ def _show(axes: Axes, pixels: Tensor, title: str) -> None:
 
 
 def plot_spectrograms(parts: Sequence[tuple[str, Tensor]], seconds: float, bands: Sequence[float]) -> Figure:
-    """Painted spectrograms, one above the other, with their axes.
+    """Draw painted spectrograms, one above the other, with axes.
 
     Args:
-        parts: titles, and spectrograms `[3, bands, frames]` in [0, 1], the lowest band first.
-        seconds: that they last.
-        bands: the middle of each band in Hz.
+        parts: pairs of a title and a spectrogram `[3, bands, frames]` in [0, 1], lowest band first.
+        seconds: duration of the sound.
+        bands: centre frequency of each band in Hz.
     """
     figure = new_figure(10, 0.6 + 2.4 * len(parts))
     rows = figure.subplots(len(parts), sharex=True, squeeze=False)[:, 0]
@@ -150,6 +164,6 @@ def plot_spectrograms(parts: Sequence[tuple[str, Tensor]], seconds: float, bands
         )
         axes.set_yticks(places, [str(mark) for mark in marks])
         axes.set_ylabel("frequency, Hz (mel)", fontsize=8)
-        axes.set_title(title, fontsize=9, loc="left", parse_math=False)  # a file may have any name
+        axes.set_title(title, fontsize=9, loc="left", parse_math=False)  # titles are file names, which may contain $
     rows[-1].set_xlabel("time, s")
     return figure

@@ -1,4 +1,4 @@
-"""Colours for tokens: their own mean colour, their size, or one that stays theirs from block to block."""
+"""Colours of tokens in pictures: mean colour, outlines, size, or a fixed colour per token."""
 
 from __future__ import annotations
 
@@ -16,29 +16,28 @@ from tokenmerge.tracing.regions import borders
 
 View = Literal["picture", "outlines", "sizes", "tokens"]
 VIEWS = ("picture", "outlines", "sizes", "tokens")
-_BORDER, _GREY = 0.25, 0.45  # how much of its colour a border pixel keeps, and what it is mixed with
-_DROPPED = 0.12  # how bright a dropped patch is where others show a colour of their own
+_BORDER, _GREY = 0.25, 0.45  # share of its own colour in a border pixel, and the grey that it is mixed with
+_DROPPED = 0.12  # brightness of dropped patches
 _GOLDEN = (math.sqrt(5) - 1) / 2
 
 
 def paint(pixels: Tensor, region: Tensor, view: View = "picture", span: tuple[float, float] | None = None) -> Tensor:
-    """Paint the tokens of one picture, or of one film.
+    """Paint the tokens of one picture or video.
 
     Args:
-        pixels: `[C, H, W]` or, of a film, `[C, T, H, W]`, in [0, 1]; C is 1 or 3.
-        region: `[H, W]` or `[T, H, W]`: a number for the token of each pixel, its first patch (`Trace.regions`); −1 where
-            it was dropped.
-        view: "picture", every token in the mean colour of its pixels, over all frames; "outlines", the picture as it is
-            with borders; "sizes", how large tokens are, logarithmic, dark for single patches; "tokens", a colour for each
-            token that tells it from its neighbours, and stays the same from block to block: it goes by the first patch.
-        span: of "sizes", pixels of one patch, which is darkest, and of the token that is brightest; `None` takes the smallest
-            and the largest token here.
+        pixels: `[C, H, W]`, or `[C, T, H, W]` for video, in [0, 1]; C is 1 or 3.
+        region: `[H, W]` or `[T, H, W]` int64: the token of each pixel (`Trace.regions`); −1 for dropped patches.
+        view: "picture", each token in the mean colour of its pixels over all frames; "outlines", the picture with the
+            borders of tokens; "sizes", the size of tokens on a logarithmic scale, dark for single patches; "tokens", a
+            colour per token that differs from its neighbours' and stays the same from block to block.
+        span: for "sizes", the numbers of pixels of the darkest and of the brightest colour; `None` takes the smallest and
+            the largest token of `region`.
 
     Returns:
-        `[3, H, W]` or `[3, T, H, W]` in [0, 1]. Dropped patches are dark.
+        `[3, H, W]` or `[3, T, H, W]` float32 in [0, 1]; dropped patches are dark.
 
     Raises:
-        InputError: if the region has other pixels than the picture, or the view is unknown.
+        InputError: if `region` and `pixels` have different shapes, or the view is unknown.
     """
     if pixels.shape[1:] != region.shape or pixels.shape[0] not in (1, 3):
         raise InputError(
@@ -87,13 +86,13 @@ def _named(region: Tensor) -> Tensor:
 
 
 def span_of(region: Tensor, patches: int) -> tuple[float, float]:
-    """Pixels of one patch, and of the largest token of a region map `[…]`: the `span` of `paint`."""
+    """Return the `span` of `paint` for a region map: the pixels of one patch, and of the largest token."""
     return region.numel() / patches, float(torch.bincount(region.flatten() + 1)[1:].max())
 
 
 @contextlib.contextmanager
 def needing_matplotlib() -> Iterator[None]:
-    """Say in a sentence if what is imported within is not installed."""
+    """Convert an `ImportError` of the imports inside to an `InputError` that asks for matplotlib."""
     try:
         yield
     except ImportError:
@@ -104,7 +103,7 @@ def needing_matplotlib() -> Iterator[None]:
 
 @functools.cache
 def table(name: str) -> Tensor:
-    """`[256, 3]` in [0, 1]: one of matplotlib's colour maps that colour-blind people can read.
+    """Return one of matplotlib's colour maps as `[256, 3]` float32 in [0, 1].
 
     Raises:
         InputError: if matplotlib is not installed.

@@ -1,4 +1,4 @@
-"""Which pixel belongs to which token."""
+"""Region maps: the token that each pixel belongs to."""
 
 from __future__ import annotations
 
@@ -12,21 +12,28 @@ from tokenmerge.errors import InputError
 
 
 def region_map(source: Tensor, grid: Sequence[int], shape: Sequence[int]) -> Tensor:
-    """The token of every pixel.
+    """Return the token of every pixel.
 
-    Pixel p of S along an axis of g patches lies in patch `⌊p·g/S⌋`: exactly its own where patches tile the input, the
-    nearest one where they overlap (spectrograms of AST).
+    Along an axis with g patches and S pixels, pixel p lies in patch `⌊p·g/S⌋`. That is exact where patches tile the input,
+    and about the nearest patch where they overlap (spectrograms of AST).
 
     Args:
-        source: `[N]` integers: the token that each patch has become, prefix tokens left out; −1 if it was dropped.
+        source: `[patches]` integers: the token that each patch has become, without protected tokens; −1 for dropped ones.
         grid: patches along each axis: `(h, w)`, or `(t, h, w)` for video.
         shape: pixels along each axis: `(H, W)` or `(T, H, W)`.
 
     Returns:
-        int64, of that shape.
+        int64 tensor of shape `shape`, on the CPU.
 
     Raises:
-        InputError: if the grid does not hold N patches, or the picture has other axes.
+        InputError: if the grid has another number of patches than `source`, or `shape` another number of axes.
+
+    Example:
+        >>> import torch
+        >>> from tokenmerge.tracing.regions import region_map
+        >>> region_map(torch.tensor([0, 0, 1, 2]), grid=(2, 2), shape=(2, 4))
+        tensor([[0, 0, 0, 0],
+                [1, 1, 2, 2]])
     """
     sides = shape if isinstance(shape, list | tuple) else (None,)
     if not all(isinstance(side, int) and not isinstance(side, bool) and side > 0 for side in sides):
@@ -43,7 +50,7 @@ def region_map(source: Tensor, grid: Sequence[int], shape: Sequence[int]) -> Ten
 
 
 def borders(region: Tensor) -> Tensor:
-    """`[…, H, W]` bool: pixels whose upper or left neighbour belongs to another token."""
+    """Return which pixels of a region map `[…, H, W]` have an upper or left neighbour of another token, as bool."""
     border = torch.zeros_like(region, dtype=torch.bool)
     border[..., 1:, :] |= region[..., 1:, :] != region[..., :-1, :]
     border[..., :, 1:] |= region[..., :, 1:] != region[..., :, :-1]
@@ -51,7 +58,7 @@ def borders(region: Tensor) -> Tensor:
 
 
 def anchors(source: Tensor) -> Tensor:
-    """`[N]` int64: for each patch the first patch that became the same token, which names it; −1 if it was dropped."""
+    """Return for each patch the first patch of its token: `[patches]` int64 from a source map; −1 for dropped patches."""
     source = source.to("cpu", torch.int64)
     first = torch.full((int(source.max()) + 2,), len(source), dtype=torch.int64)
     first.scatter_reduce_(0, source + 1, torch.arange(len(source)), "amin")

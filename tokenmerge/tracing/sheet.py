@@ -1,4 +1,4 @@
-"""Pictures side by side, as image files."""
+"""Contact sheets: pictures side by side in one image."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor
 
 
 def to_image(pixels: Tensor, scale: int = 1) -> Image.Image:
-    """`[C, H, W]` in [0, 1], one or three channels, as a picture enlarged `scale` times without smoothing."""
+    """Convert pixels `[C, H, W]` in [0, 1], C = 1 or 3, to a Pillow image enlarged `scale` times without smoothing."""
     data = (pixels.clamp(0, 1) * 255).round().to(torch.uint8)
     data = data.expand(3, -1, -1) if data.shape[0] == 1 else data
     picture = Image.fromarray(data.permute(1, 2, 0).contiguous().numpy())
@@ -18,7 +18,7 @@ def to_image(pixels: Tensor, scale: int = 1) -> Image.Image:
 
 
 def enlarged(pixels: Tensor, scale: int) -> Tensor:
-    """`[C, …, H, W]` -> `[C, …, H·scale, W·scale]`, without smoothing."""
+    """Enlarge pixels `[C, …, H, W]` to `[C, …, H·scale, W·scale]` without smoothing."""
     return pixels.repeat_interleave(scale, -2).repeat_interleave(scale, -1)
 
 
@@ -29,13 +29,13 @@ def contact_sheet(
     foot: str = "",
     gap: int = 10,
 ) -> Image.Image:
-    """Pictures in a grid on white; the size of a row's pictures is its own.
+    """Arrange pictures in a grid on a white background; rows may differ in size.
 
     Args:
-        rows: pictures, as many in each row as there are titles.
-        titles: above the columns.
-        names: above the rows, or none.
-        foot: one line below all.
+        rows: rows of pictures, each with one picture per title.
+        titles: titles of the columns.
+        names: titles of the rows, or none.
+        foot: one line below the grid.
         gap: pixels between pictures.
     """
     width = max(picture.width for row in rows for picture in row)
@@ -64,7 +64,7 @@ def contact_sheet(
 
 
 def _fitted(draw: ImageDraw.ImageDraw, text: str, width: float, size: int) -> str:
-    """The text, its end cut if it is too long."""
+    """Return a text cut to `width` pixels at a font size, with an ellipsis if it was cut."""
     text = " ".join(text.split())
     while text and draw.textlength(text, font_size=size) > width:
         text = text[:-2].rstrip("…") + "…" if len(text) > 2 else ""

@@ -1,4 +1,4 @@
-"""What a forward pass merged, when asked for by `patch(..., trace=True)`."""
+"""`Trace`: the merges of one forward pass, recorded with `patch(..., trace=True)`."""
 
 from __future__ import annotations
 
@@ -22,17 +22,28 @@ if TYPE_CHECKING:
 
 
 class Trace:
-    """Which tokens became one during one forward pass.
+    """Record of the merges of one forward pass.
 
-    Methods that are given features (`unmerge`, `to_grid`) read what those very features carry, whenever and wherever they are
-    called: before the pass by order of evaluation, in a hook of an inner block, in an exported program. All others are about
-    the pass that the trace is of: `handle.trace` is the latest whole one, `trace_of(features)` that of some features.
+    `handle.trace` is the trace of the latest complete pass, and `trace_of(features)` returns the trace of the pass that
+    produced some features. The methods `unmerge` and `to_grid` use the plans that their features carry, whichever pass the trace
+    belongs to; they also work in hooks of inner blocks and in exported programs.
+
+    Example:
+        >>> import timm, torch, tokenmerge
+        >>> model = timm.create_model("test_vit").eval()  # 100 patches and a class token, 6 blocks
+        >>> handle = tokenmerge.patch(model, r=8, trace=True)
+        >>> features = model.forward_features(torch.zeros(1, 3, 160, 160))
+        >>> features.shape[1], handle.trace.source().shape, handle.trace.to_grid(features).shape[2:]
+        (53, torch.Size([1, 101]), torch.Size([10, 10]))
     """
 
     def __init__(self, state: TokenState | None, grid: tuple[int, ...] | None = None) -> None:
-        """Args:
-        state: what left the last block of the pass; `None` if none had run yet, so that features must be given.
-        grid: patches along each axis, where the pass did not see them.
+        """Create a trace.
+
+        Args:
+            state: state of the tokens that left the last block; `None` if no pass has finished, so that only the methods
+                that take features work.
+            grid: patches along each axis, if the pass did not record them.
         """
         self._left, self._grid_given = state, grid
 
@@ -45,79 +56,87 @@ class Trace:
         return self._left
 
     def with_grid(self, grid: Sequence[int]) -> Trace:
-        """The same trace with patches laid out so: for models whose grid no pass sees (NaFlex, Siglip2, Pixtral)."""
+        """Return the same trace with a grid, for models whose passes do not record one (NaFlex, Siglip2, Pixtral).
+
+        Args:
+            grid: patches along each axis: `(h, w)`, or `(t, h, w)` for video.
+
+        Raises:
+            InputError: if `grid` is not a sequence of positive whole numbers.
+        """
         if not isinstance(grid, list | tuple) or not grid or not all(is_count(side) and side > 0 for side in grid):
             raise InputError(
                 f"grid={grid!r}, but patches along each axis were expected: give (h, w), or (t, h, w) for video"
             )
         return Trace(self._left, tuple(grid))
 
-    # --- what the pass was -----------------------------------------------------------------------------------
+    # --- the pass ----------------------------------------------------------------------------------------------
 
     @property
     def steps(self) -> tuple[Step, ...]:
-        """What each block that ran did."""
+        """The step of each block that ran: plan, sizes, similarity and attention."""
         return self._state().steps
 
     @property
     def plans(self) -> tuple[MergePlan | None, ...]:
-        """One per block that ran, `None` where it merged nothing."""
+        """The plan of each block that ran; `None` for blocks that merged nothing."""
         return tuple(step.plan for step in self.steps)
 
     @property
     def sizes(self) -> tuple[Tensor | None, ...]:
-        """Patches per token after each of those blocks, `[B, N]` float32, `None` where all are 1."""
+        """Patches per token after each of those blocks, `[B, N]` float32; `None` if all are 1."""
         return tuple(step.size for step in self.steps)
 
     @property
     def similarities(self) -> tuple[Tensor | None, ...]:
-        """Cosine of each token that merged and of the token it joined, in what matching compared.
+        """Cosine similarity between each merged token and the token it joined, in the metric of the matching.
 
-        One `[B, r]` per block, in the order of its plan's sources, NaN for tokens that were dropped; `None` where none merged.
+        One tensor `[B, r]` per block in the order of `plan.source`, with NaN for dropped tokens; `None` for blocks that merged
+        nothing.
         """
         return tuple(step.similarity for step in self.steps)
 
     @property
     def attention(self) -> tuple[Tensor | None, ...]:
-        """Of the class token to the tokens that took part in each block's attention, `[B, N]`, mean over heads.
+        """Attention from the class token to every token in each block, `[B, N]` float32, averaged over heads.
 
-        In models without a class token the mean over all tokens that look. `None` without `trace="attention"`, or where
-        attention cannot be looked into.
+        In models without a class token it is the mean over all queries. `None` without `trace="attention"`, and for
+        blocks whose attention cannot be recorded.
         """
         return tuple(step.attention for step in self.steps)
 
     @property
     def protected(self) -> int:
-        """Leading tokens that never merge."""
+        """Number of leading tokens that never merge (class and register tokens)."""
         return self._state().run.settings.protected
 
     @property
     def tokens(self) -> int:
-        """Tokens per image that entered the first block (N0)."""
+        """N₀, the tokens per image that entered the first block."""
         return self._state().run.tokens
 
     @property
     def batch(self) -> int:
-        """Images in the pass (B)."""
+        """B, the images in the batch."""
         return self._state().run.batch
 
     @property
     def grid(self) -> tuple[int, ...] | None:
-        """Patches along each axis in this very pass, `(h, w)`, `(t, h, w)` or `(t,)`; `None` if nobody saw them."""
+        """Patches along each axis in this pass, `(h, w)`, `(t, h, w)` or `(t,)`; `None` if they were not recorded."""
         return self._grid_given or self._state().run.grid
 
     @property
     def known_grid(self) -> tuple[int, ...]:
-        """The grid, which holds all patches of the pass.
+        """The grid, checked against the number of patches.
 
         Raises:
-            InputError: if it is unknown, or holds another number of patches.
+            InputError: if the grid is unknown or has another number of patches than the pass.
         """
         return _checked_grid(self.grid, self.tokens - self.protected)
 
     @property
     def device(self) -> torch.device:
-        """Where the plans are."""
+        """Device of the plans."""
         plan = next(iter(self._state().plans), None)
         return torch.device("cpu") if plan is None else plan.kept.device
 
@@ -132,9 +151,13 @@ class Trace:
         return tuple(step.plan for step in steps[:end] if step.plan is not None)
 
     def source(self, block: int | None = None) -> Tensor:
-        """`[B, N0]`, int64: which token each original token has become after `block` (default: the last).
+        """Return the token that each original token has become.
 
-        −1 for tokens that were dropped.
+        Args:
+            block: index of the block after which to look; `None` is the last block that ran.
+
+        Returns:
+            `[B, N₀]` int64; −1 for dropped tokens.
 
         Raises:
             InputError: if the pass had no such block.
@@ -143,7 +166,13 @@ class Trace:
         return torch.arange(self.tokens, device=self.device).expand(self.batch, -1) if source is None else source
 
     def size(self, block: int | None = None) -> Tensor:
-        """`[B, N]`, float32: patches per token after `block` (default: the last).
+        """Return the number of patches per token.
+
+        Args:
+            block: index of the block after which to look; `None` is the last block that ran.
+
+        Returns:
+            `[B, N']` float32.
 
         Raises:
             InputError: if the pass had no such block.
@@ -152,22 +181,23 @@ class Trace:
         size = self.sizes[-1 if block is None else block]
         return torch.ones(self.batch, self.tokens, device=self.device) if size is None else size
 
-    # --- where tokens are --------------------------------------------------------------------------------------
+    # --- pixels ------------------------------------------------------------------------------------------------
 
     def regions(self, shape: Sequence[int], block: int | None = None, image: int = 0) -> Tensor:
-        """Which token each pixel belongs to after `block` (default: the last).
+        """Return the token that each pixel belongs to.
+
+        Tokens are numbered by their first patch in row-major order, so a token keeps its number from block to block.
 
         Args:
             shape: pixels along each axis of the grid: `(H, W)`, or `(T, H, W)` for video.
-            block: from 0.
-            image: which of the batch.
+            block: index of the block after which to look; `None` is the last block that ran.
+            image: index of the image in the batch.
 
         Returns:
-            int64 of that shape, on the CPU: the first patch, row by row, of the token that the pixel's patch has become,
-            which stays its number from block to block; −1 if it was dropped.
+            int64 tensor of that shape on the CPU; −1 for dropped patches.
 
         Raises:
-            InputError: if there is no such block or image, or the grid is unknown or of other axes.
+            InputError: if there is no such block or image, or the grid is unknown or has another number of axes.
         """
         from tokenmerge.tracing.regions import anchors, region_map
 
@@ -184,20 +214,23 @@ class Trace:
         view: View = "picture",
         image: int = 0,
     ) -> Figure:
-        """Draw which patches became one token.
+        """Draw the merged tokens over a picture.
 
         Args:
-            picture: what the model was given, to look at: `[C, H, W]` in [0, 1], C 1 or 3, or bytes `[H, W, C]`, or a Pillow
-                image; of a video `[T, C, H, W]` in [0, 1]. It may be larger than the model's input, but must show the same.
-            block: after which block, from 0; several; "all" for the input and four blocks up to the last (default: the last).
-            view: "picture", every token in its mean colour; "outlines"; "sizes"; "tokens", a colour that stays the token's.
-            image: which of the batch.
+            picture: the model's input as a picture: a tensor `[C, H, W]` in [0, 1] with C = 1 or 3, an array `[H, W, C]` of bytes,
+                or a Pillow image; for video a tensor `[T, C, H, W]`. It may be larger than the model's input, but must show the
+                same content.
+            block: index of the block after which to draw, or several; "all" draws the input and four blocks up to the last;
+                `None` is the last block that ran.
+            view: "picture", each token in its mean colour; "outlines"; "sizes"; or "tokens", each token in a colour that it
+                keeps from block to block.
+            image: index of the image in the batch.
 
         Returns:
-            A matplotlib Figure; in a notebook it shows itself.
+            A matplotlib Figure, which notebooks display.
 
         Raises:
-            InputError: if matplotlib is missing, there is no such block or image, or the picture has other axes than the grid.
+            InputError: if matplotlib is missing, there is no such block or image, or the picture's axes do not fit the grid.
         """
         from tokenmerge.tracing.figure import plot_regions
 
@@ -208,16 +241,17 @@ class Trace:
         )
 
     def rollout(self) -> Tensor:
-        """Attention rollout (Abnar & Zuidema 2020) over merged tokens: how much each patch reached the class token.
+        """Return attention rollout (Abnar & Zuidema 2020, arXiv 2005.00928) from the class token to each patch.
 
-        Attention of all blocks, each half attention and half residual, multiplied; a merged token passes on the
-        size-weighted mean of its members' parts. Without a class token, the mean over tokens by size.
+        Rollout is the product of the attention matrices of all blocks, each averaged with the identity for the residual. The
+        row of a merged token is the size-weighted mean of its members' rows. Without a class token, the result is the
+        size-weighted mean over all tokens.
 
         Returns:
-            `[B, *grid]` float32, such as `[B, h, w]`; with the prefix tokens' part it sums to 1.
+            `[B, *grid]` float32, such as `[B, h, w]`. Together with the share of the protected tokens it sums to 1.
 
         Raises:
-            InputError: without `trace="rollout"`, where attention cannot be looked into, or if the grid is unknown.
+            InputError: if the pass ran without `trace="rollout"`, attention cannot be recorded, or the grid is unknown.
         """
         state = self._state()
         if state.rollout is None:
@@ -239,31 +273,37 @@ class Trace:
     # --- features ----------------------------------------------------------------------------------------------
 
     def unmerge(self, features: Tensor) -> Tensor:
-        """Spread features over the patches again, by the plans that they carry: `[B, N, C]` -> `[B, N0, C]`.
+        """Copy the features of each token to all of its original tokens, by the plans that the features carry.
 
-        Features that were spread already come back as they are. Of a gradient, which comes to a tensor hook, patches share
-        what their token has, so that sums stay.
+        Features that were unmerged before are returned unchanged. A gradient, as a tensor hook receives it, is divided among
+        the members of a token, so that sums are preserved.
 
         Args:
-            features: what a patched model, or one of its blocks, put out.
+            features: output of a patched model or of one of its blocks, `[B, N', C]`.
+
+        Returns:
+            `[B, N₀, C]` in the dtype of `features`; dropped tokens are 0.
 
         Raises:
-            InputError: if the features carry nothing.
-            PatchError: if tokens merged and their plans did not travel (`trace=True` lets them).
+            InputError: if the features carry no state of a pass.
+            PatchError: if tokens merged but their plans were not kept (patch with `trace=True`).
         """
         return unmerged(features)
 
     def to_grid(self, features: Tensor, grid: tuple[int, ...] | None = None) -> Tensor:
-        """Dense maps of features, by the plans and the grid that they carry: `[B, C, h, w]` or `[B, C, t, h, w]`.
+        """Return dense feature maps on the grid of patches, by the plans and the grid that the features carry.
 
         Args:
-            features: what a patched model, or one of its blocks, put out: `[B, N, C]` merged, or `[B, N0, C]` unmerged, prefix
-                tokens included.
-            grid: patches along each axis, where the pass did not see them.
+            features: output of a patched model or of one of its blocks, merged `[B, N', C]` or unmerged `[B, N₀, C]`, including
+                protected tokens.
+            grid: patches along each axis, if the pass did not record them.
+
+        Returns:
+            `[B, C, h, w]`, or `[B, C, t, h, w]` for video, in the dtype of `features`.
 
         Raises:
-            InputError: if the features carry nothing, or the grid is unknown or does not hold as many patches.
-            PatchError: if tokens merged and their plans did not travel (`trace=True` lets them).
+            InputError: if the features carry no state of a pass, or the grid is unknown or has another number of patches.
+            PatchError: if tokens merged but their plans were not kept (patch with `trace=True`).
         """
         full, run = unmerged(features), _carried(features).run
         patches = run.tokens - run.settings.protected
@@ -287,13 +327,13 @@ def _carried(features: Tensor) -> TokenState:
 
 
 def unmerged(features: Tensor) -> Tensor:
-    """`Trace.unmerge`, for features of any patched model whose plans travel (`trace=True`)."""
+    """Unmerge features as `Trace.unmerge` does, without a trace; the model must be patched with `trace=True`."""
     state = _carried(features)
     if state.merged is not None or not state.plans:
         return features
     values = features / state.size.unsqueeze(2).to(features) if state.shared and state.size is not None else features
     full = spread_rows(values, _source(state).to(features.device), state.drops)
-    return attach(full, dataclasses.replace(state, merged=features))  # one patch per token: pooling takes it as it is
+    return attach(full, dataclasses.replace(state, merged=features))  # one patch per token: pooling weights are 1
 
 
 def _source(state: TokenState) -> Tensor:
@@ -303,13 +343,21 @@ def _source(state: TokenState) -> Tensor:
 
 
 def trace_of(features: Tensor) -> Trace:
-    """The trace of the very pass that these features come from, up to the block that gave them; no handle is needed.
+    """Return the trace of the pass that produced some features, up to the block that returned them.
 
     Args:
-        features: what a model that was patched with `trace=True`, or one of its blocks, put out.
+        features: output of a model patched with `trace=True`, or of one of its blocks.
 
     Raises:
-        InputError: if they carry nothing.
-        PatchError: if tokens merged and their plans did not travel.
+        InputError: if the features carry no state of a pass.
+        PatchError: if tokens merged but their plans were not kept (patch with `trace=True`).
+
+    Example:
+        >>> import timm, torch, tokenmerge
+        >>> model = timm.create_model("test_vit").eval()
+        >>> with tokenmerge.patched(model, r=8, trace=True):
+        ...     features = model.forward_features(torch.zeros(1, 3, 160, 160))
+        >>> tokenmerge.trace_of(features).size().sum()
+        tensor(101.)
     """
     return Trace(_carried(features))
