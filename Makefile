@@ -80,7 +80,7 @@ benchmarks-gpu:
 	for script in attention ops models training scaling; do $(PYTHON) benchmarks/$$script.py --device cuda --dtype bfloat16 || exit 1; done
 
 $(STAMP): pyproject.toml constraints.txt
-	$(call install,$(VENV),--constraint constraints.txt --editable ".[dev]")
+	$(call install,$(VENV),--constraint constraints.txt --editable ".[dev,dev-interop]")
 	touch $(STAMP)
 
 clean:

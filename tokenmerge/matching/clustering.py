@@ -7,11 +7,11 @@ from typing import Annotated, Literal
 import torch
 from torch import Tensor
 
-from tokenmerge.errors import InputError
+from tokenmerge.errors import ConfigError, InputError
 from tokenmerge.matching.joining import join
 from tokenmerge.matching.registry import needed, register_matcher
 from tokenmerge.matching.values import AtLeast
-from tokenmerge.ops.basics import ascending_order, descending_order, unit
+from tokenmerge.ops.basics import ascending_order, descending_order, is_exporting, largest_by, unit
 from tokenmerge.plan import MergePlan
 
 
@@ -29,7 +29,7 @@ def _plan(nearest: Tensor, closeness: Tensor, clusters: int, protected: int) -> 
         clusters: number of clusters, and of unprotected tokens after the merge.
         protected: leading tokens that never merge.
     """
-    batch, count = nearest.shape
+    count = nearest.shape[1]
     # sorted by cluster, then by closeness: the first token of each cluster represents it
     by_fit = descending_order(closeness)
     order = by_fit.gather(1, ascending_order(nearest.gather(1, by_fit)))
@@ -38,7 +38,7 @@ def _plan(nearest: Tensor, closeness: Tensor, clusters: int, protected: int) -> 
     first[:, 1:] = cluster[:, 1:] != cluster[:, :-1]
     stands = torch.zeros_like(first).scatter_(1, order, first)
     representative = torch.where(first, order, torch.full_like(order, -1))
-    of_cluster = nearest.new_full((batch, clusters), -1).scatter_reduce(1, cluster, representative, "amax")
+    of_cluster = largest_by(representative, cluster, clusters, -1)
     rank = torch.where(stands, torch.inf, -closeness)  # representatives stay, then the tokens that fit worst
     staying = descending_order(rank)
     source = staying[:, clusters:]
@@ -108,10 +108,10 @@ def kmedoids_matching(
             break
         together = nearest.unsqueeze(2) == nearest.unsqueeze(1)
         fit = (similarity * weight.unsqueeze(1)).masked_fill(~together, 0).sum(dim=2)
-        best = fit.new_full(medoid.shape, -torch.inf).scatter_reduce(1, nearest, fit, "amax")
+        best = largest_by(fit, nearest, count - r, -torch.inf)
         is_best = fit >= best.gather(1, nearest)
         position = torch.where(is_best, torch.arange(count, device=x.device), -1)
-        medoid = torch.full_like(medoid, -1).scatter_reduce(1, nearest, position, "amax")
+        medoid = largest_by(position, nearest, count - r, -1)
     return _plan(nearest, closeness, count - r, protected)
 
 
@@ -136,6 +136,10 @@ def agglomerative_matching(
         InputError: if scipy is not installed.
     """
     batch, tokens, _ = metric.shape
+    if is_exporting():
+        raise ConfigError(
+            "matcher 'agglomerative' runs in scipy, which no exported program can hold: choose another matcher"
+        )
     try:
         from scipy.cluster import hierarchy
     except ImportError:

@@ -11,11 +11,12 @@ import torch
 from torch import Tensor
 
 from tokenmerge.config import Partition
+from tokenmerge.errors import ConfigError
 from tokenmerge.matching.distances import similarities
 from tokenmerge.matching.partitions import partition_order
 from tokenmerge.matching.registry import register_matcher
 from tokenmerge.matching.values import AtLeast, PerBlock, Within
-from tokenmerge.ops.basics import ascending_order, counting, descending_order, no_autocast, unit
+from tokenmerge.ops.basics import ascending_order, counting, descending_order, is_exporting, no_autocast, unit
 from tokenmerge.plan import MergePlan
 from tokenmerge.schedule import max_merges
 
@@ -139,11 +140,11 @@ def _in_partition(a: Tensor, b: Tensor, going: Tensor, partner: Tensor, protecte
         protected: leading tokens that never merge.
         batch: B.
     """
-    staying = torch.ones(batch, len(a), dtype=torch.int64, device=a.device).scatter_(1, going, 0)
-    left = descending_order(staying)[:, : len(a) - going.shape[1]]
+    staying = torch.ones(batch, a.shape[0], dtype=torch.int64, device=a.device).scatter_(1, going, 0)
+    left = descending_order(staying)[:, : a.shape[0] - going.shape[1]]
     prefix = counting(protected, a.device).expand(batch, -1)
     kept = torch.cat([prefix, a[left], b.expand(batch, -1)], dim=1)
-    return MergePlan(kept, a[going], partner + (kept.shape[1] - len(b)))
+    return MergePlan(kept, a[going], partner + (kept.shape[1] - b.shape[0]))
 
 
 class _Collecting(threading.local):
@@ -194,6 +195,11 @@ def threshold_matching(
     best, partner = similarities(metric[:, a], metric[:, b]).max(dim=2) if most else (metric[:, :0, 0], None)
     if _collecting.edges is not None:
         _collecting.edges.setdefault(layer, []).append((best, r))
+    if thresholds and is_exporting():
+        raise ConfigError(
+            "matcher 'threshold' leaves a number of tokens that depends on the images, but exported programs have static shapes: "
+            "export without thresholds, or choose another matcher"
+        )
     if thresholds:
         r = round(float((best > thresholds[layer]).sum()) / batch)
     r = min(r, most)

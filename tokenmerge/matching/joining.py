@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from tokenmerge.ops.basics import ascending_order, counting
+from tokenmerge.ops.basics import ascending_order, counting, marked
 from tokenmerge.plan import DROPPED, MergePlan
 
 
@@ -56,10 +56,9 @@ def join_nearest(similarity: Tensor, source: Tensor, protected: int) -> MergePla
         source: positions of the tokens that merge away, `[B, r]` int64.
         protected: leading tokens that nothing may join.
     """
-    batch, tokens, _ = similarity.shape
+    tokens = similarity.shape[1]
     rows = similarity.gather(1, source.unsqueeze(2).expand(-1, -1, tokens))
-    closed = torch.zeros(batch, tokens, dtype=torch.bool, device=source.device).scatter_(1, source, True)
-    closed[:, :protected] = True
+    closed = marked(source, tokens) | (counting(tokens, source.device) < protected)
     return join(source, rows.masked_fill(closed.unsqueeze(1), -torch.inf).argmax(dim=2), tokens)
 
 

@@ -12,7 +12,7 @@ from tokenmerge.errors import InputError
 from tokenmerge.matching.joining import join, join_nearest, lowest
 from tokenmerge.matching.registry import needed, register_matcher
 from tokenmerge.matching.values import AtLeast, Within
-from tokenmerge.ops.basics import counting, descending_order, unit
+from tokenmerge.ops.basics import counting, descending_order, is_exporting, take_rows, unit
 from tokenmerge.plan import MergePlan
 
 
@@ -20,11 +20,9 @@ def _similarities(metric: Tensor, protected: int) -> Tensor:
     """Compute cosine similarities `[B, N, N]` float32, with −inf on the diagonal and for protected tokens."""
     x = unit(metric)
     similarity = x @ x.transpose(1, 2)
-    diagonal = torch.eye(x.shape[1], dtype=torch.bool, device=x.device)
-    similarity = similarity.masked_fill(diagonal, -torch.inf)
-    similarity[:, :protected] = -torch.inf
-    similarity[:, :, :protected] = -torch.inf
-    return similarity
+    position = counting(x.shape[1], x.device)
+    closed = (position < protected) | (position == position.unsqueeze(1))
+    return similarity.masked_fill(closed | (position < protected).unsqueeze(1), -torch.inf)
 
 
 @register_matcher("greedy", most="all but one")
@@ -42,29 +40,31 @@ def greedy_matching(metric: Tensor, r: int, protected: int = 0, size: Tensor | N
     """
     batch, tokens, _ = metric.shape
     similarity = _similarities(metric, protected)
-    mean = metric.float().clone()
-    weight = torch.ones(batch, tokens, device=metric.device) if size is None else size.float().clone()
-    into = counting(tokens, metric.device).expand(batch, -1).clone()
-    image = counting(batch, metric.device)
+    mean = metric.float()
+    weight = torch.ones(batch, tokens, device=metric.device) if size is None else size.float()
+    position = counting(tokens, metric.device)
+    into = position.expand(batch, -1)
+    closed = (position < protected).expand(batch, -1)
     gone = torch.zeros(batch, tokens, dtype=torch.bool, device=metric.device)
     for _ in range(r):
-        best = similarity.flatten(1).argmax(dim=1)
+        best = similarity.flatten(1).argmax(dim=1, keepdim=True)
         first, second = best // tokens, best % tokens
-        stays, goes = torch.minimum(first, second), torch.maximum(first, second)
-        total = weight[image, stays] + weight[image, goes]
-        share = (weight[image, goes] / total.clamp_min(1e-12)).unsqueeze(1)
-        mean[image, stays] = mean[image, stays] + share * (mean[image, goes] - mean[image, stays])
-        weight[image, stays] = total
-        gone[image, goes] = True
-        into = torch.where(into == goes.unsqueeze(1), stays.unsqueeze(1), into)
-        similarity[image, goes] = -torch.inf
-        similarity[image, :, goes] = -torch.inf
-        new = torch.nn.functional.cosine_similarity(mean, mean[image, stays].unsqueeze(1), dim=2, eps=1e-12)
-        new = new.masked_fill(gone, -torch.inf)
-        new[:, :protected] = -torch.inf
-        new[image, stays] = -torch.inf
-        similarity[image, stays] = new
-        similarity[image, :, stays] = new
+        stays, goes = torch.minimum(first, second), torch.maximum(first, second)  # [B, 1]
+        total = weight.gather(1, stays) + weight.gather(1, goes)
+        share = (weight.gather(1, goes) / total.clamp_min(1e-12)).unsqueeze(2)
+        own, other = take_rows(mean, stays), take_rows(mean, goes)
+        merged = own + share * (other - own)  # [B, 1, D]
+        # masks rather than writes to single places, which not every exporter knows
+        is_staying, is_going = position == stays, position == goes
+        mean = torch.where(is_staying.unsqueeze(2), merged, mean)
+        weight = torch.where(is_staying, total, weight)
+        gone = gone | is_going
+        into = torch.where(into == goes, stays, into)
+        new = torch.nn.functional.cosine_similarity(mean, merged, dim=2, eps=1e-12)
+        new = new.masked_fill(gone | closed | is_staying, -torch.inf)
+        similarity = torch.where(is_staying.unsqueeze(2), new.unsqueeze(1), similarity)
+        similarity = torch.where(is_staying.unsqueeze(1), new.unsqueeze(2), similarity)
+        similarity = similarity.masked_fill(is_going.unsqueeze(2) | is_going.unsqueeze(1), -torch.inf)
     source = descending_order(gone.to(torch.int64))[:, :r]
     return join(source, into.gather(1, source), tokens)
 
@@ -123,7 +123,8 @@ def energy_matching(
     x = unit(metric)
     similarity = x @ x.transpose(1, 2)
     at = margin * (1 - layer / layers)
-    below = alpha * torch.expm1(similarity - at)
+    deficit = similarity - at
+    below = alpha * (deficit.exp() - 1 if is_exporting() else deficit.expm1())  # the older ONNX exporter lacks expm1
     energy = torch.where(similarity >= at, similarity, below)[:, :, protected:].mean(dim=2)
     eligible = lowest(-energy, 2 * r, protected)
     source, open_to = eligible[:, ::2], eligible[:, 1::2]
@@ -171,7 +172,7 @@ def strided_matching(
         stride *= 2
     index = torch.arange(math.prod(grid), device=metric.device)
     on_grid = (index // columns % rows % stride == 0) & (index % columns % stride == 0)
-    on_grid &= index < frames * rows * columns
+    on_grid = on_grid & (index < frames * rows * columns)
     fixed = torch.nn.functional.pad(on_grid, (protected, 0), value=False).expand(batch, -1).gather(1, anchor)
     similarity = _similarities(metric, protected).masked_fill(~fixed.unsqueeze(1), -torch.inf)
     best, partner = similarity.max(dim=2)

@@ -8,7 +8,15 @@ import torch
 from torch import Tensor
 
 from tokenmerge.config import Partition
-from tokenmerge.ops.basics import ascending_order
+from tokenmerge.ops.basics import ascending_order, is_exporting
+
+
+def _shuffled(count: int, seed: int) -> list[int]:
+    """Return what `shuffled` returns, computed in Python."""
+    mixed = [((number + 1) * 0x9E3779B1 + (seed + 1) * 0x85EBCA6B) % 2**32 for number in range(count)]
+    mixed = [(x ^ (x >> 15)) * 0x2C1B3C6D % 2**32 for x in mixed]
+    mixed = [(x ^ (x >> 12)) * 0x297A2D39 % 2**32 for x in mixed]
+    return sorted(range(count), key=lambda number: (mixed[number] ^ (mixed[number] >> 15), number))
 
 
 def shuffled(count: int, seed: int, device: torch.device) -> Tensor:
@@ -16,6 +24,8 @@ def shuffled(count: int, seed: int, device: torch.device) -> Tensor:
 
     It is computed on the device by hashing, because a list from Python would have to be copied there in every pass.
     """
+    if is_exporting():  # a constant of the program: not every runtime knows operations on bits
+        return torch.tensor(_shuffled(count, seed), device=device)
     mixed = ((torch.arange(count, device=device) + 1) * 0x9E3779B1 + (seed + 1) * 0x85EBCA6B) % 2**32
     mixed = (mixed ^ (mixed >> 15)) * 0x2C1B3C6D % 2**32
     mixed = (mixed ^ (mixed >> 12)) * 0x297A2D39 % 2**32
@@ -29,7 +39,7 @@ def _on_a(partition: Partition, free: int, count_a: int, columns: int, layer: in
         return torch.zeros_like(position).scatter_(0, shuffled(free, layer, device), position) < count_a
     if partition == "checkerboard":
         black = (position // columns + position % columns) % 2 == 0
-        return black & (black.cumsum(0) <= count_a)
+        return black & (black.to(torch.int64).cumsum(0) <= count_a)
     return position < count_a
 
 

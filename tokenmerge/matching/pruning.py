@@ -12,6 +12,7 @@ from tokenmerge.matching.joining import drop, join, lowest, rest_of
 from tokenmerge.matching.partitions import shuffled
 from tokenmerge.matching.registry import needed, register_matcher
 from tokenmerge.matching.values import PerBlock, Within
+from tokenmerge.ops.basics import counting, first_reaching, marked
 from tokenmerge.plan import MergePlan
 
 
@@ -100,7 +101,7 @@ def adaptive_token_sampling(
     share = significance / significance.sum(dim=1, keepdim=True).clamp_min(1e-12)
     count = tokens - protected - r
     quantile = (torch.arange(count, device=metric.device) + 0.5) / count
-    drawn = torch.searchsorted(share.cumsum(dim=1), quantile.expand(len(share), -1).contiguous())
+    drawn = first_reaching(share.cumsum(dim=1), quantile)
     drawn = drawn.clamp_max(share.shape[1] - 1)
     # drawn tokens rank above all others, and both groups rank by significance
     score = share + torch.zeros_like(share).scatter_(1, drawn, 2.0)
@@ -134,13 +135,12 @@ def prune_then_merge(
     Raises:
         InputError: if `attention` is missing.
     """
-    batch, tokens, _ = metric.shape
+    tokens = metric.shape[1]
     count = round((pruned[layer] if isinstance(pruned, list) else pruned) * r)
     going = lowest(needed(attention, "attention", "diffrate"), r, protected)
     merged = going[:, count:]
     similarity = similarities(metric, metric).gather(1, merged.unsqueeze(2).expand(-1, -1, tokens))
-    closed = torch.zeros(batch, tokens, dtype=torch.bool, device=metric.device).scatter_(1, going, True)
-    closed[:, :protected] = True
+    closed = marked(going, tokens) | (counting(tokens, metric.device) < protected)
     nearest = similarity.masked_fill(closed.unsqueeze(1), -torch.inf).argmax(dim=2)
     # `join` needs a partner for dropped tokens, too; their targets are then replaced by −1
     joined = torch.cat([rest_of(going, tokens)[:, -1:].expand(-1, count), nearest], dim=1)

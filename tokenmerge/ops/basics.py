@@ -15,12 +15,12 @@ from tokenmerge.ops import exported
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def is_exporting() -> bool:
-    """Return whether `torch.export`, TorchScript or an exporter built on them is tracing; `torch.compile` does not count.
+    """Return whether `torch.export` or an ONNX exporter is tracing; `torch.compile` and `torch.jit.trace` do not count.
 
     In torch 2.11, Dynamo evaluates `torch.compiler.is_exporting()` as true whenever it compiles. The decorator makes
     Dynamo call this function instead of tracing it.
     """
-    return torch.compiler.is_exporting() or torch._C._get_tracing_state() is not None
+    return torch.compiler.is_exporting() or torch.onnx.is_in_onnx_export()
 
 
 # --- ranges of integers ------------------------------------------------------------------------------------
@@ -128,6 +128,36 @@ def largest_rows(rows: Tensor, target: Tensor, values: Tensor, left: int) -> Ten
         return exported.largest_rows(rows, target, values, left)
     index = target if rows.dim() == 1 else target.unsqueeze(1).expand(-1, rows.shape[1])
     return rows.scatter_reduce(0, index, values, "amax", include_self=True)
+
+
+def largest_by(values: Tensor, group: Tensor, groups: int, least: float) -> Tensor:
+    """Return the largest value of each group.
+
+    Args:
+        values: `[B, M]`.
+        group: `[B, M]` int64: the group of each value.
+        groups: number of groups G.
+        least: result for a group without values; no value is smaller.
+
+    Returns:
+        `[B, G]` in the dtype of `values`.
+    """
+    if is_exporting():
+        return exported.largest_by(values, group, groups, least)
+    return values.new_full((values.shape[0], groups), least).scatter_reduce(1, group, values, "amax")
+
+
+def marked(index: Tensor, count: int) -> Tensor:
+    """Return which of `0 … count − 1` are in `index [B, M]`, `[B, count]` bool."""
+    marks = torch.zeros(index.shape[0], count, dtype=torch.int64, device=index.device)
+    return marks.scatter_(1, index, 1) > 0
+
+
+def first_reaching(ascending: Tensor, levels: Tensor) -> Tensor:
+    """Return for each of `levels [M]` the position of the first of the `ascending [B, K]` numbers that reaches it, `[B, M]` int64."""
+    if is_exporting():
+        return (ascending.unsqueeze(1) < levels.view(1, -1, 1)).to(torch.int64).sum(dim=2)
+    return torch.searchsorted(ascending, levels.expand(ascending.shape[0], -1).contiguous())
 
 
 # --- arithmetic --------------------------------------------------------------------------------------------

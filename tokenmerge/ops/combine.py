@@ -184,8 +184,8 @@ def combine(x: Tensor, size: Tensor | None, members: Members, reduce: Reduce) ->
     rows = x.reshape(-1, x.shape[2])
     kept = rows.index_select(0, stays)
     if size is None:
-        joining_size = kept.new_ones(source.shape, dtype=torch.float32)
-        sizes = kept.new_ones(stays.shape, dtype=torch.float32)
+        joining_size = torch.ones(source.shape, device=x.device)
+        sizes = torch.ones(stays.shape, device=x.device)
     else:
         size = size.to(torch.float32).reshape(-1)
         joining_size, sizes = size.index_select(0, source), size.index_select(0, stays)

@@ -62,7 +62,15 @@ def largest_rows(rows: Tensor, target: Tensor, values: Tensor, left: int) -> Ten
     return largest.reshape(rows.shape)
 
 
+def largest_by(values: Tensor, group: Tensor, groups: int, least: float) -> Tensor:
+    """Return the largest of `values [B, M]` in each group, `[B, G]`; `least` where a group is empty."""
+    belongs = group.unsqueeze(1) == torch.arange(groups, device=group.device).view(1, -1, 1)
+    wide = values.unsqueeze(1).expand(-1, groups, -1)
+    return torch.where(belongs, wide, torch.full_like(wide, least)).amax(dim=2)
+
+
 def _map(target: Tensor, batch: int, left: int) -> Tensor:
     """Return `[B, N', r]`, true where a value joins a row."""
-    own = (target % left).reshape(batch, 1, -1)
+    first = torch.arange(batch, device=target.device).view(-1, 1, 1) * left
+    own = target.reshape(batch, 1, -1) - first
     return own == torch.arange(left, device=target.device).view(1, -1, 1)

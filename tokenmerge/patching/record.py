@@ -16,6 +16,7 @@ from tokenmerge.config import MergeConfig
 from tokenmerge.errors import ConfigError
 from tokenmerge.flops import NO_ENDS, Ends, ModelCost
 from tokenmerge.matching import Entry
+from tokenmerge.ops.basics import is_exporting
 from tokenmerge.patching.families.family import BlockFamily, ModelFamily
 from tokenmerge.schedule import Schedule, expand, flops_target, keep_ratio, max_merges
 
@@ -102,10 +103,15 @@ class Settings:
         object.__setattr__(self, "number", next(_numbers))
         _living[self.number] = self
 
-    def schedule_for(self, tokens: int) -> Schedule:
+    def schedule_for(self, tokens: int | torch.SymInt) -> Schedule:
         """r per block, as asked for, when so many tokens enter the first one; static while code is traced."""
         if self.schedule is not None:
             return self.schedule
+        if isinstance(tokens, torch.SymInt) and is_exporting():
+            raise ConfigError(
+                "keep, flops and speedup choose r by the number of tokens, but this export leaves the height or the width free: "
+                "give r=…, a whole number or one for each block"
+            )
         return cast("Schedule", _schedule_for(self.number, int(tokens)))[: self.layers]
 
     def __deepcopy__(self, memo: Any) -> Settings:
