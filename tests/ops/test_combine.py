@@ -106,7 +106,8 @@ def test_a_gradient_through_sizes_is_not_one_through_means() -> None:
     assert sizes.requires_grad
     (grad,) = torch.autograd.grad(sizes.sum(), learned, retain_graph=True)
     assert torch.equal(grad, torch.ones_like(size))
-    assert torch.autograd.grad(merged.sum(), learned, retain_graph=True, allow_unused=True) == (None,)
+    through_means: tuple[Any, ...] = torch.autograd.grad(merged.sum(), learned, retain_graph=True, allow_unused=True)
+    assert through_means == (None,)
     (known,) = torch.autograd.grad(merged.square().sum(), tokens)
     plain = x.clone().requires_grad_()
     torch.testing.assert_close(known, torch.autograd.grad(plan.merge(plain, size)[0].square().sum(), plain)[0])
@@ -145,8 +146,9 @@ def test_the_paths_of_one_image_and_of_many_are_one() -> None:
     plan, x = bipartite_matching(metric, 8), torch.randn(3, 20, 5)
     together = plan.merge(x, size)
     for image in range(3):
-        alone = MergePlan(*(part[image : image + 1] for part in (plan.kept, plan.source, plan.target)))
-        for one, all_ in zip(alone.merge(x[image : image + 1], size[image : image + 1]), together, strict=True):
+        one_image = slice(image, image + 1)
+        alone = MergePlan(plan.kept[one_image], plan.source[one_image], plan.target[one_image])
+        for one, all_ in zip(alone.merge(x[one_image], size[one_image]), together, strict=True):
             assert torch.equal(one[0], all_[image])
 
 
