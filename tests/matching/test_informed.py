@@ -54,9 +54,10 @@ def test_thresholds_by_their_definition() -> None:
         r = round(float((best > threshold).sum()) / 3)
         plan = matcher(metric, 4, 1, layer=1, thresholds=[0.5, threshold])
         assert plan.r == r
-        if r:
-            assert same(plan, bipartite_matching(metric, r, 1))
+        assert same(plan, bipartite_matching(metric, r, 1))
     assert same(matcher(metric, 4, 1), bipartite_matching(metric, 4, 1))
+    assert matcher(metric, 4, 0, thresholds=[-1.0]).r == 10, "of 11 tokens on side A, half of all at most"
+    assert matcher(metric[:, :1], 1, 1, thresholds=[-1.0]).assign.tolist() == [[0]] * 3
     same_tokens = exact_metric(1).expand(2, 9, 32)
     assert matcher(same_tokens, 1, thresholds=[1.0]).r == 0, "what is as similar as the threshold is not more similar"
 

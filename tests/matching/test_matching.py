@@ -93,6 +93,25 @@ def test_bad_input() -> None:
         bipartite_matching(torch.zeros(1, 3, 4), -1)
     with pytest.raises(InputError, match="whole numbers"):
         bipartite_matching(torch.zeros(1, 3, 4), 2.0)  # type: ignore[arg-type]
+    with pytest.raises(InputError, match="whole numbers"):
+        bipartite_matching(torch.zeros(1, 3, 4), True)
+    with pytest.raises(InputError, match="negative"):
+        bipartite_matching(torch.zeros(1, 3, 4), 1, -1)
+    with pytest.raises(InputError, match="dense"):
+        bipartite_matching(torch.zeros(1, 3, 4).to_sparse(), 1)
+    with pytest.raises(InputError, match=r"\[B, N, D\]"):
+        get_matcher("kmeans")(torch.zeros(1, 2, 3, 4), 1)  # which does not average over heads
+
+
+@pytest.mark.parametrize("distance", ["dot", "euclidean", "softmax"])
+def test_other_distances_average_over_heads_and_need_torch(distance: Any) -> None:
+    """The length of the mean matters to them; the kernels know the cosine alone."""
+    keys = torch.randn(2, 3, 40, 6) * 3
+    plan = bipartite_matching(keys, 12, 1, distance=distance)
+    assert torch.equal(plan.assign, bipartite_matching(keys.mean(dim=1), 12, 1, distance=distance).assign)
+    assert not torch.equal(plan.assign, bipartite_matching(keys, 12, 1).assign)
+    with pytest.raises(ConfigError, match="cannot run"):
+        bipartite_matching(keys, 12, 1, backend="triton", distance=distance)
 
 
 def test_the_registry() -> None:
