@@ -326,3 +326,10 @@ def test_lengths_that_are_symbols_stay_symbols() -> None:
     sizes = {0: torch.export.Dim("images"), 1: torch.export.Dim("tokens")}
     program = torch.export.export(Nothing(), (torch.zeros(2, 3),), dynamic_shapes=(sizes,), strict=False)
     assert program.module()(torch.zeros(4, 5)).tolist() == [[0, 1, 2, 3, 4]] * 4
+
+
+@pytest.mark.parametrize("assign", [torch.empty(2, 0, dtype=torch.int64), torch.empty(0, 4, dtype=torch.int64)])
+def test_maps_of_nothing_are_maps(assign: Tensor) -> None:
+    plan = MergePlan.from_assign(assign)
+    assert torch.equal(plan.assign, assign)
+    assert plan.tokens_in == assign.shape[1]

@@ -14,7 +14,8 @@ from tests.helpers.oracle import naive_matching
 from tests.helpers.plans import cosines, drawn, exact_metric, groups, joined
 from tokenmerge import InputError, bipartite_matching
 from tokenmerge.matching import get_matcher
-from tokenmerge.matching.joining import drop, join, join_nearest, lowest, positions_in, rest_of
+from tokenmerge.matching.joining import drop, join, join_nearest, lowest, rest_of
+from tokenmerge.ops.basics import places_of
 
 SEEDS = pytest.mark.parametrize("seed", range(4))
 
@@ -238,7 +239,7 @@ def test_plans_of_going_tokens() -> None:
     source = torch.tensor([[4, 1], [0, 5]])
     assert rest_of(source, 6).tolist() == [[0, 2, 3, 5], [1, 2, 3, 4]]
     assert rest_of(torch.tensor([[70, 3]]), 90).tolist() == [[i for i in range(90) if i not in (3, 70)]]
-    assert positions_in(torch.tensor([[3, 0, 2]]), 4).gather(1, torch.tensor([[0, 2, 3]])).tolist() == [[1, 2, 0]]
+    assert places_of(torch.tensor([[0, 2, 3]]), torch.tensor([[3, 0, 2]]), 4).tolist() == [[1, 2, 0]]
     assert join(source, torch.tensor([[5, 0], [1, 2]]), 6).assign.tolist() == [[0, 0, 1, 2, 3, 3], [0, 0, 1, 2, 3, 1]]
     dropped = drop(source, 6)
     assert dropped.assign.tolist() == [[0, -1, 1, 2, -1, 3], [-1, 0, 1, 2, 3, -1]]
