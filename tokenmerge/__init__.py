@@ -1,9 +1,30 @@
-"""tokenmerge: Vision Transformers about twice as fast, by merging similar tokens inside them.
+"""Make Vision Transformers about twice as fast by merging similar tokens inside them, without training.
 
-    handle = tokenmerge.patch(model, r=16)
+Token Merging ("Token Merging: Your ViT But Faster", ICLR 2023, arXiv 2210.09461) merges r tokens in every block.
 
-Importing this package imports torch and nothing else that is heavy; timm and the other model libraries are
-imported when a model of theirs is patched.
+Example:
+    >>> import timm, tokenmerge
+    >>> model = timm.create_model("deit_tiny_patch16_224").eval()
+    >>> handle = tokenmerge.patch(model, r=13)
+    >>> handle.summary().tokens[-1]
+    41
+    >>> handle.remove()
+
+Shapes in every docstring use one legend:
+
+    ====  ==========================================================================================
+    B     images (clips, sounds) in a batch
+    N     tokens per image that enter a step: a block, a merge; prefix tokens such as the class token included
+    N'    tokens per image that leave it
+    N₀    tokens per image that entered the first block
+    r     tokens per image that a step merges away: N − N'
+    C     channels of a token
+    H     attention heads
+    D     channels of a head, or of the metric
+    ====  ==========================================================================================
+
+Importing this package imports torch and nothing else that is heavy; timm and the other model libraries are imported when a
+model of theirs is patched.
 """
 
 from tokenmerge.config import PRESETS, MergeConfig

@@ -1,10 +1,10 @@
-"""How much work a Vision Transformer does before and after merging.
+"""FLOPs of a Vision Transformer before and after merging.
 
-FLOPs are counted as the paper and timm count them: one multiply-add is one. Only matrix products count
-(patch embedding, linear layers, the two products of attention, the classifier); norms, activations, softmax,
-the matching and the merge are left out, as in every published figure.
+One multiply-add counts as one FLOP, as in the paper and in timm. Only products count: patch embedding, linear layers, the two
+products of attention, the head. Norms, activations, softmax and the merge do not, as in every published figure; the products of
+the matching are counted apart (`Summary.matching_flops`).
 
-Per block, for N tokens of C channels: `4NC² + 2N²C` before the merge, `8NC²` after it.
+A block costs `4NC² + 2N²C` before its merge and `8N'C²` after it.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ from tokenmerge.schedule import Most, Schedule, is_count, token_counts
 
 @dataclasses.dataclass(frozen=True)
 class BlockCost:
-    """What one block costs, in multiply-adds.
+    """Cost of one block, in multiply-adds.
 
     Attributes:
-        before: per token that enters the block (attention's linear layers).
-        after: per token that leaves it (the MLP).
-        pair: per pair of tokens that enter it (QKᵀ and the product with V).
-        fixed: per pass, whatever the number of tokens (an MLP that makes relative position biases).
+        before: cost per token that enters the block (linear layers of attention).
+        after: cost per token that leaves the block (MLP).
+        pair: cost per pair of tokens that enter the block (QKᵀ and the product with V).
+        fixed: cost per forward pass, independent of the number of tokens (an MLP that computes relative position biases).
     """
 
     before: int
@@ -40,14 +40,14 @@ class BlockCost:
 
 
 class Ends(NamedTuple):
-    """What stands before and after the blocks, in multiply-adds for one image at the model's own input size.
+    """Cost before and after the blocks, in multiply-adds for one image at the model's own input size.
 
     Attributes:
-        stem: the patch embedding; it grows with the number of patches.
-        head: the classifier, whatever the number of tokens.
-        head_per_token: a head's part for each token that leaves the last block.
-        head_per_patch: a head's part for each token that enters the first block: it reads unmerged tokens.
-        head_per_pair: a head's part for each pair of those.
+        stem: cost of the patch embedding; it grows with the number of patches.
+        head: cost of the head that does not depend on the number of tokens.
+        head_per_token: cost of the head per token that leaves the last block.
+        head_per_patch: cost of the head per token that enters the first block, for heads that read unmerged tokens.
+        head_per_pair: cost of the head per pair of tokens that enter the first block.
     """
 
     stem: int
@@ -67,19 +67,30 @@ NO_ENDS = Ends(0)
 
 @dataclasses.dataclass(frozen=True)
 class ModelCost:
-    """What a whole model costs for one image.
+    """Cost of a whole model for one image, in multiply-adds, for any schedule and number of tokens.
 
     Attributes:
-        tokens: tokens that enter the first block, prefix tokens included.
+        tokens: tokens N₀ that enter the first block, prefix tokens included.
         protected: leading tokens that never merge.
-        blocks: the cost of each block.
-        stem: multiply-adds of the patch embedding.
-        head: multiply-adds of the classifier.
-        head_per_token: multiply-adds of an attention-pooling head for each token that leaves the last block.
-        head_per_patch: multiply-adds of a head for each token that enters the first block.
-        head_per_pair: multiply-adds of a head for each pair of those.
-        place: where blocks merge (`MergeConfig.place`): before attention, between it and the MLP, or after that.
+        blocks: cost of each block.
+        stem: cost of the patch embedding.
+        head: cost of the head that does not depend on the number of tokens.
+        head_per_token: cost of the head per token that leaves the last block.
+        head_per_patch: cost of the head per token that enters the first block.
+        head_per_pair: cost of the head per pair of tokens that enter the first block.
+        place: where blocks merge (`MergeConfig.place`): before attention, between attention and MLP, or after the MLP.
         most: how many tokens a block can merge away.
+
+    Raises:
+        InputError: if `place` or `most` has no meaning.
+
+    Example:
+        >>> import tokenmerge
+        >>> cost = tokenmerge.vit_cost(embed_dim=192, depth=12)
+        >>> f"{cost.total() / 1e9:.2f} -> {cost.total((13,) * 12) / 1e9:.2f} GFLOPs"
+        '1.25 -> 0.73 GFLOPs'
+        >>> cost.counts((13,) * 12)[-1]
+        41
     """
 
     tokens: int
@@ -101,10 +112,10 @@ class ModelCost:
                 )
 
     def at(self, tokens: int) -> ModelCost:
-        """The same model, with another number of tokens entering its first block.
+        """Return the cost of the same model when another number of tokens enters its first block.
 
         Raises:
-            InputError: if that is no whole number, or the protected tokens are more.
+            InputError: if `tokens` is no whole number, or smaller than the number of protected tokens.
         """
         if not is_count(tokens) or tokens < self.protected:
             raise InputError(
@@ -114,12 +125,12 @@ class ModelCost:
         return dataclasses.replace(self, tokens=tokens, stem=self.stem * patches // own if own else 0)
 
     def with_full_output(self) -> ModelCost:
-        """Return the same model with a head that is given unmerged tokens."""
+        """Return the cost of the same model when its head reads unmerged tokens."""
         per_patch = self.head_per_patch + self.head_per_token
         return dataclasses.replace(self, head_per_token=0, head_per_patch=per_patch)
 
     def counts(self, schedule: Schedule) -> tuple[int, ...]:
-        """Tokens entering each block under `schedule`, then those leaving the last one.
+        """Return the tokens that enter each block under `schedule`, and at the end the tokens that leave the last block.
 
         Raises:
             InputError: if the schedule is not one whole number for each block.
@@ -132,21 +143,21 @@ class ModelCost:
         return token_counts(schedule, self.tokens, self.protected, self.most)
 
     def per_block(self, schedule: Schedule) -> tuple[int, ...]:
-        """Multiply-adds of each block under `schedule` (one r per block, cut where too large)."""
+        """Return the multiply-adds of each block under `schedule` (one r per block, cut where it is too large)."""
         counts = self.counts(schedule)
         attend = counts[1:] if self.place == "before" else counts[:-1]
         leave = counts[:-1] if self.place == "after" else counts[1:]
         return tuple(block.total(n_in, n_out) for block, n_in, n_out in zip(self.blocks, attend, leave, strict=True))
 
     def total(self, schedule: Schedule | None = None) -> int:
-        """Multiply-adds for one image under `schedule`; `None` is the unmerged model."""
+        """Return the multiply-adds for one image under `schedule`; `None` means the unmerged model."""
         schedule = (0,) * len(self.blocks) if schedule is None else schedule
         head = self.head + self.head_per_token * self.counts(schedule)[-1]
         head += self.head_per_patch * self.tokens + self.head_per_pair * self.tokens**2
         return self.stem + sum(self.per_block(schedule)) + head
 
     def fraction(self, schedule: Schedule) -> float:
-        """FLOPs under `schedule` ÷ FLOPs of the unmerged model."""
+        """Return the FLOPs under `schedule` divided by the FLOPs of the unmerged model."""
         return self.total(schedule) / self.total()
 
 
@@ -161,20 +172,29 @@ def vit_cost(
     in_chans: int = 3,
     protected: int = 1,
 ) -> ModelCost:
-    """The cost of a plain ViT from its dimensions alone.
+    """Compute the cost of a plain ViT from its dimensions alone.
 
     Args:
         embed_dim: channels C.
-        depth: number of blocks L.
+        depth: number of blocks.
         img_size: side of the image, or (height, width), in pixels.
         patch_size: side of a patch in pixels.
         mlp_ratio: hidden channels of the MLP ÷ C.
-        num_classes: classes of the head; 0 for none.
+        num_classes: classes of the head; 0 means no head.
         in_chans: channels of the image.
         protected: number of prefix tokens (class, distillation, registers).
 
+    Returns:
+        The cost, for any schedule.
+
     Raises:
-        InputError: for a number that means nothing.
+        InputError: if a number is out of range.
+
+    Example:
+        >>> import tokenmerge
+        >>> cost = tokenmerge.vit_cost(embed_dim=1024, depth=24)
+        >>> round(cost.total() / 1e9, 2), round(cost.total((8,) * 24) / 1e9, 2)
+        (61.55, 30.96)
     """
     counts: dict[str, tuple[Any, int]] = {
         "embed_dim": (embed_dim, 1),
