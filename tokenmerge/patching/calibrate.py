@@ -25,7 +25,7 @@ def calibrate(
 
     The model runs once over the batches and merges by the schedule, while the similarity of every A token's best edge is
     recorded. The threshold of a block is then the similarity that on average its r best edges per image exceed.
-    Thresholds on similarity follow DyMU (arXiv 2504.17040) and LTMP (arXiv 2305.17328).
+    Thresholds on similarity follow DyMU (arXiv 2504.17040) and LTMP (arXiv 2307.10780).
 
     Args:
         model: an unpatched model, which is unpatched again afterwards.
