@@ -29,13 +29,13 @@ def _takes_no_mask(cls: type[nn.Module]) -> bool:
 
 
 def model_row(cls: type[nn.Module]) -> ModelFamily | None:
-    """The row of a model class."""
+    """Return the row of a model class, or `None`."""
     seams = TOWERS.get(_key(cls))
     return None if seams is None else ModelFamily(library="transformers", model=cls, seams=("forward",), **seams)
 
 
 def block_row(cls: type[nn.Module]) -> BlockFamily | None:
-    """The row of a layer class."""
+    """Return the row of a block class, or `None`."""
     seams = LAYERS.get(_key(cls))
     if seams is not None and seams.get("mask") == "attention_mask" and _takes_no_mask(cls):
         seams = {**seams, **WITHOUT_MASK.get(_key(cls), {})}
@@ -52,5 +52,5 @@ def misread(cls: type[nn.Module], tower: type[nn.Module], module: nn.Module) -> 
 
 
 def why_not(cls: type[nn.Module]) -> str | None:
-    """Why a model class that has no row has none, where that is known."""
+    """Return why a model class has no row; `None` if the reason is not known."""
     return REFUSED.get(_key(cls).partition(".")[0])
