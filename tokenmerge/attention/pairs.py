@@ -82,7 +82,7 @@ class PairMap:
         return (self._by_head(columns) / (count[:, None, :, None] * count[:, None, None, :])).to(bias.dtype)
 
     def _shares(self, target: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the weights of the anchors `[B, N]` and of the other tokens `[B, N₀ − N]` in means; 0 if dropped or padding."""
+        """Return the weights in means of the anchors `[B, N]` and of the others `[B, N₀ − N]`; 0 if dropped or padding."""
         alive = (target >= 0).to(torch.float32)
         if self.weight is None:
             return torch.ones_like(self.anchor, dtype=torch.float32), alive

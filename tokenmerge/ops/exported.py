@@ -32,7 +32,7 @@ def ascending_order(values: Tensor) -> Tensor:
 
 
 def descending_order(values: Tensor) -> Tensor:
-    """Return the positions `[B, M]` int64 that sort `values [B, M]` in descending order; ties go to the lower position, NaN first."""
+    """Return the positions `[B, M]` int64 that sort `values` in descending order: NaN first, ties by lower position."""
     if values.is_floating_point():
         values = torch.where(values != values, torch.full_like(values, torch.inf), values)
     return ascending_order(-values)

@@ -58,7 +58,7 @@ def padding_sizes(mask: Tensor | None, batch: int, tokens: int) -> Tensor | None
 
 
 def padding_in_pairs(bias: Tensor | None, check: bool) -> bool:
-    """Return whether a tensor given as a bias `[1, H, N₀, N₀]` between tokens is a padding mask `[B, 1, 1 or N, N]` instead.
+    """Return whether a tensor passed as a bias `[1, H, N₀, N₀]` is a padding mask `[B, 1, 1 or N, N]` instead.
 
     Args:
         bias: the tensor, or `None`.

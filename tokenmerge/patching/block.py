@@ -35,7 +35,7 @@ _INPUT = "_tokenmerge_input"
 
 
 class OwnR:
-    """Mix-in that keeps a user's own attribute `r`; otherwise setting `r`, as users of the authors' code do, is an error."""
+    """Mix-in that keeps a user's own attribute `r`; otherwise setting `r`, as in the authors' code, is an error."""
 
     @property
     def r(self) -> Any:
@@ -84,7 +84,7 @@ class MergeBlock(OwnR):
         return super().__call__(*args, **kwargs)  # type: ignore[misc]  # nn.Module's
 
     def forward(self, x: Any, *args: Any, **kwargs: Any) -> Any:
-        """Run upstream's block on `x [B, N, C]`, with tokens merged between attention and MLP; torch.fx traces it as one node.
+        """Run upstream's block on `x [B, N, C]`, merging between attention and MLP; torch.fx traces it as one node.
 
         Raises:
             PatchError: if the token sizes were lost before the block, or merged tokens cannot support an argument.
@@ -184,7 +184,7 @@ def _arrive(
 
 
 def _check_first_time(record: BlockRecord, state: TokenState | None) -> None:
-    """Raise unless a block that backward recomputes ran upstream's own forward the first time, too: no state came with it."""
+    """Raise if a block that ran upstream's own forward is recomputed with a state, which another pass attached."""
     if state is not None:
         raise PatchError(
             f"block {record.index} runs again in backward, but passes with different settings began with the very same tensor, and "
@@ -230,7 +230,7 @@ def _r_of(block: Any, x: Tensor, state: TokenState) -> int:
 
 
 def _attend(block: Any, x: Tensor, state: TokenState, given: dict[str, Any]) -> tuple[Tensor, Tap, Look | None]:
-    """Return `x + attention(norm1(x), log size)`, the tap with what attention recorded, and what a trace keeps of that."""
+    """Return `x + attention(norm1(x), log size)`, the tap, and the attention to trace (`None` without tracing)."""
     record: BlockRecord = block._tokenmerge
     settings, family, config = state.run.settings, record.family, state.run.settings.config
     weighs = settings.prop_attn or state.run.padded
@@ -355,7 +355,7 @@ def _is_latest(record: BlockRecord, settings: Settings) -> bool:
 
 
 def _leave(block: Any, x: Tensor, state: TokenState, look: Look | None, merged: bool) -> Any:
-    """Return the block's output: its tokens, which carry their state, spread over the original positions where needed."""
+    """Return the block's output: its tokens, with their state, spread over the original positions if needed."""
     record: BlockRecord = block._tokenmerge
     run, settings = state.run, state.run.settings
     last = record.index == settings.layers - 1

@@ -86,7 +86,7 @@ def _whole(number: Any) -> int:
 
 
 def diffrate_schedule(path: str | Path, model: str, target: str, tokens: int = 197) -> MergeConfig:
-    """Read a schedule that DiffRate published: tokens kept after pruning and after merging in each block (arXiv 2305.17997).
+    """Read a schedule published by DiffRate (arXiv 2305.17997): tokens kept after pruning and merging, by block.
 
     The schedule is stored as the fraction of tokens that each block keeps, so that it also applies to other image sizes. If
     the file keeps at least as many tokens after merging as after pruning, the block merges nothing.

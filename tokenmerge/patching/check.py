@@ -42,8 +42,8 @@ class Probe:
     Attributes:
         block: the copy, in evaluation mode and without the user's hooks, which may expect other tokens.
         x: `[1, N, C]` random tokens.
-        noise: tolerated rounding error relative to the largest output: a few steps of the dtype, or of eight bits if weights
-            or activations are quantised to so many.
+        noise: tolerated rounding error relative to the largest output: a few steps of the dtype, or 0.02 where weights or
+            activations may be quantised to 8 bits.
     """
 
     block: Any
@@ -110,7 +110,7 @@ def _probe(family: BlockFamily, block: nn.Module, channels: int) -> Probe:
 def _upstream(family: BlockFamily, probe: Probe) -> Tensor:
     """Return the output of upstream's own block for the probe's tokens."""
     block, no_mask = probe.block, {family.mask: None} if family.mask else {}
-    # nn.MultiheadAttention has a fused kernel for inference, which rounds differently and is disabled within a function mode
+    # nn.MultiheadAttention's fused kernel for inference rounds differently; within a function mode it is disabled
     with AttentionCall() if family.keys_at_call else contextlib.nullcontext():
         found = type(block).forward(block, probe.x, **no_mask, **example_arguments(family, probe))
     out: Tensor = found[0] if isinstance(found, tuple) else found
@@ -169,7 +169,7 @@ def _attend(
     bias: Tensor | None = None,
     call: type[AttentionCall] = AttentionCall,
 ) -> tuple[Tensor, tuple[Tensor, ...]]:
-    """Return the output of a block's attention branch, with its hooks installed, and the tensors that the tap recorded."""
+    """Return the output of a block's attention branch with its hooks, and the tensors that the tap recorded."""
     arguments = example_arguments(family, probe)
     with Tap(AttentionContext(bias)) as tap:
         if family.keys_at_call or call is not AttentionCall:
@@ -267,7 +267,7 @@ def reaches_sdpa(family: BlockFamily, block: Any, channels: int) -> bool:
 
 
 def attention_choice(target: Target, config: MergeConfig) -> Choice:
-    """Return the form of attention that will run in the model as it is now, and the reason for it.
+    """Return the form of attention that will run in the current state of the model, and the reason for it.
 
     Raises:
         ConfigError: if the config asks for a form that cannot run there.

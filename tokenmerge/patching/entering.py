@@ -164,7 +164,7 @@ def _embedding(record: ModelRecord, model: Any) -> nn.Module | None:
 
 
 def _watch_embedding(record: ModelRecord, model: Any) -> None:
-    """Register the hook that records the grid on an embedding that replaced the old one, as for other channels or patches."""
+    """Register the hook that records the grid on an embedding that replaced the old one."""
     if record.embed is not None:
         try:
             if has_hook(model.get_submodule(record.embed), note_grid):  # the usual case, which needs no search

@@ -82,7 +82,7 @@ class Handle:
 
     @property
     def schedule(self) -> Schedule:
-        """Requested r per block at the model's own input size; `summary()` shows where r is cut to what is possible."""
+        """Requested r per block at the model's own input size; `summary()` shows r after it is cut to the possible maximum."""
         model, record = self._live()
         return record.settings.schedule_for(record.family.tokens(model))
 
@@ -227,7 +227,7 @@ class Handle:
 
     @property
     def trace(self) -> Trace:
-        """Trace of the latest complete forward pass; methods of a trace that are given features describe the pass of those.
+        """Trace of the latest complete forward pass; methods that take features describe the pass that computed them.
 
         Raises:
             PatchError: if tracing is off.
@@ -257,7 +257,7 @@ def _target(model: nn.Module, record: ModelRecord) -> Target:
 def patch(model: nn.Module, config: MergeConfig | None = None, **fields: Any) -> Handle:
     """Make a Vision Transformer merge similar tokens, in place, and return its handle (arXiv 2210.09461).
 
-    Weights, `state_dict` keys and output shapes stay, but `forward_features` returns fewer tokens. Errors leave no change.
+    Weights, `state_dict` keys and output shapes stay; only `forward_features` returns fewer tokens. Errors change nothing.
 
     Args:
         model: a supported model, or a module that contains exactly one.

@@ -145,7 +145,7 @@ def collect_if_asked(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str,
 
 
 def collect(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    """Request full outputs within the call of a module that always collects hidden states; a forward pre-hook of backbones."""
+    """Request full outputs while a backbone runs, which always collects hidden states; a forward pre-hook."""
     if torch.compiler.is_compiling():
         if not _ahead.full:
             _ahead.full, _ahead.owner = True, module

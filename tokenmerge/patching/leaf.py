@@ -9,7 +9,7 @@ from torch.fx import Proxy
 
 
 def as_leaf(module: Any, x: Proxy, *args: Any, **kwargs: Any) -> Proxy:
-    """Record a module's call as a single node for any tracer, because sizes travel with real tensors, and proxies carry none."""
+    """Record a module's call as a single node, for any tracer, because the tracer's proxies carry no sizes."""
     tracer: Any = x.tracer
     node: Proxy = tracer.create_proxy("call_module", tracer.path_of_module(module), (x, *args), kwargs)
     return node

@@ -150,7 +150,7 @@ def _inside(block: Any, tap: Tap, which: str) -> Tensor:
     """Return Q, K or V as `[B, H, N, D]`, without gradient.
 
     Raises:
-        PatchError: if attention did not call `scaled_dot_product_attention`, where they are recorded.
+        PatchError: if attention did not call `scaled_dot_product_attention`, whose arguments are recorded.
     """
     if tap.inside is None:
         record: BlockRecord = block._tokenmerge

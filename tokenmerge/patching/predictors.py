@@ -61,7 +61,7 @@ def ratio_loss(model: nn.Module, schedule: Sequence[int], tokens: int) -> Tensor
 
     Args:
         model: the patched model.
-        schedule: tokens that each block drops, cut to what is possible.
+        schedule: tokens that each block drops, cut to the possible maximum.
         tokens: tokens that enter the first block, without protected tokens.
 
     Returns:

@@ -71,7 +71,7 @@ class Settings:
         keep_plans: whether plans travel with the tokens.
         traces: whether forward passes are traced.
         looks: whether a trace includes attention.
-        schedule: requested r per block, if it is the same for any number of tokens; `None` otherwise.
+        schedule: requested r per block; `None` if it depends on the number of tokens.
         merges: whether any block may merge tokens.
         number: identifier of these settings for traced code.
     """
@@ -154,7 +154,7 @@ class ModelRecord:
 
     Attributes:
         family: row of the model.
-        settings: settings in force; a running pass keeps those that it began with.
+        settings: settings in force; a running pass keeps the settings that it began with.
         latest: state that left the last block in the latest complete pass, while tracing; used only for display.
         readers: reasons why modules around the model would misread merged tokens.
         outer: weak reference to the module that the user gave to `patch`.

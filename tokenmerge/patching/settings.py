@@ -86,7 +86,7 @@ def matching_in_words(config: MergeConfig) -> str:
 
 
 def backend_choice(target: Target, config: MergeConfig) -> Choice:
-    """Return the backend of matching and merging in the model as it is now, "triton" or "torch", and the reason for it."""
+    """Return the backend of matching and merging, "triton" or "torch", in the current state of the model, and the reason."""
     if config.backend == "torch":
         return Choice("torch", "as the config asks")
     tokens = next(target.model.parameters())

@@ -140,11 +140,11 @@ class TokenState:
         return moved
 
     def source(self) -> Tensor | None:
-        """Return `[B, N₀]` int64: the current token of each original token, −1 if dropped; `None` if no tokens merged."""
+        """Return `[B, N₀]` int64: the current token of each original one, −1 if dropped; `None` if no tokens merged."""
         return source_map(self.plans)
 
     def anchor(self) -> Tensor | None:
-        """Return `[B, N]` int64: the original token at whose position each current token stands; `None` if no tokens merged."""
+        """Return `[B, N]` int64: the original token at the position of each current token; `None` if no tokens merged."""
         return None if (places := self.places()) is None else places[0]
 
     def places(self) -> tuple[Tensor, Tensor] | None:
@@ -157,12 +157,12 @@ class TokenState:
         return None if anchor is None else (anchor, joined[0] if len(joined) == 1 else torch.cat(joined, dim=1))
 
     def unmerge(self, x: Tensor) -> Tensor:
-        """Copy the values `x [B, N, C]` of the current tokens to their original tokens: `[B, N₀, C]`; 0 for dropped tokens."""
+        """Copy the values `x [B, N, C]` of current tokens to their original tokens: `[B, N₀, C]`; 0 if dropped."""
         source = self.source()
         return x if source is None else spread_rows(x, source, self.drops)
 
     def one_of_equals(self, full: Tensor) -> Tensor:
-        """Invert `unmerge`: select one of each group of equal tokens in `full [B, N₀, C]`, which gives `[B, N, C]`."""
+        """Invert `unmerge`: keep one token of each group of equal tokens in `full [B, N₀, C]`: `[B, N, C]`."""
         anchor = self.anchor()
         return full if anchor is None else take_rows(full, anchor)
 

@@ -30,7 +30,7 @@ class Summary:
         adaptive: whether the number of tokens left depends on the images, so that r and all counts are averages.
         input_size: input size for which the summary holds, as it was given; `None` is the model's own size.
         requested: requested r per block at that size.
-        r: r per block, cut to what is possible there.
+        r: r per block, cut to the possible maximum at that size.
         tokens: tokens that enter each block, followed by the tokens that leave the last one.
         flops_before: multiply-adds per image without merging.
         flops_after: multiply-adds per image with merging.

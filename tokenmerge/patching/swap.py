@@ -30,7 +30,7 @@ class Swapped:
     _tokenmerge_original: type[nn.Module]
 
     def __prepare_scriptable__(self) -> NoReturn:
-        """Raise, because the language of `torch.jit.script` has no tensors with a state; `torch.jit.script` calls this method.
+        """Raise when `torch.jit.script` calls this method: TorchScript has no tensors that carry a state.
 
         Raises:
             PatchError: always.

@@ -50,7 +50,7 @@ class Target:
 
     @property
     def channels(self) -> int:
-        """C, channels of a token, read from the first block, because channels may have been pruned since the model was created."""
+        """C, channels of a token, from the first block, whose channels may have been pruned since it was created."""
         return channels_of(self.blocks[0][0], self.family.channels(self.model))
 
     def cost(self, place: Place = "between", most: Most = "half") -> ModelCost:
@@ -74,7 +74,7 @@ class Target:
         return Ends(*self.family.cost(self.model)).plus(self.around)
 
     def tokens_at(self, input_size: int | Sequence[int] | None) -> int:
-        """Return the tokens that enter the first block for an input size, prefix tokens included; `None` is the model's own size.
+        """Return the tokens that enter the first block, prefix included, for an input size (`None`: the model's own).
 
         Raises:
             InputError: if the number cannot be known before a forward pass, or the size is invalid.
@@ -127,7 +127,7 @@ def patch_of(module: nn.Module) -> ModelRecord | None:
 
 
 def module_is_root(record: ModelRecord, module: nn.Module) -> bool:
-    """Return whether a record on a module describes the module itself; norms and readers carry the record of their model."""
+    """Return whether a record describes the module that carries it; norms and readers carry their model's record."""
     return issubclass(original_class(module), record.family.model)
 
 

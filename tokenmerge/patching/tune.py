@@ -39,7 +39,7 @@ def measure_forms(
         record: record of the model.
         inputs: positional arguments of a forward pass.
         options: keyword arguments of a forward pass.
-        forms: forms to measure; `None` measures all, and leaves out those that cannot run on these inputs.
+        forms: forms to measure; `None` measures all forms that can run on these inputs.
         rounds: measured passes per form, after one warm-up pass.
 
     Returns:

@@ -1,4 +1,4 @@
-"""Rows of timm's `cait`: talking heads mix scores and weights between heads, and the class token enters after the blocks."""
+"""Rows of timm's `cait`, with talking heads, and with a class token that enters only after the blocks."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ from tokenmerge.patching.swap import original_class
 
 
 def _add_sizes(layer: Any, args: tuple[Any, ...], mixed: Tensor) -> Tensor | None:
-    """Add the sizes to the mixed scores `[B, N, N, H]`, which enter the softmax: a forward hook of the layer that mixes them."""
+    """Add the sizes to the scores `[B, N, N, H]` before the softmax: a forward hook of the layer that mixes their heads."""
     bias = context().bias
     return None if bias is None else mixed + bias.permute(0, 2, 3, 1)
 
 
 def _count_copies(layer: Any, args: tuple[Any, ...], mixed: Tensor) -> Tensor | None:
-    """Add a layer's bias once per patch: a forward hook of the layer that mixes the weights `[B, N, N, H]` after the softmax.
+    """Add a layer's bias once per patch: a forward hook of the layer that mixes heads of the weights `[B, N, N, H]`.
 
     A token of size s stands for s equal tokens, each of which would get the bias of the layer.
     """
@@ -67,7 +67,7 @@ def _refuse(block: Any) -> list[str]:
 
 
 def _model_cost(model: Any) -> Ends:
-    """Return the multiply-adds around the blocks; the class attention, which reads all patches unmerged, counts as the head."""
+    """Return the multiply-adds around the blocks; the class attention, over unmerged tokens, counts as the head."""
     head, per_patch = linear_weights(model.head), 0
     for block in model.blocks_token_only:
         fixed, per_key = attention_pool(block)
@@ -98,7 +98,7 @@ def _left() -> TokenState | None:
 
 
 class MergeCait(MergeHook):
-    """Mix-in for CaiT, which puts its class token before the tokens only after the blocks, so that their state would be lost."""
+    """Mix-in for CaiT, which adds its class token after the blocks and would thereby lose the state of the tokens."""
 
     def forward_features(self: Any, x: Any) -> Any:
         """Return upstream's features `[B, 1 + N₀, C]`, with the state of the tokens that left the last block."""

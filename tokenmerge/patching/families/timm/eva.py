@@ -137,7 +137,7 @@ def _mixed_grid(rope: Any) -> Tensor:
 
 
 def rotary(model: Any, index: int) -> Rotary | None:
-    """Return how the rotary table of one block is read and written, for models with `model.rope`; `None` without rotary positions."""
+    """Return how a block's rotary table is read and written (`model.rope`); `None` without rotary positions."""
     rope = model.rope
     if rope is None:
         return None

@@ -67,7 +67,7 @@ def _refuse_attention(block: Any, known: Any) -> list[str]:
 
 
 def _relpos_bias(block: Any, bias: Tensor | None) -> Tensor | None:
-    """Return the sizes as a shared bias; `None` if the block has a bias of its own, to which `FollowsTokens` adds the sizes."""
+    """Return the sizes as a shared bias, or `None` if `FollowsTokens` adds them to a bias of the block's own."""
     return None if block.attn.rel_pos is not None else bias
 
 

@@ -75,7 +75,7 @@ def _pair_cost(attn: Any) -> int:
     dim: int = attn.num_heads * attn.head_dim
     if "Diff" not in original_class(attn).__name__:
         return 2 * dim
-    # two attention maps with heads of half the size; fused attention multiplies both by V, otherwise only their difference is
+    # two maps with heads of half the size; fused attention multiplies each by V, other attention only their difference
     return 6 * dim if attn.fused_attn else 4 * dim
 
 

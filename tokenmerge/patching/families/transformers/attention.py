@@ -38,7 +38,7 @@ ALL_ATTENTION_FUNCTIONS.register(_NAME, _attention_with_sizes)
 
 
 class _WithSizes:
-    """Config that selects this module's attention implementation; all other attributes come from the model's own config."""
+    """Config that selects `_attention_with_sizes`; all other attributes come from the model's own config."""
 
     _attn_implementation = _NAME
 
@@ -57,7 +57,8 @@ class _WithSizes:
 class TakesSizes:
     """Mix-in for an attention that calls its implementation without a mask.
 
-    Such an attention looks up its implementation in `self.config`, which selects the one of this module while there are sizes.
+    Such an attention looks up its implementation in `self.config`. While there are sizes, that config selects
+    `_attention_with_sizes`.
     """
 
     _tokenmerge_moved: ClassVar = {"config": "_tokenmerge_config"}

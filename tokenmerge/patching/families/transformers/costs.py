@@ -65,7 +65,7 @@ def _vjepa_predictor(model: Any) -> Ends:
 
 
 def _vjepa_classifier(whole: Any) -> Ends:
-    """Return the multiply-adds of V-JEPA 2's pooler: self-attention layers over all tokens, then attention from one query."""
+    """Return the multiply-adds of V-JEPA 2's pooler: self-attention over all tokens, then one query."""
     pooler, width = whole.pooler, int(whole.config.hidden_size)
     fixed, per_key = attention_pool(pooler.cross_attention_layer)
     layers = pooler.self_attention_layers

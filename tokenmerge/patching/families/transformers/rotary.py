@@ -24,7 +24,7 @@ def _pack_per_head(sin: Tensor, cos: Tensor, like: tuple[Tensor, Tensor]) -> tup
 
 
 def _pack_packed(sin: Tensor, cos: Tensor, like: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-    """Return sines and cosines `[1, N, F]` as a table (cos, sin), `[N, 2F]` each, for a batch that is one packed sequence."""
+    """Return sines and cosines `[1, N, F]` as a table (cos, sin), `[N, 2F]` each, for one packed sequence."""
     return tuple(torch.cat([part, part], dim=-1)[0].to(like[0].dtype) for part in (cos, sin))  # type: ignore[return-value]
 
 
