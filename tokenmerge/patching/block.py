@@ -184,7 +184,7 @@ def _arrive(
 
 
 def _check_first_time(record: BlockRecord, state: TokenState | None) -> None:
-    """Raise if a block that ran upstream's own forward is recomputed with a state, which another pass attached."""
+    """Raise if a recomputed block finds a state, although another pass, without state, began with the same input."""
     if state is not None:
         raise PatchError(
             f"block {record.index} runs again in backward, but passes with different settings began with the very same tensor, and "

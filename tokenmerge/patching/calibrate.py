@@ -107,7 +107,7 @@ def diffrate_schedule(path: str | Path, model: str, target: str, tokens: int = 1
     try:
         found = json.loads(Path(path).read_text(encoding="utf-8"))
         entry = found[model][target]
-        # lists, or lists written as text
+        # DiffRate's files hold lists, some of them written as text
         pruned, merged = (
             [_whole(number) for number in (ast.literal_eval(listed) if isinstance(listed, str) else listed)]
             for listed in (entry["prune_kept_num"], entry["merge_kept_num"])

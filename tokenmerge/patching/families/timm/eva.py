@@ -152,7 +152,7 @@ def rotary(model: Any, index: int) -> Rotary | None:
 def rotary_table(model: Any, index: int) -> Any:
     """Return upstream's table at the model's own size, in the form in which the blocks get it."""
     rope, was_training = model.rope, model.rope.training
-    rope.eval()  # without augmentation
+    rope.eval()  # training mode would augment the positions
     try:
         table = (
             rope.get_embed()
