@@ -27,7 +27,7 @@ class _Entered(threading.local):
 
     def __init__(
         self,
-    ) -> None:  # set in every thread at once, or compiled code would depend on whether the attributes exist yet
+    ) -> None:  # set from the start in each thread, because compiled code would depend on whether the attributes exist
         self.numbers: tuple[int, ...] = ()
         self.inside = False
 

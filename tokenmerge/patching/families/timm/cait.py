@@ -80,7 +80,7 @@ class _Leaving(threading.local):
     """State of the tokens that entered the class attention in the current thread, until `forward_features` takes it."""
 
     def __init__(self) -> None:
-        # set in every thread at once, or compiled code would depend on whether the attribute exists yet
+        # set from the start in each thread, because compiled code would depend on whether the attribute exists
         self.state: TokenState | None = None
 
 
