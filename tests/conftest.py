@@ -5,7 +5,8 @@ from __future__ import annotations
 import gc
 import json
 import os
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -79,6 +80,15 @@ def _registries(monkeypatch: pytest.MonkeyPatch) -> None:
     """What a test registers, pages of the docs included, is gone after it."""
     monkeypatch.setattr(registry, "_MATCHERS", dict(registry._MATCHERS))
     monkeypatch.setattr(methods, "_METHODS", dict(methods._METHODS))
+
+
+@pytest.fixture(autouse=True)
+def _dynamo() -> Iterator[None]:
+    """What a test compiled is forgotten after it: versions of a function count towards one limit, whoever asked for them."""
+    yield
+    frames = sys.modules.get("torch._dynamo.convert_frame")  # which nobody has imported who compiles nothing
+    if frames is not None and frames.FRAME_COUNTER:
+        torch._dynamo.reset()
 
 
 @pytest.fixture

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import dataclasses
+import functools
 from typing import Any
 
 import pytest
@@ -9,6 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from tokenmerge import InputError, MergePlan, bipartite_matching
+from tokenmerge.ops.combine import Reduce
 from tokenmerge.plan import source_map
 
 shapes = st.tuples(st.integers(0, 3), st.integers(1, 40), st.integers(1, 5), st.integers(0, 30), st.integers(0, 4))
@@ -167,3 +170,166 @@ def test_sizes_are_numbers_of_patches(wrong: float) -> None:
     size[1, 3] = wrong
     with pytest.raises(InputError, match="a size is negative or NaN"):
         plan.merge(tokens, size)
+
+
+# --- plans that drop tokens, of any map ----------------------------------------------------------------------
+
+
+@st.composite
+def maps(draw_: st.DrawFn, tokens: int | None = None) -> list[list[int]]:
+    """Maps of 1 to 3 images onto the same positions; −1 drops a token, in some maps."""
+    tokens = draw_(st.integers(1, 12)) if tokens is None else tokens
+    left = draw_(st.integers(1, tokens))
+    low = draw_(st.sampled_from([0, -1]))
+    rows = []
+    for _ in range(draw_(st.integers(1, 3))):
+        more = draw_(st.lists(st.integers(low, left - 1), min_size=tokens - left, max_size=tokens - left))
+        rows.append(draw_(st.permutations([*range(left), *more])))
+    return rows
+
+
+@settings(max_examples=60)
+@given(maps())
+def test_every_onto_map_is_a_plan(rows: list[list[int]]) -> None:
+    """The first token of a group represents it, and the plan says whether it drops any."""
+    plan = MergePlan.from_assign(torch.tensor(rows))
+    assert plan.assign.tolist() == rows
+    assert plan.drops == any(-1 in row for row in rows)
+    assert plan.tokens_out == max(max(row) for row in rows) + 1
+    assert plan.kept.tolist() == [[row.index(place) for place in range(plan.tokens_out)] for row in rows]
+    for source, kept in zip(plan.source.tolist(), plan.kept.tolist(), strict=True):
+        assert source == sorted(set(range(plan.tokens_in)) - set(kept))
+    spatial = plan.in_order()
+    assert spatial.drops == plan.drops
+    assert spatial.kept.tolist() == [sorted(row) for row in plan.kept.tolist()]
+    again = spatial.kept.gather(1, spatial.assign.clamp_min(0)).where(spatial.assign >= 0, -1)
+    assert again.tolist() == plan.kept.gather(1, plan.assign.clamp_min(0)).where(plan.assign >= 0, -1).tolist()
+
+
+@settings(max_examples=50)
+@given(st.data())
+def test_what_was_dropped_stays_dropped_in_plans_of_plans(data: st.DataObject) -> None:
+    """One map after the other, each with or without drops, as one plan and as one source map."""
+    first = data.draw(maps())
+    plans, wanted = [MergePlan.from_assign(torch.tensor(first))], first
+    for _ in range(3):
+        row = data.draw(maps(plans[-1].tokens_out))[0]
+        plans.append(MergePlan.from_assign(torch.tensor([row] * len(first))))
+        wanted = [[row[place] if place >= 0 else -1 for place in image] for image in wanted]
+    whole = functools.reduce(MergePlan.compose, plans)
+    source = source_map(plans)
+    assert source is not None
+    assert whole.assign.tolist() == source.tolist() == wanted
+    assert whole.drops == any(plan.drops for plan in plans)
+    x = torch.randn(len(first), whole.tokens_in, 2, dtype=torch.float64)
+    step: tuple[Tensor, Tensor] = (x, torch.ones(x.shape[:2]))
+    for plan in plans:
+        step = plan.merge(*step)
+    torch.testing.assert_close(whole.merge(x), step)
+    assert source_map([]) is None
+
+
+@settings(max_examples=40)
+@given(maps())
+def test_dropped_tokens_count_for_nothing(rows: list[list[int]]) -> None:
+    """Not in means, sums or maxima, and not in sizes; unmerged, they are 0."""
+    plan = MergePlan.from_assign(torch.tensor(rows))
+    x, size = torch.randn(len(rows), plan.tokens_in, 3, dtype=torch.float64) - 5, torch.arange(1.0, plan.tokens_in + 1)
+    ways: tuple[Reduce, ...] = ("mean", "average", "sum", "max", "destination", "norm", "max_norm")
+    found = {way: plan.merge(x, size.expand(len(rows), -1), way) for way in ways}
+    for image, row in enumerate(rows):
+        for place in range(plan.tokens_out):
+            members = [token for token, to in enumerate(row) if to == place]
+            of, weight = x[image, members], size[members].double().unsqueeze(1)
+            mean, lengths = (of * weight).sum(dim=0) / weight.sum(), of.norm(dim=1, keepdim=True)
+            wanted = {
+                "mean": mean,
+                "average": of.mean(dim=0),
+                "sum": of.sum(dim=0),
+                "max": of.amax(dim=0),
+                "destination": of[0],
+                "norm": mean / mean.norm() * (lengths * weight).sum() / weight.sum(),
+                "max_norm": mean / mean.norm() * lengths.max(),
+            }
+            for way, (merged, sizes) in found.items():
+                torch.testing.assert_close(merged[image, place], wanted[way], msg=way)
+                assert sizes[image, place] == weight.sum()
+    back = plan.unmerge(found["mean"][0])
+    dropped = plan.assign < 0
+    assert not back[dropped].any()
+    assert torch.equal(
+        back[~dropped], found["mean"][0].gather(1, plan.assign.clamp_min(0).unsqueeze(2).expand_as(x))[~dropped]
+    )
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64])
+def test_positions_are_int64_whatever_integers_the_map_holds(dtype: torch.dtype) -> None:
+    plan = MergePlan.from_assign(torch.tensor([[1, 0, 1]]).to(dtype), 2)
+    assert {plan.kept.dtype, plan.source.dtype, plan.target.dtype, plan.assign.dtype} == {torch.int64}
+    assert plan.assign.tolist() == [[1, 0, 1]]
+
+
+def test_maps_of_no_images() -> None:
+    for left in (1, 2, 4):
+        plan = MergePlan.from_assign(torch.empty(0, 4, dtype=torch.int64), left)
+        assert (plan.tokens_in, plan.tokens_out, plan.drops) == (4, left, False)
+    with pytest.raises(InputError):
+        MergePlan.from_assign(torch.empty(0, 4, dtype=torch.int64), 5)
+
+
+def test_a_plan_that_merges_nothing() -> None:
+    """A permutation, and the identity, on whatever device."""
+    plan = MergePlan.from_assign(torch.tensor([[2, 0, 1]]))
+    assert (plan.r, plan.kept.tolist()) == (0, [[1, 2, 0]])
+    assert MergePlan.identity(2, 3).assign.tolist() == [[0, 1, 2]] * 2
+    away = MergePlan.identity(2, 3, "meta")
+    assert {field.device.type for field in (away.kept, away.source, away.target)} == {"meta"}
+    x, size = torch.empty(2, 3, 4, device="meta"), torch.empty(2, 3, device="meta")
+    assert away.merge(x, size)[0].shape == (2, 3, 4), "sizes without values are not looked at"
+
+
+def test_more_that_does_not_fit_is_refused() -> None:
+    plan = MergePlan.from_assign(torch.tensor([[0, 1, 1]] * 2))
+    for unfit in (torch.zeros(2, 2), torch.zeros(2, 2, 3, 1), torch.zeros(1, 2, 3), torch.zeros(2, 3, 3)):
+        with pytest.raises(InputError, match="x is"):
+            plan.unmerge(unfit)
+    for then in (MergePlan.identity(1, 2), MergePlan.identity(2, 3)):
+        with pytest.raises(InputError, match="compose"):
+            plan.compose(then)
+    for assign, left in (([[0, 1]], 3), ([[0, -2]], None), ([[0, 2]], 3)):
+        with pytest.raises(InputError, match="assign"):
+            MergePlan.from_assign(torch.tensor(assign), left)
+
+
+def test_gates_and_weights_go_along() -> None:
+    """A gate is of the token it stands at, wherever that goes; it multiplies the size alone."""
+    plan = MergePlan.from_assign(torch.tensor([[2, 0, 1, 0], [0, 1, 2, 2]]))
+    gate, weight = torch.tensor([[0.5, 1.0, 0.25], [1.0, 0.5, 0.125]]), torch.rand(2, 4)
+    gated = dataclasses.replace(plan, gate=gate, weight=weight)
+    spatial = gated.in_order()
+    assert spatial.gate is not None
+    assert spatial.gate.tolist() == [[0.25, 0.5, 1.0], [1.0, 0.5, 0.125]]
+    assert spatial.weight is weight
+    x = torch.randn(2, 4, 3)
+    merged, sizes = gated.merge(x)
+    assert torch.equal(sizes, plan.merge(x)[1] * gate)
+    assert torch.equal(merged, dataclasses.replace(plan, weight=weight).merge(x)[0])
+
+
+def test_lengths_that_are_symbols_stay_symbols() -> None:
+    """While a model is exported for any number of tokens, a plan is made for any number of them."""
+
+    class Nothing(torch.nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return MergePlan.identity(x.shape[0], x.shape[1]).assign
+
+    sizes = {0: torch.export.Dim("images"), 1: torch.export.Dim("tokens")}
+    program = torch.export.export(Nothing(), (torch.zeros(2, 3),), dynamic_shapes=(sizes,), strict=False)
+    assert program.module()(torch.zeros(4, 5)).tolist() == [[0, 1, 2, 3, 4]] * 4
+
+
+@pytest.mark.parametrize("assign", [torch.empty(2, 0, dtype=torch.int64), torch.empty(0, 4, dtype=torch.int64)])
+def test_maps_of_nothing_are_maps(assign: Tensor) -> None:
+    plan = MergePlan.from_assign(assign)
+    assert torch.equal(plan.assign, assign)
+    assert plan.tokens_in == assign.shape[1]

@@ -122,7 +122,7 @@ class MergePlan:
         if tokens_out is None:
             tokens_out = int(assign.max()) + 1 if assign.numel() else 0
         low, high = (int(assign.min()), int(assign.max())) if assign.numel() else (0, tokens_out - 1)
-        if not DROPPED <= low <= high < tokens_out:
+        if assign.numel() and not DROPPED <= low <= high < tokens_out:
             raise InputError(
                 f"assign holds values from {low} to {high}, but with tokens_out={tokens_out} they must lie in "
                 f"0 … {tokens_out - 1} (or be −1, for tokens that are dropped)"

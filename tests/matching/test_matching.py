@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 
 from tests.helpers.oracle import naive_matching
+from tests.helpers.plans import exact_metric
 from tokenmerge import ConfigError, InputError, bipartite_matching, register_matcher
 from tokenmerge.matching import get_matcher
 
@@ -92,6 +93,25 @@ def test_bad_input() -> None:
         bipartite_matching(torch.zeros(1, 3, 4), -1)
     with pytest.raises(InputError, match="whole numbers"):
         bipartite_matching(torch.zeros(1, 3, 4), 2.0)  # type: ignore[arg-type]
+    with pytest.raises(InputError, match="whole numbers"):
+        bipartite_matching(torch.zeros(1, 3, 4), True)
+    with pytest.raises(InputError, match="negative"):
+        bipartite_matching(torch.zeros(1, 3, 4), 1, -1)
+    with pytest.raises(InputError, match="dense"):
+        bipartite_matching(torch.zeros(1, 3, 4).to_sparse(), 1)
+    with pytest.raises(InputError, match=r"\[B, N, D\]"):
+        get_matcher("kmeans")(torch.zeros(1, 2, 3, 4), 1)  # which does not average over heads
+
+
+@pytest.mark.parametrize("distance", ["dot", "euclidean", "softmax"])
+def test_other_distances_average_over_heads_and_need_torch(distance: Any) -> None:
+    """The length of the mean matters to them; the kernels know the cosine alone."""
+    keys = torch.randn(2, 3, 40, 6) * 3
+    plan = bipartite_matching(keys, 12, 1, distance=distance)
+    assert torch.equal(plan.assign, bipartite_matching(keys.mean(dim=1), 12, 1, distance=distance).assign)
+    assert not torch.equal(plan.assign, bipartite_matching(keys, 12, 1).assign)
+    with pytest.raises(ConfigError, match="cannot run"):
+        bipartite_matching(keys, 12, 1, backend="triton", distance=distance)
 
 
 def test_the_registry() -> None:
@@ -104,12 +124,12 @@ def test_the_registry() -> None:
 
 def test_many_tokens_hold_only_a_tile_of_scores(monkeypatch: pytest.MonkeyPatch) -> None:
     """The same plan as with all scores at once, and memory that does not grow with N²."""
-    metric = torch.eye(64)[torch.randint(64, (1, 6000), generator=torch.Generator().manual_seed(0))]
-    metric = metric + 0.25 * metric.roll(1, dims=2)  # exact in float32, so ties are ties however it is computed
+    metric = exact_metric(6000, batch=1)  # exact in float32, so ties are ties however it is computed
     with torch.profiler.profile(profile_memory=True) as profile:
         plan = bipartite_matching(metric, 1500, 1)
     monkeypatch.setattr("tokenmerge.matching.bipartite._SCORES", 2**30)
     whole = bipartite_matching(metric, 1500, 1)
     assert torch.equal(plan.assign, whole.assign)
+    assert plan.source[0].tolist() != sorted(plan.source[0].tolist()), "edges differ: the best are not just the first"
     largest = max(event.cpu_memory_usage for event in profile.events() or [])
     assert 8e6 < largest < 9e6  # all scores would be 36 MB

@@ -27,10 +27,11 @@ from tokenmerge.config import FIELDS, choices_of
 from tokenmerge.errors import ConfigError
 from tokenmerge.matching import matcher_names
 from tokenmerge.patching.predictors import add_predictors
-from tokenmerge.tools.export import ExportArgs, export_model
+from tokenmerge.tools.export import SUFFIXES, ExportArgs, export_model
 
 DOCS = Path(__file__).parents[2] / "docs" / "export.md"
-R = 5
+R = [5, 0]
+"""One block merges, and another attends to merged tokens: exporters take seconds for each matching."""
 
 
 def _choices(field: str) -> list[Any]:
@@ -103,7 +104,7 @@ def _by_command(format: str) -> Callable[[nn.Module, Tensor, Path], Run | None]:
     """Write and verify a file as `tokenmerge export` does, on batches that it was not exported with."""
 
     def write(model: nn.Module, images: Tensor, folder: Path) -> None:
-        written = export_model(model, images, ExportArgs(format=format), folder / f"model.{format}", {})
+        written = export_model(model, images, ExportArgs(format=format), folder / f"model{SUFFIXES[format]}", {})
         assert written.difference is not None
         assert written.difference <= 1e-5
 

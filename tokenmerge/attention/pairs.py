@@ -78,7 +78,7 @@ class PairMap:
         columns = columns.scatter_add(2, self._for_columns(target, heads), joining)
         one = torch.ones((), dtype=wide, device=bias.device)
         own, others = (one.expand_as(self.anchor), one.expand_as(target)) if share is None else share
-        count = own.scatter_add(1, target, others).clamp_min(1)
+        count = own.scatter_add(1, target, others).clamp_min(1.0)
         return (self._by_head(columns) / (count[:, None, :, None] * count[:, None, None, :])).to(bias.dtype)
 
     def _shares(self, target: Tensor) -> tuple[Tensor, Tensor]:

@@ -36,10 +36,10 @@ def _plan(nearest: Tensor, closeness: Tensor, clusters: int, protected: int) -> 
     cluster = nearest.gather(1, order)
     first = torch.ones_like(cluster, dtype=torch.bool)
     first[:, 1:] = cluster[:, 1:] != cluster[:, :-1]
-    stands = torch.zeros_like(first).scatter_(1, order, first)
+    stands = torch.zeros_like(order).scatter_(1, order, first.to(torch.int64)) > 0
     representative = torch.where(first, order, torch.full_like(order, -1))
     of_cluster = largest_by(representative, cluster, clusters, -1)
-    rank = torch.where(stands, torch.inf, -closeness)  # representatives stay, then the tokens that fit worst
+    rank = (-closeness).masked_fill(stands, torch.inf)  # representatives stay, then the tokens that fit worst
     staying = descending_order(rank)
     source = staying[:, clusters:]
     joined = of_cluster.gather(1, nearest.gather(1, source))
@@ -110,7 +110,7 @@ def kmedoids_matching(
         fit = (similarity * weight.unsqueeze(1)).masked_fill(~together, 0).sum(dim=2)
         best = largest_by(fit, nearest, count - r, -torch.inf)
         is_best = fit >= best.gather(1, nearest)
-        position = torch.where(is_best, torch.arange(count, device=x.device), -1)
+        position = torch.arange(count, device=x.device).expand_as(nearest).masked_fill(torch.logical_not(is_best), -1)
         medoid = largest_by(position, nearest, count - r, -1)
     return _plan(nearest, closeness, count - r, protected)
 

@@ -16,7 +16,7 @@ from tokenmerge.matching.distances import similarities
 from tokenmerge.matching.partitions import partition_order
 from tokenmerge.matching.registry import register_matcher
 from tokenmerge.matching.values import AtLeast, PerBlock, Within
-from tokenmerge.ops.basics import ascending_order, counting, descending_order, is_exporting, no_autocast, unit
+from tokenmerge.ops.basics import ascending_order, counting, descending_order, is_exporting, marked, no_autocast, unit
 from tokenmerge.plan import MergePlan
 from tokenmerge.schedule import max_merges
 
@@ -116,10 +116,10 @@ def informed_matching(
         scores, start = _scores(metric, tokens, left, right, token_weight)
     if size is not None and size_penalty in ("harmonic", "sqrt_harmonic"):  # only these penalties vary along a row
         start = start.unsqueeze(2) if isinstance(start, Tensor) else start
-        best, partner = ((start - scores).clamp_min(0) * _penalty(size, a, b, size_penalty)).min(dim=2)
+        best, partner = ((start - scores).clamp_min(0.0) * _penalty(size, a, b, size_penalty)).min(dim=2)
     else:
         nearest, partner = scores.max(dim=2)
-        best = (start - nearest).clamp_min(0)
+        best = (start - nearest).clamp_min(0.0)
         if size is not None and size_penalty != "none":
             best = best * _penalty(size, a, b, size_penalty).squeeze(2)
     if attention is not None and attention_power and layer >= attention_from:
@@ -140,8 +140,7 @@ def _in_partition(a: Tensor, b: Tensor, going: Tensor, partner: Tensor, protecte
         protected: leading tokens that never merge.
         batch: B.
     """
-    staying = torch.ones(batch, a.shape[0], dtype=torch.int64, device=a.device).scatter_(1, going, 0)
-    left = descending_order(staying)[:, : a.shape[0] - going.shape[1]]
+    left = ascending_order(marked(going, a.shape[0]).to(torch.int64))[:, : a.shape[0] - going.shape[1]]
     prefix = counting(protected, a.device).expand(batch, -1)
     kept = torch.cat([prefix, a[left], b.expand(batch, -1)], dim=1)
     return MergePlan(kept, a[going], partner + (kept.shape[1] - b.shape[0]))

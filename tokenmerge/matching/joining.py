@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from tokenmerge.ops.basics import ascending_order, counting, marked
+from tokenmerge.ops.basics import ascending_order, counting, either, marked, places_of
 from tokenmerge.plan import DROPPED, MergePlan
 
 
@@ -26,14 +26,8 @@ def lowest(score: Tensor, count: int, protected: int) -> Tensor:
 
 def rest_of(source: Tensor, tokens: int) -> Tensor:
     """Return the tokens that are not in `source [B, r]`: positions `[B, N − r]` int64, ascending, for N = `tokens`."""
-    goes = torch.zeros(source.shape[0], tokens, dtype=torch.int64, device=source.device).scatter_(1, source, 1)
+    goes = marked(source, tokens).to(torch.int64)
     return ascending_order(goes)[:, : tokens - source.shape[1]]
-
-
-def positions_in(kept: Tensor, tokens: int) -> Tensor:
-    """Return the index of each token in `kept [B, N']`: `[B, N]` int64 for N = `tokens`; arbitrary for all other tokens."""
-    positions = kept.new_zeros(kept.shape[0], tokens)
-    return positions.scatter_(1, kept, counting(kept.shape[1], kept.device).expand_as(kept))
 
 
 def join(source: Tensor, joined: Tensor, tokens: int) -> MergePlan:
@@ -45,7 +39,7 @@ def join(source: Tensor, joined: Tensor, tokens: int) -> MergePlan:
         tokens: N.
     """
     kept = rest_of(source, tokens)
-    return MergePlan(kept, source, positions_in(kept, tokens).gather(1, joined))
+    return MergePlan(kept, source, places_of(joined, kept, tokens))
 
 
 def join_nearest(similarity: Tensor, source: Tensor, protected: int) -> MergePlan:
@@ -58,7 +52,7 @@ def join_nearest(similarity: Tensor, source: Tensor, protected: int) -> MergePla
     """
     tokens = similarity.shape[1]
     rows = similarity.gather(1, source.unsqueeze(2).expand(-1, -1, tokens))
-    closed = marked(source, tokens) | (counting(tokens, source.device) < protected)
+    closed = either(marked(source, tokens), counting(tokens, source.device) < protected)
     return join(source, rows.masked_fill(closed.unsqueeze(1), -torch.inf).argmax(dim=2), tokens)
 
 

@@ -12,7 +12,7 @@ from tokenmerge.errors import InputError
 from tokenmerge.matching.joining import join, join_nearest, lowest
 from tokenmerge.matching.registry import needed, register_matcher
 from tokenmerge.matching.values import AtLeast, Within
-from tokenmerge.ops.basics import counting, descending_order, is_exporting, take_rows, unit
+from tokenmerge.ops.basics import counting, descending_order, either, is_exporting, take_rows, unit
 from tokenmerge.plan import MergePlan
 
 
@@ -21,8 +21,8 @@ def _similarities(metric: Tensor, protected: int) -> Tensor:
     x = unit(metric)
     similarity = x @ x.transpose(1, 2)
     position = counting(x.shape[1], x.device)
-    closed = (position < protected) | (position == position.unsqueeze(1))
-    return similarity.masked_fill(closed | (position < protected).unsqueeze(1), -torch.inf)
+    closed = either(position < protected, position == position.unsqueeze(1))
+    return similarity.masked_fill(either(closed, (position < protected).unsqueeze(1)), -torch.inf)
 
 
 @register_matcher("greedy", most="all but one")
@@ -47,8 +47,9 @@ def greedy_matching(metric: Tensor, r: int, protected: int = 0, size: Tensor | N
     closed = (position < protected).expand(batch, -1)
     gone = torch.zeros(batch, tokens, dtype=torch.bool, device=metric.device)
     for _ in range(r):
-        best = similarity.flatten(1).argmax(dim=1, keepdim=True)
-        first, second = best // tokens, best % tokens
+        of_rows, columns = similarity.max(dim=2)
+        first = of_rows.argmax(dim=1, keepdim=True)
+        second = columns.gather(1, first)
         stays, goes = torch.minimum(first, second), torch.maximum(first, second)  # [B, 1]
         total = weight.gather(1, stays) + weight.gather(1, goes)
         share = (weight.gather(1, goes) / total.clamp_min(1e-12)).unsqueeze(2)
@@ -58,13 +59,13 @@ def greedy_matching(metric: Tensor, r: int, protected: int = 0, size: Tensor | N
         is_staying, is_going = position == stays, position == goes
         mean = torch.where(is_staying.unsqueeze(2), merged, mean)
         weight = torch.where(is_staying, total, weight)
-        gone = gone | is_going
+        gone = either(gone, is_going)
         into = torch.where(into == goes, stays, into)
         new = torch.nn.functional.cosine_similarity(mean, merged, dim=2, eps=1e-12)
-        new = new.masked_fill(gone | closed | is_staying, -torch.inf)
+        new = new.masked_fill(either(either(gone, closed), is_staying), -torch.inf)
         similarity = torch.where(is_staying.unsqueeze(2), new.unsqueeze(1), similarity)
         similarity = torch.where(is_staying.unsqueeze(1), new.unsqueeze(2), similarity)
-        similarity = similarity.masked_fill(is_going.unsqueeze(2) | is_going.unsqueeze(1), -torch.inf)
+        similarity = similarity.masked_fill(either(is_going.unsqueeze(2), is_going.unsqueeze(1)), -torch.inf)
     source = descending_order(gone.to(torch.int64))[:, :r]
     return join(source, into.gather(1, source), tokens)
 
@@ -85,9 +86,9 @@ def mutual_matching(metric: Tensor, r: int, protected: int = 0) -> MergePlan:
     similarity = _similarities(metric, protected)
     best, partner = similarity.max(dim=2)
     position = counting(tokens, metric.device).expand(batch, -1)
-    mutual = (partner.gather(1, partner) == position) & (best > -torch.inf)
-    second = mutual & (position > partner)  # the later token of a pair joins the earlier one
-    first = mutual & ~second
+    mutual = torch.logical_and(partner.gather(1, partner) == position, best > -torch.inf)
+    second = torch.logical_and(mutual, position > partner)  # the later token of a pair joins the earlier one
+    first = torch.logical_and(mutual, torch.logical_not(second))
     # sources: later tokens of pairs, then tokens of no pair, then earlier tokens of pairs
     score = -best - 4.0 * second + 4.0 * first
     source = lowest(score, r, protected)
@@ -171,10 +172,12 @@ def strided_matching(
             frames = 1
         stride *= 2
     index = torch.arange(math.prod(grid), device=metric.device)
-    on_grid = (index // columns % rows % stride == 0) & (index % columns % stride == 0)
-    on_grid = on_grid & (index < frames * rows * columns)
-    fixed = torch.nn.functional.pad(on_grid, (protected, 0), value=False).expand(batch, -1).gather(1, anchor)
-    similarity = _similarities(metric, protected).masked_fill(~fixed.unsqueeze(1), -torch.inf)
+    on_grid = torch.logical_and(index // columns % rows % stride == 0, index % columns % stride == 0)
+    on_grid = torch.logical_and(on_grid, index < frames * rows * columns)
+    # numbers rather than booleans, because not every exporter pads or gathers those
+    stands_on = torch.cat([index.new_zeros(protected), on_grid.to(torch.int64)]).expand(batch, -1)
+    fixed = stands_on.gather(1, anchor) > 0
+    similarity = _similarities(metric, protected).masked_fill(torch.logical_not(fixed).unsqueeze(1), -torch.inf)
     best, partner = similarity.max(dim=2)
     best = best.nan_to_num(-1.0)  # else NaN of a broken image would sort after destinations, which must not be sources
     source = lowest((-best).masked_fill(fixed, torch.inf), r, protected)

@@ -39,7 +39,7 @@ def _on_a(partition: Partition, free: int, count_a: int, columns: int, layer: in
         return torch.zeros_like(position).scatter_(0, shuffled(free, layer, device), position) < count_a
     if partition == "checkerboard":
         black = (position // columns + position % columns) % 2 == 0
-        return black & (black.to(torch.int64).cumsum(0) <= count_a)
+        return torch.logical_and(black, black.to(torch.int64).cumsum(0) <= count_a)
     return position < count_a
 
 

@@ -149,8 +149,29 @@ def largest_by(values: Tensor, group: Tensor, groups: int, least: float) -> Tens
 
 def marked(index: Tensor, count: int) -> Tensor:
     """Return which of `0 … count − 1` are in `index [B, M]`, `[B, count]` bool."""
-    marks = torch.zeros(index.shape[0], count, dtype=torch.int64, device=index.device)
-    return marks.scatter_(1, index, 1) > 0
+    if is_exporting():
+        return exported.marked(index, count)
+    marks = torch.zeros(index.shape[0], count, dtype=torch.bool, device=index.device)
+    return marks.scatter_(1, index, True)
+
+
+def places_of(wanted: Tensor, among: Tensor, count: int) -> Tensor:
+    """Return where each of `wanted [B, r]` stands in `among [B, M]`, `[B, r]` int64.
+
+    Args:
+        wanted: int64 numbers, each of which is in `among`.
+        among: different int64 numbers of `0 … count − 1`.
+        count: how many numbers there are.
+    """
+    if is_exporting():
+        return exported.places_of(wanted, among)
+    place = among.new_zeros(among.shape[0], count)
+    return place.scatter_(1, among, counting(among.shape[1], among.device).expand_as(among)).gather(1, wanted)
+
+
+def either(first: Tensor, second: Tensor) -> Tensor:
+    """Return where one of two boolean tensors is true; exporters know this form better than `|`."""
+    return torch.logical_or(first, second)
 
 
 def first_reaching(ascending: Tensor, levels: Tensor) -> Tensor:

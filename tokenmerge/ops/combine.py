@@ -235,7 +235,7 @@ def _mean(kept: Tensor, joining: Tensor, members: Members, share: Tensor, reduce
     one = torch.ones_like(share) if alive is None else alive.to(share.dtype)
     nothing = share.new_zeros(kept.shape[0])
     # if several sources join one row, each adds an equal part of the terms that count once per row
-    part = one / add_rows(nothing.clone(), target, one, left).index_select(0, target).clamp_min(1)
+    part = one / add_rows(nothing.clone(), target, one, left).index_select(0, target).clamp_min(1.0)
     if reduce == "norm":
         length = add_rows(nothing, target, own * part + share * (theirs - own), left)
     else:

@@ -67,6 +67,18 @@ def largest_rows(rows: Tensor, target: Tensor, values: Tensor, left: int) -> Ten
     return largest.reshape(rows.shape)
 
 
+def marked(index: Tensor, count: int) -> Tensor:
+    """Return which of `0 … count − 1` are in `index [B, M]`, `[B, count]` bool."""
+    position = torch.arange(count, device=index.device).view(1, 1, -1)
+    return (index.unsqueeze(2) == position).to(torch.int64).sum(dim=1) > 0
+
+
+def places_of(wanted: Tensor, among: Tensor) -> Tensor:
+    """Return where each of `wanted [B, r]` stands in `among [B, M]`, `[B, r]` int64."""
+    place = torch.arange(among.shape[1], device=among.device).view(1, 1, -1)
+    return ((wanted.unsqueeze(2) == among.unsqueeze(1)).to(torch.int64) * place).sum(dim=2)
+
+
 def largest_by(values: Tensor, group: Tensor, groups: int, least: float) -> Tensor:
     """Return the maximum of `values` in each group.
 

@@ -387,5 +387,5 @@ def weighted_mean(x: Tensor, size: Tensor) -> Tensor:
         size: patches per token `[B, N]`.
     """
     wide = torch.float64 if x.dtype == torch.float64 else torch.float32
-    weight = size.to(wide) / size.sum(dim=1, keepdim=True).to(wide).clamp_min(1)
+    weight = size.to(wide) / size.sum(dim=1, keepdim=True).to(wide).clamp_min(1.0)
     return (x.to(wide) * weight.unsqueeze(2)).sum(dim=1).to(x.dtype)
