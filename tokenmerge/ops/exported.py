@@ -68,13 +68,13 @@ def largest_rows(rows: Tensor, target: Tensor, values: Tensor, left: int) -> Ten
 
 
 def marked(index: Tensor, count: int) -> Tensor:
-    """Return which of `0 … count − 1` are in `index [B, M]`, `[B, count]` bool."""
+    """Return `[B, count]` bool: true for the numbers from 0 to `count − 1` that occur in `index [B, M]`."""
     position = torch.arange(count, device=index.device).view(1, 1, -1)
     return (index.unsqueeze(2) == position).to(torch.int64).sum(dim=1) > 0
 
 
 def places_of(wanted: Tensor, among: Tensor) -> Tensor:
-    """Return where each of `wanted [B, r]` stands in `among [B, M]`, `[B, r]` int64."""
+    """Return `[B, r]` int64: the position of each number of `wanted [B, r]` in `among [B, M]`."""
     place = torch.arange(among.shape[1], device=among.device).view(1, 1, -1)
     return ((wanted.unsqueeze(2) == among.unsqueeze(1)).to(torch.int64) * place).sum(dim=2)
 
