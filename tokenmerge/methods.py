@@ -1,6 +1,6 @@
-"""Methods by name: sets of config fields that stand for a published way to reduce tokens.
+"""Published token-reduction methods by name, each as a set of config fields.
 
-`tokenmerge compare --methods …` takes these names, and every registered matcher's.
+`tokenmerge compare --methods …` accepts these names and the names of all registered matchers.
 """
 
 from __future__ import annotations
@@ -21,15 +21,15 @@ Kind = Literal["matching", "clustering", "pruning"]
 
 @dataclasses.dataclass(frozen=True)
 class Method:
-    """A way to reduce tokens.
+    """Token-reduction method.
 
     Attributes:
-        name: by which `compare` finds it.
-        fields: of `MergeConfig`.
-        kind: "matching", "clustering" or "pruning", as the paper's table 2 groups them.
-        source: where it was published.
-        note: what is different here, or `""`.
-        slow: whether it is a reference that nobody would run for speed.
+        name: name of the method, as in `tokenmerge compare --methods NAME`.
+        fields: fields of `MergeConfig` that select the method.
+        kind: "matching", "clustering" or "pruning", the groups of arXiv 2210.09461, table 2.
+        source: the publication.
+        note: difference from the publication, or `""`.
+        slow: whether the method is a slow reference for comparisons of accuracy.
     """
 
     name: str
@@ -44,7 +44,7 @@ class Method:
 
     @property
     def static(self) -> bool:
-        """Whether the tokens that are left depend on shapes alone."""
+        """Whether the number of tokens left depends on shapes alone, and not on the images."""
         return not get_entry(str(self.fields.get("matcher", "bipartite"))).adaptive
 
 
@@ -52,10 +52,24 @@ _METHODS: dict[str, Method] = {}
 
 
 def register_method(name: str, *, kind: Kind = "matching", source: str = "", note: str = "", **fields: Any) -> None:
-    """Give a set of config fields a name.
+    """Register a set of config fields under a name.
+
+    Args:
+        name: the new name.
+        kind: "matching", "clustering" or "pruning".
+        source: the publication.
+        note: difference from the publication, or `""`.
+        **fields: fields of `MergeConfig` without the schedule, such as `matcher="pitome"`.
 
     Raises:
-        ConfigError: if there is another method of that name already, or the fields mean nothing.
+        ConfigError: if another method has this name, or `kind` or a field is invalid.
+        UnknownFieldError: (a TypeError) if a keyword is not a field of `MergeConfig`.
+
+    Example:
+        >>> import tokenmerge
+        >>> tokenmerge.register_method("tome-values", metric="v", note="values in place of keys")
+        >>> dict(tokenmerge.get_method("tome-values").fields)
+        {'metric': 'v'}
     """
     _add(Method(name, fields, kind, source, note))
 
@@ -74,10 +88,13 @@ def _add(method: Method) -> None:
 
 
 def get_method(name: str) -> Method:
-    """The method of that name; a matcher's name stands for that matcher with its defaults.
+    """Return the method of a name; the name of a matcher stands for that matcher with its default options.
+
+    Args:
+        name: a registered method or matcher.
 
     Raises:
-        ConfigError: if there is neither.
+        ConfigError: if the name is unknown.
     """
     if isinstance(name, str) and name in _METHODS:
         return _METHODS[name]
@@ -87,7 +104,10 @@ def get_method(name: str) -> Method:
 
 
 def method_names() -> tuple[str, ...]:
-    """Every method that works off the shelf, and every matcher that none uses (those of plugins among them)."""
+    """Return the names of all registered methods, and of all matchers that no method uses, including those of plugins.
+
+    Matchers that need trained predictors are left out.
+    """
     used = {str(method.fields.get("matcher", "bipartite")) for method in _METHODS.values()}
     further = (name for name in matcher_names() if name not in used and not get_entry(name).learned)
     return (*_METHODS, *further)

@@ -1,8 +1,8 @@
-"""Biases between pairs of tokens (relative positions), brought from the original tokens to merged ones.
+"""Biases between pairs of tokens (relative positions), moved from the original tokens to merged ones.
 
-A merged token's bias is the mean over the pairs of original tokens that it stands for. Written as a matrix product with the
-map of the tokens on both sides, `M bias Mᵀ`, this mean costs more than the attention that it serves. Here rows are gathered
-and added first, then columns: work in proportion to N₀², and no product.
+The bias of a merged token is the mean over the pairs of original tokens that it stands for. As a matrix product with the
+tokens' map on both sides, `M bias Mᵀ`, this mean would cost more than attention itself. Gathering and adding first rows
+and then columns takes work proportional to N₀² and no matrix product.
 """
 
 from __future__ import annotations
@@ -18,16 +18,15 @@ from tokenmerge.ops.basics import flat_rows
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class PairMap:
-    """Move a bias between original tokens to the current tokens: rows and columns follow the same map as the tokens.
+    """Map of a bias between original tokens to the current tokens: rows and columns follow the same map as the tokens.
 
     Attributes:
-        source: `[B, N₀]` int64: the current token of each original token; −1 where it was dropped.
+        source: `[B, N₀]` int64: the current token of each original token; −1 if it was dropped.
         anchor: `[B, N]` int64: the original token at whose position each current token stands.
         joined: `[B, N₀ − N]` int64: all other original tokens.
         weight: `[B, N₀]` float32: 1 for tokens, 0 for padding; `None` without padding.
-        mean: whether a merged token takes the mean over all its pairs, as its value is the mean of theirs; otherwise it
-            takes the bias of its anchor.
-        drops: whether an entry of `source` may be −1.
+        mean: whether a merged token gets the mean bias over all its pairs; otherwise it gets the bias of its anchor.
+        drops: whether `source` may contain −1.
     """
 
     source: Tensor
@@ -38,9 +37,13 @@ class PairMap:
     drops: bool
 
     def __call__(self, bias: Tensor) -> Tensor:
-        """Return the bias `[B, H, N, N]` of the current tokens for the bias `[1 or B, H, N₀, N₀]` of the original ones.
+        """Return the bias between the current tokens.
 
-        The dtype is the one of `bias`; means are taken in float32 (float64 for float64).
+        Args:
+            bias: `[1 or B, H, N₀, N₀]`, any floating dtype: the bias between the original tokens.
+
+        Returns:
+            Bias `[B, H, N, N]` in the dtype of `bias`; means are accumulated in float32 (float64 for float64).
 
         Raises:
             PatchError: if the bias is for another number of original tokens.
@@ -61,7 +64,7 @@ class PairMap:
         if self.drops or self.weight is not None:
             share = self._shares(target)
             target = target.clamp_min(0)
-        # rows, then columns: the anchors' own, plus those that joined them
+        # first rows, then columns: each anchor's own, plus those of the tokens that joined it
         rows = rows.to(wide)
         kept = rows.index_select(0, self._rows_of(self.anchor, bias))
         joining = rows.index_select(0, self._rows_of(self.joined, bias))
@@ -79,21 +82,21 @@ class PairMap:
         return (self._by_head(columns) / (count[:, None, :, None] * count[:, None, None, :])).to(bias.dtype)
 
     def _shares(self, target: Tensor) -> tuple[Tensor, Tensor]:
-        """Return how much the anchors `[B, N]` and the other tokens `[B, N₀ − N]` count in means: 0 where dropped or padding."""
+        """Return the weights in means of the anchors `[B, N]` and of the others `[B, N₀ − N]`; 0 if dropped or padding."""
         alive = (target >= 0).to(torch.float32)
         if self.weight is None:
             return torch.ones_like(self.anchor, dtype=torch.float32), alive
         return self.weight.gather(1, self.anchor), alive * self.weight.gather(1, self.joined)
 
     def _rows_of(self, index: Tensor, bias: Tensor) -> Tensor:
-        """Return row numbers for an index `[B, M]` into biases that are of each image, or shared by all."""
+        """Return the row numbers of an index `[B, M]` in a bias that each image has for itself, or that all images share."""
         return index.reshape(-1) if bias.shape[0] == 1 else flat_rows(index, bias.shape[2])
 
     def _for_columns(self, index: Tensor, heads: int) -> Tensor:
-        """Return an index `[B, M]` as one for columns of `[B, N·H, columns]`."""
+        """Expand an index `[B, M]` to gather columns from `[B, N·H, N₀]`."""
         return index.unsqueeze(1).expand(-1, self.anchor.shape[1] * heads, -1)
 
     def _by_head(self, moved: Tensor) -> Tensor:
-        """Return `[B, N·H, N]` as `[B, H, N, N]`, in memory as attention wants it."""
+        """Return `[B, N·H, N]` as `[B, H, N, N]`, a view with the strides that attention prefers."""
         batch, tokens = self.anchor.shape
         return moved.view(batch, tokens, -1, tokens).transpose(1, 2)

@@ -1,8 +1,9 @@
-"""Orders and sums in forms that every exporter and runtime knows.
+"""Sorting, row sums and row maxima in operations that every exporter and runtime supports.
 
-Stable sorts, sums into rows and scattered maxima are fast in PyTorch, but OpenVINO, Core ML and the older ONNX exporter lack one
-or the other, and runtimes break ties in ways of their own. Exported programs hold comparisons, products and gathers instead,
-which mean the same everywhere. Their work is small beside attention's: |A|² comparisons and r·N·C multiply-adds per block.
+Stable sorts, additions into rows and scattered maxima are fast in PyTorch, but OpenVINO, Core ML and the older ONNX
+exporter each lack some of them, and runtimes differ in how they break ties. Exported programs use comparisons, products and
+gathers instead, which give the same result everywhere. They cost little beside attention: |A|² comparisons and r·N·C
+multiply-adds per block.
 """
 
 from __future__ import annotations
@@ -12,9 +13,13 @@ from torch import Tensor
 
 
 def ascending_order(values: Tensor) -> Tensor:
-    """Return the positions of `values [B, M]` from the smallest to the largest, equal ones by ascending position; int64.
+    """Return the positions that sort `values` in ascending order; ties go to the lower position.
 
-    NaN is larger than any number, as in PyTorch's own sorts.
+    Args:
+        values: `[B, M]`, any dtype; NaN counts as larger than any number, as in PyTorch's sorts.
+
+    Returns:
+        Positions `[B, M]` int64.
     """
     if values.is_floating_point():
         values = torch.where(values != values, torch.full_like(values, torch.inf), values)
@@ -27,20 +32,20 @@ def ascending_order(values: Tensor) -> Tensor:
 
 
 def descending_order(values: Tensor) -> Tensor:
-    """Return the positions from the largest to the smallest, equal ones by ascending position; NaN first."""
+    """Return the positions `[B, M]` int64 that sort `values` in descending order: NaN first, ties by lower position."""
     if values.is_floating_point():
         values = torch.where(values != values, torch.full_like(values, torch.inf), values)
     return ascending_order(-values)
 
 
 def add_rows(rows: Tensor, target: Tensor, values: Tensor, left: int) -> Tensor:
-    """Return `rows` with `values` added to those that `target` names: a product with the map from one to the other.
+    """Return `rows` with `values` added to the rows in `target`, computed as a matrix product with their map.
 
     Args:
-        rows: `[B·N']` or `[B·N', C]`.
-        target: `[B·r]` int64 row numbers; rows of an image are joined by values of that image alone.
+        rows: `[B·N']` or `[B·N', C]`, floating.
+        target: `[B·r]` int64: the row that each value is added to, always a row of the same image.
         values: `[B·r]` or `[B·r, C]`.
-        left: N'.
+        left: N', rows per image.
     """
     wide = rows if rows.dim() == 2 else rows.unsqueeze(1)
     parts = values if rows.dim() == 2 else values.unsqueeze(1)
@@ -51,7 +56,7 @@ def add_rows(rows: Tensor, target: Tensor, values: Tensor, left: int) -> Tensor:
 
 
 def largest_rows(rows: Tensor, target: Tensor, values: Tensor, left: int) -> Tensor:
-    """Return the maximum of each of `rows` and of the values that `target` names it for; arguments as of `add_rows`."""
+    """Return the elementwise maximum of each row and the `values` whose `target` it is; arguments as for `add_rows`."""
     wide = rows if rows.dim() == 2 else rows.unsqueeze(1)
     parts = values if rows.dim() == 2 else values.unsqueeze(1)
     batch = wide.view(-1, left, wide.shape[1])
@@ -63,26 +68,36 @@ def largest_rows(rows: Tensor, target: Tensor, values: Tensor, left: int) -> Ten
 
 
 def marked(index: Tensor, count: int) -> Tensor:
-    """Return which of `0 … count − 1` are in `index [B, M]`, `[B, count]` bool."""
+    """Return `[B, count]` bool: true for the numbers from 0 to `count − 1` that occur in `index [B, M]`."""
     position = torch.arange(count, device=index.device).view(1, 1, -1)
     return (index.unsqueeze(2) == position).to(torch.int64).sum(dim=1) > 0
 
 
 def places_of(wanted: Tensor, among: Tensor) -> Tensor:
-    """Return where each of `wanted [B, r]` stands in `among [B, M]`, `[B, r]` int64."""
+    """Return `[B, r]` int64: the position of each number of `wanted [B, r]` in `among [B, M]`."""
     place = torch.arange(among.shape[1], device=among.device).view(1, 1, -1)
     return ((wanted.unsqueeze(2) == among.unsqueeze(1)).to(torch.int64) * place).sum(dim=2)
 
 
 def largest_by(values: Tensor, group: Tensor, groups: int, least: float) -> Tensor:
-    """Return the largest of `values [B, M]` in each group, `[B, G]`; `least` where a group is empty."""
+    """Return the maximum of `values` in each group.
+
+    Args:
+        values: `[B, M]`.
+        group: `[B, M]` integers: the group of each value.
+        groups: G, number of groups.
+        least: result for empty groups.
+
+    Returns:
+        Maxima `[B, G]`.
+    """
     belongs = group.unsqueeze(1) == torch.arange(groups, device=group.device).view(1, -1, 1)
     wide = values.unsqueeze(1).expand(-1, groups, -1)
     return torch.where(belongs, wide, torch.full_like(wide, least)).amax(dim=2)
 
 
 def _map(target: Tensor, batch: int, left: int) -> Tensor:
-    """Return `[B, N', r]`, true where a value joins a row."""
+    """Return `[B, N', r]` bool: true where a value belongs to a row."""
     first = torch.arange(batch, device=target.device).view(-1, 1, 1) * left
     own = target.reshape(batch, 1, -1) - first
     return own == torch.arange(left, device=target.device).view(1, -1, 1)

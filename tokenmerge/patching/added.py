@@ -1,7 +1,7 @@
-"""What merging itself computes, in multiply-adds: the metric, what the matcher looks at, and the matching.
+"""Cost of merging itself, in multiply-adds: the metric, the tensors that the matcher takes, and matching.
 
-Published figures leave these products out, and so do `Summary.flops_after` and every schedule. They are counted here by
-running the matcher on tensors that have shapes alone, so that the figure is right for any matcher, a user's own included.
+Published figures leave these operations out, and so do `Summary.flops_after` and all schedules. They are counted here by
+running the matcher on tensors without values, which gives the correct figure for any matcher, including a user's own.
 """
 
 from __future__ import annotations
@@ -31,13 +31,13 @@ from tokenmerge.patching.target import Target, is_prepared
 
 @dataclasses.dataclass(frozen=True)
 class Shown:
-    """What the attention of a block shows, per image.
+    """Shapes that the attention of a block shows, per image.
 
     Attributes:
-        channels: C of the tokens.
-        metric: channels of the paper's metric, the keys averaged over heads.
-        per_token: multiply-adds that this metric costs for each token; 0 where attention makes the keys anyway.
-        heads: H; 0 where attention does not show Q, K and V.
+        channels: C, channels of a token.
+        metric: channels of the paper's metric, K averaged over heads.
+        per_token: multiply-adds of this metric per token; 0 if attention computes the keys anyway.
+        heads: H; 0 if attention does not show Q, K and V.
         inside: channels of a head of Q, K and V.
     """
 
@@ -49,27 +49,27 @@ class Shown:
 
 
 def matching_flops(target: Target, settings: Settings, counts: Sequence[int], grid: Any) -> tuple[int, ...] | None:
-    """Return the multiply-adds by which merging adds to each block, for one image.
+    """Return the multiply-adds per image that merging adds to each block.
 
     Args:
         target: the model.
-        settings: those that it merges with.
-        counts: tokens that enter each block, then those that leave the last one.
+        settings: settings that it merges with.
+        counts: tokens that enter each block, followed by the tokens that leave the last one.
         grid: patches along each axis, or `None`.
 
     Returns:
-        One number for each block; `None` where that cannot be known: a block cannot be copied to look at it (it is sharded,
-        or its weights are elsewhere), or the matcher needs a predictor that is not trained yet.
+        One number per block. `None` if a block cannot be copied (because it is sharded, or its weights are not loaded), or
+        the matcher needs a predictor that is not trained yet.
     """
     try:
-        with collecting_edges():  # nobody's but ours: this is no pass
+        with collecting_edges():  # a separate collection, because this is not a pass that `calibrate` should see
             return _of_blocks(target, settings, counts, grid)
     except _UnknownError:
         return None
 
 
 class _UnknownError(Exception):
-    """Raised where merging cannot be counted."""
+    """Raised if the cost of merging cannot be counted."""
 
 
 def _of_blocks(target: Target, settings: Settings, counts: Sequence[int], grid: Any) -> tuple[int, ...]:
@@ -91,7 +91,7 @@ def _of_blocks(target: Target, settings: Settings, counts: Sequence[int], grid: 
 
 @contextlib.contextmanager
 def _counted(total: list[int]) -> Iterator[None]:
-    """Add the multiply-adds of everything within to a list."""
+    """Append the multiply-adds of everything that runs within the context to a list."""
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         yield
     total.append(int(counter.get_total_flops()) // 2)
@@ -100,29 +100,29 @@ def _counted(total: list[int]) -> Iterator[None]:
 def _shown(row: BlockFamily, block: nn.Module, channels: int) -> Shown:
     try:
         return _look(row, _without_data(row, block, channels))
-    except Exception:  # quantised weights and the like have no form without data; the block itself runs then
+    except Exception:  # quantised weights, for instance, have no meta form; a copy with values runs instead
         try:
             return _look(row, as_it_is(row, block, channels, rounded=True))
-        except Exception:  # whatever a library raises, a summary has more to say
+        except Exception:  # the rest of a summary is useful even if this number is unknown
             raise _UnknownError from None
 
 
 def _without_data(row: BlockFamily, block: nn.Module, channels: int) -> Probe:
-    """A copy of a block that has shapes and no data."""
+    """Return a copy of a block on the meta device, which has shapes but no values."""
     tensors = [*block.parameters(), *block.buffers()]
     shapes: dict[int, Any] = {id(p): nn.Parameter(p.to("meta"), False) for p in block.parameters()}
     shapes |= {id(b): b.to("meta") for b in block.buffers()}
     like = next((t for t in tensors if t.is_floating_point()), torch.empty(0))
     copied = plain_copy(block, shapes)
     for module in copied.modules():
-        if is_prepared(module):  # Accelerate would fetch the weights
+        if is_prepared(module):  # Accelerate's forward would load the weights
             vars(module).pop("forward")
     x = example_tokens(channels, row.example(block).tokens, torch.empty(0, dtype=like.dtype, device="meta"))
     return Probe(copied, x, 0.0)
 
 
 def _look(row: BlockFamily, probe: Probe) -> Shown:
-    """Run the attention of a block on a few tokens, and look at what it shows."""
+    """Run the attention of a block on a few tokens, and return the shapes that it shows."""
     install_inside(row, probe.block)
     arguments, cost = example_arguments(row, probe), [0]
     device = probe.x.device.type
@@ -148,7 +148,7 @@ def _of_block(block: Any, shown: Shown, settings: Settings, layer: int, tokens: 
     try:
         with _counted(total):
             _match(block, shown, settings, layer, tokens, r, grid, torch.device("meta"))
-    except Exception:  # what depends on values, or has weights of its own, needs tensors that have some
+    except Exception:  # matchers that read values, or have weights of their own, need real tensors
         try:
             with _counted(total):
                 _match(block, shown, settings, layer, tokens, r, grid, like.device)
@@ -160,7 +160,7 @@ def _of_block(block: Any, shown: Shown, settings: Settings, layer: int, tokens: 
 def _match(
     block: Any, shown: Shown, settings: Settings, layer: int, tokens: int, r: int, grid: Any, device: torch.device
 ) -> None:
-    """Run the matcher of some settings on one image, as a block would."""
+    """Run the matcher on the shapes of one image, with the arguments that a block would pass."""
     offered: dict[str, Any] = {**settings.offered}
 
     def zeros(*shape: int) -> Tensor:

@@ -1,4 +1,4 @@
-"""How a pass begins: what is seen of its tokens, padding read off attention masks, and their coordinates."""
+"""Start of a forward pass: number of tokens, padding from attention masks, and coordinates."""
 
 from __future__ import annotations
 
@@ -19,20 +19,20 @@ from tokenmerge.patching.running import runs_by_hand
 from tokenmerge.patching.state import GRID, UNMERGED, Pass, TokenState, attach, state_of
 from tokenmerge.schedule import cut
 
-_MASKED = -1e4  # additive masks use −inf or the smallest number of their dtype
+_MASKED = -1e4  # additive masks mark padding by −inf or by the smallest number of their dtype
 
 
 def padding_sizes(mask: Tensor | None, batch: int, tokens: int) -> Tensor | None:
-    """`[B, N]` float32 with 1 for tokens and 0 for padding; `None` without a mask.
+    """Return the first sizes `[B, N]` float32: 1 for tokens, 0 for padding; `None` without a mask.
 
     Args:
-        mask: boolean (true = attend) or additive (0 = attend), `[B or 1, 1, 1 or N, N]`; every query that is
-            no padding must see the same tokens.
+        mask: `[B or 1, 1, 1 or N, N]`, boolean (true = attend) or additive (0 = attend); all queries that are not padding
+            must see the same tokens.
         batch: B.
         tokens: N.
 
     Raises:
-        PatchError: if the mask is anything but padding: then merged tokens cannot obey it.
+        PatchError: if the mask does anything but mask padding, because merged tokens cannot support that.
     """
     if mask is None:
         return None
@@ -42,7 +42,7 @@ def padding_sizes(mask: Tensor | None, batch: int, tokens: int) -> Tensor | None
             f"masks [B, 1, 1, {tokens}] fit merged tokens: call the model without it, or handle.update(r=0) first"
         )
     seen = (mask if mask.dtype == torch.bool else mask > _MASKED)[:, 0]
-    valid = seen.any(dim=1)  # what any query sees; queries that are padding may see anything
+    valid = seen.any(dim=1)  # tokens that some query sees; queries that are padding may see anything
     if not is_exporting():
         asks = valid.unsqueeze(2) if mask.shape[2] == tokens else torch.ones_like(seen[:, :, :1])
         fits = ((seen == valid.unsqueeze(1)) | ~asks).all()
@@ -58,18 +58,18 @@ def padding_sizes(mask: Tensor | None, batch: int, tokens: int) -> Tensor | None
 
 
 def padding_in_pairs(bias: Tensor | None, check: bool) -> bool:
-    """Whether what came as a bias `[1, H, N0, N0]` between tokens is a padding mask `[B, 1, 1 or N, N]` instead.
+    """Return whether a tensor passed as a bias `[1, H, N₀, N₀]` is a padding mask `[B, 1, 1 or N, N]` instead.
 
     Args:
-        bias: what was given, or `None`.
-        check: whether to look at its values, too.
+        bias: the tensor, or `None`.
+        check: whether to check its values, too.
 
     Raises:
-        PatchError: if it is both in one, which cannot be taken apart.
+        PatchError: if it combines relative positions and padding, which cannot be separated.
     """
     if bias is None:
         return False
-    if bias.shape[1] == 1:  # the same for every head: padding, not relative positions
+    if bias.shape[1] == 1:  # relative positions differ between heads, padding does not
         return True
     both = (
         "the mask given holds relative positions and padding in one, and merged tokens cannot obey it: "
@@ -83,21 +83,28 @@ def padding_in_pairs(bias: Tensor | None, check: bool) -> bool:
 
 
 def apart_from_padding(metric: Tensor, size: Tensor) -> Tensor:
-    """The metric with one more axis, so that padding is like padding and unlike every token.
+    """Return the metric with one more channel, so that padding is similar to padding and dissimilar to every token.
 
-    Cosine similarity of two tokens becomes (1 + cos)/2, the same order; of padding with padding 1, so that it
-    merges first; of a token with padding −1/√2, so that they meet only where a token has no other partner
-    (and then padding, having size 0, changes nothing).
+    The cosine similarity of two tokens becomes (1 + cos)/2, which keeps the order. Padding has similarity 1 to padding, so it
+    merges first, and −1/√2 to tokens, so the two merge only if a token has no other partner; because padding has size 0,
+    such a merge changes nothing.
+
+    Args:
+        metric: `[B, N, D]`, any floating dtype.
+        size: patches per token `[B, N]`; 0 for padding.
+
+    Returns:
+        Metric `[B, N, D + 1]`, without gradient.
     """
     real = (size > 0).unsqueeze(2)
     return torch.cat([torch.where(real, unit(metric.detach()), 0.0), torch.where(real, 1.0, -1.0)], dim=2)
 
 
 def _grid_of(given: Tensor, record: BlockRecord) -> tuple[int, ...] | None:
-    """The grid of the tokens that a pass begins with; a tensor that begins several keeps that of the first."""
+    """Return the grid of the tokens with which a pass begins; a tensor that begins several passes keeps its first grid."""
     if torch.compiler.is_compiling():
         return take_grid(record.model)
-    # what is written into the same memory later, as into the static input of a CUDA graph, is other tokens
+    # the version tells later contents of the same memory apart, such as those of the static input of a CUDA graph
     key = (record.model.number, None if given.is_inference() else given._version)
     known: dict[tuple[int, int | None], tuple[int, ...] | None] = getattr(given, GRID, {})
     if key not in known:
@@ -107,17 +114,17 @@ def _grid_of(given: Tensor, record: BlockRecord) -> tuple[int, ...] | None:
 
 
 def begin_pass(record: BlockRecord, x: Tensor, mask: Tensor | None, given: Tensor, again: bool = False) -> TokenState:
-    """The state of tokens that nothing has merged yet: counted, and on their grid, as they arrive.
+    """Return the state of tokens before any merge.
 
     Args:
-        record: of the block.
-        x: the tokens.
-        mask: of padding.
-        given: the tensor that the block was called with, in whose place hooks may have put `x`.
-        again: whether this happens in backward, where gradient checkpointing runs a pass again (or a hook runs one).
+        record: record of the block.
+        x: tokens `[B, N, C]`.
+        mask: padding mask, or `None`.
+        given: the tensor that the block was called with, which hooks may have replaced by `x`.
+        again: whether backward is running, in which gradient checkpointing recomputes a pass (or a hook runs one).
 
     Raises:
-        PatchError: if blocks before this one have merged, so that a state should have come, or the mask is no padding.
+        PatchError: if earlier blocks merge, so that the tokens should carry a state, or the mask is not a padding mask.
     """
     settings, (batch, tokens) = record.model.settings, x.shape[:2]
     schedule = settings.schedule_for(tokens)
@@ -134,17 +141,17 @@ def begin_pass(record: BlockRecord, x: Tensor, mask: Tensor | None, given: Tenso
         )
     full, size = full_wanted(record.model), padding_sizes(mask, batch, tokens)
     if not (again or was_asked(record.model)) and (torch.compiler.is_compiling() or runs_by_hand(record.model)):
-        full = full or settings.full_output  # someone runs the blocks, and may read what each hands on
+        full = full or settings.full_output  # the user's code runs the blocks, and may read the output of each
     grid = _grid_of(given, record)
     if grid is not None and math.prod(grid) != tokens - settings.protected:
-        grid = None  # patches were dropped or masked out since
+        grid = None  # patches were dropped or masked out after the embedding
     entry = settings.entry
-    if not (entry.adaptive or entry.learned):  # which may leave other numbers of tokens
+    if not (entry.adaptive or entry.learned):  # such matchers may leave other numbers of tokens
         schedule = cut(schedule, tokens, settings.protected, entry.most)
     run = Pass(settings, batch, tokens, grid, schedule, full, size, size is not None)
     state = TokenState(run, size)
     if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-        before = state_of(given)  # gradient checkpointing finds what is attached when it runs the block again
+        before = state_of(given)  # gradient checkpointing finds the attached state when it recomputes the block
         same = not hasattr(given, UNMERGED) and (
             before is None or (before.run.settings is settings and before.run.full == run.full)
         )
@@ -153,10 +160,16 @@ def begin_pass(record: BlockRecord, x: Tensor, mask: Tensor | None, given: Tenso
 
 
 def with_positions(block: Any, x: Tensor, state: TokenState, given: dict[str, Any]) -> TokenState:
-    """The state with the coordinates of its tokens, from the first block that needs to move them.
+    """Return the state with the coordinates of its tokens, read in the first block that merges.
+
+    Args:
+        block: the patched block.
+        x: tokens `[B, N, C]`.
+        state: state of the tokens.
+        given: arguments for attention, which may include the rotary table.
 
     Raises:
-        PatchError: if there are positions for another number of tokens.
+        PatchError: if the positions are for another number of tokens.
     """
     record: BlockRecord = block._tokenmerge
     family, protected = record.family, state.run.settings.protected

@@ -1,4 +1,4 @@
-"""The one patched block, for every family."""
+"""The patched transformer block, shared by all model families."""
 
 from __future__ import annotations
 
@@ -27,19 +27,19 @@ from tokenmerge.plan import MergePlan
 from tokenmerge.schedule import max_merges
 
 _NEVER_MIXES = ("mean", "norm", "destination")
-"""What may become of tokens that merge with padding: padding, whose size is 0, leaves the other token as it was."""
+"""Values of `combine` for which padding, whose size is 0, leaves the token that it merges with unchanged."""
 
 
 _INPUT = "_tokenmerge_input"
-"""Name of the argument by which a block's call hands its forward a reference to the tensor that it was given."""
+"""Name of the argument by which a block's `__call__` hands `forward` a weak reference to its input."""
 
 
 class OwnR:
-    """An attribute `r` stays a user's own where there is one; elsewhere setting it, as the original does, is an error."""
+    """Mix-in that keeps a user's own attribute `r`; otherwise setting `r`, as in the authors' code, is an error."""
 
     @property
     def r(self) -> Any:
-        """What was there before patching."""
+        """Value of `r` from before patching."""
         return vars(self)["r"] if "r" in vars(self) else super().r  # type: ignore[misc]  # upstream's class comes next
 
     @r.setter
@@ -53,9 +53,9 @@ class OwnR:
 
 
 class MergeBlock(OwnR):
-    """Mix-in before upstream's block class: attention, match, merge, MLP.
+    """Mix-in before upstream's block class: attention, matching, merging, MLP (arXiv 2210.09461, figure 2).
 
-    `x [B, N, C]` becomes `[B, N − r, C]`; the sizes arrive and leave as an attribute of the activation.
+    A block maps tokens `[B, N, C]` to `[B, N − r, C]`. Token sizes arrive and leave as an attribute of the activation.
     """
 
     _tokenmerge: BlockRecord
@@ -67,8 +67,10 @@ class MergeBlock(OwnR):
         )
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """The module's call. Hooks may put new tensors in place of what comes in (FSDP2's do, to learn when its gradient
-        is there; those of device maps, to move it), so the state passes them as an argument, with what it belongs to.
+        """Call the block, and pass the state of its tokens to `forward` as an argument.
+
+        Forward pre-hooks may replace the input by a new tensor without the state: hooks of FSDP2 do, to learn when its
+        gradient is ready, and hooks of device maps do, to move it.
         """
         state = getattr(args[0], STATE, None) if args and not isinstance(args[0], Proxy) else None
         if state is not None and state.merged is None:
@@ -76,21 +78,21 @@ class MergeBlock(OwnR):
             if not torch.compiler.is_compiling():
                 kwargs[_INPUT] = weakref.ref(args[0])
         elif args and isinstance(args[0], Tensor) and self._tokenmerge.index == 0 and not torch.compiler.is_compiling():
-            kwargs[_INPUT] = weakref.ref(args[0])  # what gradient checkpointing gives again, if it runs the block again
+            kwargs[_INPUT] = weakref.ref(args[0])  # gradient checkpointing passes this tensor again to recompute
         if torch.is_grad_enabled() and args and isinstance(args[0], Tensor) and not torch.compiler.is_compiling():
             _mark_unmerged(self._tokenmerge, args[0], state, kwargs)
         return super().__call__(*args, **kwargs)  # type: ignore[misc]  # nn.Module's
 
     def forward(self, x: Any, *args: Any, **kwargs: Any) -> Any:
-        """Upstream's block with tokens merged between attention and MLP (paper, figure 2); one node for torch.fx.
+        """Run upstream's block on `x [B, N, C]`, merging between attention and MLP; torch.fx traces it as one node.
 
         Raises:
-            PatchError: if the sizes were lost on the way, or an argument cannot be obeyed while merging.
+            PatchError: if the token sizes were lost before the block, or merged tokens cannot support an argument.
         """
         if isinstance(x, Proxy) and self._tokenmerge.model.settings.merges:
             return as_leaf(self, x, *args, **kwargs)
         state, given = _arrive(self, x, args, kwargs)
-        if state is None:  # nothing merges anywhere: upstream's own forward, so any argument may be given
+        if state is None:  # no block merges, so upstream's own forward runs and may get any argument
             return super().forward(x, *args, **kwargs)  # type: ignore[misc]  # upstream's block comes next
         family, config = self._tokenmerge.family, state.run.settings.config
         x = x if state.merged is None else state.merged
@@ -103,7 +105,7 @@ class MergeBlock(OwnR):
         if r and config.place == "between":
             x, state = _merge(self, x, x_pre, tap, r, state)  # [B, N − r, C]
         if config.place != "after":
-            tap = Tap()  # what it shows, views of Q, K and V, would stay in memory during the MLP
+            tap = Tap()  # its views of Q, K and V would otherwise stay in memory during the MLP
         if family.mlp is not None:
             x = family.mlp(self, x)  # x + mlp(norm2(x))
         if r and config.place == "after":
@@ -114,7 +116,7 @@ class MergeBlock(OwnR):
         return f"Merge{type(self).__name__}"
 
     def extra_repr(self) -> str:
-        """`r` of this block, for `print(model)`."""
+        """Return the block's `r` for `print(model)`."""
         schedule = self._tokenmerge.model.settings.schedule
         return "r by the number of tokens" if schedule is None else f"r={schedule[self._tokenmerge.index]}"
 
@@ -123,14 +125,14 @@ class MergeBlock(OwnR):
 
 
 def _recomputing() -> bool:
-    """Whether gradient checkpointing runs the block again, within backward."""
+    """Return whether gradient checkpointing is recomputing the block within backward."""
     return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
 
 
 def _mark_unmerged(record: BlockRecord, x: Tensor, state: TokenState | None, kwargs: dict[str, Any]) -> None:
-    """Let a tensor tell that nothing merged when a block was called with it; pass that on when it is given again in backward.
+    """Mark the input of a block as unmerged, and tell `forward` so if backward recomputes the block from that input.
 
-    Settings may change between forward and backward, and what began without state cannot carry them.
+    Settings may change between forward and backward, and the input of a pass without state cannot carry them.
     """
     settings = record.model.settings
     if _recomputing():
@@ -143,7 +145,7 @@ def _mark_unmerged(record: BlockRecord, x: Tensor, state: TokenState | None, kwa
 def _arrive(
     block: Any, x: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[TokenState | None, dict[str, Any]]:
-    """The state of the tokens, and the arguments for attention; no state where upstream's own forward is to run."""
+    """Return the state of the tokens (`None` if upstream's own forward is to run) and the arguments for attention."""
     record: BlockRecord = block._tokenmerge
     family, passed, given_first = record.family, kwargs.pop(STATE, None), kwargs.pop(_INPUT, None)
     unmerged = kwargs.pop(UNMERGED, False)
@@ -155,7 +157,7 @@ def _arrive(
     recomputing = _recomputing()
     if record.index == 0 and not recomputing:
         _check_unmerged(x, state)
-        state = None  # of an older pass, if any
+        state = None  # an attached state belongs to an older pass
     if unmerged or (recomputing and state is not None and state.run.ambiguous):
         _check_first_time(record, state)
         return None, {}
@@ -163,7 +165,7 @@ def _arrive(
     given = {**dict(zip(family.arguments, args, strict=False)), **kwargs}
     if not settings.merges and (not settings.traces or (family.mask and given.get(family.mask) is not None)):
         if record.index == 0 and record.model.latest is not None:
-            record.model.latest = None  # no older pass may be taken for this one
+            record.model.latest = None  # a trace must not show an older pass in place of this one
         return None, given
     if family.ready is not None:
         family.ready(block)
@@ -175,14 +177,14 @@ def _arrive(
         first = None if given_first is None else given_first()
         state = begin_pass(record, x, mask, x if first is None else first, recomputing)
     elif state.size is not None and state.size.device != x.device:
-        state = state.to(x.device)  # a device map has moved the tokens alone
+        state = state.to(x.device)  # a device map has moved only the tokens
     if state.positions is None and (family.positions is not None or family.rope is not None):
         state = with_positions(block, x, state, given)
     return state, given
 
 
 def _check_first_time(record: BlockRecord, state: TokenState | None) -> None:
-    """Raise unless a block that runs again in backward ran upstream's own forward the first time: no state came with it."""
+    """Raise if a recomputed block finds a state, although another pass, without state, began with the same input."""
     if state is not None:
         raise PatchError(
             f"block {record.index} runs again in backward, but passes with different settings began with the very same tensor, and "
@@ -191,7 +193,7 @@ def _check_first_time(record: BlockRecord, state: TokenState | None) -> None:
 
 
 def _check_unmerged(x: Any, state: TokenState | None) -> None:
-    """Raise if merged tokens begin another pass, which would take each for one patch."""
+    """Raise if merged tokens enter block 0, where each token would count as one patch."""
     merged = state is not None and state.merged is None and state.size is not None
     if state is not None and merged and state.size is not state.run.first_size and x.shape[1] != state.run.tokens:
         raise PatchError(
@@ -201,7 +203,7 @@ def _check_unmerged(x: Any, state: TokenState | None) -> None:
 
 
 def _obeyed(record: BlockRecord, given: dict[str, Any]) -> dict[str, Any]:
-    """The arguments that attention gets, once nothing is among them that merged tokens cannot obey."""
+    """Return the arguments for attention; raise if merged tokens cannot support one of them."""
     family = record.family
     if family.passes or not given:
         return given
@@ -216,10 +218,10 @@ def _obeyed(record: BlockRecord, given: dict[str, Any]) -> dict[str, Any]:
 
 
 def _r_of(block: Any, x: Tensor, state: TokenState) -> int:
-    """How many tokens merge away here."""
+    """Return r, the number of tokens per image that this block merges away."""
     run, index = state.run, block._tokenmerge.index
     entry, r = run.settings.entry, int(run.schedule[index])
-    if entry.adaptive or entry.learned:  # other blocks may have left more or fewer than the schedule says
+    if entry.adaptive or entry.learned:  # earlier blocks may have left more or fewer tokens than scheduled
         r = min(r, max_merges(x.shape[1], run.settings.protected, entry.most))
     return r
 
@@ -228,7 +230,7 @@ def _r_of(block: Any, x: Tensor, state: TokenState) -> int:
 
 
 def _attend(block: Any, x: Tensor, state: TokenState, given: dict[str, Any]) -> tuple[Tensor, Tap, Look | None]:
-    """`x + attention(norm1(x), log size)`, what it showed, and what is kept of that for looking at."""
+    """Return `x + attention(norm1(x), log size)`, the tap, and the attention to trace (`None` without tracing)."""
     record: BlockRecord = block._tokenmerge
     settings, family, config = state.run.settings, record.family, state.run.settings.config
     weighs = settings.prop_attn or state.run.padded
@@ -247,7 +249,7 @@ def _attend(block: Any, x: Tensor, state: TokenState, given: dict[str, Any]) -> 
     with Tap(AttentionContext(bias, pairs, state.positions)) as tap:
         if form == "mask" and not watch and (bias is None or not family.keys_at_call):
             x = family.attention(block, x, bias, **given)
-        else:  # a mode, which costs a Python call for every function of torch
+        else:  # this torch function mode costs a Python call for every torch function
             with AttentionCall(form, watch, bias if family.keys_at_call else None):
                 x = family.attention(block, x, bias, **given)
     return x, tap, look_at(tap, state) if settings.looks else None
@@ -262,7 +264,7 @@ def _pair_map(state: TokenState) -> PairMap | None:
 
 
 def _table(record: BlockRecord, state: TokenState, upstream: Any) -> Any:
-    """Rotary positions of the current tokens, in the form of upstream's table."""
+    """Return the rotary table of the current tokens, in the layout of upstream's table."""
     if record.rotary is None or state.positions is None:
         raise PatchError(
             f"block {record.index} was given rotary positions, but the model had none when it was patched: patch it again"
@@ -276,7 +278,7 @@ def _table(record: BlockRecord, state: TokenState, upstream: Any) -> Any:
 def _merge(
     block: Any, x: Tensor, x_pre: Tensor | None, tap: Tap, r: int, state: TokenState
 ) -> tuple[Tensor, TokenState]:
-    """The tokens that are left, and their state."""
+    """Merge r tokens per image by the matcher's plan; return the tokens `[B, N − r, C]` and their state."""
     record: BlockRecord = block._tokenmerge
     run, settings = state.run, state.run.settings
     config = settings.config
@@ -285,7 +287,7 @@ def _merge(
     if config.order == "spatial":
         plan = plan.in_order()
     reduce = config.combine
-    if reduce == "tofu":  # early blocks are far from linear, so a mean of tokens is no mean of outputs
+    if reduce == "tofu":  # early blocks are far from linear, so averaging tokens does not average their outputs
         reduce = "destination" if record.index < settings.layers // 2 else "max_norm"
     if run.padded and reduce not in _NEVER_MIXES:
         raise PatchError(
@@ -306,7 +308,7 @@ def _merge(
 
 
 def _keys(block: Any, tap: Tap, state: TokenState) -> Tensor:
-    """The paper's metric: K averaged over heads `[B, N, D]`, or for matchers that average by themselves `[B, H, N, D]`."""
+    """Return the paper's metric: K averaged over heads `[B, N, D]`, or `[B, H, N, D]` for matchers that average heads."""
     record: BlockRecord = block._tokenmerge
     family, keys, metric = record.family, tap.keys, None
     if family.keys_at_call and tap.inside is not None:
@@ -323,7 +325,7 @@ def _keys(block: Any, tap: Tap, state: TokenState) -> Tensor:
 
 
 def _plan(block: Any, metric: Tensor, x: Tensor, tap: Tap, r: int, state: TokenState) -> MergePlan:
-    """The matcher's plan, made sure to be what every shape after it relies on."""
+    """Return the matcher's plan, after checking that it has the shapes that all later steps rely on."""
     record: BlockRecord = block._tokenmerge
     settings: Settings = state.run.settings
     entry, offered = settings.entry, dict(settings.offered)
@@ -348,12 +350,12 @@ def _plan(block: Any, metric: Tensor, x: Tensor, tap: Tap, r: int, state: TokenS
 
 
 def _is_latest(record: BlockRecord, settings: Settings) -> bool:
-    """Whether a pass is one to look at: not a block that runs again in backward, nor one with settings of before."""
+    """Return whether a trace keeps this pass: its settings are still in force, and backward is not recomputing it."""
     return settings is record.model.settings and not _recomputing()
 
 
 def _leave(block: Any, x: Tensor, state: TokenState, look: Look | None, merged: bool) -> Any:
-    """What the block hands on: its tokens, with their state, or spread over the patches for who reads them."""
+    """Return the block's output: its tokens, with their state, spread over the original positions if needed."""
     record: BlockRecord = block._tokenmerge
     run, settings = state.run, state.run.settings
     last = record.index == settings.layers - 1
@@ -372,7 +374,7 @@ def _leave(block: Any, x: Tensor, state: TokenState, look: Look | None, merged: 
         setattr(out, STATE, state)
     with_graph = out.requires_grad and torch.is_grad_enabled() and not torch.compiler.is_compiling()
     if with_graph and out._base is not None:
-        attach(out, getattr(out, STATE))  # where backward hooks find it
+        attach(out, getattr(out, STATE))  # also on the base, because full backward hooks replace the view
     if with_graph and settings.traces:
         mark_gradient(out, getattr(out, STATE))
     return out if record.family.wrap is None else record.family.wrap(out)

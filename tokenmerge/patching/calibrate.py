@@ -1,4 +1,4 @@
-"""Thresholds for adaptive merging, and schedules that others published."""
+"""Calibration of thresholds for adaptive merging, and schedules published by others."""
 
 from __future__ import annotations
 
@@ -21,23 +21,26 @@ from tokenmerge.patching.handle import patched
 def calibrate(
     model: nn.Module, batches: Iterable[Any], config: MergeConfig | None = None, **fields: Any
 ) -> MergeConfig:
-    """Find the threshold of each block at which as many tokens merge on average as the schedule says.
+    """Find the threshold of each block at which, on average, as many tokens merge as the schedule requests.
 
-    Runs the unpatched model once over the batches, merging by the schedule, and notes the similarity of every A token's
-    best edge. A block's threshold is the one that its r best edges of an average image reach.
+    The model runs once over the batches and merges by the schedule, while the similarity of every A token's best edge is
+    recorded. The threshold of a block is then the similarity that on average its r best edges per image exceed.
+    Thresholds on similarity follow DyMU (arXiv 2504.17040) and LTMP (arXiv 2307.10780).
 
     Args:
-        model: an unpatched model; as it was, afterwards.
+        model: an unpatched model, which is unpatched again afterwards.
         batches: inputs of the model, such as `[B, 3, H, W]`; a few hundred images without labels are enough.
-        config: the schedule, and anything else that shall hold.
-        **fields: fields of `MergeConfig` that replace its, such as `r=16`.
+        config: the schedule, and any other settings; `None` starts from the defaults.
+        **fields: fields of `MergeConfig` that replace those of `config`, such as `r=16`.
 
     Returns:
-        The config with `matcher="threshold"` and its thresholds, for `patch`.
+        The config with `matcher="threshold"` and the thresholds, for `patch`.
 
     Raises:
-        InputError: if there are no batches, or what the model makes of them is not finite.
-        ConfigError: if the schedule means nothing, or another matcher is asked for.
+        InputError: if there are no batches, or similarities are not finite.
+        ConfigError: if the schedule is invalid, or another matcher is requested.
+        UnsupportedModelError: if the model cannot be patched correctly.
+        PatchError: if the model is already patched.
     """
     matcher = fields.get("matcher", "threshold")
     if isinstance(config, MergeConfig) and "matcher" not in fields and config.matcher != FIELDS["matcher"].default:
@@ -70,7 +73,7 @@ def calibrate(
                 f"similarities in block {layer} are not finite while calibrating: leave out images that hold NaN or infinity, and look "
                 "at what the model makes of the others"
             )
-        merged = sum(r * len(similarities) for similarities, r in edges[layer])  # as each pass did, whatever its tokens
+        merged = sum(r * len(similarities) for similarities, r in edges[layer])  # passes may differ in their r
         position = min(len(best), max(1, merged))
         thresholds.append(float(best.sort(descending=True).values[position - 1]) - 1e-6)
     return MergeConfig.create(wanted, options={"thresholds": thresholds})
@@ -83,25 +86,28 @@ def _whole(number: Any) -> int:
 
 
 def diffrate_schedule(path: str | Path, model: str, target: str, tokens: int = 197) -> MergeConfig:
-    """A schedule that DiffRate published: tokens kept after pruning and after merging, block by block.
+    """Read a schedule published by DiffRate (arXiv 2305.17997): tokens kept after pruning and merging, by block.
 
-    It is kept as the fraction of its tokens that each block keeps, so that it means the same for images of another size.
-    Where the file keeps as many after merging as after pruning, or more, nothing merges in that block.
+    The schedule is stored as the fraction of tokens that each block keeps, so that it also applies to other image sizes. If
+    the file keeps at least as many tokens after merging as after pruning, the block merges nothing.
 
     Args:
         path: DiffRate's JSON file of compression rates.
-        model: the entry in it, such as "ViT-S-DeiT".
-        target: the GFLOPs in that, such as "2.9".
-        tokens: that entered the first block of the model that it was made for, class token included.
+        model: name of a model in the file, such as "ViT-S-DeiT".
+        target: GFLOPs of one of the model's schedules, such as "2.9".
+        tokens: tokens that entered the first block of the model for which the schedule was made, class token included.
+
+    Returns:
+        A config with `matcher="diffrate"`, the fractions as `keep`, and the share of pruned tokens as an option.
 
     Raises:
-        InputError: if the file has no such entry, holds anything but numbers of tokens that fall, or was made for another
-            number of tokens.
+        InputError: if the file cannot be read, lacks such a schedule, holds anything but numbers of tokens, or was made for
+            another number of tokens.
     """
     try:
         found = json.loads(Path(path).read_text(encoding="utf-8"))
         entry = found[model][target]
-        # lists, or lists written as text
+        # DiffRate's files hold lists, some of them written as text
         pruned, merged = (
             [_whole(number) for number in (ast.literal_eval(listed) if isinstance(listed, str) else listed)]
             for listed in (entry["prune_kept_num"], entry["merge_kept_num"])

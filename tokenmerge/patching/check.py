@@ -1,12 +1,12 @@
-"""The check at patch time: does this upstream's block still behave as its row says?
+"""Check at patch time that upstream's block still behaves as its row states.
 
-Three facts are tried on a copy of one real block with a few random tokens, before anything is touched:
-1. attention branch then MLP branch, without bias, is upstream's block to the bit;
-2. the tap sees K, one vector per head and token;
-3. `log size` as attention mask makes one token count like that many equal tokens.
+A copy of one real block runs on a few random tokens, before the model is changed, to test three properties:
+1. The attention branch followed by the MLP branch, without a bias, equals upstream's block bit for bit.
+2. The tap records K, one vector for each head and token.
+3. With `log size` as attention mask, one token has the effect of that many equal tokens.
 
-They are tried in float64, where even a branch that LayerScale shrinks to a millionth shows what arrives in it, if the block
-has a form in float64; and as the block is, in its own dtype, on its own device, quantised or not.
+The tests run in float64, if the block has a float64 form, so that even a branch that LayerScale scales by a millionth
+shows its input. They run again with the block in its own dtype and on its own device, quantised or not.
 """
 
 from __future__ import annotations
@@ -32,18 +32,18 @@ from tokenmerge.patching.record import RECORD
 from tokenmerge.patching.swap import Swapped, copy_without_hooks, is_sharded, restore_class
 from tokenmerge.patching.target import Target
 
-_COPIES = 9  # equal tokens that one token stands for in the third test
+_COPIES = 9  # size of one token, and number of equal tokens, in the third test
 
 
 @dataclasses.dataclass(frozen=True)
 class Probe:
-    """A copy of a block to try things on, and tokens for it.
+    """Copy of a block for tests, and tokens for it.
 
     Attributes:
         block: the copy, in evaluation mode and without the user's hooks, which may expect other tokens.
         x: `[1, N, C]` random tokens.
-        noise: what rounding may change, relative to the largest output: some steps of the dtype, or of eight bits where
-            weights or activations are rounded to so many.
+        noise: tolerated rounding error relative to the largest output: a few steps of the dtype, or 0.02 where weights or
+            activations may be quantised to 8 bits.
     """
 
     block: Any
@@ -52,11 +52,11 @@ class Probe:
 
 
 def plain_copy(block: nn.Module, instead: dict[int, Any] | None = None) -> Any:
-    """Return a copy of a block, in evaluation mode, without anyone's hooks and as upstream made it.
+    """Return a copy of a block in evaluation mode, without any hooks, and with upstream's classes.
 
     Args:
         block: the block, patched or not.
-        instead: what stands in the copy for tensors of the block, by `id`.
+        instead: tensors that replace tensors of the block in the copy, by the `id` of the replaced one.
     """
     copied = copy_without_hooks(block, instead).eval()
     for module in copied.modules():
@@ -73,21 +73,28 @@ def example_tokens(channels: int, count: int, like: Tensor | None = None) -> Ten
 
 
 def _in_float64(family: BlockFamily, block: nn.Module, channels: int) -> Probe | None:
-    """The block in float64 on the CPU; `None` if it has no such form, as quantised layers have none."""
+    """Return a probe of the block in float64 on the CPU; `None` if it has no such form, as quantised layers have none."""
     try:
         double = plain_copy(block).to(device="cpu", dtype=torch.float64)
         probe = Probe(
             double, example_tokens(channels, family.example(double).tokens), 1e3 * torch.finfo(torch.float64).eps
         )
         found = _upstream(family, probe)
-    except Exception:  # kernels without float64 raise errors of many kinds; the block as it is will be tried then
+    except Exception:  # kernels without float64 raise errors of many kinds; the block's own dtype is tested instead
         return None
     plain = all(type(parameter) is nn.Parameter for parameter in double.parameters())
     return probe if plain and found.dtype == torch.float64 else None
 
 
 def as_it_is(family: BlockFamily, block: nn.Module, channels: int, rounded: bool) -> Probe:
-    """The block in its own dtype, on its own device."""
+    """Return a probe of the block in its own dtype and on its own device.
+
+    Args:
+        family: row of the block.
+        block: the block.
+        channels: C, channels of a token.
+        rounded: whether weights or activations may be quantised, so that rounding errors are larger.
+    """
     own = plain_copy(block)
     like = next((p for p in own.parameters() if p.is_floating_point()), torch.empty(0))
     like = torch.empty(0, device=like.device, dtype=like.dtype)
@@ -96,14 +103,14 @@ def as_it_is(family: BlockFamily, block: nn.Module, channels: int, rounded: bool
 
 
 def _probe(family: BlockFamily, block: nn.Module, channels: int) -> Probe:
-    """The block in float64 if it can be, else as it is."""
+    """Return a probe of the block in float64 if possible, otherwise in its own dtype."""
     return _in_float64(family, block, channels) or as_it_is(family, block, channels, rounded=True)
 
 
 def _upstream(family: BlockFamily, probe: Probe) -> Tensor:
-    """What upstream's own block makes of the tokens."""
+    """Return the output of upstream's own block for the probe's tokens."""
     block, no_mask = probe.block, {family.mask: None} if family.mask else {}
-    # nn.MultiheadAttention has a kernel of its own for inference, which rounds otherwise; it steps back within a mode
+    # nn.MultiheadAttention's fused kernel for inference rounds differently; within a function mode it is disabled
     with AttentionCall() if family.keys_at_call else contextlib.nullcontext():
         found = type(block).forward(block, probe.x, **no_mask, **example_arguments(family, probe))
     out: Tensor = found[0] if isinstance(found, tuple) else found
@@ -111,7 +118,7 @@ def _upstream(family: BlockFamily, probe: Probe) -> Tensor:
 
 
 def example_arguments(family: BlockFamily, probe: Probe) -> dict[str, Any]:
-    """The arguments of the row's example, in the dtype and on the device of the tokens."""
+    """Return the arguments of the row's example, in the dtype and on the device of the probe's tokens."""
     return {name: _fitted(value, probe.x) for name, value in family.example(probe.block).arguments.items()}
 
 
@@ -122,16 +129,23 @@ def _fitted(value: Any, like: Tensor) -> Any:
 
 
 def _gap(a: Tensor, b: Tensor) -> float:
-    """Largest difference relative to the largest value."""
+    """Return the largest difference relative to the largest value."""
     a, b = a.double(), b.double()
     return float((a - b).abs().max() / b.abs().max().clamp_min(1e-12))
 
 
 def check_block(family: BlockFamily, block: Any, channels: int, name: str, library: str) -> None:
-    """Raise unless the row still describes this block. Skipped where parameters have no values (meta, fake tensors).
+    """Raise unless the row still describes this block; blocks without values (meta or fake tensors) are skipped.
+
+    Args:
+        family: row of the block.
+        block: the block.
+        channels: C, channels of a token.
+        name: name of the block, for the message.
+        library: import name of its library.
 
     Raises:
-        UnsupportedModelError: naming upstream's version, the block, and what differs.
+        UnsupportedModelError: if it does not; the message names upstream's version, the block, and the difference.
     """
     if lacks_values(block):
         return
@@ -155,7 +169,7 @@ def _attend(
     bias: Tensor | None = None,
     call: type[AttentionCall] = AttentionCall,
 ) -> tuple[Tensor, tuple[Tensor, ...]]:
-    """The attention branch of a block with its hooks in place, and what the tap noted."""
+    """Return the output of a block's attention branch with its hooks, and the tensors that the tap recorded."""
     arguments = example_arguments(family, probe)
     with Tap(AttentionContext(bias)) as tap:
         if family.keys_at_call or call is not AttentionCall:
@@ -167,10 +181,10 @@ def _attend(
 
 
 def _fault(family: BlockFamily, probe: Probe) -> str | None:
-    """What differs from the row, and what to do, in words; `None` when all three facts hold."""
+    """Return the difference from the row, with a remedy, in words; `None` if all three properties hold."""
     try:
         theirs = _upstream(family, probe)
-    except Exception as error:  # whatever upstream raises, it is not for want of our parts
+    except Exception as error:  # upstream alone raised it, so its kind is unknown
         return (
             f"the block itself fails on {probe.x.shape[1]} tokens of {probe.x.shape[2]} channels ({type(error).__name__}: {error}): "
             "make it run unpatched first (were channels pruned, or layers exchanged?)"
@@ -178,7 +192,7 @@ def _fault(family: BlockFamily, probe: Probe) -> str | None:
     advice = "use a version of the library that tokenmerge lists as tested, or report this one"
     try:
         fault = _fault_of_parts(family, probe, theirs)
-    except Exception as error:  # the reader needs to know which block and version, whatever is raised
+    except Exception as error:  # reported with the block and its version, whatever its kind
         fault = f"running it in parts failed with {type(error).__name__}: {error}"
     return f"it no longer behaves as tokenmerge expects: {fault}; {advice}" if fault else None
 
@@ -201,10 +215,10 @@ def _fault_of_parts(family: BlockFamily, probe: Probe, theirs: Tensor) -> str | 
 
 
 def _fault_of_bias(family: BlockFamily, probe: Probe) -> str | None:
-    """One token of size 9 must act on the others exactly like 9 equal tokens."""
+    """Return a fault unless one token of size 9 affects the other tokens exactly as 9 equal tokens do."""
     x = probe.x
     if family.positions is not None:
-        return None  # equal tokens would stand at different positions: the tests check these rows
+        return None  # equal tokens would have different positions; the test suite checks these rows instead
     crowd = torch.cat([x, x[:, -1:].expand(-1, _COPIES - 1, -1)], dim=1)
     size = torch.ones(x.shape[:2], device=x.device)
     size[:, -1] = _COPIES
@@ -214,20 +228,20 @@ def _fault_of_bias(family: BlockFamily, probe: Probe) -> str | None:
     effect, error = (wanted - plain).abs().max(), (ours - wanted).abs().max()
     rounding = probe.noise * wanted.abs().max()
     if not torch.isfinite(effect) or effect <= 10 * rounding:
-        return None  # attention moves too little in this block (LayerScale 0, say) to see anything above what rounding does
+        return None  # attention has too little effect in this block (for instance, LayerScale 0) to exceed rounding
     if error > 0.1 * effect + rounding:
         return f"token sizes change its attention wrongly (off by {float(error / effect):.2f} of the effect they should have)"
     return None
 
 
 def reaches_sdpa(family: BlockFamily, block: Any, channels: int) -> bool:
-    """Whether this block's attention hands the sizes, as they are, to `scaled_dot_product_attention`.
+    """Return whether this block's attention passes the sizes unchanged to `scaled_dot_product_attention`.
 
-    Only there can their form be chosen; attention that adds the mask to its own scores, or takes it as padding, cannot
-    tell. Assumed of parameters without values (meta, fake tensors), where nothing can be tried.
+    The form of the sizes can be chosen only in that call, and not in attention that adds the mask to its own scores or reads
+    it as a padding mask. Assumed true for blocks without values (meta or fake tensors), which cannot run.
     """
     if lacks_values(block) or is_sharded(block):
-        return True  # a sharded block cannot be copied; it was tried when it was patched
+        return True  # a sharded block cannot be copied; it was tested when it was patched
     if family.needs_source:
         return False
     seen: list[bool] = []
@@ -240,7 +254,7 @@ def reaches_sdpa(family: BlockFamily, block: Any, channels: int) -> bool:
         sizes = bias.flatten()
 
         class Watching(AttentionCall):
-            """Looks for the sizes in the mask of the call."""
+            """Attention call that looks for the sizes in its mask."""
 
             def attend(self, query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> Tensor:
                 mask = args[0] if args else kwargs.get("attn_mask")
@@ -253,10 +267,10 @@ def reaches_sdpa(family: BlockFamily, block: Any, channels: int) -> bool:
 
 
 def attention_choice(target: Target, config: MergeConfig) -> Choice:
-    """Which form of attention will run in the model as it is now, and why.
+    """Return the form of attention that will run in the current state of the model, and the reason for it.
 
     Raises:
-        ConfigError: if a form is asked for that cannot run there.
+        ConfigError: if the config asks for a form that cannot run there.
     """
     (block, row), form = target.blocks[0], config.attention
     if form == "mask":
@@ -271,7 +285,7 @@ def attention_choice(target: Target, config: MergeConfig) -> Choice:
 
 
 def check_rotary(target: Target) -> None:
-    """Raise unless the coordinates read off upstream's rotary table give that table again.
+    """Raise unless coordinates recovered from upstream's rotary table reproduce that table.
 
     Raises:
         UnsupportedModelError: if they do not, or the table cannot be read.
@@ -288,7 +302,7 @@ def check_rotary(target: Target) -> None:
             positions = rotary.positions(table)
             again = rotary.table(positions, table)
         gap = max(float((a - b).abs().max()) for a, b in zip(_tensors(again), _tensors(table), strict=True))
-        # in half precision the table itself is known to three digits only, and so are angles that a model in half precision keeps
+        # half precision keeps about three digits, of the table and of the angles that a half-precision model stores
         kept = [torch.finfo(buffer.dtype).eps for buffer in rotary.module.buffers() if buffer.is_floating_point()]
         rounded = max(kept, default=0.0) * float(positions.abs().max())
         if gap > max(rounded, 8 * max(1e-5, *(torch.finfo(part.dtype).eps for part in _tensors(table)))):

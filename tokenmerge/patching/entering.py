@@ -1,4 +1,4 @@
-"""A model's own call begins and ends: what has changed since it was patched is noticed, and who runs its blocks is known."""
+"""Start and end of a model's own call: detect changes since patching, and know which model runs its own blocks."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ from tokenmerge.patching.record import RECORD, BlockRecord, ModelRecord
 
 
 class _Entered(threading.local):
-    """The models whose own methods run in this thread.
+    """Models whose own methods are running in the current thread.
 
     Attributes:
-        numbers: of their records, outermost first.
-        inside: whether there are any; compiled code looks at that alone, or it would be compiled anew for every model.
+        numbers: numbers of their records, outermost first.
+        inside: whether there are any. Compiled code reads only this flag; reading `numbers` would recompile it per model.
     """
 
     def __init__(
         self,
-    ) -> None:  # in each thread from the start, or compiled code would depend on whether it is there yet
+    ) -> None:  # set from the start in each thread, because compiled code would depend on whether the attributes exist
         self.numbers: tuple[int, ...] = ()
         self.inside = False
 
@@ -36,15 +36,15 @@ _entered = _Entered()
 
 
 def enter_root(module: Any, args: tuple[Any, ...] = ()) -> None:
-    """Forward pre-hook of a patched model: what was changed behind the handle's back is noticed.
+    """Check a patched model for changes made without its handle; a forward pre-hook of the model.
 
     Raises:
-        PatchError: if `r` was set on the model, or modules were added, exchanged or taken away.
+        PatchError: if `r` was set on the model, or modules were added, exchanged or removed.
     """
     record: ModelRecord = getattr(module, RECORD)
     check_blocks(record, record.settings.layers, module)
     check_around(record, module)
-    if torch.compiler.is_compiling():  # Dynamo looks into no weak reference
+    if torch.compiler.is_compiling():  # Dynamo cannot read weak references
         _entered.inside = True
         return
     record.root = record.root or weakref.ref(module)
@@ -61,21 +61,21 @@ def enter_root(module: Any, args: tuple[Any, ...] = ()) -> None:
 
 
 def leave_root(module: Any, args: tuple[Any, ...] = (), output: Any = None) -> None:
-    """Forward hook of a patched model, called also after an error: its own call has ended."""
+    """Note the end of a patched model's own call; a forward hook that also runs after an error."""
     if torch.compiler.is_compiling():
         _entered.inside = False
         return
     number, numbers = getattr(module, RECORD).number, _entered.numbers
-    if number in numbers:  # not where it was refused; and what is further in has ended with it
+    if number in numbers:  # absent if entering raised; calls further inside have ended together with this one
         numbers = numbers[: len(numbers) - 1 - numbers[::-1].index(number)]
     _entered.numbers, _entered.inside = numbers, bool(numbers)
 
 
 def was_asked(record: ModelRecord) -> bool:
-    """Whether the pass that begins was asked of this very model; if someone else runs its blocks, the model is looked at now.
+    """Return whether this model's own call began the pass; check the model now if other code runs its blocks.
 
     Raises:
-        PatchError: as `check_around`.
+        PatchError: see `check_around`.
     """
     if torch.compiler.is_compiling():
         return _entered.inside
@@ -92,7 +92,16 @@ def was_asked(record: ModelRecord) -> bool:
 
 
 def check_blocks(record: ModelRecord, layers: int, model: Any) -> None:
-    """Raise `PatchError` unless the blocks that the model runs are those that were patched."""
+    """Raise unless the blocks that the model runs are the ones that were patched.
+
+    Args:
+        record: record of the model.
+        layers: number of patched blocks.
+        model: the model.
+
+    Raises:
+        PatchError: if blocks were added, removed or exchanged.
+    """
     try:
         blocks = record.family.blocks(model)
     except AttributeError:
@@ -114,7 +123,11 @@ def check_blocks(record: ModelRecord, layers: int, model: Any) -> None:
 
 
 def check_around(record: ModelRecord, model: Any) -> None:
-    """Raise `PatchError` unless patching reaches what runs, in the blocks and after them; modules may have been exchanged."""
+    """Raise unless the patch still covers every module that runs in the blocks and after them.
+
+    Raises:
+        PatchError: if such a module was exchanged, or the number of prefix tokens changed.
+    """
     settings, family = record.settings, record.family
     if not settings.merges:
         return
@@ -143,7 +156,7 @@ def check_around(record: ModelRecord, model: Any) -> None:
 
 
 def _embedding(record: ModelRecord, model: Any) -> nn.Module | None:
-    """The module that makes the patches; `None` where there is none, or someone has put another thing in its place."""
+    """Return the module that makes the patches; `None` if there is none, or its attribute was replaced."""
     try:
         return record.family.embed(model)
     except AttributeError:
@@ -151,12 +164,12 @@ def _embedding(record: ModelRecord, model: Any) -> nn.Module | None:
 
 
 def _watch_embedding(record: ModelRecord, model: Any) -> None:
-    """See the grid of an embedding that has taken another's place, for other patches or channels, as the old one's was."""
+    """Register the hook that records the grid on an embedding that replaced the old one."""
     if record.embed is not None:
         try:
-            if has_hook(model.get_submodule(record.embed), note_grid):  # the usual case, without a search for it
+            if has_hook(model.get_submodule(record.embed), note_grid):  # the usual case, which needs no search
                 return
-        except AttributeError:  # it is elsewhere now
+        except AttributeError:  # the module has moved
             pass
     embed = _embedding(record, model)
     if embed is None:
@@ -169,7 +182,7 @@ def _watch_embedding(record: ModelRecord, model: Any) -> None:
 
 
 def count_again(record: ModelRecord, model: Any) -> None:
-    """Bring up to date what the model costs, where the schedule follows from that and its head or its embedding was exchanged."""
+    """Update the model's cost if the schedule depends on it and the model's head or embedding was exchanged."""
     settings, family = record.settings, record.family
     if settings.config.flops is None and settings.config.speedup is None:
         return

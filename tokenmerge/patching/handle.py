@@ -1,4 +1,4 @@
-"""`patch`, `unpatch`, `patched`, `is_patched` and the `Handle` they give."""
+"""Patching and unpatching of models, and `Handle`, the controls of a patched model."""
 
 from __future__ import annotations
 
@@ -38,13 +38,13 @@ from tokenmerge.schedule import Schedule
 from tokenmerge.tracing.trace import Trace
 
 _turns = threading.RLock()
-"""Patching, updating and removing take turns in a process; forward passes never wait."""
+"""Lock under which patching, updating and unpatching run one at a time in a process; forward passes never wait for it."""
 
 
 class Handle:
-    """A patched model's controls. It holds no state of its own, so any number may exist for one model.
+    """Controls of a patched model. A handle holds no state of its own, so a model may have any number of them.
 
-    Every field of `MergeConfig` is a property of it: `handle.r`, and `handle.r = 8` is `handle.update(r=8)`.
+    Every field of `MergeConfig` is a property: `handle.r` reads it, and `handle.r = 8` is short for `handle.update(r=8)`.
     """
 
     __slots__ = ("_model", "_record")
@@ -77,12 +77,12 @@ class Handle:
 
     @property
     def config(self) -> MergeConfig:
-        """The settings in force."""
+        """Settings in force."""
         return self._live()[1].settings.config
 
     @property
     def schedule(self) -> Schedule:
-        """r per block as asked for, at the model's own input size; `summary()` shows where it is cut."""
+        """Requested r per block at the model's own input size; `summary()` shows r after it is cut to the possible maximum."""
         model, record = self._live()
         return record.settings.schedule_for(record.family.tokens(model))
 
@@ -92,14 +92,25 @@ class Handle:
         return self._live()[1].settings.class_token
 
     def update(self, config: MergeConfig | None = None, **fields: Any) -> None:
-        """Change any field of the config, without patching again. A pass that runs ends as it began.
+        """Change the settings without patching again; forward passes in progress keep the settings that they began with.
 
-        A checkpoint that holds the whole model begins a pass anew in backward: call `backward` before.
+        If one gradient checkpoint holds the whole model, call `backward` first: it begins such a pass anew.
+
+        Args:
+            config: settings to start from; `None` starts from the current ones.
+            **fields: fields of `MergeConfig` to change.
 
         Raises:
-            ConfigError: for a bad value; the model then keeps its old settings.
-            UnknownFieldError: (a TypeError) for a keyword that is no field.
-            PatchError: if the model is no longer patched, or its blocks are not those that were.
+            ConfigError: if a value is invalid; the model then keeps its old settings.
+            UnknownFieldError: (a TypeError) if a keyword is not a field of `MergeConfig`.
+            PatchError: if the model is no longer patched, or its blocks were exchanged since.
+
+        Example:
+            >>> import timm, tokenmerge
+            >>> handle = tokenmerge.patch(timm.create_model("deit_tiny_patch16_224", depth=2, img_size=96), r=8)
+            >>> handle.update(r=4)
+            >>> handle.schedule
+            (4, 4)
         """
         with _turns:
             model, record = self._live()
@@ -113,21 +124,21 @@ class Handle:
     ) -> dict[str, float]:
         """Measure every form of attention on these inputs, and use the fastest one from now on.
 
-        All forms compute the same; which is fastest depends on device, shape and dtype, so give inputs like those
-        that will come. A compiled model must be tuned before it is compiled.
+        All forms compute the same result, and device, shape and dtype decide which is fastest, so pass inputs like those
+        of later passes. Tune a model before compiling it.
 
         Args:
             *inputs: positional arguments of a forward pass.
-            forms: which of `MergeConfig.attention` to try; by default all that can run here.
+            forms: values of `MergeConfig.attention` to measure; `None` measures all that can run here.
             rounds: measured passes per form.
             **options: keyword arguments of a forward pass.
 
         Returns:
-            Median seconds of a pass with each form.
+            Median seconds per forward pass, by form.
 
         Raises:
             ConfigError: if one of the given `forms` cannot run here.
-            InputError: if none is left to measure.
+            InputError: if `forms` is empty, or `rounds` is not positive.
         """
         with _turns:
             model, record = self._live()
@@ -140,27 +151,33 @@ class Handle:
             return seconds
 
     def remove(self) -> None:
-        """Give the model back exactly as it was.
+        """Restore the model to its exact state before patching.
 
-        With gradient checkpointing, call `backward` first: blocks run again there, and must still be patched.
+        With gradient checkpointing, call `backward` first: it runs the blocks again, which must still be patched.
 
         Raises:
-            PatchError: if the model is no longer patched by this handle, or another thread is inside a forward pass.
+            PatchError: if this handle's patch is gone already, or a forward pass of the model is running.
         """
         with _turns:
             model, record = self._live()
             _take_off(model, record)
 
     def summary(self, input_size: int | Sequence[int] | None = None) -> Summary:
-        """How many blocks are patched, r and tokens per block, FLOPs before and after.
+        """Return the blocks patched, r and tokens per block, and FLOPs with and without merging; `print` shows a table.
 
         Args:
-            input_size: pixels (or frames) of an input along each axis of the grid: `(height, width)`, `(frames, height,
-                width)`, or one number for all; by default the model's own.
+            input_size: pixels (or frames) of an input along each axis of the grid, `(height, width)` or `(frames, height,
+                width)`, or one number for all axes; `None` is the model's own size.
 
         Raises:
-            InputError: if the number of tokens cannot be known before a pass.
-            PatchError: if the blocks are not those that were patched.
+            InputError: if the number of tokens cannot be known before a forward pass.
+            PatchError: if the blocks were exchanged since patching.
+
+        Example:
+            >>> import timm, tokenmerge
+            >>> handle = tokenmerge.patch(timm.create_model("deit_tiny_patch16_224", depth=2, img_size=96), r=8)
+            >>> handle.summary().tokens
+            (37, 29, 21)
         """
         model, record = self._live()
         check_blocks(record, record.settings.layers, model)
@@ -182,17 +199,16 @@ class Handle:
         )
 
     def output_tokens(self, layer: int = -1, input_size: int | Sequence[int] | None = None) -> int:
-        """Tokens per image that leave a block, prefix included; known before any forward pass runs.
+        """Return the number of tokens per image that leave a block, prefix tokens included; no forward pass is needed.
 
-        A language model must reserve as many for an image whose vision tower is patched with `output="merged"`.
+        A language model must reserve as many for an image if its vision tower is patched with `output="merged"`.
 
         Args:
-            layer: which entry of `hidden_states`: 0 is what enters the first block, −1 what leaves the last one, −2 what
-                leaves the one before it.
+            layer: index into `hidden_states`: 0 is the input of the first block, −1 the output of the last.
             input_size: see `summary`.
 
         Raises:
-            InputError: if there is no such layer, or the number of tokens cannot be known before a pass.
+            InputError: if there is no such layer, or the number of tokens cannot be known before a forward pass.
         """
         model, record = self._live()
         settings, target = record.settings, _target(model, record)
@@ -211,7 +227,7 @@ class Handle:
 
     @property
     def trace(self) -> Trace:
-        """What passes merged: of features that are given to its methods, and else of the latest whole pass.
+        """Trace of the latest complete forward pass; methods that take features describe the pass that computed them.
 
         Raises:
             PatchError: if tracing is off.
@@ -234,26 +250,32 @@ class Handle:
 
 
 def _target(model: nn.Module, record: ModelRecord) -> Target:
-    """The patched model as a target, with the classifier that stood around it when it was patched."""
+    """Return the patched model as a target, with the cost of the classifier that surrounded it when it was patched."""
     return dataclasses.replace(find_target(model), around=record.around)
 
 
 def patch(model: nn.Module, config: MergeConfig | None = None, **fields: Any) -> Handle:
-    """Make a Vision Transformer merge similar tokens, in place.
+    """Make a Vision Transformer merge similar tokens, in place, and return its handle (arXiv 2210.09461).
 
-    Weights, `state_dict` keys and outputs keep their shapes, except that `forward_features` returns fewer
-    tokens. Nothing is changed unless everything can be.
+    Weights, `state_dict` keys and output shapes stay; only `forward_features` returns fewer tokens. Errors change nothing.
 
     Args:
-        model: a supported model, or a module that holds exactly one.
+        model: a supported model, or a module that contains exactly one.
         config: settings; `fields` replace single ones of them.
         **fields: fields of `MergeConfig`, such as `r=8` or `flops=0.5`.
 
     Raises:
-        UnsupportedModelError: if the model cannot be patched right; lists the reasons.
-        PatchError: if it, or a part of it, is patched already.
-        ConfigError: for a bad value, or if no schedule is given.
-        UnknownFieldError: (a TypeError) for a keyword that is no field of `MergeConfig`.
+        UnsupportedModelError: if the patched model would compute something else; the message lists the reasons.
+        PatchError: if the model, or a part of it, is already patched.
+        ConfigError: if a value is invalid, or no schedule is given.
+        UnknownFieldError: (a TypeError) if a keyword is not a field of `MergeConfig`.
+
+    Example:
+        >>> import timm, torch, tokenmerge
+        >>> model = timm.create_model("deit_tiny_patch16_224", depth=2, img_size=96).eval()
+        >>> handle = tokenmerge.patch(model, r=8)
+        >>> model.forward_features(torch.zeros(1, 3, 96, 96)).shape  # 37 tokens, minus 8 in each of 2 blocks
+        torch.Size([1, 21, 192])
     """
     config = MergeConfig.create(config, **fields)
     check_is_module(model)
@@ -278,10 +300,10 @@ def patch(model: nn.Module, config: MergeConfig | None = None, **fields: Any) ->
 
 
 def unpatch(model: nn.Module) -> None:
-    """Give every patched model in `model` back exactly as it was.
+    """Restore every patched model in `model` to its exact state before patching.
 
     Raises:
-        PatchError: if there is none, or another thread is inside a forward pass of one.
+        PatchError: if `model` contains no patched model, or a forward pass of one is running.
     """
     check_is_module(model)
     with _turns:
@@ -300,11 +322,8 @@ def unpatch(model: nn.Module) -> None:
 
 
 def _take_off(model: nn.Module, record: ModelRecord) -> None:
-    """Restore a model, unless a pass that merges is running: blocks that were restored would misread its tokens.
-
-    From here on passes begin unmerged, so that none can begin to merge between the look and the end.
-    """
-    before = record.settings
+    """Restore a model, unless a merging pass is running, whose tokens the restored blocks would misread."""
+    before = record.settings  # with r=0, no new pass can begin to merge between the check below and the end
     record.settings = dataclasses.replace(before, config=MergeConfig.create(before.config, r=0, trace=False))
     if is_running(model):
         record.settings = before
@@ -321,15 +340,21 @@ def _take_off(model: nn.Module, record: ModelRecord) -> None:
 
 @contextlib.contextmanager
 def patched(model: nn.Module, config: MergeConfig | None = None, **fields: Any) -> Iterator[Handle]:
-    """`patch` for the length of a `with` block; unpatched at its end, also after an error.
+    """Patch a model within a `with` block, as `patch` does, and unpatch it at the end, also after an error.
 
-    With gradient checkpointing, call `backward` inside it: blocks run again there, and must still be patched.
+    With gradient checkpointing, call `backward` within the block: it runs the blocks again, which must still be patched.
+
+    Example:
+        >>> import timm, tokenmerge
+        >>> with tokenmerge.patched(timm.create_model("test_vit"), r=8) as handle:
+        ...     handle.output_tokens()
+        53
     """
     handle = patch(model, config, **fields)
     try:
         yield handle
     except BaseException:
-        with contextlib.suppress(PatchError):  # the error of the user is what counts
+        with contextlib.suppress(PatchError):  # it must not hide the user's own error
             _remove_if_live(handle)
         raise
     _remove_if_live(handle)
@@ -342,16 +367,16 @@ def _remove_if_live(handle: Handle) -> None:
 
 
 def is_patched(model: nn.Module) -> bool:
-    """Whether `model` is patched or holds a patched model."""
+    """Return whether `model` is a patched model or contains one."""
     check_is_module(model)
     return bool(patched_inside(model))
 
 
 def handle_of(model: nn.Module) -> Handle:
-    """A handle of the patched model in `model`, for instance of a deep copy.
+    """Return a handle of the patched model in `model`, for instance of a deep copy.
 
     Raises:
-        PatchError: if `model` holds no patched model, or several.
+        PatchError: if `model` contains no patched model, or several.
     """
     check_is_module(model)
     found = patched_inside(model)
@@ -367,7 +392,7 @@ def handle_of(model: nn.Module) -> Handle:
 
 
 def model_cost(model: nn.Module) -> ModelCost:
-    """What a supported model, patched or not, costs for one image at its own input size.
+    """Return the cost of a supported model, patched or not, for one image at its own input size, without merging.
 
     Raises:
         UnsupportedModelError: if the model is not supported.

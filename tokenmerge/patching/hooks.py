@@ -1,6 +1,6 @@
-"""What surrounds the blocks: what is noted before the first one, and how sizes pass norms and reach readers.
+"""Hooks around the blocks: record the grid before the first block, pass sizes through norms, and unmerge for readers.
 
-Hooks are module-level functions: closures would break when a model is copied.
+Hooks are module-level functions, because closures would break when a model is copied.
 """
 
 from __future__ import annotations
@@ -21,23 +21,23 @@ from tokenmerge.patching.state import attach, needed_state, plans_needed, state_
 
 
 class _Ahead(threading.local):
-    """What is known before the first block, which takes it; one per thread.
+    """Facts recorded before the first block, which reads them; each thread has its own.
 
-    Compiled code looks at `full` and `grid` alone: it would be compiled anew for every model, if it knew which one.
+    Compiled code reads only `full` and `grid`; reading which model they belong to would recompile it for every model.
 
     Attributes:
-        full: whether passes are to hand on unmerged tokens.
-        wishes: for which models, by the numbers of their records, each with the module within which that holds (`None` for
-            `full_outputs`).
-        owner: that module, where the wish is met in compiled code.
-        grid: patches along each axis that the embedding of a model has made; empty where several embeddings wait for
-            their blocks and differ.
-        grid_of: the number of that model's record.
-        waiting: how many embeddings of that model wait.
+        full: whether passes are to return unmerged tokens from every block.
+        wishes: requests for that: the number of a model's record, and the module within whose call the request holds (`None`
+            for `full_outputs`).
+        owner: that module, if the request was made in compiled code.
+        grid: patches along each axis from a model's embedding; empty if several embeddings ran before their blocks and their
+            grids differ.
+        grid_of: number of that model's record.
+        waiting: how often that embedding ran without its blocks having run yet.
     """
 
-    def __init__(self) -> None:  # in each thread
-        # set from the start: code that was compiled while one was missing is not compiled anew when it is there
+    def __init__(self) -> None:  # runs in each thread
+        # set from the start, because code compiled without an attribute is not recompiled when the attribute appears
         self.full = False
         self.wishes: tuple[tuple[int, nn.Module | None], ...] = ()
         self.owner: nn.Module | None = None
@@ -50,7 +50,7 @@ _ahead = _Ahead()
 
 
 def full_wanted(record: ModelRecord) -> bool:
-    """Whether passes of that model that begin now in this thread hand on unmerged tokens."""
+    """Return whether passes of this model that begin now in this thread are to return unmerged tokens from every block."""
     if torch.compiler.is_compiling():
         return _ahead.full
     _drop_stale()
@@ -58,7 +58,7 @@ def full_wanted(record: ModelRecord) -> bool:
 
 
 def _drop_stale() -> None:
-    """Forget the wishes of modules that have ended without saying so: torch calls no hooks after a KeyboardInterrupt."""
+    """Drop the requests of modules that ended without calling their hooks: torch calls none after a KeyboardInterrupt."""
     owners = [owner for _, owner in _ahead.wishes if owner is not None]
     if not owners and _ahead.owner is None:
         return
@@ -76,8 +76,8 @@ def _wish(wishes: tuple[tuple[int, nn.Module | None], ...]) -> None:
 
 
 def take_grid(record: ModelRecord) -> tuple[int, ...] | None:
-    """The grid that the embedding of this very model has just made in this thread, once; `None` if that is not known."""
-    if torch.compiler.is_compiling():  # the code has the embedding in it, or the count of tokens must do
+    """Return the grid that this model's embedding has just recorded in this thread, and forget it; `None` if unknown."""
+    if torch.compiler.is_compiling():  # the embedding is in the same compiled code, or the number of tokens must do
         grid, _ahead.grid = _ahead.grid, None
         return grid or None
     if _ahead.grid_of != record.number:
@@ -89,7 +89,7 @@ def take_grid(record: ModelRecord) -> tuple[int, ...] | None:
 
 
 def forget_grid(record: ModelRecord | None = None) -> None:
-    """What was embedded so far, by that model or any, is not what the next pass begins with."""
+    """Forget grids recorded by the embedding of one model, or of any, because the next pass does not begin with them."""
     if record is not None and _ahead.grid_of != record.number:
         return
     _ahead.grid = _ahead.grid_of = None
@@ -97,26 +97,29 @@ def forget_grid(record: ModelRecord | None = None) -> None:
 
 
 def note_grid(module: Any, args: tuple[Any, ...], output: Any) -> None:
-    """Forward hook of what makes patches: `[B, C, *grid]`, or tokens and their grid (`None` where images differ in it)."""
+    """Record the grid: a forward hook of the module that makes the patches.
+
+    The module returns `[B, C, *grid]`, or its tokens and their grid (`None` if images of one batch have different grids).
+    """
     found = output[1] if isinstance(output, tuple) else output.shape[2:]
     grid = None if found is None else tuple(found)
     if torch.compiler.is_compiling():
         _ahead.grid = grid
         return
     record = getattr(module, RECORD, None)
-    if record is None:  # a copy that was made of the module and its hooks alone, as quantising does
+    if record is None:  # a copy of the module with its hooks only, as quantisation makes
         return
     number = record.number
     if _ahead.grid_of != number:
         forget_grid()
     if _ahead.waiting and _ahead.grid != grid:
-        grid = ()  # which of them comes first cannot be told
+        grid = ()  # it is unknown which of the grids the next blocks use
     _ahead.grid, _ahead.grid_of, _ahead.waiting = grid, number, _ahead.waiting + 1
 
 
 @contextlib.contextmanager
 def full_outputs(record: ModelRecord) -> Iterator[None]:
-    """Passes of that model that begin within it hand on unmerged tokens, also when they are run again in backward."""
+    """Make passes of this model that begin within the context return unmerged tokens, also when backward recomputes them."""
     if torch.compiler.is_compiling():
         before, _ahead.full = _ahead.full, True
         try:
@@ -133,7 +136,7 @@ def full_outputs(record: ModelRecord) -> Iterator[None]:
 
 
 def collect_if_asked(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    """Forward pre-hook of modules that may collect what their blocks put out (`output_hidden_states`)."""
+    """Request full outputs if the caller collects hidden states (`output_hidden_states`); a forward pre-hook."""
     wanted = kwargs.get("output_hidden_states")
     if wanted is None:
         wanted = getattr(getattr(module, "config", None), "output_hidden_states", False)
@@ -142,7 +145,7 @@ def collect_if_asked(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str,
 
 
 def collect(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    """The same for modules that always collect: backbones."""
+    """Request full outputs while a backbone runs, which always collects hidden states; a forward pre-hook."""
     if torch.compiler.is_compiling():
         if not _ahead.full:
             _ahead.full, _ahead.owner = True, module
@@ -154,7 +157,7 @@ def collect(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
 
 
 def end_collecting(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-    """Forward hook, called also after an error: the wish for full outputs ends with its module."""
+    """End a module's request for full outputs; a forward hook that also runs after an error."""
     if _ahead.owner is module:
         _ahead.full, _ahead.owner = False, None
     if not torch.compiler.is_compiling():
@@ -162,10 +165,10 @@ def end_collecting(module: nn.Module, args: tuple[Any, ...], output: Any) -> Non
 
 
 def unmerge_input(module: Any, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
-    """Forward pre-hook of heads that read all tokens and know nothing of sizes: they get the unmerged ones.
+    """Replace merged tokens by unmerged ones; a forward pre-hook of heads that read all tokens without sizes.
 
     Raises:
-        PatchError: if the tokens came without what says which patch each stands for.
+        PatchError: if the tokens carry no state, or a state without the plans of their merges.
     """
     record: ModelRecord = getattr(module, RECORD)
     reader = type(module).__name__
@@ -176,13 +179,13 @@ def unmerge_input(module: Any, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
 
 
 class CarryThrough:
-    """Mix-in before modules that map tokens one by one (the final norm): the state passes through.
+    """Mix-in for modules that map tokens one by one, such as the final norm: the state of the input passes to the output.
 
-    Not a hook, because hooks that ran before it may have put another tensor in place of what came in: FSDP2's do.
+    This is not a hook, because hooks that run before it may replace the input by a new tensor, as FSDP2's do.
     """
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """The module's call."""
+        """Call the module, and attach the state of its input to its output."""
         output = super().__call__(*args, **kwargs)  # type: ignore[misc]  # nn.Module's
         state = state_of(args[0]) if args else None
         if state is not None and state_of(output) is None:
@@ -190,7 +193,7 @@ class CarryThrough:
         return output
 
     def forward(self, x: Any, *args: Any, **kwargs: Any) -> Any:
-        """Upstream's; one call of this module where torch.fx traces the model, so that the state passes then, too."""
+        """Run upstream's forward; torch.fx traces it as one node, so that the state passes through in its graphs, too."""
         if isinstance(x, Proxy) and getattr(self, RECORD).settings.merges:
             return as_leaf(self, x, *args, **kwargs)
         return super().forward(x, *args, **kwargs)  # type: ignore[misc]  # upstream's comes next

@@ -1,4 +1,4 @@
-"""Putting hooks, classes and records on upstream's modules, and taking them off again."""
+"""Installation of hooks, classes and records on upstream's modules, and their removal."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from tokenmerge.patching.target import Target
 
 
 def install_inside(row: BlockFamily, block: Any) -> None:
-    """What a block's attention needs to show K and to take sizes."""
+    """Install on a block the hooks and mix-ins by which its attention shows K and takes the sizes."""
     for module in row.keys(block):
         if row.tap is note_input:
             module.register_forward_pre_hook(row.tap, with_kwargs=True)
@@ -40,7 +40,7 @@ def install_inside(row: BlockFamily, block: Any) -> None:
 
 
 def install(target: Target, record: ModelRecord) -> None:
-    """Everything that `restore` undoes."""
+    """Install hooks, classes and records on a model; `restore` removes all of them."""
     model, family = target.model, target.family
     setattr(model, RECORD, record)
     _install_model(record, model)
@@ -52,7 +52,7 @@ def install(target: Target, record: ModelRecord) -> None:
 
 
 def _install_model(record: ModelRecord, model: Any) -> None:
-    """What surrounds the blocks."""
+    """Install the hooks and mix-ins of everything around the blocks."""
     family = record.family
     if family.swap is not None:
         swap_class(model, family.swap)
@@ -62,7 +62,7 @@ def _install_model(record: ModelRecord, model: Any) -> None:
     for module in _told(record, [] if embed is None else [embed]):
         module.register_forward_hook(note_grid)
     for norm in _told(record, family.norms(model)):
-        if not isinstance(norm, CarryThrough):  # one norm in two places
+        if not isinstance(norm, CarryThrough):  # the same norm may stand in two places
             swap_class(norm, CarryThrough)
     for module in _told(record, family.collectors(model)):
         module.register_forward_pre_hook(collect if family.always_collects else collect_if_asked, with_kwargs=True)
@@ -74,21 +74,21 @@ def _install_model(record: ModelRecord, model: Any) -> None:
 
 
 def _told(record: ModelRecord, modules: Iterable[nn.Module]) -> Iterable[nn.Module]:
-    """Modules whose hooks must know which model they belong to."""
+    """Set the model's record on modules, whose hooks read it, and yield them."""
     for module in modules:
         setattr(module, RECORD, record)
         yield module
 
 
 def restore(model: nn.Module) -> None:
-    """Undo everything that `install` did; looks at the modules themselves, so it works on copies, too.
+    """Remove everything that `install` added; it searches the modules themselves, and therefore works on copies, too.
 
     Raises:
         PatchError: if something else has changed the class of a patched module since.
     """
     swapped: list[nn.Module] = [module for module in model.modules() if issubclass(type(module), Swapped)]
     for module in swapped:
-        check_restorable(module)  # before anything is undone
+        check_restorable(module)  # before anything is removed
     for module in swapped:
         restore_class(module)
     for module in model.modules():
@@ -97,7 +97,7 @@ def restore(model: nn.Module) -> None:
 
 
 def remove_hooks(module: nn.Module) -> None:
-    """Remove our hooks, one by one: a deep copy has no `RemovableHandle`s."""
+    """Remove this library's hooks one by one, because a deep copy has no `RemovableHandle`s."""
     tables = (
         (module._forward_hooks, (module._forward_hooks_with_kwargs, module._forward_hooks_always_called)),
         (module._forward_pre_hooks, (module._forward_pre_hooks_with_kwargs,)),

@@ -1,4 +1,4 @@
-"""Models traced by torch.fx: what depends on sizes becomes one node of the graph, and runs as it is when the graph does."""
+"""Support for torch.fx: modules and functions that depend on sizes become single nodes, which run when the graph runs."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from torch.fx import Proxy
 
 
 def as_leaf(module: Any, x: Proxy, *args: Any, **kwargs: Any) -> Proxy:
-    """One call of a module, whatever tracer runs: sizes travel with real tensors, and a tracer's have none."""
+    """Record a module's call as a single node, for any tracer, because the tracer's proxies carry no sizes."""
     tracer: Any = x.tracer
     node: Proxy = tracer.create_proxy("call_module", tracer.path_of_module(module), (x, *args), kwargs)
     return node
 
 
 def deferred(function: Callable[..., Any], x: Any, *args: Any) -> Any:
-    """`function(x, *args)`; one call of it where torch.fx traces the model."""
+    """Return `function(x, *args)`; if torch.fx is tracing, record that call as a single node instead."""
     return (
         x.tracer.create_proxy("call_function", function, (x, *args), {}) if isinstance(x, Proxy) else function(x, *args)
     )

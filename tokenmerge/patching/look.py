@@ -1,4 +1,4 @@
-"""What is kept of a traced pass for looking at; nothing is computed from it."""
+"""Attention, rollout and similarities that a traced pass records for display; no result depends on them."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from tokenmerge.plan import MergePlan
 
 
 class Look(NamedTuple):
-    """What one block's attention looked at.
+    """Attention recorded in one block.
 
     Attributes:
-        attention: of the class token to the tokens in attention, `[B, N]` float32; without a class token, of all tokens.
-        rollout: `[B, N, N0]` float32: of each token in attention to the original tokens, through all blocks so far.
+        attention: `[B, N]` float32: attention from the class token to each token; without a class token, from all tokens.
+        rollout: `[B, N, N₀]` float32: attention rollout from each token to the original tokens, through all blocks so far.
     """
 
     attention: Tensor
@@ -28,7 +28,7 @@ class Look(NamedTuple):
 
 
 def look_at(tap: Tap, state: TokenState) -> Look | None:
-    """What the attention that a tap has seen looked at; `None` where attention cannot be looked into."""
+    """Return the attention that a tap has seen; `None` if the attention shows no Q, K and V."""
     if tap.inside is None:
         return None
     settings = state.run.settings
@@ -42,14 +42,14 @@ def look_at(tap: Tap, state: TokenState) -> Look | None:
     before = state.rollout
     if before is None:
         before = torch.eye(state.run.tokens, device=maps.device).expand(maps.shape[0], -1, -1)
-    if before.shape[1] != maps.shape[1]:  # tokens have merged before attention
+    if before.shape[1] != maps.shape[1]:  # place="before": tokens merged before attention
         before = _merged(before, state)
-    # half of what leaves the block came through attention, half through the residual (Abnar & Zuidema 2020)
+    # rollout counts attention and the residual connection as half each (Abnar & Zuidema 2020, arXiv 2005.00928)
     return Look(attention, 0.5 * (maps @ before + before))
 
 
 def kept_for_looking(state: TokenState, look: Look | None) -> TokenState:
-    """The state that leaves a block, with what its step looked at."""
+    """Return the state that leaves a block, with the sizes and the attention of the block's step recorded."""
     step = dataclasses.replace(state.steps[-1], size=state.size, attention=None if look is None else look.attention)
     rollout = None if look is None else look.rollout
     if rollout is not None and step.plan is not None and rollout.shape[1] != step.plan.tokens_out:
@@ -58,14 +58,14 @@ def kept_for_looking(state: TokenState, look: Look | None) -> TokenState:
 
 
 def _merged(rows: Tensor, state: TokenState) -> Tensor:
-    """`[B, N, N0]` -> `[B, N', N0]`: rows of tokens that the latest step made one, their mean weighted by size."""
+    """Merge `rows [B, N, N₀]` like the tokens of the latest step, by their size-weighted mean: `[B, N', N₀]`."""
     plan = state.steps[-1].plan
     assert plan is not None
     return merge_rows(rows, state.steps[-2].size if len(state.steps) > 1 else state.run.first_size, plan).x
 
 
 def mark_gradient(x: Tensor, state: TokenState) -> None:
-    """Let the gradient of `x`, when it comes, carry the state of `x`: tools for heat maps lay both out on the grid."""
+    """Make the gradient of `x` carry the state of `x`, so that tools for heat maps can place both on the grid."""
     shared = dataclasses.replace(state, shared=state.merged is None)
 
     def mark(gradient: Tensor) -> None:
@@ -75,7 +75,15 @@ def mark_gradient(x: Tensor, state: TokenState) -> None:
 
 
 def similarity_of(metric: Tensor, plan: MergePlan) -> Tensor:
-    """`[B, r]` float32: cosine of the metric of each token that merged and of the token it joined; NaN if it was dropped."""
+    """Return the cosine similarity of each merged token to the token it joined.
+
+    Args:
+        metric: `[B, N, D]` or `[B, H, N, D]`, any floating dtype.
+        plan: the merge.
+
+    Returns:
+        `[B, r]` float32; NaN for dropped tokens.
+    """
     metric = metric.detach()
     units = unit(metric.sum(dim=1) if metric.dim() == 4 else metric)
     joined = plan.kept.gather(1, plan.target.clamp_min(0))

@@ -1,4 +1,4 @@
-"""What a block compares and offers to its matcher, where that is more than the paper's keys; and what fits together."""
+"""Metrics other than the paper's keys, tensors that matchers ask for, and checks that settings of matching fit together."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ from tokenmerge.patching.state import TokenState
 from tokenmerge.patching.target import Target
 
 TENSORS = frozenset({"size", "tokens", "predictor", "values", "attention", "anchor"})
-"""What matchers may ask for that each block must make."""
+"""Parameters of matchers for which each block must compute a tensor."""
 _FROM_ATTENTION = ("q", "v", "kv")
 
 
 def offered_by(config: MergeConfig, layers: int) -> dict[str, Any]:
-    """What a matcher is given that is the same in every block: its options, the fields it obeys, how many blocks there are."""
+    """Return the arguments of the matcher that are the same in every block: options, config fields, and number of blocks."""
     wanted = entry_for(config).offered
     fields = {name for name, field in FIELDS.items() if field.metadata["by_matcher"]} & wanted
     given: dict[str, Any] = {**config.options, **{name: getattr(config, name) for name in fields}}
@@ -34,17 +34,20 @@ def offered_by(config: MergeConfig, layers: int) -> dict[str, Any]:
 
 
 def looks_inside(config: MergeConfig) -> bool:
-    """Whether Q, K and V must be noted as attention uses them."""
+    """Return whether Q, K and V must be recorded as attention uses them."""
     from_attention = config.metric in _FROM_ATTENTION or (config.heads == "concat" and config.metric == "k")
     return from_attention or entry_for(config).looks_inside
 
 
 def check_matching(config: MergeConfig, layers: int | None = None) -> None:
-    """Raise `ConfigError` unless the matcher can do what the config says of matching.
+    """Raise unless the matcher supports the config's settings of matching.
 
     Args:
         config: the settings.
-        layers: blocks of the model, where one is known.
+        layers: number of blocks, if the model is known.
+
+    Raises:
+        ConfigError: if an option or a field does not fit the matcher, or the schedule merges more than it can.
     """
     entry = entry_for(config)
     check_options(entry.name, config.options, layers)
@@ -66,7 +69,7 @@ def check_matching(config: MergeConfig, layers: int | None = None) -> None:
 
 
 def shortened(config: MergeConfig, layers: int) -> MergeConfig:
-    """The config for the first blocks of a model alone: lists with an entry per block end with them."""
+    """Return the config for the first `layers` blocks of a model alone: lists with one entry per block are cut to them."""
     entry = entry_for(config)
     hints = hints_of(entry.matcher)
     cut = {
@@ -82,24 +85,35 @@ def shortened(config: MergeConfig, layers: int) -> MergeConfig:
 
 
 def other_metric(config: MergeConfig) -> bool:
-    """Whether anything but the mean of the keys over heads is compared."""
+    """Return whether the metric differs from the paper's, K averaged over heads."""
     return config.metric != "k" or config.heads == "concat"
 
 
 def cost_of(target: Target, config: MergeConfig, full_output: bool = False) -> ModelCost:
-    """Return what a model costs for one image at its own input size, merging as a config says.
+    """Return the cost of a model for one image at its own input size, with the place of merging that a config chooses.
 
     Args:
         target: the model.
         config: the settings.
-        full_output: whether its head is given unmerged tokens.
+        full_output: whether unmerged tokens leave the last block.
     """
     cost = target.cost(config.place, entry_for(config).most)
     return cost.with_full_output() if full_output else cost
 
 
 def metric_from(block: Any, x: Tensor, x_pre: Tensor | None, tap: Tap, state: TokenState) -> Tensor:
-    """The metric `[B, N, D]` without gradient: what the config says, with padding set apart."""
+    """Return the config's metric without gradient, with padding kept apart from tokens.
+
+    Args:
+        block: the patched block.
+        x: tokens `[B, N, C]` at the place of merging, or the metric itself if it is the paper's.
+        x_pre: tokens `[B, N, C]` that entered the block, if the metric is "x_pre".
+        tap: the tap with the Q, K and V that attention used.
+        state: state of the tokens.
+
+    Returns:
+        Metric `[B, N, M]`, M channels by the kind of metric (see `metric_channels`), and one more for padded inputs.
+    """
     config = state.run.settings.config
     if not state.run.settings.other_metric:
         metric = x
@@ -110,7 +124,7 @@ def metric_from(block: Any, x: Tensor, x_pre: Tensor | None, tap: Tap, state: To
         per_head = [_inside(block, tap, part) for part in config.metric]
         concat = config.heads == "concat"
         parts = [part.transpose(1, 2).flatten(2) if concat else part.float().mean(dim=1) for part in per_head]
-        # each of several counts alike
+        # normalised, so that each part of a combined metric has the same weight
         metric = parts[0] if len(parts) == 1 else torch.cat([unit(part) for part in parts], dim=2)
     if state.run.padded and state.size is not None:
         metric = apart_from_padding(metric, state.size)
@@ -118,11 +132,11 @@ def metric_from(block: Any, x: Tensor, x_pre: Tensor | None, tap: Tap, state: To
 
 
 def metric_channels(config: MergeConfig, channels: int, heads: int, inside: tuple[int, int, int]) -> int:
-    """Return the channels of the vectors that `metric_from` gives, where they are not the keys averaged over heads.
+    """Return the number of channels of a metric other than K averaged over heads.
 
     Args:
         config: the settings.
-        channels: C.
+        channels: C, channels of a token.
         heads: H.
         inside: channels of a head of Q, K and V.
     """
@@ -133,7 +147,11 @@ def metric_channels(config: MergeConfig, channels: int, heads: int, inside: tupl
 
 
 def _inside(block: Any, tap: Tap, which: str) -> Tensor:
-    """Q, K or V as `[B, H, N, D]`, without gradient."""
+    """Return Q, K or V as `[B, H, N, D]`, without gradient.
+
+    Raises:
+        PatchError: if attention did not call `scaled_dot_product_attention`, whose arguments are recorded.
+    """
     if tap.inside is None:
         record: BlockRecord = block._tokenmerge
         raise PatchError(
@@ -146,7 +164,7 @@ def _inside(block: Any, tap: Tap, which: str) -> Tensor:
 
 
 def tensors_for(block: Any, x: Tensor, tap: Tap, state: TokenState) -> dict[str, Any]:
-    """The tensors that the matcher asks for, by name."""
+    """Return the tensors that the matcher takes, by parameter name."""
     settings = state.run.settings
     wanted = settings.entry.offered
     given: dict[str, Any] = {}

@@ -1,4 +1,4 @@
-"""Trained predictors in the blocks of a model: putting them in, training them, keeping them in a file."""
+"""Trained predictors (DynamicViT, arXiv 2106.02034) in the blocks of a model: adding, training, saving and loading them."""
 
 from __future__ import annotations
 
@@ -13,20 +13,20 @@ from tokenmerge.matching.learned import PREDICTOR, TokenPredictor
 from tokenmerge.patching.target import find_target
 
 FILE = "tokenmerge/predictors.safetensors"
-"""The file in a trained model's folder; in a folder of its own, because timm takes any weights beside a model for the model's."""
+"""Name of the predictors' file in a trained model's folder, in a subfolder because timm loads any weights beside a model."""
 
 
 def add_predictors(model: nn.Module, blocks: Sequence[int]) -> None:
-    """Give some blocks of a model a fresh predictor each, as parameters of the model.
+    """Add an untrained predictor to some blocks of a model, as a submodule of the block.
 
     Args:
         model: a supported model, not patched.
-        blocks: their positions, from 0.
+        blocks: positions of the blocks, from 0.
 
     Raises:
-        UnsupportedModelError: if the model is not known.
-        PatchError: if a block has one already.
-        ConfigError: if there is no such block, or the model's channels cannot be divided by 4.
+        UnsupportedModelError: if the model is not supported.
+        PatchError: if a block already has a predictor.
+        ConfigError: if there is no such block, or the model's channels are not divisible by 4.
     """
     target = find_target(model)
     for index in blocks:
@@ -42,29 +42,30 @@ def add_predictors(model: nn.Module, blocks: Sequence[int]) -> None:
 
 
 def remove_predictors(model: nn.Module, blocks: Sequence[int] | None = None) -> None:
-    """Take the predictors of some blocks, or all of them, out of a model again."""
+    """Remove the predictors of some blocks of a model, or of all blocks."""
     for index, block in predicting(model).items():
         if blocks is None or index in blocks:
             delattr(block, PREDICTOR)
 
 
 def predicting(model: nn.Module) -> dict[int, nn.Module]:
-    """The blocks that have one, by their positions."""
+    """Return the blocks that have a predictor, by position."""
     return {index: block for index, (block, _) in enumerate(find_target(model).blocks) if hasattr(block, PREDICTOR)}
 
 
 def ratio_loss(model: nn.Module, schedule: Sequence[int], tokens: int) -> Tensor | None:
-    """What makes predictors keep as many tokens as a schedule leaves: the mean of `(kept − wanted)²` over predictors.
+    """Return the loss by which predictors learn to keep as many tokens as the schedule leaves (DynamicViT's ratio loss).
 
-    Call it once after the forward pass of a training step, and add it to the loss (DynamicViT's weight is 2).
+    It is the mean of `(kept − wanted)²` over predictors. Call it once after the forward pass of each training step, and add
+    it to the loss (DynamicViT gives it a weight of 2).
 
     Args:
         model: the patched model.
-        schedule: tokens that each block drops, cut to what it can.
-        tokens: that enter the first block, protected ones not counted.
+        schedule: tokens that each block drops, cut to the possible maximum.
+        tokens: tokens that enter the first block, without protected tokens.
 
     Returns:
-        A number with gradient; `None` if no predictor ran.
+        A scalar with gradient; `None` if no predictor ran.
     """
     parts = []
     for index, block in predicting(model).items():
@@ -77,7 +78,7 @@ def ratio_loss(model: nn.Module, schedule: Sequence[int], tokens: int) -> Tensor
 
 
 def split_state(model: nn.Module, state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """A model's state without its predictors', and theirs by `BLOCK.NAME`, as `load_predictors` reads them."""
+    """Return a model's state dict without its predictors, and the predictors' state by `BLOCK.NAME`, as they are saved."""
     places = {module: name for name, module in model.named_modules()}
     starts = {f"{places[block]}.{PREDICTOR}.": index for index, block in predicting(model).items()}
     rest, found = {}, {}
@@ -91,10 +92,10 @@ def split_state(model: nn.Module, state: Mapping[str, Tensor]) -> tuple[dict[str
 
 
 def save_predictors(model: nn.Module, path: Path | str) -> None:
-    """Write the weights of all predictors to a safetensors file.
+    """Save the weights of all predictors as a safetensors file.
 
     Raises:
-        PatchError: if the model has none.
+        PatchError: if the model has no predictors.
     """
     from safetensors.torch import save_file
 
@@ -107,7 +108,7 @@ def save_predictors(model: nn.Module, path: Path | str) -> None:
 
 
 def load_predictors(model: nn.Module, path: Path | str) -> None:
-    """Give a model the predictors that `save_predictors` wrote.
+    """Add the predictors that `save_predictors` saved to a model.
 
     Raises:
         InputError: if the file cannot be read or does not fit the model.

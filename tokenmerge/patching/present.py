@@ -1,4 +1,4 @@
-"""Whether what patching put on upstream's modules is still on those that run: modules may be exchanged after it."""
+"""Checks that modules in use still carry the hooks and mix-ins of patching, since modules may be exchanged afterwards."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from tokenmerge.patching.families.family import BlockFamily
 
 
 def has_hook(module: nn.Module, hook: Any) -> bool:
-    """Whether a module calls that function after its forward, or before it; one that was compiled, by what is inside."""
+    """Return whether a module has this forward hook or pre-hook; for a compiled module, its inner module is checked."""
     module = _compiled(module)
     return hook in module._forward_hooks.values() or hook in module._forward_pre_hooks.values()
 
@@ -22,10 +22,18 @@ def _compiled(module: nn.Module) -> nn.Module:
 
 
 def check_inside(family: BlockFamily, block: Any, index: int) -> None:
-    """Raise `PatchError` unless the parts of a block's attention that run are those that patching reached.
+    """Raise unless the parts of a block's attention carry the hooks and mix-ins that patching installed.
 
-    A layer that was put around another one since (an adapter) would be left out of matching, and one that takes the place of
-    another (a dropout) would let sizes go, both in silence.
+    Otherwise matching would silently ignore a layer that was wrapped around another one later (an adapter), and sizes would be
+    lost silently where a new layer replaced another one (a dropout).
+
+    Args:
+        family: row of the block.
+        block: the block.
+        index: position of the block, from 0.
+
+    Raises:
+        PatchError: if a part was exchanged or wrapped since.
     """
     try:
         missing = (
@@ -34,7 +42,7 @@ def check_inside(family: BlockFamily, block: Any, index: int) -> None:
             or any(not has_hook(module, hook) for module, hook in family.answers(block))
             or any(not isinstance(_compiled(module), mixin) for module, mixin in family.mixins(block))
         )
-    except AttributeError:  # what a part is looked for in is another module
+    except AttributeError:  # the parent of a part was exchanged, and the new one lacks the part
         missing = True
     if missing:
         raise PatchError(

@@ -1,4 +1,4 @@
-"""What a patched model remembers: one record on the model and one on each block, made by `patch`, dropped by `remove`."""
+"""Records of a patched model, one on the model and one on each block, which `patch` adds and `remove` deletes."""
 
 from __future__ import annotations
 
@@ -21,12 +21,16 @@ from tokenmerge.patching.families.family import BlockFamily, ModelFamily
 from tokenmerge.schedule import Schedule, expand, flops_target, keep_ratio, max_merges
 
 RECORD = "_tokenmerge"
-"""The one attribute that patching gives to modules."""
+"""Name of the only attribute that patching adds to modules."""
 _numbers = itertools.count()
 
 
 def resolved_schedule(config: MergeConfig, cost: ModelCost) -> Schedule:
-    """r per block for the number of tokens that `cost` is for.
+    """Return r per block for the number of tokens in `cost`.
+
+    Args:
+        config: settings with r, keep, flops or speedup.
+        cost: the model's cost for that number of tokens.
 
     Raises:
         ConfigError: if the config has no schedule, or one that does not fit the model.
@@ -48,28 +52,28 @@ def resolved_schedule(config: MergeConfig, cost: ModelCost) -> Schedule:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Settings:
-    """A config resolved for one model. An update replaces it as a whole; a pass keeps the one that it began with.
+    """Config resolved for one model. An update replaces it as a whole, and a pass keeps the settings that it began with.
 
     Attributes:
-        config: what the user asked for.
+        config: the user's config.
         entry: the matcher.
-        offered: what it is given that is the same in every block.
-        tensors: whether it asks for tensors that each block must make.
-        other_metric: whether it compares anything but the mean of the keys over heads.
-        looks_inside: whether Q, K and V must be noted as attention uses them.
-        cost: what the model costs; holds how many tokens a block can merge away.
-        layers: blocks that run.
-        protected: leading tokens that never merge.
+        offered: arguments of the matcher that are the same in every block.
+        tensors: whether the matcher takes tensors that each block must compute.
+        other_metric: whether the metric differs from the paper's, K averaged over heads.
+        looks_inside: whether Q, K and V must be recorded as attention uses them.
+        cost: the model's cost, which also limits how many tokens a block can merge away.
+        layers: number of blocks that run.
+        protected: number of leading tokens that never merge.
         class_token: whether the first of them is a class token.
-        prop_attn: whether sizes weigh in attention.
+        prop_attn: whether attention is proportional.
         full_output: whether unmerged tokens leave the last block.
-        merged_states: whether hidden states that someone collects stay merged.
+        merged_states: whether collected hidden states stay merged.
         keep_plans: whether plans travel with the tokens.
-        traces: whether passes are to be looked at.
-        looks: whether that goes for attention, too.
-        schedule: r per block as asked for, where it is the same for any number of tokens.
-        merges: whether any block may merge.
-        number: names these settings where code is traced.
+        traces: whether forward passes are traced.
+        looks: whether a trace includes attention.
+        schedule: requested r per block; `None` if it depends on the number of tokens.
+        merges: whether any block may merge tokens.
+        number: identifier of these settings for traced code.
     """
 
     config: MergeConfig
@@ -104,7 +108,11 @@ class Settings:
         _living[self.number] = self
 
     def schedule_for(self, tokens: int | torch.SymInt) -> Schedule:
-        """r per block, as asked for, when so many tokens enter the first one; static while code is traced."""
+        """Return the requested r per block for the number of tokens that enter the first block; a constant in traced code.
+
+        Raises:
+            ConfigError: if the schedule depends on the number of tokens, which an export leaves free.
+        """
         if self.schedule is not None:
             return self.schedule
         if isinstance(tokens, torch.SymInt) and is_exporting():
@@ -115,7 +123,7 @@ class Settings:
         return cast("Schedule", _schedule_for(self.number, int(tokens)))[: self.layers]
 
     def __deepcopy__(self, memo: Any) -> Settings:
-        return self  # nothing in it changes
+        return self  # settings are immutable
 
     def __reduce__(self) -> tuple[Any, ...]:
         given = {field.name: getattr(self, field.name) for field in dataclasses.fields(self) if field.init}
@@ -132,7 +140,7 @@ def _made_anew(given: dict[str, Any]) -> Settings:
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def _schedule_for(number: int, tokens: int) -> Schedule:
-    """The schedule of some settings, kept per number of tokens; Dynamo runs it and takes what it gives."""
+    """Return the schedule of some settings, cached per number of tokens; Dynamo calls it and embeds the result."""
     if (number, tokens) not in _resolved:
         settings = _living[number]
         for key in [key for key in list(_resolved) if key[0] not in _living]:
@@ -142,21 +150,22 @@ def _schedule_for(number: int, tokens: int) -> Schedule:
 
 
 class ModelRecord:
-    """The one record of a patched model; every handle of the model shares it, and a copied model has a copy.
+    """Record of a patched model, shared by all its handles; a copied model has a copy.
 
     Attributes:
-        family: seams of upstream's model.
-        settings: those in force; a pass that runs keeps those that it began with.
-        latest: the state that left the last block of the latest whole pass, when tracing; only for looking at.
-        readers: why what reads the model's tokens would misread merged ones, in words.
-        outer: the module that the user gave to `patch`.
-        own_r: whether the model, and that module, had an attribute `r` of their own (the rank of an adapter, perhaps).
-        embed: name of the module that makes the patches, once it was looked for.
-        embeddings: those that have taken its place since, which `remove` must find also when they are gone from the model.
-        root: the model itself, once it is known.
-        ends: what tells whether the model's own parts were exchanged since its cost was counted.
-        around: multiply-adds of the classifier that stood around the model when it was patched.
-        number: tells it from other models' where code is traced.
+        family: row of the model.
+        settings: settings in force; a running pass keeps the settings that it began with.
+        latest: state that left the last block in the latest complete pass, while tracing; used only for display.
+        readers: reasons why modules around the model would misread merged tokens.
+        outer: weak reference to the module that the user gave to `patch`.
+        own_r: whether the model, and that module, had an attribute `r` of their own (perhaps the rank of an adapter).
+        embed: name of the module that makes the patches, once it was looked up.
+        embeddings: weak references to modules that replaced it since, because `remove` must reach them even after they left
+            the model.
+        root: weak reference to the model, once it is known.
+        ends: fingerprint that shows whether the model's own parts were exchanged since its cost was counted.
+        around: multiply-adds of the classifier that surrounded the model when it was patched.
+        number: identifier of the model for traced code.
     """
 
     def __init__(self, family: ModelFamily, settings: Settings, readers: tuple[str, ...], outer: nn.Module) -> None:
@@ -174,7 +183,7 @@ class ModelRecord:
         self.number = next(_numbers)
 
     def __getstate__(self) -> dict[str, Any]:
-        """A copy has had no pass yet, and is not inside of what the original was in."""
+        """Return the state for a copy, which has run no pass and is not inside the original's outer module."""
         return {**vars(self), "latest": None, "outer": None, "root": None, "ends": None, "embeddings": ()}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -183,13 +192,13 @@ class ModelRecord:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class BlockRecord:
-    """What is a block's own; all else is the model's.
+    """Record of one patched block; everything that blocks share is on the model's record.
 
     Attributes:
-        model: the model's record.
+        model: record of the model.
         index: position of the block, from 0.
-        family: seams of upstream's block.
-        rotary: how this block's table of rotary positions is read and written, if it takes one.
+        family: row of the block.
+        rotary: reads and writes this block's table of rotary positions; `None` if it takes none.
     """
 
     model: ModelRecord
@@ -199,5 +208,5 @@ class BlockRecord:
 
 
 def record_of(module: nn.Module) -> Any:
-    """The record of a patched module, a `ModelRecord` or a `BlockRecord`; `None` if that very module has none."""
+    """Return the `ModelRecord` or `BlockRecord` on this very module, or `None`."""
     return vars(module).get(RECORD)

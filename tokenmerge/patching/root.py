@@ -1,4 +1,4 @@
-"""The base of the mix-ins that go before a model's own class, for what only methods can reach."""
+"""Base classes of the mix-ins for a model's own class, which change behaviour that only methods can change."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from tokenmerge.patching.target import find_target
 
 
 def merge_blocks(model: nn.Module) -> list[Any]:
-    """The patched blocks inside a model, in order; found anew each time, because models may be pruned."""
+    """Return the patched blocks inside a model, in order; searched anew on each call, because models may be pruned."""
     return [module for module in model.modules() if isinstance(module, MergeBlock)]
 
 
 class MergeRoot(OwnR):
-    """Base of the mix-ins that `ModelFamily.swap` names."""
+    """Base of the mix-ins in `ModelFamily.swap`."""
 
     _tokenmerge: ModelRecord
 
@@ -31,9 +31,9 @@ class MergeRoot(OwnR):
         return f"r={value!r} was set on a patched model: write tokenmerge.handle_of(model).update(r={value!r})"
 
     def forward_intermediates(self, *args: Any, **kwargs: Any) -> Any:
-        """timm's `forward_intermediates`; every map has upstream's shape, merged tokens spread back.
+        """Run timm's `forward_intermediates`; all maps have upstream's shape, with merged tokens spread over their patches.
 
-        What comes with the maps, the output of the last block, is what `forward_features` gives.
+        The final features that it returns beside the maps are the features that `forward_features` returns.
         """
         enter_root(self)
         try:
@@ -48,16 +48,16 @@ class MergeRoot(OwnR):
         return result
 
     def _as_features(self, full: Tensor) -> Tensor:
-        """The tokens after the last block as `forward_features` would give them."""
+        """Return the tokens after the last block in the form in which `forward_features` returns them."""
         state = state_of(full)
         if state is None or state.merged is None or state.run.settings.full_output:
             return full
-        if len(state.steps) < state.run.settings.layers:  # it stopped early, where forward_features does not
+        if len(state.steps) < state.run.settings.layers:  # stop_early: the features did not pass all blocks
             return full
         return attach(state.one_of_equals(full), dataclasses.replace(state, merged=None))
 
     def prune_intermediate_layers(self, *args: Any, **kwargs: Any) -> Any:
-        """timm's; what is now the last block takes over what the last one did."""
+        """Run timm's `prune_intermediate_layers`, and resolve the settings anew: another block is the last one now."""
         taken = super().prune_intermediate_layers(*args, **kwargs)  # type: ignore[misc]
         record, model = self._tokenmerge, cast("nn.Module", self)
         config = shortened(record.settings.config, len(record.family.blocks(model)))
@@ -66,10 +66,10 @@ class MergeRoot(OwnR):
 
 
 class MergeFeatures(MergeRoot):
-    """Mix-in before models that have `forward_features`."""
+    """Mix-in for models that have `forward_features`."""
 
     def forward_features(self, *args: Any, **kwargs: Any) -> Any:
-        """Upstream's, once it is sure that the model is as it was when it was patched."""
+        """Run upstream's `forward_features`, after checking that the model has not changed since patching."""
         enter_root(self)
         try:
             return super().forward_features(*args, **kwargs)  # type: ignore[misc]

@@ -1,4 +1,4 @@
-"""What is running right now, read off the frames: asked when a model is unpatched, or its blocks run without it."""
+"""Detection of running forward passes by inspecting stack frames, for unpatching and for blocks that run on their own."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ from tokenmerge.patching.swap import original_class
 
 
 def is_running(model: nn.Module) -> bool:
-    """Whether some thread is inside a method of the model, or of a module in it."""
+    """Return whether any thread is inside a forward method of the model or of a module in it."""
     modules = {id(module) for module in model.modules()}
     return any(id(frame.f_locals.get("self")) in modules for frame in _frames() if frame.f_code.co_name in _METHODS)
 
 
 def runs_by_hand(record: ModelRecord) -> bool:
-    """Whether whoever runs the blocks of a model is not code that torch.fx has made of it.
+    """Return whether the blocks of a model are run by code other than a graph of torch.fx.
 
     Raises:
-        PatchError: if another model runs them, which knows nothing of merged tokens.
+        PatchError: if another model runs them, which would misread merged tokens.
     """
     frame: FrameType | None = sys._getframe(1)
     while frame is not None:
@@ -53,11 +53,11 @@ def _shares_blocks(family: ModelFamily, module: nn.Module, record: ModelRecord) 
 
 
 _METHODS = ("forward", "forward_features", "forward_intermediates", "forward_head", "_call_impl")
-"""Functions of modules in which a pass is on its way."""
+"""Names of the module methods that run during a forward pass."""
 
 
 def _frames() -> Iterator[FrameType]:
-    """The frames of every thread, innermost first."""
+    """Yield the stack frames of every thread, innermost first."""
     for innermost in sys._current_frames().values():
         frame: FrameType | None = innermost
         while frame is not None:

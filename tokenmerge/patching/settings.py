@@ -1,4 +1,4 @@
-"""From a config to settings for one model, and to words about them."""
+"""Settings of one model from a config, and descriptions of them in words."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ from tokenmerge.patching.target import Target
 
 
 def settings_for(target: Target, config: MergeConfig, misreaders: tuple[str, ...] = ()) -> Settings:
-    """Everything a config means for a model; raises before anything is touched.
+    """Resolve a config for one model; errors are raised before anything is changed.
 
     Args:
         target: the model.
-        config: what the user asks for.
-        misreaders: why what reads the model's tokens would misread merged ones.
+        config: the user's config.
+        misreaders: reasons why modules around the model would misread merged tokens.
 
     Raises:
-        ConfigError: if the model or the matcher cannot do what the config says.
+        ConfigError: if the model or the matcher does not support the config.
     """
     family, model, entry = target.family, target.model, entry_for(config)
     layers = len(target.blocks)
@@ -48,9 +48,9 @@ def settings_for(target: Target, config: MergeConfig, misreaders: tuple[str, ...
             f"output='merged' would be silently wrong for {name} ({'; '.join(reasons)}): use output='full'"
         )
     if "attention" in config.changed("running"):
-        attention_choice(target, config)  # or say why not
+        attention_choice(target, config)  # raises if the form cannot run
     cost = cost_of(target, config, output == "full")
-    resolved_schedule(config, cost)  # or say why not
+    resolved_schedule(config, cost)  # raises if the schedule does not fit
     protected = cost.protected
     needs_plans = (
         family.needs_plans(model)
@@ -68,7 +68,7 @@ def settings_for(target: Target, config: MergeConfig, misreaders: tuple[str, ...
         cost=cost,
         layers=layers,
         protected=protected,
-        # a model may have registers and no class token; where it cannot say, the first prefix token is one
+        # a model may have register tokens but no class token; without `cls_token`, the first prefix token counts as one
         class_token=protected > 0 and getattr(model, "cls_token", model) is not None,
         prop_attn=not family.mae(model) if config.prop_attn == "auto" else bool(config.prop_attn),
         full_output=output == "full",
@@ -78,7 +78,7 @@ def settings_for(target: Target, config: MergeConfig, misreaders: tuple[str, ...
 
 
 def matching_in_words(config: MergeConfig) -> str:
-    """The matcher, and what else of matching is not the paper's."""
+    """Return the name of the matcher, and all settings of matching that differ from the paper's."""
     changed = config.changed("matching")
     options = changed.pop("options", {})
     words = [f"{name} {value}" for name, value in changed.items() if name != "matcher"]
@@ -86,7 +86,7 @@ def matching_in_words(config: MergeConfig) -> str:
 
 
 def backend_choice(target: Target, config: MergeConfig) -> Choice:
-    """What runs matching and merging in the model as it is now, "triton" or "torch", and why."""
+    """Return the backend of matching and merging, "triton" or "torch", in the current state of the model, and the reason."""
     if config.backend == "torch":
         return Choice("torch", "as the config asks")
     tokens = next(target.model.parameters())

@@ -1,9 +1,8 @@
-"""What travels with the tokens of one forward pass: its settings, sizes and, when someone needs them, the plans so far.
+"""State that travels with the tokens through one forward pass: settings, sizes and, where something reads them, plans.
 
-The state is an attribute of the activation tensor itself. So it needs no shared dict (which gradient
-checkpointing breaks: blocks run again in backward, in another order) and no slot per block (which mixes up
-two views of one step). A recomputed block sees exactly the state that it saw the first time, and what one pass
-knows no other can reach.
+The state is an attribute of the activation tensor. A shared dict would break under gradient checkpointing, which runs
+blocks again in backward and in another order, and a slot in each block would mix up two views of one training step. With
+an attribute, a recomputed block sees exactly the state that it saw the first time, and passes cannot reach each other.
 """
 
 from __future__ import annotations
@@ -23,31 +22,31 @@ from tokenmerge.plan import MergePlan, source_map
 from tokenmerge.schedule import Schedule
 
 STATE = "_tokenmerge_state"
-"""Name of the attribute; and of the argument by which a block's call hands it to its forward."""
+"""Name of the attribute, and of the argument by which a block's `__call__` passes the state to `forward`."""
 UNMERGED = "_tokenmerge_unmerged"
-"""Name of an attribute of a tensor with which a block was called while nothing merged; and of the argument that says so when
-gradient checkpointing gives the same tensor again.
+"""Name of a tensor's attribute that marks the input of a block in a pass without merging, and of the argument that reports
+this mark when gradient checkpointing recomputes the block from the same tensor.
 """
 GRID = "_tokenmerge_grid"
-"""Name of an attribute of a tensor with which a pass began: its patches along each axis, as far as they were seen."""
+"""Name of the attribute that keeps the grid, the patches along each axis, on the tensor with which a pass began."""
 _OF_VIEW = "_tokenmerge_state_of_view"
-"""Name of an attribute of the base of a view that a state travels with: where in the graph the view is, and its state."""
+"""Name of the attribute on the base of a view: the view's position in the autograd graph, and the state of the view."""
 _IDENTITY = "BackwardHookFunctionBackward"
-"""What autograd calls the identity by which full backward hooks learn of a gradient."""
+"""Autograd's name of the identity function that full backward hooks insert to receive gradients."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Pass:
-    """What holds for one forward pass from its first block on; every state of the pass refers to it.
+    """Facts that hold for one whole forward pass; every state of the pass refers to it.
 
     Attributes:
-        settings: those in force when it began.
-        batch: images B.
-        tokens: tokens N0 per image that entered the first block, prefix included.
-        grid: patches along each axis, `(h, w)`, `(t, h, w)` or `(t,)`, as the embedding made them; `None` if nobody saw them.
-        schedule: r per block for these tokens, as asked for.
-        full: whether blocks hand on unmerged tokens, for readers that expect upstream's shapes.
-        first_size: `[B, N0]` float32, 0 for padding and 1 for all others; `None` without padding.
+        settings: settings in force when the pass began.
+        batch: B, images in the batch.
+        tokens: N₀, tokens per image that entered the first block, prefix tokens included.
+        grid: patches along each axis as the embedding made them: `(h, w)`, `(t, h, w)` or `(t,)`; `None` if unknown.
+        schedule: r per block for this number of tokens.
+        full: whether every block returns unmerged tokens, for readers that expect upstream's shapes.
+        first_size: `[B, N₀]` float32: 0 for padding, 1 for all other tokens; `None` without padding.
         padded: whether some tokens may be padding.
         ambiguous: whether another pass, with other settings, has begun with the very same tensor.
     """
@@ -65,13 +64,14 @@ class Pass:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Step:
-    """What one block did.
+    """Record of one block's merge.
 
     Attributes:
-        plan: which tokens it made one; `None` if none.
-        size: patches per token after it, `[B, N]` float32; `None` while all are 1. Kept when tracing, as all that follows.
-        similarity: cosine of each token that merged and of the token it joined, `[B, r]` float32; NaN where it was dropped.
-        attention: of the class token to the tokens in attention, `[B, N]` float32.
+        plan: the merge; `None` if the block merged nothing.
+        size: patches per token after the block, `[B, N']` float32; `None` if all are 1. Only a trace keeps this and the
+            following fields.
+        similarity: `[B, r]` float32: cosine similarity of each merged token to the token it joined; NaN if it was dropped.
+        attention: `[B, N]` float32: attention from the class token to each token.
     """
 
     plan: MergePlan | None
@@ -82,21 +82,19 @@ class Step:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class TokenState:
-    """Where the tokens of one activation tensor come from.
+    """History of the tokens in one activation tensor.
 
     Attributes:
-        run: the pass.
-        size: patches per token, `[B, N]` float32; `None` while every token is one patch. Padding has size 0, and
-            so weighs nothing wherever sizes weigh: in means, in attention (log 0 = −inf) and in coordinates.
-        steps: one for each block passed; empty unless plans are kept.
-        positions: coordinates `[B, N, P]` float32 of the tokens, for attention that turns by position; `None`
-            while no token has moved.
-        merged: set when the tensor that carries this state was unmerged for its reader: the real, merged
-            activations `[B, N, C]`, which the next block goes on with.
-        log_size: `[B, N]`: logarithms of the sizes in the dtype of the attention that was expected next, where the kernel
-            that merged has written them.
-        rollout: `[B, N, N0]` float32: how much of each original token is in each token (attention rollout).
-        shared: whether the tensor is a gradient: patches share that of their token, where they each have its value.
+        run: the forward pass.
+        size: patches per token, `[B, N]` float32; `None` if all are 1. Padding has size 0 and therefore weight 0 in means,
+            in attention (log 0 = −inf) and in coordinates.
+        steps: one step for each block that ran; empty unless plans are kept.
+        positions: coordinates `[B, N, P]` float32, for attention with positions of its own; `None` until a token moves.
+        merged: the merged activations `[B, N, C]`, with which the next block continues, if the tensor that carries this
+            state was unmerged for its reader; `None` otherwise.
+        log_size: `[B, N]`: logarithms of the sizes in the dtype of the next attention, if the merging kernel wrote them.
+        rollout: `[B, N, N₀]` float32: attention rollout, the share of each original token in each current token.
+        shared: whether the tensor is a gradient that all patches of a merged token share, because each has its value.
     """
 
     run: Pass
@@ -109,14 +107,14 @@ class TokenState:
     shared: bool = False
 
     def __deepcopy__(self, memo: Any) -> TokenState:
-        return self  # nothing in it changes
+        return self  # a state is immutable
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return OrderedDict, ()  # a file of features holds what any file may: it carries nothing when it is loaded
+        return OrderedDict, ()  # `torch.load` accepts only common types, so saved features carry no state
 
     @property
     def plans(self) -> tuple[MergePlan, ...]:
-        """The plans so far, without the blocks that merged nothing."""
+        """Plans so far, without the blocks that merged nothing."""
         return tuple(step.plan for step in self.steps if step.plan is not None)
 
     @property
@@ -125,7 +123,7 @@ class TokenState:
         return any(plan.drops for plan in self.plans)
 
     def detached(self) -> TokenState:
-        """The same without the graph of a matcher that learns, and without activations."""
+        """Return a copy without activations and without the autograd graph of a learned matcher."""
         steps = tuple(
             dataclasses.replace(
                 step, plan=step.plan and dataclasses.replace(step.plan, gate=None), size=_cut_off(step.size)
@@ -137,20 +135,20 @@ class TokenState:
         )
 
     def to(self, device: torch.device) -> TokenState:
-        """The same on another device, to which something has moved the tokens."""
+        """Return a copy on another device, after something moved the tokens there."""
         moved: TokenState = _moved(self, device)
         return moved
 
     def source(self) -> Tensor | None:
-        """`[B, N0]`, int64: the current token of each token that entered block 0, −1 if dropped; `None` if none merged."""
+        """Return `[B, N₀]` int64: the current token of each original one, −1 if dropped; `None` if no tokens merged."""
         return source_map(self.plans)
 
     def anchor(self) -> Tensor | None:
-        """Return `[B, N]` int64: the original token at whose position each current token is; `None` if none merged."""
+        """Return `[B, N]` int64: the original token at the position of each current token; `None` if no tokens merged."""
         return None if (places := self.places()) is None else places[0]
 
     def places(self) -> tuple[Tensor, Tensor] | None:
-        """Return the anchors `[B, N]` int64 and all other original tokens `[B, N₀ − N]`; `None` if none merged."""
+        """Return the anchors `[B, N]` and all other original tokens `[B, N₀ − N]`, int64; `None` if no tokens merged."""
         anchor: Tensor | None = None
         joined: list[Tensor] = []
         for plan in self.plans:
@@ -159,17 +157,17 @@ class TokenState:
         return None if anchor is None else (anchor, joined[0] if len(joined) == 1 else torch.cat(joined, dim=1))
 
     def unmerge(self, x: Tensor) -> Tensor:
-        """`[B, N, C]` -> `[B, N0, C]`: each original token gets the value of the token it became, 0 if it was dropped."""
+        """Copy the values `x [B, N, C]` of current tokens to their original tokens: `[B, N₀, C]`; 0 if dropped."""
         source = self.source()
         return x if source is None else spread_rows(x, source, self.drops)
 
     def one_of_equals(self, full: Tensor) -> Tensor:
-        """`[B, N0, C]` -> `[B, N, C]`, the inverse of `unmerge`: of equal tokens, one stays."""
+        """Invert `unmerge`: keep one token of each group of equal tokens in `full [B, N₀, C]`: `[B, N, C]`."""
         anchor = self.anchor()
         return full if anchor is None else take_rows(full, anchor)
 
     def merge_again(self, full: Tensor) -> Tensor:
-        """The same for tokens that may no longer be equal: the mean of those that are one, `[B, N, C]`."""
+        """Merge `full [B, N₀, C]`, whose tokens may differ within a group, by the mean of each group: `[B, N, C]`."""
         whole: MergePlan | None = None
         for plan in self.plans:
             whole = plan if whole is None else whole.compose(plan)
@@ -192,7 +190,7 @@ def _moved(value: Any, device: torch.device) -> Any:
 
 
 def attach(x: Tensor, state: TokenState) -> Tensor:
-    """Let the state travel with the activation tensor `x`, which is given back."""
+    """Attach a state to the activation tensor `x`, and return `x`."""
     setattr(x, STATE, state)
     if not torch.compiler.is_compiling() and x.grad_fn is not None and x._base is not None:
         setattr(x._base, _OF_VIEW, (x.grad_fn, state))  # a view of `x` knows this base, but not `x`
@@ -200,7 +198,7 @@ def attach(x: Tensor, state: TokenState) -> Tensor:
 
 
 def state_of(x: Any) -> TokenState | None:
-    """The state that travels with `x`, or `None`."""
+    """Return the state that `x` carries, or `None`."""
     if isinstance(x, Proxy):
         return None
     state = getattr(x, STATE, None)
@@ -210,9 +208,9 @@ def state_of(x: Any) -> TokenState | None:
 
 
 def _beyond_backward_hooks(x: Tensor) -> TokenState | None:
-    """The state of the tensor that `x` is, where modules with full backward hooks have put views in its place.
+    """Return the state of the tensor that full backward hooks replaced by the view `x`, or `None`.
 
-    PyTorch lets what enters and leaves such a module pass through an identity, by which it learns of the gradient.
+    PyTorch passes the inputs and outputs of a module with such hooks through an identity, to receive their gradients.
     """
     if torch.compiler.is_compiling() or x.grad_fn is None or x._base is None:
         return None
@@ -225,15 +223,20 @@ def _beyond_backward_hooks(x: Tensor) -> TokenState | None:
         state = next((state for at, state in known if at is node), None)
     if state is None:
         return None
-    # the next block goes on with merged tokens: taken from `x`, so that gradients go the way of the hooks
+    # the next block continues with merged tokens, which are taken from `x` so that gradients pass the hooks
     return state if state.merged is None else dataclasses.replace(state, merged=state.one_of_equals(x))
 
 
 def state_after_hooks(x: Tensor, given: Tensor | None, state: TokenState) -> TokenState | None:
-    """The state that `given` carried, for the tensor that forward pre-hooks have put in its place; `None` if that is another.
+    """Return the state for a tensor that forward pre-hooks put in place of `given`; `None` if it may hold other tokens.
 
-    The same memory, seen the same way, is the same tokens (FSDP2 passes them through an identity); and so are those that were
-    only moved to another device or cast. Whatever else was computed may be other tokens, in another order.
+    Tensors that view the same memory in the same way hold the same tokens (FSDP2 passes them through an identity), and so do
+    tensors that were only cast, or moved to another device. Anything else may hold other tokens, or the same in another order.
+
+    Args:
+        x: the tensor that `forward` received.
+        given: the tensor that the block was called with, if it still exists.
+        state: the state that `given` carried.
     """
     if given is None or x is given:
         return state
@@ -243,16 +246,20 @@ def state_after_hooks(x: Tensor, given: Tensor | None, state: TokenState) -> Tok
         return state
     try:
         same = x.untyped_storage()._cdata == given.untyped_storage()._cdata
-    except (RuntimeError, NotImplementedError):  # tensors of function transforms have no memory to look at
+    except (RuntimeError, NotImplementedError):  # tensors of function transforms have no storage
         return state
     return state if same and x.stride() == given.stride() and x.storage_offset() == given.storage_offset() else None
 
 
 def needed_state(x: Tensor, reader: str) -> TokenState:
-    """The state that travels with `x`, for a reader that would be wrong without it.
+    """Return the state that `x` carries, for a reader that would be wrong without it.
+
+    Args:
+        x: tokens of a patched model.
+        reader: the reader's name, for the message.
 
     Raises:
-        PatchError: if there is none.
+        PatchError: if `x` carries no state.
     """
     state = state_of(x)
     if state is None:
@@ -264,7 +271,16 @@ def needed_state(x: Tensor, reader: str) -> TokenState:
 
 
 def carried_state(features: Any, what: str, giver: str) -> TokenState:
-    """The state of features that a user hands in, or an `InputError` that says what they miss and what gives it."""
+    """Return the state of features that a user passes in.
+
+    Args:
+        features: the features.
+        what: the information that the caller needs, for the message.
+        giver: the function that returns suitable features, for the message.
+
+    Raises:
+        InputError: if `features` carries no state.
+    """
     state = state_of(features)
     if state is None:
         shape = tuple(features.shape) if isinstance(features, Tensor) else repr(features)[:40]
@@ -276,10 +292,14 @@ def carried_state(features: Any, what: str, giver: str) -> TokenState:
 
 
 def plans_needed(state: TokenState, reader: str) -> TokenState:
-    """The state, if it tells of each patch which token it became.
+    """Return `state` itself, after checking that it tells which token each patch became.
+
+    Args:
+        state: the state.
+        reader: the name of the reader that needs the plans, for the message.
 
     Raises:
-        PatchError: if tokens merged and their plans did not travel.
+        PatchError: if tokens merged, but the state holds no plans.
     """
     if state.size is not None and not state.steps and state.size.shape[1] != state.run.tokens:
         raise PatchError(
@@ -290,20 +310,29 @@ def plans_needed(state: TokenState, reader: str) -> TokenState:
 
 
 def carry(new: Tensor, *, like: Tensor) -> Tensor:
-    """Let a new tensor carry on what is known of another one's tokens: sizes, plans, positions.
+    """Attach the token sizes, plans and positions that `like` carries to a new tensor.
 
-    For adapters, steering vectors and hooks that put another tensor in place of a block's output:
+    Adapters, steering vectors and hooks need this if they replace the output of a block:
     `lambda module, args, output: tokenmerge.carry(output + vector, like=output)`.
 
     Args:
-        new: `[B, N, C']`, token by token what `like` was.
-        like: `[B, N, C]`, an output of a patched model or of one of its blocks.
+        new: `[B, N, C']`, any dtype: one row for each token of `like`, in the same order.
+        like: `[B, N, C]`: an output of a patched model or of one of its blocks.
 
     Returns:
-        `new`. Where `like` carries nothing, as in a model that is not patched or merges nothing, neither does it.
+        `new` itself. It gets no state if `like` has none, as in a model that is not patched or merges nothing.
 
     Raises:
-        InputError: if the two differ in images or tokens.
+        InputError: if `new` and `like` differ in images or tokens.
+
+    Example:
+        >>> import timm, torch, tokenmerge
+        >>> model = timm.create_model("deit_tiny_patch16_224", depth=2, embed_dim=48, num_heads=3, img_size=96).eval()
+        >>> handle = tokenmerge.patch(model, r=8)
+        >>> features = model.forward_features(torch.zeros(1, 3, 96, 96))
+        >>> new = tokenmerge.carry(features + 1, like=features)
+        >>> tokenmerge.token_sizes(new).sum()  # 36 patches and the class token
+        tensor(37.)
     """
     for tensor in (new, like):
         if not isinstance(tensor, Tensor) or tensor.dim() < 2:
@@ -318,22 +347,31 @@ def carry(new: Tensor, *, like: Tensor) -> Tensor:
         )
     if state is None:
         return new
-    if state.merged is not None:  # the next block goes on with merged tokens: those of the new tensor
+    if state.merged is not None:  # the next block continues with merged tokens, which must come from the new tensor
         state = dataclasses.replace(state, merged=state.merge_again(new))
     return attach(new, state)
 
 
 def token_sizes(features: Tensor) -> Tensor:
-    """How many patches each token of a patched model's features stands for.
+    """Return the number of patches that each token in a patched model's features stands for.
 
     Args:
-        features: the very tensor that `forward_features` of a patched model returned, `[B, N, C]`.
+        features: `[B, N, C]`: the very tensor that `forward_features` of a patched model returned.
 
     Returns:
-        `[B, N]`, float32.
+        Sizes `[B, N]` float32; 1 for a prefix token, which stands for itself.
 
     Raises:
-        InputError: if the tensor carries no sizes: it was changed since, or the model is not patched.
+        InputError: if the tensor carries no sizes, because it was changed or the model is not patched.
+
+    Example:
+        >>> import timm, torch, tokenmerge
+        >>> model = timm.create_model("deit_tiny_patch16_224", depth=2, embed_dim=48, num_heads=3, img_size=96).eval()
+        >>> handle = tokenmerge.patch(model, r=8)
+        >>> features = model.forward_features(torch.zeros(1, 3, 96, 96))
+        >>> sizes = tokenmerge.token_sizes(features)
+        >>> sizes.shape, sizes.sum()  # 21 tokens stand for 36 patches and the class token
+        (torch.Size([1, 21]), tensor(37.))
     """
     state = carried_state(features, "token sizes", "a patched model's forward_features returned")
     if state.size is None or state.merged is not None:
@@ -342,7 +380,12 @@ def token_sizes(features: Tensor) -> Tensor:
 
 
 def weighted_mean(x: Tensor, size: Tensor) -> Tensor:
-    """`Σ size·x / Σ size` over the tokens: `[B, N, C]`, `[B, N]` -> `[B, C]`, accumulated in float32."""
+    """Return the size-weighted mean `Σ size·x / Σ size` of tokens, `[B, C]` in the dtype of `x`.
+
+    Args:
+        x: tokens `[B, N, C]`, any floating dtype; the mean is accumulated in float32 (float64 for float64).
+        size: patches per token `[B, N]`.
+    """
     wide = torch.float64 if x.dtype == torch.float64 else torch.float32
     weight = size.to(wide) / size.sum(dim=1, keepdim=True).to(wide).clamp_min(1.0)
     return (x.to(wide) * weight.unsqueeze(2)).sum(dim=1).to(x.dtype)

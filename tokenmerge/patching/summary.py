@@ -1,4 +1,4 @@
-"""What a patch does to a model, as data and as a table that fits 80 columns."""
+"""Summary of a patched model, as data and as a table that fits 80 columns."""
 
 from __future__ import annotations
 
@@ -14,29 +14,29 @@ from tokenmerge.schedule import Schedule, cut
 
 @dataclasses.dataclass(frozen=True)
 class Summary:
-    """What `Handle.summary()` returns; `str()` of it is a table.
+    """Summary of a patched model, which `Handle.summary()` returns; `str()` turns it into a table.
 
     Attributes:
-        model: class of the model.
-        blocks: how many blocks are patched.
-        protected: prefix tokens that never merge.
-        pooling: how the head reads the tokens.
-        prop_attn: whether sizes weigh in attention.
-        attention: which form of attention runs with sizes (see `MergeConfig.attention`).
-        attention_reason: why, in words.
-        backend: what matches and merges, "triton" or "torch".
-        backend_reason: why, in words.
-        matcher: name of the matching algorithm.
-        adaptive: whether the tokens that are left depend on what is in the images, so that r and all counts are averages.
-        input_size: the input size that all of this is for, as it was given; `None` is the model's own.
-        requested: r per block as asked for, at that size.
-        r: r per block after cutting it to what is possible there.
-        tokens: tokens that enter each block, then those that leave the last one.
-        flops_before: multiply-adds for one image without merging.
-        flops_after: multiply-adds for one image with merging.
+        model: class name of the model.
+        blocks: number of patched blocks.
+        protected: prefix tokens, which never merge.
+        pooling: how the head reads the tokens, in words.
+        prop_attn: whether attention is proportional.
+        attention: form in which attention takes the sizes (see `MergeConfig.attention`).
+        attention_reason: the reason for that form, in words.
+        backend: backend of matching and merging: "triton" or "torch".
+        backend_reason: the reason for that backend, in words.
+        matcher: name of the matcher.
+        adaptive: whether the number of tokens left depends on the images, so that r and all counts are averages.
+        input_size: input size for which the summary holds, as it was given; `None` is the model's own size.
+        requested: requested r per block at that size.
+        r: r per block, cut to the possible maximum at that size.
+        tokens: tokens that enter each block, followed by the tokens that leave the last one.
+        flops_before: multiply-adds per image without merging.
+        flops_after: multiply-adds per image with merging.
         block_flops: multiply-adds of each block with merging.
-        matching_flops: multiply-adds for one image that merging itself adds (metric, matching), which by convention no other
-            figure here holds; `None` where it cannot be known: blocks are sharded, or a predictor is not trained yet.
+        matching_flops: multiply-adds per image of merging itself (metric and matching), which by convention no other figure
+            here includes; `None` if they cannot be counted, because blocks are sharded or a predictor is not trained yet.
     """
 
     model: str
@@ -61,19 +61,19 @@ class Summary:
 
     @property
     def flops_ratio(self) -> float:
-        """FLOPs before ÷ after: the speed-up that the arithmetic alone would allow."""
+        """FLOPs without merging divided by FLOPs with merging: the speed-up if time were proportional to FLOPs."""
         return self.flops_before / self.flops_after
 
     @property
     def shape_in_words(self) -> str:
-        """Which inputs all of this is for."""
+        """The inputs for which the summary holds, in words."""
         if self.input_size is None:
             return "inputs of the model's own size"
         sizes = [self.input_size] if isinstance(self.input_size, int) else self.input_size
         return f"inputs of {'×'.join(map(str, sizes))}"
 
     def _matching_in_words(self) -> str:
-        """What the matching adds, in words."""
+        """Return the cost of matching, in words."""
         if self.matching_flops is None:
             return ", matching not counted"
         return f", matching {100 * self.matching_flops / self.flops_after:.2g} % more" if self.matching_flops else ""
@@ -112,7 +112,20 @@ def summarize(
     matching: tuple[int, ...] | None,
     input_size: int | Sequence[int] | None,
 ) -> Summary:
-    """The summary of a model with those settings, at the number of tokens that `cost` is for, under `schedule`."""
+    """Return the summary of a model.
+
+    Args:
+        settings: settings of the model.
+        model: class name of the model.
+        pooling: how the head reads the tokens, in words.
+        choice: form of attention, and the reason for it.
+        backend: backend, and the reason for it.
+        matcher: name of the matcher, and further options in words.
+        schedule: requested r per block.
+        cost: cost of the model for the number of tokens that the summary is for.
+        matching: multiply-adds of merging in each block, or `None`.
+        input_size: input size for which the summary holds.
+    """
     return Summary(
         model=model,
         blocks=settings.layers,

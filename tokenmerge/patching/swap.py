@@ -1,8 +1,8 @@
-"""Changing a module's class in place and back.
+"""Change of a module's class in place, and its restoration.
 
-A patched module keeps its weights, buffers, hooks and name; only its class becomes a subclass made here, as
-torch's parametrize and FSDP2 do. `forward` is never bound on an instance: that hides a module from gradient
-checkpointing wrappers and can make Dynamo reuse stale code.
+A patched module keeps its weights, buffers, hooks and name; its class becomes a subclass made at run time, as in torch's
+parametrize and FSDP2. `forward` is never bound on an instance, because that would hide the module from wrappers for
+gradient checkpointing and can make Dynamo reuse stale code.
 """
 
 from __future__ import annotations
@@ -19,17 +19,22 @@ from tokenmerge.errors import PatchError
 
 
 class Swapped:
-    """Marks classes made by `swapped_class`.
+    """Marker base of all classes made by `swapped_class`.
 
-    A mix-in that makes a property of an instance's attribute names it in `_tokenmerge_moved`, with the name under
-    which the value lies meanwhile: Dynamo of torch 2.11 reads `vars(self)[name]` as the property, without end.
+    A mix-in that turns an attribute of instances into a property lists it in `_tokenmerge_moved`, with the name under which
+    the value is stored meanwhile. The names must differ, because Dynamo of torch 2.11 reads `vars(self)[name]` as the
+    property and recurses without end.
     """
 
     _tokenmerge_mixin: type
     _tokenmerge_original: type[nn.Module]
 
     def __prepare_scriptable__(self) -> NoReturn:
-        """Called by `torch.jit.script`, whose language has no tensors that carry a state."""
+        """Raise when `torch.jit.script` calls this method: TorchScript has no tensors that carry a state.
+
+        Raises:
+            PatchError: always.
+        """
         raise PatchError(
             f"{type(self).__name__} is patched, and torch.jit.script cannot compile a model that merges tokens: use torch.export "
             "or torch.jit.trace, or unpatch it first"
@@ -38,14 +43,14 @@ class Swapped:
 
 @functools.cache
 def swapped_class(mixin: type, original: Any) -> type[nn.Module]:
-    """The subclass of `original` in which `mixin` comes first; the same object each time.
+    """Return the subclass of `original` in which `mixin` comes first; the same class object for the same arguments.
 
-    It keeps the original's name, because device maps and sharding policies look blocks up by class name.
+    It keeps the name of `original`, because device maps and sharding policies find blocks by class name.
     """
 
     def reduce(self: Any, protocol: Any) -> tuple[Any, ...]:
-        # a class made at run time cannot be found by name: pickle and deepcopy make it anew
-        # (by __getstate__, which leaves out compiled code: that belongs to the module it was compiled for)
+        # pickle and deepcopy cannot find a class made at run time by its name, so they make it anew;
+        # __getstate__ leaves out compiled code, which is valid only for the module that it was compiled for
         return _rebuild, (mixin, original), self.__getstate__()
 
     namespace = {
@@ -64,7 +69,7 @@ def _rebuild(mixin: type, original: Any) -> Any:
 
 
 def swap_class(module: nn.Module, mixin: type) -> None:
-    """Put `mixin` in front of the module's class."""
+    """Replace the module's class by the subclass in which `mixin` comes first."""
     cls: Any = type(module)
     for name, place in getattr(mixin, "_tokenmerge_moved", {}).items():
         vars(module)[place] = vars(module).pop(name)
@@ -72,7 +77,11 @@ def swap_class(module: nn.Module, mixin: type) -> None:
 
 
 def check_restorable(module: nn.Module) -> None:
-    """Raise `PatchError` if something else has changed the module's class since `swap_class`."""
+    """Raise if something else has changed the module's class since `swap_class`.
+
+    Raises:
+        PatchError: if so.
+    """
     cls: Any = type(module)
     if "_tokenmerge_original" not in cls.__dict__:
         raise PatchError(
@@ -82,17 +91,17 @@ def check_restorable(module: nn.Module) -> None:
 
 
 def restore_class(module: nn.Module) -> None:
-    """Give the module the class back that it had before `swap_class`.
+    """Restore the class that the module had before `swap_class`.
 
     Raises:
-        PatchError: if something else has changed its class in between.
+        PatchError: if something else has changed its class since.
     """
     check_restorable(module)
     cls: Any = type(module)
     module.__class__ = cls._tokenmerge_original
     for name, place in getattr(cls._tokenmerge_mixin, "_tokenmerge_moved", {}).items():
         vars(module)[name] = vars(module).pop(place)
-    for name, value in vars(module).items():  # hooks of Accelerate keep the method that they put theirs in place of
+    for name, value in vars(module).items():  # hooks of Accelerate store the bound method that they replaced
         if isinstance(value, types.MethodType) and value.__self__ is module:
             own = getattr(type(module), value.__name__, None)
             if own is not None and getattr(cls, value.__name__, None) is value.__func__ is not own:
@@ -100,13 +109,14 @@ def restore_class(module: nn.Module) -> None:
 
 
 def copy_without_hooks(module: Any, memo: dict[int, Any] | None = None) -> Any:
-    """A deep copy for trying things on, without anyone's hooks, which may expect other inputs or note what they see.
+    """Return a deep copy for tests, without any hooks, which may expect other inputs or record what they see.
 
     Args:
         module: the module.
-        memo: what stands in the copy for tensors of the module, by `id`; all others are copied.
+        memo: tensors that replace tensors of the module in the copy, by the `id` of the replaced one; others are copied.
     """
-    # what hooks compute before each pass, as those of torch.nn.utils.prune do, is no leaf, which Python's copy refuses
+    # tensors that hooks compute before each pass, such as those of torch.nn.utils.prune, are no leaves of autograd, and
+    # deepcopy refuses them
     computed = (value for part in module.modules() for value in vars(part).values() if isinstance(value, Tensor))
     memo = {**{id(value): value.detach().clone() for value in computed if not value.is_leaf}, **(memo or {})}
     copied = copy.deepcopy(module, memo)
@@ -117,22 +127,22 @@ def copy_without_hooks(module: Any, memo: dict[int, Any] | None = None) -> Any:
 
 
 def is_ours(hook: Any) -> bool:
-    """Whether a hook was put on a module by patching; found by where it was written, because copies keep nothing else."""
+    """Return whether patching registered this hook; its module tells, because a copied hook keeps nothing else."""
     return (getattr(hook, "__module__", None) or "").startswith("tokenmerge.")
 
 
 def is_touched(module: nn.Module) -> bool:
-    """Whether a module has a hook or a class of ours."""
+    """Return whether a module has a hook or a class of this library."""
     hooks = (*module._forward_hooks.values(), *module._forward_pre_hooks.values())
     return isinstance(module, Swapped) or any(is_ours(hook) for hook in hooks)
 
 
 def is_sharded(module: nn.Module) -> bool:
-    """Whether FSDP2's `fully_shard` was called on this very module."""
+    """Return whether FSDP2's `fully_shard` was called on this very module."""
     return any(base.__name__ == "FSDPModule" for base in type(module).__mro__)
 
 
 def original_class(module: nn.Module) -> type[nn.Module]:
-    """Upstream's class of a module, patched or not."""
+    """Return upstream's class of a module, patched or not."""
     cls: type[nn.Module] = getattr(type(module), "_tokenmerge_original", type(module))
     return cls

@@ -1,4 +1,4 @@
-"""Finding what to patch inside whatever the user holds, and saying why when it cannot be done."""
+"""Search for the model to patch inside the user's module, and the reasons if it cannot be patched."""
 
 from __future__ import annotations
 
@@ -34,13 +34,13 @@ _WRAPPERS = "transformers.modeling_layers"
 
 @dataclasses.dataclass(frozen=True)
 class Target:
-    """A model that can be patched.
+    """Model that can be patched.
 
     Attributes:
         model: the module itself.
-        family: its row.
-        blocks: its blocks, each with its row.
-        around: multiply-adds of a classifier that stands around it.
+        family: row of the model.
+        blocks: the blocks, each with its row.
+        around: multiply-adds of a classifier that surrounds the model.
     """
 
     model: Any
@@ -50,11 +50,16 @@ class Target:
 
     @property
     def channels(self) -> int:
-        """C of the tokens: as the first block has it, whose channels may have been pruned since the model was made."""
+        """C, channels of a token, from the first block, whose channels may have been pruned since it was created."""
         return channels_of(self.blocks[0][0], self.family.channels(self.model))
 
     def cost(self, place: Place = "between", most: Most = "half") -> ModelCost:
-        """What the model costs for one image at its own input size, when blocks merge there, and at most so many tokens."""
+        """Return the model's cost for one image at its own input size.
+
+        Args:
+            place: where blocks merge (`MergeConfig.place`).
+            most: limit on the tokens that a block can merge away.
+        """
         return ModelCost(
             tokens=self.family.tokens(self.model),
             protected=self.family.protected(self.model),
@@ -65,24 +70,24 @@ class Target:
         )
 
     def ends(self) -> Ends:
-        """Multiply-adds of all that stands before and after the blocks, at the model's own input size."""
+        """Return the multiply-adds of everything before and after the blocks, at the model's own input size."""
         return Ends(*self.family.cost(self.model)).plus(self.around)
 
     def tokens_at(self, input_size: int | Sequence[int] | None) -> int:
-        """Tokens that enter the first block for inputs of that size, prefix included; `None` is the model's own size.
+        """Return the tokens that enter the first block, prefix included, for an input size (`None`: the model's own).
 
         Raises:
-            InputError: if that cannot be known, or the size is none.
+            InputError: if the number cannot be known before a forward pass, or the size is invalid.
         """
         if input_size is None:
             return self.family.tokens(self.model)
         return math.prod(self.grid_at(input_size) or ()) + self.family.protected(self.model)
 
     def grid_at(self, input_size: int | Sequence[int] | None) -> tuple[int, ...] | None:
-        """Patches along each axis for inputs of that size; `None` is the model's own size, which may have no grid.
+        """Return the patches along each axis for an input size; `None` is the model's own size, which may have no grid.
 
         Raises:
-            InputError: if a size is given, and its grid cannot be known, or the size is none.
+            InputError: if a size is given and it is invalid, or its grid cannot be known before a forward pass.
         """
         family, model = self.family, self.model
         if input_size is None:
@@ -116,18 +121,18 @@ class Target:
 
 
 def patch_of(module: nn.Module) -> ModelRecord | None:
-    """The record of a patched module, `None` if that very module is not patched."""
+    """Return the record of a patched model, or `None` if this very module is not one."""
     record = record_of(module)
     return record if isinstance(record, ModelRecord) and module_is_root(record, module) else None
 
 
 def module_is_root(record: ModelRecord, module: nn.Module) -> bool:
-    """Whether the record is the module's own: norms and readers of a model hold their model's."""
+    """Return whether a record describes the module that carries it; norms and readers carry their model's record."""
     return issubclass(original_class(module), record.family.model)
 
 
 def patched_inside(model: nn.Module) -> list[tuple[str, nn.Module]]:
-    """Name and module of every patched model in `model`, itself included (then the name is empty)."""
+    """Return the name and module of every patched model in `model`; the name of `model` itself is empty."""
     return [(name, module) for name, module in model.named_modules() if patch_of(module) is not None]
 
 
@@ -137,7 +142,7 @@ def _name(module: nn.Module) -> str:
 
 
 def misread_by(model: nn.Module, target: Target) -> tuple[str, ...]:
-    """Why modules around the target, up to the one that the user holds, would misread its tokens if they were merged."""
+    """Return why modules around the target, up to the one that the user passed, would misread merged tokens."""
     way = [*_way(model, target.model), target.model]
     tower = original_class(target.model)
     reasons = (misread(module, inside, original_class(module), tower) for module, inside in itertools.pairwise(way))
@@ -145,25 +150,25 @@ def misread_by(model: nn.Module, target: Target) -> tuple[str, ...]:
 
 
 def _way(model: nn.Module, inside: nn.Module) -> list[nn.Module]:
-    """The modules around one that is inside a model, the outermost first."""
+    """Return the modules around `inside` within `model`, outermost first."""
     name = next(name for name, module in model.named_modules() if module is inside)
     return [model.get_submodule(name[:end]) for end in _ends(name)]
 
 
 def _ends(name: str) -> list[int]:
-    """Where the names of the modules around end: of `a.b.c` those of the whole, `a` and `a.b`."""
+    """Return the lengths of the prefixes of a module's name that name the modules around it: for `a.b.c`, 0, 1 and 3."""
     return [0, *(place for place, letter in enumerate(name) if letter == ".")] if name else []
 
 
 def _own(method: Any) -> Any:
-    """A method without the wrapper that transformers puts around the forward of every subclass of a layer."""
+    """Return a method without the wrapper that transformers puts around the forward of every subclass of a layer."""
     while hasattr(method, "__wrapped__") and getattr(method, "__globals__", {}).get("__name__", "").endswith(_WRAPPERS):
         method = method.__wrapped__
     return method
 
 
 def _overridden(module: nn.Module, base: type, methods: tuple[str, ...]) -> list[str]:
-    """Which of `base`'s methods the module's class or the module itself has replaced."""
+    """Return which of `base`'s methods the module's class or the module itself overrides."""
     cls = original_class(module)
     return [
         name
@@ -173,18 +178,22 @@ def _overridden(module: nn.Module, base: type, methods: tuple[str, ...]) -> list
 
 
 def _own_method(module: nn.Module, name: str) -> str:
-    """In words, that a method is not upstream's."""
+    """Return in words that a method is not upstream's."""
     if name in vars(module):
         kept = getattr(vars(module)[name], "__func__", None) is getattr(
             type(module), name
-        )  # its class's own, left there
+        )  # Accelerate left the class's own method on the module
         by = " as Accelerate's hooks leave it" if kept or is_prepared(module) else ""
         return f"it has its own {name}(), set on the module itself{by} (delete that if it is needed no more)"
     return f"it has its own {name}()"
 
 
 def check_is_module(model: object) -> None:
-    """Raise `UnsupportedModelError` unless `model` is a `torch.nn.Module`."""
+    """Raise unless `model` is a `torch.nn.Module`.
+
+    Raises:
+        UnsupportedModelError: if it is anything else.
+    """
     if not isinstance(model, nn.Module):
         raise UnsupportedModelError(
             f"{model!r:.200} of type {type(model).__name__} was given, but a torch.nn.Module was expected: "
@@ -193,10 +202,10 @@ def check_is_module(model: object) -> None:
 
 
 def find_target(model: nn.Module) -> Target:
-    """The one supported model in `model`: itself, or the single one among its submodules.
+    """Return the only supported model in `model`, which may be `model` itself.
 
     Raises:
-        UnsupportedModelError: if there is none, more than one, or the one found cannot be patched right.
+        UnsupportedModelError: if there is none, more than one, or the one found cannot be patched correctly.
     """
     check_is_module(model)
     found = [(name, module) for name, module in model.named_modules() if model_family(original_class(module))]
@@ -217,7 +226,7 @@ def find_target(model: nn.Module) -> Target:
 
 
 def _why_none(model: nn.Module) -> str:
-    """Why there is nothing to patch in a model."""
+    """Return why a module contains no model to patch."""
     if any(isinstance(module, GraphModule) for module in model.modules()):
         return "it was traced by torch.fx, which leaves no blocks: patch first, then trace"
     if any(isinstance(module, ScriptModule) for module in model.modules()):
@@ -226,13 +235,16 @@ def _why_none(model: nn.Module) -> str:
 
 
 def is_prepared(module: nn.Module) -> bool:
-    """Whether Accelerate has put a forward of its own on the module."""
+    """Return whether Accelerate has set a forward of its own on the module."""
     own = vars(module)
     return "forward" in own and any(name in own for name in ("_original_forward", "_old_forward", "_hf_hook"))
 
 
 def _wrapped(block: nn.Module) -> str:
-    """What hides a block or a module inside it from its row, and a remedy, after its number; empty if nothing does."""
+    """Return what hides a block or a module inside it from its row, with a remedy; empty if nothing does.
+
+    The text follows the block's number in a message.
+    """
     for name, module in block.named_modules():
         where = f": its module {name}" if name else ""
         if isinstance(module, GraphModule | ScriptModule):
@@ -247,7 +259,7 @@ def _wrapped(block: nn.Module) -> str:
 
 
 def _against(block: nn.Module, row: BlockFamily | None) -> list[str]:
-    """Why a block cannot be patched right: what follows its number."""
+    """Return why a block cannot be patched correctly; each text follows the block's number in a message."""
     if row is None:
         return [_wrapped(block) or f" is {_name(block)}, which is not in the table of supported blocks"]
     own = _overridden(block, row.block, ("forward",))
@@ -267,10 +279,14 @@ def _blocks_of(model: nn.Module, family: ModelFamily) -> list[nn.Module]:
 
 
 def _examine(model: nn.Module) -> Target:
-    """The target for a module of a supported class, or all the reasons why it is none."""
+    """Return the target for a module of a supported class.
+
+    Raises:
+        UnsupportedModelError: if it cannot be patched correctly; the message lists the reasons.
+    """
     family = model_family(original_class(model))
     assert family is not None
-    patched = patch_of(model) is not None  # then what came after is not what was patched: its passes are looked at
+    patched = patch_of(model) is not None  # later changes to a patched model are checked by its forward passes instead
     reasons = [] if patched else [_own_method(model, name) for name in _overridden(model, family.model, family.seams)]
     if is_prepared(model) and not patched:
         reasons = ["Accelerate has prepared it already: patch before accelerator.prepare, or before it is dispatched"]
@@ -300,7 +316,11 @@ def _examine(model: nn.Module) -> Target:
 
 
 def refuse_if_patched(model: nn.Module) -> None:
-    """Raise `PatchError` if the model, something inside it, or something it is a block of is patched."""
+    """Raise if the model or a module inside it is patched, or is part of another patched model.
+
+    Raises:
+        PatchError: if so; the message names the module.
+    """
     for name, module in patched_inside(model):
         record = patch_of(module)
         assert record is not None

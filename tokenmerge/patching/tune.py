@@ -1,4 +1,4 @@
-"""Choosing the form of attention by measuring it on the user's own model, inputs and device."""
+"""Choice of the form of attention by measuring it on the user's model, inputs and device."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from tokenmerge.patching.target import Target
 
 
 def use_form(record: ModelRecord, form: Any) -> None:
-    """Make a model use a form, without any check."""
+    """Switch a model to a form of attention, without any check."""
     config = dataclasses.replace(record.settings.config, attention=form)
     record.settings = dataclasses.replace(record.settings, config=config)
 
@@ -30,19 +30,24 @@ def measure_forms(
     forms: Sequence[str] | None,
     rounds: int,
 ) -> dict[str, float]:
-    """Median seconds of a forward pass with each form that can run; they take turns. Leaves the last one in use.
+    """Measure the median seconds of a forward pass with each form of attention that can run.
+
+    The forms take turns, so that slow drifts affect all alike. The form that ran last stays in use.
 
     Args:
         target: the patched model.
-        record: its record.
+        record: record of the model.
         inputs: positional arguments of a forward pass.
-        options: its keyword arguments.
-        forms: which forms to try; `None` tries all, and leaves out those that cannot run on these inputs.
-        rounds: measured passes per form, after one that is not.
+        options: keyword arguments of a forward pass.
+        forms: forms to measure; `None` measures all forms that can run on these inputs.
+        rounds: measured passes per form, after one warm-up pass.
+
+    Returns:
+        Median seconds per forward pass, by form.
 
     Raises:
         ConfigError: if one of the given `forms` cannot run here.
-        InputError: if no form is given, or `rounds` is not positive.
+        InputError: if `forms` is empty, or `rounds` is not a number from 1 to 10,000.
     """
     if not isinstance(rounds, int) or isinstance(rounds, bool) or not 1 <= rounds <= 10_000:
         raise InputError(
@@ -61,11 +66,11 @@ def measure_forms(
         try:
             use_form(record, form)
             attention_choice(target, record.settings.config)
-            run()  # compiles, and shows whether it can
+            run()  # warm-up: compiles kernels, and raises if the form cannot run
         except (
             ConfigError,
             RuntimeError,
-        ):  # kernels refuse shapes, and memory runs out, with RuntimeErrors of many kinds
+        ):  # kernels that refuse a shape, and exhausted memory, raise RuntimeErrors of many kinds
             if forms is not None or form == "mask":
                 raise
             continue

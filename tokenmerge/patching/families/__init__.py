@@ -1,1 +1,1 @@
-"""The rows: one module per library, imported when the first model of that library is patched."""
+"""Family tables: one module of rows per library, imported when the first model of that library is patched."""

@@ -1,7 +1,7 @@
-"""What the patch has to know about a class of blocks and about a class of models: rows, not functions per model.
+"""Rows of the family table: each describes one class of blocks or of models to the patch, in place of code per model.
 
-A row names seams of upstream's own modules; it never copies an attention forward. Rows live beside this file, one
-module per library, and are imported only when a model of that library is patched; they are found by class, here.
+A row names parts of upstream's own modules and never copies an attention forward. The rows of each library stand in a
+module of their own beside this file, which is imported when a model of that library is patched. Rows are found by class.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ Hook = Callable[..., Any]
 
 
 def no_reasons(module: Any) -> list[str]:
-    """The `refuse` of a row that has nothing to object to."""
+    """Return no reasons: the default of `refuse`, for classes that can always be patched."""
     return []
 
 
@@ -35,7 +35,12 @@ def _nothing(module: Any) -> Sequence[Any]:
 
 @dataclasses.dataclass(frozen=True)
 class Example:
-    """What a block is tried with at patch time: this many tokens, and further arguments."""
+    """Input with which a block is tested at patch time.
+
+    Attributes:
+        tokens: number of tokens.
+        arguments: further arguments of the block's forward.
+    """
 
     tokens: int = 7
     arguments: dict[str, Any] = dataclasses.field(default_factory=dict)
@@ -43,37 +48,36 @@ class Example:
 
 @dataclasses.dataclass(frozen=True)
 class BlockFamily:
-    """One class of transformer blocks.
+    """Row for one class of transformer blocks.
 
     Attributes:
         block: upstream's exact class; a subclass fits only if it inherits `forward` unchanged.
-        attention: `(block, x, bias, **arguments) -> x + attention branch`; bias is `[B, 1 or H, 1 or N, N]` or
-            `None`, arguments are those that the caller gave and that are not the mask.
-        mlp: `(block, x) -> x + MLP branch`, or `None` where attention and MLP run side by side; tokens then
-            merge after both.
-        keys: the modules that `tap` is hooked to.
+        attention: `(block, x, bias, **arguments) -> x + attention branch`; `bias` is `[B, 1 or H, 1 or N, N]` or `None`, and
+            `arguments` are the caller's, without the mask.
+        mlp: `(block, x) -> x + MLP branch`; `None` if attention and MLP run in parallel, so that tokens merge after both.
+        keys: the modules on which the `tap` hook is registered.
         cost: multiply-adds of a block.
-        refuse: reasons why this very block cannot be patched right.
+        refuse: reasons why this particular block cannot be patched correctly.
         tap: `note_output` (a forward hook) or `note_input` (a forward pre-hook).
-        metric: `(block, what was noted) -> [B, N, D]`: K averaged over its heads.
-        per_head: `(block, what was noted) -> [B, H, N, D]`, a view of K, or `None` where there is none: matchers that
-            average the heads themselves take it. Known by itself for the usual metrics.
-        keys_at_call: whether K is seen, and sizes are given, where attention calls `scaled_dot_product_attention`
-            (`attention_call`): the attention is `nn.MultiheadAttention`, which shows them nowhere else.
-        mask: name of the argument that masks padding, if the block takes one.
-        pair_bias: name of the argument that holds a bias `[1, H, N0, N0]` between original tokens.
+        metric: `(block, recorded tensors) -> [B, N, D]`: K averaged over heads.
+        per_head: `(block, recorded tensors) -> [B, H, N, D]`: K as a view, for matchers that average heads themselves;
+            `None` if there is no such view. Filled in automatically for the usual metrics.
+        keys_at_call: whether K is recorded, and the sizes are added, in the call of `scaled_dot_product_attention`
+            (`attention/call.py`); `nn.MultiheadAttention` gives access to them nowhere else.
+        mask: name of the argument that holds the padding mask, if the block takes one.
+        pair_bias: name of the argument that holds a bias `[1, H, N₀, N₀]` between original tokens.
         rope: name of the argument that holds the table of rotary positions.
-        passes: whether further arguments go on to upstream's attention; otherwise they are refused.
-        hooks: `(block) -> (module, forward pre-hook)` pairs that put the sizes into attention without a mask.
-        answers: the same with forward hooks, for modules whose answer must change and whose class others may look for.
-        mixins: `(block) -> (module, mix-in)` pairs put before the classes of modules inside attention.
-        positions: `(block, x) -> [1, N0, P]`: coordinates, where attention makes them itself.
-        own_pairs: whether attention makes a bias between original tokens itself (reached by `mixins`).
-        wrap: what upstream's forward puts around x.
-        example: what the block is tried with.
-        ready: raises if the block can no longer be run right: its attention was exchanged since, say.
-        arguments: names of what upstream's forward takes after the tokens, in order; read off `block`.
-        needs_source: whether attention reads a bias between original tokens, so that their map must travel.
+        passes: whether further arguments are passed on to upstream's attention; otherwise they are refused.
+        hooks: `(block) -> (module, forward pre-hook)` pairs that add the sizes to attention without a mask.
+        answers: `(block) -> (module, forward hook)` pairs, for modules whose output must change but whose class must not.
+        mixins: `(block) -> (module, mix-in)` pairs: mix-ins for the classes of modules inside attention.
+        positions: `(block, x) -> [1, N₀, P]`: coordinates, if attention computes them itself.
+        own_pairs: whether attention computes a bias between original tokens itself (`mixins` then gives access to it).
+        wrap: the form in which upstream's forward returns x.
+        example: the input with which the block is tested.
+        ready: raises if the block can no longer be run correctly, for instance because its attention was exchanged.
+        arguments: names of the parameters of upstream's forward after the tokens, in order; read from `block`.
+        needs_source: whether attention reads a bias between original tokens, so that their map must travel with the state.
     """
 
     block: type[nn.Module]
@@ -103,7 +107,7 @@ class BlockFamily:
     needs_source: bool = dataclasses.field(init=False)
 
     def __post_init__(self) -> None:
-        # now, not when first asked for: that may be while Dynamo traces
+        # computed here and not on first use, which may happen while Dynamo traces
         parameters = list(inspect.signature(self.block.forward).parameters.values())[2:]
         names = tuple(p.name for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD)
         object.__setattr__(self, "arguments", names)
@@ -113,42 +117,42 @@ class BlockFamily:
             object.__setattr__(self, "per_head", usual.get(self.metric))
 
     def __reduce__(self) -> tuple[Any, ...]:
-        # patched blocks hold their row; a copied or unpickled block finds it again by its class
+        # patched blocks refer to their row; a copied or unpickled block finds it again by its class
         return block_family, (self.block,)
 
 
 @dataclasses.dataclass(frozen=True)
 class ModelFamily:
-    """One class of models: what stands before, between and after the blocks.
+    """Row for one class of models: the parts before, between and after the blocks.
 
     Attributes:
         library: import name of the library.
         model: upstream's class; a subclass fits only if it inherits every method in `seams` unchanged.
         seams: methods whose behaviour the patch relies on.
-        blocks: the blocks in the order in which they run.
-        channels: C of the tokens.
+        blocks: the blocks, in the order in which they run.
+        channels: C, channels of a token.
         protected: number of prefix tokens.
-        tokens: tokens that enter the first block, prefix included, at the model's own input size.
-        grid: patches along each axis at that size; `None` if there is no such size.
-        input_shape: shape of one input without the batch, or `None` if the model takes several.
-        embed: the module that makes the patches, whose output is `[B, C, *grid]`, or tokens and a grid: there a pass sees it.
-        grid_at: `(model, sizes of an input along the axes of the grid) -> grid`, before any pass.
+        tokens: tokens that enter the first block, prefix tokens included, at the model's own input size.
+        grid: patches along each axis at that size; `None` if the model has no such size.
+        input_shape: shape of one input without the batch; `None` if the model takes several inputs.
+        embed: the module that makes the patches; a pass reads the grid from its output, `[B, C, *grid]` or (tokens, grid).
+        grid_at: `(model, sizes of an input along the axes of the grid) -> grid`, before any forward pass.
         pooling: how the head reads the tokens, in words.
-        cost: multiply-adds of what stands before and after the blocks, at the model's own input size.
-        around: `(modules around it, the outermost first; model) -> Ends`: multiply-adds of a classifier that stands around it.
-        swap: mix-in put before the model's class while it is patched, for seams only methods can reach.
-        norms: modules after the blocks that map tokens one by one; sizes pass through them.
-        output: what leaves the last block unless the user chooses: "merged" or "full".
-        merged_output: reasons why this very model's own modules cannot do with merged output.
-        readers: modules that must get unmerged tokens, when merged ones leave the last block.
-        hooks: `(model) -> (module, forward pre-hook)` pairs, for what else must be noted.
-        collectors: modules whose forward may be asked for the hidden states of all blocks.
-        always_collects: whether they always are.
-        rotary: `(model, index of the block) -> Rotary`, for models whose attention turns by position.
-        rotary_example: `(model, index) -> table`: upstream's table at the model's own size, to try `rotary` on.
+        cost: multiply-adds before and after the blocks, at the model's own input size.
+        around: `(modules around the model, outermost first; model) -> Ends`: multiply-adds of a surrounding classifier.
+        swap: mix-in for the model's class while it is patched, for behaviour that only methods can change.
+        norms: modules after the blocks that map tokens one by one; the state passes through them.
+        output: output of the last block unless the user chooses: "merged" or "full".
+        merged_output: reasons why the model's own modules would misread merged output.
+        readers: modules that must get unmerged tokens even if merged tokens leave the last block.
+        hooks: `(model) -> (module, forward pre-hook)` pairs, for anything else that must be recorded.
+        collectors: modules whose forward can return the hidden states of all blocks.
+        always_collects: whether those modules always return them.
+        rotary: `(model, index of the block) -> Rotary`, for models with rotary positions.
+        rotary_example: `(model, index) -> table`: upstream's table at the model's own size, to test `rotary` with.
         mae: whether the weights are known to come from MAE pretraining.
-        needs_plans: whether the head needs the map from patches to tokens, not only sizes.
-        refuse: reasons why this very model cannot be patched right.
+        needs_plans: whether the head needs the map from patches to tokens, and not only sizes.
+        refuse: reasons why this particular model cannot be patched correctly.
     """
 
     library: str
@@ -180,7 +184,7 @@ class ModelFamily:
     refuse: Callable[[Any], list[str]] = no_reasons
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return model_family, (self.model,)  # found again by its class, as a block's
+        return model_family, (self.model,)  # found again by its class, as rows of blocks are
 
 
 # --- finding rows ------------------------------------------------------------------------------------------
@@ -193,27 +197,31 @@ LIBRARIES = {
 
 
 class _Rows(Protocol):
-    """What a library's module offers; every function answers for one exact class, not for its bases."""
+    """Interface of a library's module; every function looks up one exact class, and none of its bases."""
 
     NAMES: str
-    """The supported models in words."""
+    """The supported models, in words."""
 
     def model_row(self, cls: type[nn.Module]) -> ModelFamily | None:
-        """The row of a model class."""
+        """Return the row of a model class, or `None`."""
         ...
 
     def block_row(self, cls: type[nn.Module]) -> BlockFamily | None:
-        """The row of a block class."""
+        """Return the row of a block class, or `None`."""
         ...
 
     def why_not(self, cls: type[nn.Module]) -> str | None:
-        """Why a model class that has no row has none, where that is known."""
+        """Return why a model class has no row; `None` if the reason is not known."""
         ...
 
 
 @cache
 def _rows(library: str) -> _Rows:
-    """The rows of a library, whose import failing means that it is another version than the rows know."""
+    """Return the rows of a library.
+
+    Raises:
+        UnsupportedModelError: if the installed version of the library lacks classes that the rows import.
+    """
     try:
         return cast("_Rows", importlib.import_module(LIBRARIES[library]))
     except ImportError as error:
@@ -225,13 +233,13 @@ def _rows(library: str) -> _Rows:
 
 
 def _library_of(cls: type) -> str | None:
-    """The supported library that a class comes from."""
+    """Return the supported library that a class comes from, or `None`."""
     root = cls.__module__.split(".")[0]
     return root if root in LIBRARIES else None
 
 
 def _nearest(cls: type[nn.Module], ask: Callable[[_Rows, type[nn.Module]], _Found | None]) -> _Found | None:
-    """The first answer of a supported library for the class or one of its bases, nearest first."""
+    """Return the first answer other than `None` for a class and its bases, nearest first."""
     for base in cls.__mro__:
         library = _library_of(base)
         found = ask(_rows(library), base) if library else None
@@ -241,35 +249,37 @@ def _nearest(cls: type[nn.Module], ask: Callable[[_Rows, type[nn.Module]], _Foun
 
 
 def model_family(cls: type[nn.Module]) -> ModelFamily | None:
-    """The row of the nearest supported base of a model class, or `None`."""
+    """Return the row of a model class or of its nearest supported base, or `None`."""
     return _nearest(cls, lambda rows, base: rows.model_row(base))
 
 
 def block_family(cls: type[nn.Module]) -> BlockFamily | None:
-    """The row of the nearest supported base of a block class, or `None`."""
+    """Return the row of a block class or of its nearest supported base, or `None`."""
     return _nearest(cls, lambda rows, base: rows.block_row(base))
 
 
 def why_not(cls: type[nn.Module]) -> str | None:
-    """Why a model class has no row, where that is known."""
+    """Return why a model class has no row; `None` if the reason is not known."""
     return _nearest(cls, lambda rows, base: rows.why_not(base))
 
 
 _TRANSPARENT = ("torch.nn.parallel.", "torch._dynamo.", "torch.distributed.")
-"""Where modules come from that hand on what the one inside gives, untouched."""
+"""Starts of the module paths of wrapper classes that return the output of the module inside unchanged."""
 
 
 def misread(module: Any, inside: nn.Module, cls: type[nn.Module], tower: type[nn.Module]) -> str:
-    """Why a module of that class around a model would misread merged tokens; empty if it would not. What is not known would.
+    """Return why a module around a model would misread merged tokens, or `""` if it would not.
+
+    A module that is not known counts as one that would.
 
     Args:
         module: the module.
-        inside: its child that the model is, or is in.
+        inside: its child that is or contains the model.
         cls: upstream's class of the module.
         tower: upstream's class of the model.
     """
     if cls.forward is nn.Sequential.forward and len(module) and module[-1] is inside:
-        return ""  # it hands on what the last one gives
+        return ""  # a Sequential returns the output of its last module
     library = _library_of(cls)
     known = getattr(_rows(library), "misread", None) if library else None
     reason = None if known is None else cast("str | None", known(cls, tower, module))
@@ -280,6 +290,6 @@ def misread(module: Any, inside: nn.Module, cls: type[nn.Module], tower: type[nn
 
 
 def supported_models() -> str:
-    """The supported models of every installed library, for messages."""
+    """Return the supported models of every installed library, in words."""
     names = [_rows(library).NAMES for library in LIBRARIES if importlib.util.find_spec(library) is not None]
     return " or ".join(names) or f"those of {', '.join(LIBRARIES)} (not installed here)"

@@ -1,4 +1,4 @@
-"""Seams of `torch.nn.MultiheadAttention`, which torchvision and open_clip build on."""
+"""Support for `torch.nn.MultiheadAttention`, which torchvision and open_clip use."""
 
 from __future__ import annotations
 
@@ -8,16 +8,16 @@ from torch import Tensor, nn
 
 
 def attend(attention: Any, x: Tensor) -> Tensor:
-    """Self-attention over `x [B, N, C]`; sizes reach it, and K is seen, at its call of attention (`attention_call`).
+    """Run self-attention on `x [B, N, C]`; sizes enter, and K is recorded, in its call of `scaled_dot_product_attention`.
 
-    Its own mask of keys would be copied for every head first.
+    The sizes do not enter as its key padding mask, because that mask would be copied for every head.
     """
     out: Tensor = attention(x, x, x, need_weights=False)[0]
     return out
 
 
 def refuse(attention: Any) -> list[str]:
-    """Why this attention cannot carry sizes."""
+    """Return reasons why this attention cannot carry token sizes."""
     if not isinstance(attention, nn.MultiheadAttention) or type(attention).forward is not nn.MultiheadAttention.forward:
         return [f"its attention is {type(attention).__module__}.{type(attention).__qualname__}, not torch's own"]
     reasons = [] if attention.batch_first else ["its attention takes the tokens before the batch (batch_first=False)"]

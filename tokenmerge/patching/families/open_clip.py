@@ -1,4 +1,4 @@
-"""open_clip: its own `VisionTransformer`, with both of its attention kinds. Towers that wrap timm are timm's."""
+"""Rows of open_clip's own `VisionTransformer`, with both kinds of attention; towers that wrap timm use timm's rows."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ NAMES = "open_clip's VisionTransformer"
 
 
 class MergeOpenClip(MergeRoot):
-    """Mix-in before open_clip's VisionTransformer, whose `forward_intermediates` pools what left the last block."""
+    """Mix-in for open_clip's VisionTransformer, whose `forward_intermediates` pools the tokens of the last block itself."""
 
     def _pool(self, x: Tensor) -> Any:
-        """Upstream's, of the tokens that `forward` would give it."""
+        """Run upstream's pooling on the tokens that `forward` would pool."""
         return super()._pool(self._as_features(x))  # type: ignore[misc]  # upstream's class comes next
 
 
@@ -82,7 +82,7 @@ def _model_cost(model: Any) -> Ends:
     queries = len(model.attn_pool.query)
     fixed, per_patch = attention_pool(model.attn_pool, queries)
     second = getattr(model, "attn_pool_contrastive", None)
-    if second is not None:  # it reads the tokens too, or what the first pool has made of them
+    if second is not None:  # the second pool reads the tokens too, or the output of the first pool
         more, per_key = attention_pool(second, len(second.query))
         fixed += more + (0 if model.attn_pool_type == "parallel" else per_key * queries)
         per_patch += per_key if model.attn_pool_type == "parallel" else 0
@@ -139,22 +139,22 @@ _BLOCKS = {
 
 
 def model_row(cls: type[nn.Module]) -> ModelFamily | None:
-    """The row of a model class."""
+    """Return the row of a model class, or `None`."""
     return _MODEL if cls is transformer.VisionTransformer else None
 
 
 def block_row(cls: type[nn.Module]) -> BlockFamily | None:
-    """The row of a block class."""
+    """Return the row of a block class, or `None`."""
     return _BLOCKS.get(cls)
 
 
 def why_not(cls: type[nn.Module]) -> str | None:
-    """Why a model class that has no row has none, where that is known."""
+    """Return why a model class has no row; `None` if the reason is not known."""
     if cls.__name__ in ("ModifiedResNet",):
         return "it is a convolutional network"
     return None
 
 
 def misread(cls: type[nn.Module], tower: type[nn.Module], module: nn.Module) -> str | None:
-    """Why a module around a tower would misread merged tokens: open_clip's models read what its towers have pooled."""
+    """Return `""` for open_clip's models, which read the pooled output of a tower; `None` for any other module."""
     return "" if cls.__name__ in ("CLIP", "CustomTextCLIP", "TimmModel") else None

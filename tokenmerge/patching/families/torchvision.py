@@ -1,4 +1,4 @@
-"""torchvision: `VisionTransformer`, home of the SWAG weights."""
+"""Rows of torchvision's `VisionTransformer`, for which the SWAG weights are published."""
 
 from __future__ import annotations
 
@@ -83,17 +83,17 @@ _BLOCK = BlockFamily(
 
 
 def model_row(cls: type[nn.Module]) -> ModelFamily | None:
-    """The row of a model class."""
+    """Return the row of a model class, or `None`."""
     return _MODEL if cls is vit.VisionTransformer else None
 
 
 def block_row(cls: type[nn.Module]) -> BlockFamily | None:
-    """The row of a block class."""
+    """Return the row of a block class, or `None`."""
     return _BLOCK if cls is vit.EncoderBlock else None
 
 
 def why_not(cls: type[nn.Module]) -> str | None:
-    """Why a model class that has no row has none, where that is known."""
+    """Return why a model class has no row; `None` if the reason is not known."""
     if cls.__module__.endswith("swin_transformer"):
         return "its blocks attend within windows, whose shape merging would break"
     if cls.__module__.endswith("maxvit"):

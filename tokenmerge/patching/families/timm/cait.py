@@ -1,4 +1,4 @@
-"""timm: `cait`, whose talking heads mix scores and weights, and whose class token enters after the blocks."""
+"""Rows of timm's `cait`, with talking heads, and with a class token that enters only after the blocks."""
 
 from __future__ import annotations
 
@@ -20,14 +20,15 @@ from tokenmerge.patching.swap import original_class
 
 
 def _add_sizes(layer: Any, args: tuple[Any, ...], mixed: Tensor) -> Tensor | None:
-    """Forward hook of the layer that mixes the heads' scores `[B, N, N, H]`: what it gives goes into the softmax."""
+    """Add the sizes to the scores `[B, N, N, H]` before the softmax: a forward hook of the layer that mixes their heads."""
     bias = context().bias
     return None if bias is None else mixed + bias.permute(0, 2, 3, 1)
 
 
 def _count_copies(layer: Any, args: tuple[Any, ...], mixed: Tensor) -> Tensor | None:
-    """Forward hook of the layer that mixes the heads' weights `[B, N, N, H]` after the softmax: a token of size s gets the
-    layer's own bias s times.
+    """Add a layer's bias once per patch: a forward hook of the layer that mixes heads of the weights `[B, N, N, H]`.
+
+    A token of size s stands for s equal tokens, each of which would get the bias of the layer.
     """
     sizes = context().bias
     if sizes is None:
@@ -35,7 +36,7 @@ def _count_copies(layer: Any, args: tuple[Any, ...], mixed: Tensor) -> Tensor | 
     weights: Tensor = args[0]
     own: Tensor = layer.forward(
         weights.new_zeros(1, 1, 1, weights.shape[-1])
-    )  # its bias, also quantised or with an adapter
+    )  # the layer's bias, even if it is quantised or has an adapter
     return mixed + (sizes.permute(0, 2, 3, 1).exp() - 1) * own
 
 
@@ -55,7 +56,7 @@ def _metric(block: Any, noted: tuple[Tensor, ...]) -> Tensor:
 
 def _cost(block: Any) -> BlockCost:
     attn = block.attn
-    pair = 2 * channels_of(block, 0) + 2 * attn.num_heads**2  # scores and values, and two mixtures of the heads
+    pair = 2 * channels_of(block, 0) + 2 * attn.num_heads**2  # scores and values, and two mixings of the heads
     return BlockCost(linear_weights(attn.qkv, attn.proj), linear_weights(block.mlp), pair)
 
 
@@ -66,7 +67,7 @@ def _refuse(block: Any) -> list[str]:
 
 
 def _model_cost(model: Any) -> Ends:
-    """The class attention reads all patches, unmerged, and the class token itself: it belongs to the head."""
+    """Return the multiply-adds around the blocks; the class attention, over unmerged tokens, counts as the head."""
     head, per_patch = linear_weights(model.head), 0
     for block in model.blocks_token_only:
         fixed, per_key = attention_pool(block)
@@ -76,10 +77,10 @@ def _model_cost(model: Any) -> Ends:
 
 
 class _Leaving(threading.local):
-    """The state of the tokens that the class attention was given in this thread, until `forward_features` takes it."""
+    """State of the tokens that entered the class attention in the current thread, until `forward_features` takes it."""
 
     def __init__(self) -> None:
-        # in each thread from the start, or compiled code would depend on whether it is there yet
+        # set from the start in each thread, because compiled code would depend on whether the attribute exists
         self.state: TokenState | None = None
 
 
@@ -87,7 +88,7 @@ _leaving = _Leaving()
 
 
 def _note_leaving(module: Any, args: tuple[Any, ...]) -> None:
-    """Forward pre-hook of the first class attention, which gets the tokens that left the last block."""
+    """Record the state of the tokens that left the last block: a forward pre-hook of the first class attention."""
     _leaving.state = state_of(args[0])
 
 
@@ -97,11 +98,11 @@ def _left() -> TokenState | None:
 
 
 class MergeCait(MergeHook):
-    """Mix-in before CaiT, which puts its class token before the tokens after the blocks: they carry their plans on."""
+    """Mix-in for CaiT, which adds its class token after the blocks and would thereby lose the state of the tokens."""
 
     def forward_features(self: Any, x: Any) -> Any:
-        """Upstream's features `[B, 1 + N0, C]`, with the state of the tokens that left the last block."""
-        _left()  # of a pass that died
+        """Return upstream's features `[B, 1 + N₀, C]`, with the state of the tokens that left the last block."""
+        _left()  # drop the state of a pass that ended by an error
         try:
             features = super().forward_features(x)
         finally:

@@ -1,4 +1,4 @@
-"""timm: `qwen3_vit` and `deepseek_vit`, vision encoders of language models that give out a grid of tokens."""
+"""Rows of timm's `qwen3_vit` and `deepseek_vit`, vision encoders of language models that return a grid of tokens."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def _mlp(block: Any, x: Tensor) -> Tensor:
 
 
 def _classifier(way: list[nn.Module], model: Any) -> Ends:
-    """The classifier that timm puts on the mean of an encoder's tokens."""
+    """Return the multiply-adds of the classifier that timm adds after the mean of an encoder's tokens."""
     heads = [head for module in way if isinstance(head := getattr(module, "head", None), nn.Linear)]
     return Ends(0, linear_weights(*heads))
 

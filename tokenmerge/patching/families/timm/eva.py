@@ -1,4 +1,4 @@
-"""timm: `eva` (EVA, EVA-02, DINOv3, Perception Encoder, RoPE ViTs) and its rotary embeddings."""
+"""Rows of timm's `eva` (EVA, EVA-02, DINOv3, Perception Encoder, RoPE ViTs), and its rotary embeddings."""
 
 from __future__ import annotations
 
@@ -50,13 +50,13 @@ def _post_norm_mlp(block: Any, x: Tensor) -> Tensor:
 
 
 def cost(block: Any) -> BlockCost:
-    """Multiply-adds of a block."""
+    """Return the multiply-adds of a block."""
     width = int(block.attn.num_heads * block.attn.head_dim)
     return BlockCost(linear_weights(block.attn), linear_weights(block.mlp), 2 * width)
 
 
 def refuse(block: Any) -> list[str]:
-    """Reasons against an attention that is not known."""
+    """Return reasons against any attention other than timm's own."""
     known = (eva.EvaAttention, AttentionRope)
     if original_class(block.attn).forward not in [cls.forward for cls in known]:
         return [f"its attention is {type(block.attn).__qualname__}, which is not known to carry token sizes"]
@@ -88,7 +88,7 @@ def _on_two_axes(speeds: Tensor) -> Tensor:
 
 
 def _frequencies(rope: Any) -> Tensor:
-    """`[2, F]`: angle of each channel per unit of the two coordinates."""
+    """Return the angle of each channel per unit of the two coordinates, `[2, F]`."""
     kind = type(rope).__name__
     if kind == "RotaryEmbeddingDinoV3":
         return _on_two_axes(2 * math.pi / rope.periods.float())
@@ -97,7 +97,7 @@ def _frequencies(rope: Any) -> Tensor:
         return torch.stack([torch.where(rope.axis == axis, speeds, 0.0) for axis in (1, 2)])
     if rope.bands is not None:
         return _on_two_axes(rope.bands.float())
-    # a cached table without its bands: they follow from the settings, and are made where they are wanted
+    # a cached table does not keep its bands, so they are computed from the settings, on the table's device
     count, where = rope.dim // 4, {"device": rope.pos_embed.device}
     if rope.in_pixels:
         bands = pos_embed_sincos.pixel_freq_bands(count, float(rope.max_res), linear_bands=rope.linear_bands, **where)
@@ -107,7 +107,7 @@ def _frequencies(rope: Any) -> Tensor:
 
 
 def _unpack(table: Tensor, half: bool) -> tuple[Tensor, Tensor]:
-    """`[N, 2D]` or `[B, 1, N, 2D]` -> sines and cosines, each angle once."""
+    """Split a table `[N, 2D]` or `[B, 1, N, 2D]` into sines and cosines, each angle once."""
     if table.dim() == 4:
         table = table.squeeze(1)
     sin, cos = table.chunk(2, dim=-1)
@@ -121,13 +121,13 @@ def _spread(part: Tensor, half: bool) -> Tensor:
 
 
 def _pack(sin: Tensor, cos: Tensor, like: Tensor, half: bool, per_head: bool) -> Tensor:
-    """-> `[B, 1 or H, N, 2D]` in timm's layout."""
+    """Return sines and cosines as a table `[B, 1 or H, N, 2D]` in timm's layout."""
     table = torch.cat([_spread(sin, half), _spread(cos, half)], dim=-1).to(like.dtype)
     return table if per_head else table.unsqueeze(1)
 
 
 def _block_frequencies(rope: Any, index: int) -> Tensor:
-    """A block's share `[2, H, F]` of RoPE-mixed frequencies `[2, depth, H, F]`."""
+    """Return the frequencies `[2, H, F]` of one block from those of RoPE-mixed `[2, depth, H, F]`."""
     frequencies: Tensor = rope.freqs[:, index]
     return frequencies
 
@@ -137,22 +137,22 @@ def _mixed_grid(rope: Any) -> Tensor:
 
 
 def rotary(model: Any, index: int) -> Rotary | None:
-    """How the table of a block of a model with `model.rope` is read and written."""
+    """Return how a block's rotary table is read and written (`model.rope`); `None` without rotary positions."""
     rope = model.rope
     if rope is None:
         return None
     half = _is_half(rope)
     if type(rope).__name__ == "RotaryEmbeddingMixed":
-        frequencies = functools.partial(_block_frequencies, index=index)  # no closure: a patched model must pickle
+        frequencies = functools.partial(_block_frequencies, index=index)  # a closure could not be pickled
         return MixedRotary(rope, _mixed_grid, frequencies, functools.partial(_pack, half=False, per_head=True))
     unpack, pack = functools.partial(_unpack, half=half), functools.partial(_pack, half=half, per_head=False)
     return axial_rotary(rope, _frequencies, unpack, pack)
 
 
 def rotary_table(model: Any, index: int) -> Any:
-    """Upstream's table at the model's own size, as its blocks get it."""
+    """Return upstream's table at the model's own size, in the form in which the blocks get it."""
     rope, was_training = model.rope, model.rope.training
-    rope.eval()  # without augmentation
+    rope.eval()  # training mode would augment the positions
     try:
         table = (
             rope.get_embed()

@@ -1,4 +1,4 @@
-"""timm: `naflexvit`: native aspect ratio, padded batches, blocks of `vision_transformer` or `eva`."""
+"""Rows of timm's `naflexvit`: native aspect ratios, padded batches, and the blocks of `vision_transformer` or `eva`."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from tokenmerge.patching.families.timm.seams import ends, isotropic
 
 
 def _grid(model: Any) -> tuple[int, int]:
-    """Patches of a square image of the size that the weights were made with."""
+    """Return the grid of a square image of the size for which the weights were trained."""
     side = (getattr(model, "pretrained_cfg", None) or {}).get("input_size", (3, 224, 224))[1:]
     patch = model.embeds.patch_size
     down, right = patch if isinstance(patch, tuple | list) else (patch, patch)
@@ -64,7 +64,7 @@ MODELS: Sequence[ModelFamily] = (
         input_shape=_image,
         tokens=_tokens,
         grid=_grid,
-        embed=lambda model: model.embeds,  # which says the grid of images, and none of padded patches
+        embed=lambda model: model.embeds,  # it returns the grid for images, and `None` for padded patches
         grid_at=_grid_at,
         cost=_cost,
         rotary=_rotary,

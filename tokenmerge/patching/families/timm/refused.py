@@ -1,4 +1,4 @@
-"""timm: models that a flat merge does not fit, and why."""
+"""Models of timm that cannot be patched, and why."""
 
 from __future__ import annotations
 
@@ -21,4 +21,4 @@ REFUSED: dict[str, str] = {
     "gemma4_vit": "its rotary positions and its pooler are made for the full grid of patches",
     "mlp_mixer": "it mixes tokens by a matrix of fixed size",
 }  # fmt: skip
-"""Module of `timm.models` to the reason."""
+"""Reasons by module of `timm.models`."""

@@ -1,4 +1,4 @@
-"""timm: `beit` and `vision_transformer_relpos`, whose attention adds a bias by relative position."""
+"""Rows of timm's `beit` and `vision_transformer_relpos`, whose attention adds a bias of relative positions."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from tokenmerge.patching.swap import original_class
 
 def _cost(block: Any) -> BlockCost:
     width = channels_of(block, block.attn.num_heads * int(getattr(block.attn, "head_dim", 64)))
-    table = getattr(block.attn, "rel_pos", None)  # an MLP of relative coordinates makes its bias, in some
+    table = getattr(block.attn, "rel_pos", None)  # in some models, an MLP computes the bias from coordinates
     offsets = getattr(table, "rel_coords_log", None)
     fixed = 0 if table is None or offsets is None else linear_weights(table) * offsets.shape[:-1].numel()
     return BlockCost(linear_weights(block.attn.qkv, block.attn.proj), linear_weights(block.mlp), 2 * width, fixed)
@@ -67,7 +67,7 @@ def _refuse_attention(block: Any, known: Any) -> list[str]:
 
 
 def _relpos_bias(block: Any, bias: Tensor | None) -> Tensor | None:
-    """Sizes go in with the block's own bias where it has one (`FollowsTokens`), else as a shared one."""
+    """Return the sizes as a shared bias, or `None` if `FollowsTokens` adds them to a bias of the block's own."""
     return None if block.attn.rel_pos is not None else bias
 
 

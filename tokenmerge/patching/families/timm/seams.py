@@ -1,4 +1,4 @@
-"""What timm's other isotropic transformers share: full output, so that any head reads upstream's shapes."""
+"""Parts shared by the rows of timm's other isotropic transformers, which use full output so that any head fits."""
 
 from __future__ import annotations
 
@@ -31,10 +31,10 @@ _ONE_BY_ONE = ("", "token", "max")
 
 
 class MergeHook(MergeFeatures):
-    """Mix-in before models whose heads read unmerged tokens."""
+    """Mix-in for models whose heads read unmerged tokens."""
 
     def forward_head(self, *args: Any, **kwargs: Any) -> Any:
-        """timm's head, which also reads features that a user hands in.
+        """Run timm's head, which users may also call on features of their own.
 
         Raises:
             PatchError: if it would pool merged tokens without their sizes.
@@ -44,10 +44,10 @@ class MergeHook(MergeFeatures):
 
 
 class MergePool(MergeHook):
-    """The same for models that pool in `pool`, which also reads features that a user hands in."""
+    """Mix-in for models whose pooling is the method `pool`, which users may also call on features of their own."""
 
     def pool(self, x: Any, *args: Any, **kwargs: Any) -> Any:
-        """timm's pooling.
+        """Run timm's pooling.
 
         Raises:
             PatchError: if it would read merged tokens without their sizes.
@@ -57,7 +57,7 @@ class MergePool(MergeHook):
 
 
 class MergePaddedPool(MergeHook):
-    """The same for models whose pooling knows which patches are padding."""
+    """Mix-in for models whose pooling leaves out patches that are padding."""
 
     def _pool(self, x: Any, *args: Any, **kwargs: Any) -> Any:
         _check_pooled(self, x, *args, **kwargs)
@@ -78,7 +78,7 @@ def _check_pooled(model: Any, x: Any, pool_type: str | None = None, patch_valid:
 
 
 def pool_kind(model: Any) -> str:
-    """How the head pools, as timm names it."""
+    """Return timm's name for the head's kind of pooling."""
     return "map" if getattr(model, "attn_pool", None) is not None else str(getattr(model, "global_pool", "token"))
 
 
@@ -88,7 +88,12 @@ def _merged_output(model: Any) -> list[str]:
 
 
 def ends(model: Any, stem: int) -> Ends:
-    """Multiply-adds before and after the blocks of a model whose head reads unmerged tokens."""
+    """Return the multiply-adds before and after the blocks of a model whose head reads unmerged tokens.
+
+    Args:
+        model: the model.
+        stem: multiply-adds of the patch embedding.
+    """
     classify = linear_weights(*(part for part in [getattr(model, "head", None)] if part is not None))
     pool, kind = getattr(model, "attn_pool", None), pool_kind(model)
     if kind == "":  # every token is classified
@@ -96,7 +101,7 @@ def ends(model: Any, stem: int) -> Ends:
     if pool is None:
         return Ends(stem, classify)
     fixed, per_patch = attention_pool(pool, pool.latent_len)
-    if not getattr(model, "pool_include_prefix", True):  # prefix tokens come out of the blocks, but are not pooled
+    if not getattr(model, "pool_include_prefix", True):  # prefix tokens leave the blocks, but are not pooled
         fixed -= per_patch * int(model.num_prefix_tokens)
     return Ends(stem, classify + fixed, head_per_patch=per_patch)
 
@@ -105,7 +110,12 @@ _POOLS = {"pool": MergePool, "_pool": MergePaddedPool}
 
 
 def isotropic(model: type[nn.Module], **seams: Any) -> ModelFamily:
-    """The row of a model with `patch_embed`, `blocks`, `norm` and timm's usual names for the rest."""
+    """Return the row of a model with `patch_embed`, `blocks`, `norm` and timm's usual names for everything else.
+
+    Args:
+        model: the model's class.
+        **seams: fields of `ModelFamily` that differ from the usual ones.
+    """
     common: dict[str, Any] = {
         "blocks": lambda model: list(model.blocks),
         "channels": lambda model: int(model.embed_dim),
@@ -129,13 +139,13 @@ def isotropic(model: type[nn.Module], **seams: Any) -> ModelFamily:
 
 
 class FollowsTokens:
-    """Mix-in before modules that make a bias between original tokens: rows and columns follow the merge."""
+    """Mix-in for modules that compute a bias between original tokens: its rows and columns follow the merge."""
 
     def _get_rel_pos_bias(self) -> Tensor:
         return _moved(super()._get_rel_pos_bias())  # type: ignore[misc]
 
     def get_bias(self) -> Tensor:
-        """Upstream's bias `[1, H, N0, N0]`, for the current tokens, plus the bias of their sizes."""
+        """Return upstream's bias `[1, H, N₀, N₀]`, moved to the current tokens, plus the bias of their sizes."""
         bias, sizes = _moved(super().get_bias()), context().bias  # type: ignore[misc]
         return bias if sizes is None else bias + sizes
 

@@ -1,6 +1,6 @@
-"""timm: `vision_transformer`, `deit` and `vision_transformer_hybrid`.
+"""Rows of timm's `vision_transformer`, `deit` and `vision_transformer_hybrid`.
 
-Needs a timm whose blocks take `attn_mask` (see `extras` in pyproject.toml); the check at patch time says so otherwise.
+They need a timm whose blocks take `attn_mask` (see the extras in pyproject.toml); the check at patch time detects others.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from tokenmerge.patching.root import MergeFeatures
 from tokenmerge.patching.state import needed_state, plans_needed, state_of, weighted_mean
 from tokenmerge.patching.swap import copy_without_hooks, original_class
 
-# timm grew these classes over time; a row for a class that this timm lacks is left out
+# newer versions of timm added these classes; classes that the installed version lacks get no row
 _DiffAttention: type[nn.Module] | None = getattr(vision_transformer, "DiffAttention", None)
 _ATTENTION: tuple[type[nn.Module], ...] = tuple(cls for cls in (Attention, _DiffAttention) if cls is not None)
 
@@ -66,7 +66,7 @@ def _things_mlp(block: Any, x: Tensor) -> Tensor:
 
 
 def _parallel_attention(block: Any, x: Tensor, bias: Tensor | None) -> Tensor:
-    """Attention and MLP share their projections here, so upstream's whole forward is the branch."""
+    """Run upstream's whole forward as the branch, because attention and MLP share their projections here."""
     out: Tensor = original_class(block).forward(block, x, attn_mask=bias)
     return out
 
@@ -75,7 +75,7 @@ def _pair_cost(attn: Any) -> int:
     dim: int = attn.num_heads * attn.head_dim
     if "Diff" not in original_class(attn).__name__:
         return 2 * dim
-    # two maps with heads of half the size; fused attention multiplies each with the full V, else only their difference
+    # two maps with heads of half the size; fused attention multiplies each by V, other attention only their difference
     return 6 * dim if attn.fused_attn else 4 * dim
 
 
@@ -93,7 +93,7 @@ def _parallel_cost(block: Any) -> BlockCost:
 
 
 def _refuse_attention(*attentions: Any) -> list[str]:
-    """Only attention known to add the mask to its scores and to pass K through `k_norm`."""
+    """Return reasons against any attention not known to add the mask to its scores and to pass K through `k_norm`."""
     reasons = []
     for attn in attentions:
         known = next((cls for cls in _ATTENTION if isinstance(attn, cls)), None)
@@ -165,13 +165,20 @@ BLOCKS: Sequence[BlockFamily] = (
 
 
 class MergeVisionTransformer(MergeFeatures):
-    """Mix-in before timm's VisionTransformer: its forward is untouched, pooling learns about sizes."""
+    """Mix-in for timm's VisionTransformer: it keeps upstream's forward, and weights pooling by size."""
 
     def pool(self: Any, x: Any, pool_type: str | None = None) -> Any:
-        """timm's pooling, each token weighted by the patches it stands for.
+        """Pool tokens as timm does, weighted by the number of patches that each stands for.
+
+        Args:
+            x: tokens `[B, N, C]` from the last block.
+            pool_type: timm's name of a kind of pooling; `None` is the model's own.
+
+        Returns:
+            Pooled features `[B, C]`, or the tokens themselves if the model does not pool.
 
         Raises:
-            PatchError: if x lost its sizes since the last block.
+            PatchError: if x lost its sizes after the last block.
         """
         upstream: Any = super().pool  # type: ignore[misc]
         kind = _pool_kind(self, pool_type)
@@ -182,14 +189,14 @@ class MergeVisionTransformer(MergeFeatures):
             return _traced_pool(self, x, upstream, pool_type, reader)
         state = needed_state(x, reader) if self._tokenmerge.settings.merges else state_of(x)
         prop_attn = state is None or state.run.settings.prop_attn
-        counts = prop_attn or kind != "map"  # or each token counts once, whatever it stands for
+        counts = prop_attn or kind != "map"  # whether sizes matter; otherwise each token counts once
         if state is not None and state.run.padded and state.merged is None and counts:  # upstream pools padding, too
             return upstream(plans_needed(state, reader).unmerge(x), pool_type)
         if kind == "map" and not prop_attn and state is not None and state.merged is not None:
             return upstream(state.one_of_equals(x), pool_type)
         if state is None or state.size is None or state.merged is not None:
             return upstream(x, pool_type)
-        if kind == "prr":  # its attention takes no bias; unmerged tokens need none, and so it is always proportional
+        if kind == "prr":  # its attention takes no bias; on unmerged tokens it is proportional without one
             return upstream(plans_needed(state, reader).unmerge(x), pool_type)
         first = 0 if self.pool_include_prefix else self.num_prefix_tokens
         tokens, size = x[:, first:], state.size[:, first:]
@@ -201,7 +208,7 @@ class MergeVisionTransformer(MergeFeatures):
 
 
 def _traced_pool(model: Any, x: Any, upstream: Any, pool_type: str | None, reader: str) -> Any:
-    """The same for torch.fx, where the sizes are known only when the graph runs."""
+    """Pool tokens in a graph of torch.fx, in which sizes are known only when the graph runs."""
     kind, first = _pool_kind(model, pool_type), 0 if model.pool_include_prefix else model.num_prefix_tokens
     if kind == "prr":
         return upstream(deferred(_unmerged, x, reader), pool_type)
@@ -262,7 +269,7 @@ def _pooling(model: Any) -> str:
 
 
 def stem_cost(model: Any) -> int:
-    """Multiply-adds of the patch embedding."""
+    """Return the multiply-adds of the patch embedding."""
     embed = model.patch_embed
     if type(embed) is PatchEmbed:
         return int(embed.proj.weight.numel() * embed.num_patches)
@@ -270,14 +277,14 @@ def stem_cost(model: Any) -> int:
 
 
 def image_shape(model: Any) -> tuple[int, int, int]:
-    """Channels, height and width of the images that the model takes."""
+    """Return channels, height and width of the images that the model takes."""
     height, width = model.patch_embed.img_size
     first = next(module for module in model.patch_embed.modules() if isinstance(module, nn.Conv2d))  # the stem's
     return first.in_channels, int(height), int(width)
 
 
 def _grid_at(model: Any, sizes: Sequence[int]) -> tuple[int, ...] | None:
-    """The grid of an image of those pixels."""
+    """Return the grid of an image of the given size in pixels."""
     embed = model.patch_embed
     if tuple(sizes) == tuple(embed.img_size or ()):
         return tuple(embed.grid_size)
@@ -293,10 +300,10 @@ def _grid_at(model: Any, sizes: Sequence[int]) -> tuple[int, ...] | None:
 
 
 def _run_without_data(embed: Any, sizes: Sequence[int]) -> tuple[tuple[int, ...], int]:
-    """The grid that an embedding of any kind makes, and its multiply-adds: a copy of it runs on shapes alone."""
+    """Run a copy of an embedding on the meta device, and return the grid that it makes and its multiply-adds."""
     shapes: dict[int, Any] = {id(p): nn.Parameter(p.to("meta"), requires_grad=False) for p in embed.parameters()}
     shapes |= {id(tensor): tensor.to("meta") for tensor in embed.buffers()}
-    embed = copy_without_hooks(embed, shapes)  # hooks would take this for a pass
+    embed = copy_without_hooks(embed, shapes)  # hooks would record the grid of this run
     first = next(m for m in embed.modules() if isinstance(m, nn.Conv2d))
     seen: list[tuple[int, ...]] = []
     embed.proj.register_forward_hook(lambda module, args, output: seen.append(tuple(output.shape[2:])))
@@ -310,7 +317,7 @@ SHAPES: dict[str, Any] = {
     "embed": lambda model: model.patch_embed.proj,
     "grid_at": _grid_at,
 }
-"""How many patches there are: configured, seen in a pass, and for images of any size."""
+"""Fields of a row that give the grid: as configured, as recorded in a pass, and for images of any size."""
 
 
 def _model_cost(model: Any) -> Ends:
@@ -324,13 +331,13 @@ def _model_cost(model: Any) -> Ends:
     if kind != "map" or pool is None:
         return Ends(stem_cost(model), head)
     fixed, per_token = attention_pool(pool, pool.latent_len)
-    if not model.pool_include_prefix:  # prefix tokens come out of the blocks, but are not pooled
+    if not model.pool_include_prefix:  # prefix tokens leave the blocks, but are not pooled
         fixed -= per_token * model.num_prefix_tokens
     return Ends(stem_cost(model), head + fixed, per_token)
 
 
 def _is_mae(model: Any) -> bool:
-    """Whether timm's own record of the weights says MAE; a name without a tag says nothing."""
+    """Return whether timm's metadata of the weights says MAE; the name of an architecture alone does not."""
     config = getattr(model, "pretrained_cfg", None) or {}
     tag = str(config.get("tag") or "")
     hub = str(config.get("hf_hub_id") or "").rpartition(".")[2]

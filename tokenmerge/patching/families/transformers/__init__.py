@@ -1,6 +1,6 @@
-"""transformers' vision, video and audio towers; a row is made when a class of that name is met.
+"""Rows of transformers' vision, video and audio towers, each built when its class is looked up.
 
-No modelling file is imported for it: transformers has hundreds, and a user holds one.
+No modelling file is imported for them, because transformers has hundreds and a user needs one.
 """
 
 from __future__ import annotations
@@ -19,23 +19,23 @@ NAMES = "transformers' plain vision, video and audio transformers"
 
 
 def _key(cls: type) -> str:
-    """`vit.ViTModel` for `transformers.models.vit.modeling_vit.ViTModel`."""
+    """Return `vit.ViTModel` for `transformers.models.vit.modeling_vit.ViTModel`."""
     return f"{cls.__module__.rpartition('.modeling_')[2]}.{cls.__name__}"
 
 
 def _takes_no_mask(cls: type[nn.Module]) -> bool:
-    """Whether this version's layer passes no mask on, as later ones do."""
+    """Return whether the layer of the installed version passes no mask on, as later versions do."""
     return "attention_mask" not in inspect.signature(cls.forward).parameters
 
 
 def model_row(cls: type[nn.Module]) -> ModelFamily | None:
-    """The row of a model class."""
+    """Return the row of a model class, or `None`."""
     seams = TOWERS.get(_key(cls))
     return None if seams is None else ModelFamily(library="transformers", model=cls, seams=("forward",), **seams)
 
 
 def block_row(cls: type[nn.Module]) -> BlockFamily | None:
-    """The row of a layer class."""
+    """Return the row of a layer class, or `None`."""
     seams = LAYERS.get(_key(cls))
     if seams is not None and seams.get("mask") == "attention_mask" and _takes_no_mask(cls):
         seams = {**seams, **WITHOUT_MASK.get(_key(cls), {})}
@@ -43,7 +43,7 @@ def block_row(cls: type[nn.Module]) -> BlockFamily | None:
 
 
 def misread(cls: type[nn.Module], tower: type[nn.Module], module: nn.Module) -> str | None:
-    """Why a module around a tower would misread merged tokens; empty if it would not, `None` if that is not known."""
+    """Return why a module around a tower would misread merged tokens; empty if it would not, `None` if unknown."""
     if _key(cls) in ONE_BY_ONE and "image_sizes" in inspect.signature(tower.forward).parameters:
         return "splits the tokens of several images by their sizes in pixels"
     if isinstance(getattr(getattr(module, "config", None), "vision_feature_layer", None), list | tuple):
@@ -52,5 +52,5 @@ def misread(cls: type[nn.Module], tower: type[nn.Module], module: nn.Module) -> 
 
 
 def why_not(cls: type[nn.Module]) -> str | None:
-    """Why a model class that has no row has none, where that is known."""
+    """Return why a model class has no row; `None` if the reason is not known."""
     return REFUSED.get(_key(cls).partition(".")[0])

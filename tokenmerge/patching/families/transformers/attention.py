@@ -1,4 +1,4 @@
-"""transformers: getting the sizes into attention modules that pass no mask on, and biases to merged tokens."""
+"""Sizes for transformers' attention modules that pass no mask on, and biases for merged tokens."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from tokenmerge.attention.tap import context
 
 CAN_CARRY = ("eager", "sdpa")
-"""Implementations that add a mask `[B, 1, 1, N]` to their scores; flash attention reads it as padding instead."""
+"""Implementations that add a mask `[B, 1, 1, N]` to the scores; flash attention reads it as a padding mask instead."""
 
 _NAME = "tokenmerge_with_sizes"
 
@@ -19,9 +19,9 @@ _NAME = "tokenmerge_with_sizes"
 def _attention_with_sizes(
     module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
 ) -> tuple[Tensor, Tensor | None]:
-    """The user's own choice of attention, given the sizes as its mask.
+    """Run the implementation that the user chose, with the sizes as its mask.
 
-    Where that is "eager", upstream's own eager function may ignore masks, so scores and weights are made here.
+    For "eager", scores and weights are computed here, because upstream's own eager function may ignore masks.
     """
     bias = context().bias
     scaling, dropout = kwargs["scaling"], kwargs.get("dropout", 0.0)
@@ -38,7 +38,7 @@ ALL_ATTENTION_FUNCTIONS.register(_NAME, _attention_with_sizes)
 
 
 class _WithSizes:
-    """A config in which the attention implementation is ours; all else is read from the model's own."""
+    """Config that selects `_attention_with_sizes`; all other attributes come from the model's own config."""
 
     _attn_implementation = _NAME
 
@@ -47,7 +47,7 @@ class _WithSizes:
 
     @property
     def chosen_attention(self) -> str:
-        """What the user chose."""
+        """The implementation that the user chose."""
         return str(self._config._attn_implementation)
 
     def __getattr__(self, name: str) -> Any:
@@ -55,16 +55,17 @@ class _WithSizes:
 
 
 class TakesSizes:
-    """Mix-in before an attention that calls its implementation without any mask.
+    """Mix-in for an attention that calls its implementation without a mask.
 
-    Such an attention looks its implementation up by `self.config`; while sizes are to be carried, that names ours.
+    Such an attention looks up its implementation in `self.config`. While there are sizes, that config selects
+    `_attention_with_sizes`.
     """
 
     _tokenmerge_moved: ClassVar = {"config": "_tokenmerge_config"}
 
     @property
     def config(self: Any) -> Any:
-        """The model's config, or one that routes attention through the sizes."""
+        """The model's config, or one that selects the attention with sizes."""
         own = self._tokenmerge_config
         return own if context().bias is None else _WithSizes(own)
 
@@ -74,10 +75,10 @@ class TakesSizes:
 
 
 class TurnsByPosition(TakesSizes):
-    """Mix-in before V-JEPA 2's attention, which makes positions from the order of its tokens."""
+    """Mix-in for V-JEPA 2's attention, which computes positions from the order of its tokens."""
 
     def get_position_ids(self: Any, x: Tensor, masks: Tensor | None = None) -> Any:
-        """Frame, row and column of each token, fractional for merged ones; `[B, 1, N]` each."""
+        """Return the frame, row and column of each token, `[B, 1, N]` each; fractional for merged tokens."""
         positions = context().positions
         if positions is None:
             return super().get_position_ids(x, masks=masks)  # type: ignore[misc]
@@ -85,10 +86,10 @@ class TurnsByPosition(TakesSizes):
 
 
 class FollowsTokens:
-    """Mix-in before a module that gives the bias between original tokens: rows and columns follow the merge."""
+    """Mix-in for a module that returns a bias between original tokens: its rows and columns follow the merge."""
 
     def forward(self, window_size: Any, interpolate_pos_encoding: bool = False, dim_size: int | None = None) -> Tensor:
-        """Upstream's bias `[1, H, N0, N0]`, for the current tokens `[B, H, N, N]`."""
+        """Return upstream's bias `[1, H, N₀, N₀]`, moved to the current tokens: `[B, H, N, N]`."""
         pairs, upstream = context().pairs, super().forward  # type: ignore[misc]
         if pairs is None:
             return upstream(window_size, interpolate_pos_encoding, dim_size)  # type: ignore[no-any-return]
@@ -96,7 +97,7 @@ class FollowsTokens:
 
 
 def refuse_implementation(config: Any) -> list[str]:
-    """Why the chosen attention implementation cannot carry sizes; empty if it can."""
+    """Return why the chosen attention implementation cannot carry sizes; empty if it can."""
     chosen = getattr(config, "_attn_implementation", "eager") or "eager"
     if chosen in CAN_CARRY:
         return []

@@ -1,4 +1,4 @@
-"""transformers: one row per layer class; most are two chains of the layer's own modules."""
+"""Rows of transformers' layers, one per class; most are two sequences of names of the layer's own modules."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _ATTENTIONS = ("attention", "self_attn")
 
 
 def _apply(block: Any, names: Sequence[str], x: Tensor, attend: dict[str, Any]) -> Tensor:
-    """x through the named parts of a layer, one after the other: modules, scales, and its attention."""
+    """Apply the named parts of a layer to x, one after the other: modules, learned scales, and attention."""
     y = x
     for name in names:
         part = getattr(block, name)
@@ -34,7 +34,7 @@ def _apply(block: Any, names: Sequence[str], x: Tensor, attend: dict[str, Any]) 
             y = y[0] if isinstance(y, tuple) else y
         elif isinstance(part, nn.Module):
             y = part(y)
-        elif part is not None:  # a learned scale, or 1.0
+        elif part is not None:  # a learned scale, or the constant 1.0
             y = part * y
     return y
 
@@ -58,7 +58,12 @@ def _attention_of(block: Any) -> Any:
 
 
 def _attention(chain: str, masked: bool = True) -> Callable[..., Tensor]:
-    """The attention branch of a pre-norm layer; `masked` if its attention takes `attention_mask`."""
+    """Return the attention branch of a pre-norm layer.
+
+    Args:
+        chain: names of the layer's parts, in order, separated by spaces.
+        masked: whether its attention takes `attention_mask`.
+    """
     names = chain.split()
 
     def branch(block: Any, x: Tensor, bias: Tensor | None, **given: Any) -> Tensor:
@@ -73,7 +78,7 @@ def _mlp(chain: str) -> Callable[[Any, Tensor], Tensor]:
 
 
 def _key_module(block: Any) -> list[nn.Module]:
-    """The module whose output is K: the norm of the keys where there is one, else their projection."""
+    """Return the module whose output is K: the norm of the keys if there is one, otherwise their projection."""
     named = dict(_attention_of(block).named_modules())
     for wanted in ("k_norm", "k_proj", "key"):
         found = [module for name, module in named.items() if name.rpartition(".")[2] == wanted]
@@ -93,18 +98,18 @@ def _heads(block: Any) -> int:
 
 
 def _flat_per_head(block: Any, keys: tuple[Tensor, ...]) -> Tensor:
-    """K `[B, N, H·D]` as `[B, H, N, D]`, a view."""
+    """Return K `[B, N, H·D]` as `[B, H, N, D]`, a view."""
     per_head: Tensor = keys[0].unflatten(2, (_heads(block), -1)).transpose(1, 2)
     return per_head
 
 
 def _flat_metric(block: Any, keys: tuple[Tensor, ...]) -> Tensor:
-    """The mean over heads of K `[B, N, H·D]`."""
+    """Return K `[B, N, H·D]` averaged over heads: `[B, N, D]`."""
     return head_mean(block, (_flat_per_head(block, keys),))
 
 
 def _qkv_metric(block: Any, noted: tuple[Tensor, ...]) -> Tensor:
-    """The same from a projection that makes Q, K and V at once."""
+    """Return K averaged over heads, `[B, N, D]`, from the input of a joint projection of Q, K and V."""
     qkv = _attention_of(block).qkv
     return fused_metric(noted[0], qkv, _heads(block))
 
@@ -127,7 +132,14 @@ def _refuse(block: Any) -> list[str]:
 
 
 def pre_norm(attention: str, mlp: str, masked: bool = True, **seams: Any) -> dict[str, Any]:
-    """The seams of a layer whose two branches are chains of its own modules."""
+    """Return the fields of the row of a layer whose two branches are sequences of its own modules.
+
+    Args:
+        attention: names of the parts of the attention branch, separated by spaces.
+        mlp: names of the parts of the MLP branch, separated by spaces.
+        masked: whether its attention takes `attention_mask`.
+        **seams: fields of `BlockFamily` that differ from the usual ones.
+    """
     return {
         "attention": _attention(attention, masked),
         "mlp": _mlp(mlp),
@@ -143,7 +155,7 @@ def pre_norm(attention: str, mlp: str, masked: bool = True, **seams: Any) -> dic
     }
 
 
-# --- layers that are not quite two chains ----------------------------------------------------------------
+# --- layers that differ from two sequences of modules ----------------------------------------------------
 
 
 def _routed(attention: Callable[[Any], Any], mixin: type = TakesSizes) -> Callable[[Any], Sequence[Any]]:
@@ -151,7 +163,7 @@ def _routed(attention: Callable[[Any], Any], mixin: type = TakesSizes) -> Callab
 
 
 def _intermediate_mlp(block: Any, x: Tensor) -> Tensor:
-    """VideoMAE's MLP adds its residual itself."""
+    """Run VideoMAE's MLP branch, whose output module adds the residual itself."""
     out: Tensor = block.output(block.intermediate(block.layernorm_after(x)), x)
     return out
 
@@ -190,7 +202,7 @@ def _beit_attention(
 
 
 def _window(block: Any) -> Example:
-    """As many tokens as the block's own table of relative positions is for."""
+    """Return an example with as many tokens as the block's own table of relative positions is for."""
     table = getattr(block, "relative_position_bias", None) or getattr(
         _attention_of(block).attention if hasattr(_attention_of(block), "attention") else block,
         "relative_position_bias",
@@ -217,12 +229,12 @@ def _own_bias(block: Any) -> list[tuple[nn.Module, type]]:
 
 
 def _vjepa_attention(block: Any, x: Tensor, bias: Tensor | None, **given: Any) -> Tensor:
-    """Upstream's layer passes on nothing that its caller gives."""
+    """Run the attention branch without the caller's arguments, which upstream's layer does not pass on either."""
     return _apply(block, ("norm1", "attention", "drop_path"), x, {}) + x
 
 
 def _vjepa_positions(block: Any, x: Tensor) -> Tensor:
-    """Frame, row and column of every patch, `[1, N0, 3]`."""
+    """Return the frame, row and column of every patch, `[1, N₀, 3]` float32."""
     return torch.stack(block.attention.get_position_ids(x), dim=-1).float().unsqueeze(0)
 
 
@@ -316,7 +328,7 @@ LAYERS: dict[str, dict[str, Any]] = {
         "mlp": _whisper_mlp,
     },
 }
-"""Layer class, as `module.Class` below `transformers.models`, to its seams."""
+"""Fields of the rows, by layer class as `module.Class` below `transformers.models`."""
 
 _OLD_DINO: dict[str, Any] = {
     "attention": _attention("norm1 attention layer_scale1 drop_path", masked=False),
@@ -327,4 +339,4 @@ WITHOUT_MASK: dict[str, dict[str, Any]] = {
     "dinov2.Dinov2Layer": _OLD_DINO,
     "dinov2_with_registers.Dinov2WithRegistersLayer": _OLD_DINO,
 }
-"""Seams of layers whose older versions (transformers 5.17) pass no mask on."""
+"""Fields of layers whose older versions (transformers 5.17) pass no mask on."""

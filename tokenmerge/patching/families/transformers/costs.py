@@ -1,4 +1,4 @@
-"""transformers: multiply-adds before and after the layers of a tower, and of the classifier around it."""
+"""Multiply-adds before and after the layers of transformers' towers, and of the classifiers around them."""
 
 from __future__ import annotations
 
@@ -11,11 +11,16 @@ from tokenmerge.flops import NO_ENDS, Ends
 from tokenmerge.patching.families.linear import attention_pool, linear_weights
 
 _CLASSIFIERS = ("Classification", "WithProjection", "WithTeacher")
-"""How transformers ends the names of models which put a classifier or a projection on one vector of a tower."""
+"""Endings of transformers' names of models that add a classifier or a projection to one vector of a tower."""
 
 
 def tower_ends(model: Any, stem: int) -> Ends:
-    """Multiply-adds of a tower's own embedding and pooling."""
+    """Return the multiply-adds of a tower's own embedding and pooling.
+
+    Args:
+        model: the tower.
+        stem: multiply-adds of the embedding.
+    """
     pools = [getattr(model, name, None) for name in ("pooler", "head")]
     ends = Ends(stem)
     for pool in (pool for pool in pools if isinstance(pool, nn.Module)):
@@ -25,12 +30,12 @@ def tower_ends(model: Any, stem: int) -> Ends:
 
 
 def around(way: list[nn.Module], model: nn.Module) -> Ends:
-    """Multiply-adds of the classifier around a tower.
+    """Return the multiply-adds of the classifier around a tower.
 
-    Text towers, decoders and language models are not counted: what they cost depends on the text.
+    Text towers, decoders and language models are not counted, because their cost depends on the text.
 
     Args:
-        way: the modules around the tower, the outermost first; empty if it stands alone.
+        way: the modules around the tower, outermost first; empty if it stands alone.
         model: the tower.
     """
     ends = NO_ENDS
@@ -44,12 +49,15 @@ def around(way: list[nn.Module], model: nn.Module) -> Ends:
 
 
 def _outside(module: nn.Module, inside: set[int]) -> list[nn.Module]:
-    """The children of a module which neither are nor hold the tower."""
+    """Return the children of a module that neither are nor contain the tower."""
     return [child for child in module.children() if not any(id(part) in inside for part in child.modules())]
 
 
 def _vjepa_predictor(model: Any) -> Ends:
-    """V-JEPA 2's predictor, which a plain call of the tower runs: context and targets are as many tokens as there are patches."""
+    """Return the multiply-adds of V-JEPA 2's predictor, which a plain call of the tower runs on all patches.
+
+    Context and targets are both as many tokens as there are patches.
+    """
     predictor, width = model.predictor, int(model.config.pred_hidden_size)
     each = linear_weights(predictor.layer)
     per_patch = linear_weights(predictor.embeddings, predictor.proj) + 2 * each
@@ -57,7 +65,7 @@ def _vjepa_predictor(model: Any) -> Ends:
 
 
 def _vjepa_classifier(whole: Any) -> Ends:
-    """V-JEPA 2's pooler: layers of attention over all tokens, then one query."""
+    """Return the multiply-adds of V-JEPA 2's pooler: self-attention over all tokens, then one query."""
     pooler, width = whole.pooler, int(whole.config.hidden_size)
     fixed, per_key = attention_pool(pooler.cross_attention_layer)
     layers = pooler.self_attention_layers

@@ -1,4 +1,4 @@
-"""transformers: grids of patches and shapes of inputs, read off configs."""
+"""Grids of patches and shapes of inputs from transformers' configs."""
 
 from __future__ import annotations
 
@@ -8,18 +8,18 @@ Grid = tuple[int, ...] | None
 
 
 def pair(value: Any) -> tuple[int, int]:
-    """A number, or two of them, as two."""
+    """Return one number twice, or two numbers unchanged."""
     return (int(value[0]), int(value[1])) if isinstance(value, list | tuple) else (int(value), int(value))
 
 
 def image_grid(config: Any) -> Grid:
-    """Patches of an image."""
+    """Return the patches of an image: rows and columns."""
     (height, width), (down, right) = pair(config.image_size), pair(config.patch_size)
     return height // down, width // right
 
 
 def video_grid(config: Any) -> Grid:
-    """Patches of a video: frames, rows, columns."""
+    """Return the patches of a video: frames, rows and columns."""
     height, width = pair(config.image_size)
     if isinstance(config.tubelet_size, list | tuple):  # ViViT: frames, rows, columns
         frames, down, right = config.tubelet_size
@@ -29,53 +29,53 @@ def video_grid(config: Any) -> Grid:
 
 
 def clip_grid(config: Any) -> Grid:
-    """Patches of a clip, as V-JEPA 2 names its sizes."""
+    """Return the patches of a video clip, by V-JEPA 2's names of the sizes: frames, rows and columns."""
     side = config.crop_size // config.patch_size
     return config.frames_per_clip // config.tubelet_size, side, side
 
 
 def spectrogram_grid(config: Any) -> Grid:
-    """Patches of a spectrogram, which may overlap."""
+    """Return the patches of a spectrogram, which may overlap: rows and columns."""
     rows = (config.num_mel_bins - config.patch_size) // config.frequency_stride + 1
     columns = (config.max_length - config.patch_size) // config.time_stride + 1
     return rows, columns
 
 
 def sound_grid(config: Any) -> Grid:
-    """Positions of a sound."""
+    """Return the number of positions of a sound."""
     return (int(config.max_source_positions),)
 
 
 def frames(config: Any) -> tuple[int, ...]:
-    """Shape of a video."""
+    """Return the shape of a video: frames, channels, height and width."""
     return (int(config.num_frames), int(config.num_channels), *pair(config.image_size))
 
 
 def clip_frames(config: Any) -> tuple[int, ...]:
-    """Shape of a clip."""
+    """Return the shape of a video clip: frames, channels, height and width."""
     return int(config.frames_per_clip), int(config.in_chans), int(config.crop_size), int(config.crop_size)
 
 
 def spectrum(config: Any) -> tuple[int, ...]:
-    """Shape of a spectrogram, time first."""
+    """Return the shape of a spectrogram: time, frequencies."""
     return int(config.max_length), int(config.num_mel_bins)
 
 
 def mel(config: Any) -> tuple[int, ...]:
-    """Shape of a mel spectrogram."""
+    """Return the shape of a mel spectrogram: frequencies, time."""
     return int(config.num_mel_bins), 2 * int(config.max_source_positions)
 
 
 def several(config: Any) -> None:
-    """Models that take several inputs have no one shape."""
+    """Return `None`: models that take several inputs have no single input shape."""
     return
 
 
 def any_shape(config: Any) -> Grid:
-    """Models that take any shape have no grid of their own."""
+    """Return `None`: models that take inputs of any shape have no grid of their own."""
     return None
 
 
 def with_registers(config: Any) -> int:
-    """Prefix tokens of models with registers."""
+    """Return the number of prefix tokens of models with register tokens."""
     return 1 + int(config.num_register_tokens)

@@ -1,7 +1,7 @@
-"""transformers: one row per tower; heads and language models around it stay as they are.
+"""Rows of transformers' towers; heads and language models around them are not changed.
 
-Unmerged tokens leave the last layer unless the user asks for merged ones. So every head, decoder, pooler or
-language model reads what it would read without merging, in upstream's shapes, and none needs to know of sizes.
+Unmerged tokens leave the last layer unless the user asks for merged ones. Every head, decoder, pooler or language model
+therefore reads tokens in upstream's shapes and needs no sizes.
 """
 
 from __future__ import annotations
@@ -36,8 +36,8 @@ from tokenmerge.patching.families.transformers.rotary import dinov3_rotary, dino
 
 
 def _convolutions(model: Any) -> list[Any]:
-    """The convolutions that make patches of an input, in order."""
-    if hasattr(model, "conv1"):  # Whisper: the second one halves the length
+    """Return the convolutions that make the patches of an input, in order."""
+    if hasattr(model, "conv1"):  # Whisper, whose second convolution halves the length
         return [model.conv1, model.conv2]
     blocks = [m for layer in model.modules() if isinstance(layer, nn.ModuleList) for m in layer.modules()]
     inside_blocks = {id(m) for m in blocks}
@@ -46,7 +46,7 @@ def _convolutions(model: Any) -> list[Any]:
 
 
 def _grid_at(model: Any, sizes: Sequence[int]) -> tuple[int, ...] | None:
-    """The grid of an input of those sizes, by the arithmetic of its convolutions."""
+    """Return the grid of an input of the given sizes, computed from the convolutions; `None` without convolutions."""
     convolutions, grid = _convolutions(model), tuple(sizes)
     for convolution in convolutions:
         padding = convolution.padding if isinstance(convolution.padding, tuple) else (0,) * len(grid)
@@ -59,7 +59,7 @@ def _grid_at(model: Any, sizes: Sequence[int]) -> tuple[int, ...] | None:
 
 
 def _stem_cost(model: Any, patches: int) -> int:
-    """Multiply-adds of the embeddings' convolutions."""
+    """Return the multiply-adds of the embedding's convolutions."""
     convolutions = _convolutions(model)
     if len(convolutions) == 2:
         return int(convolutions[0].weight.numel() * 2 * patches + convolutions[1].weight.numel() * patches)
@@ -79,19 +79,19 @@ def tower(
     fixed: Callable[[Any], bool] = lambda config: False,
     **seams: Any,
 ) -> dict[str, Any]:
-    """The seams of a model that holds its layers in the list `blocks` and reads everything else from its config.
+    """Return the fields of the row of a model that holds its layers in a list and everything else in its config.
 
     Args:
         blocks: path to the list of layers.
-        prefix: number of prefix tokens, or how the config says it.
+        prefix: number of prefix tokens, or a function of the config.
         grid: patches along each axis at the config's own size.
         inputs: shape of one input without the batch; `None` for several inputs.
         pooling: how heads read the tokens, in words.
-        tokens: patches at the config's own size, where there is no grid.
-        readers: modules that must get unmerged tokens when merged ones leave the last layer.
-        merged_output: why merged tokens may not leave the last layer: what the model's own modules do with them.
-        norm: the module after the last layer, through which sizes pass on.
-        fixed: how the config says whether its position embeddings fit one number of patches only.
+        tokens: patches at the config's own size, if there is no grid.
+        readers: modules that must get unmerged tokens even if merged tokens leave the last layer.
+        merged_output: reasons why the model's own modules would misread merged tokens.
+        norm: module after the last layer, through which the state passes.
+        fixed: whether the position embeddings fit only one number of patches, as a function of the config.
         seams: further fields of `ModelFamily`.
     """
 
@@ -129,7 +129,7 @@ def tower(
         "input_shape": lambda model: inputs(model.config),
         "pooling": lambda model: pooling,
         "embed": lambda model: next(reversed(_convolutions(model)), None),
-        "grid_at": at if tokens is None else None,  # where patches are masked out, or of no grid
+        "grid_at": at if tokens is None else None,  # unknown if patches are masked out or lie on no grid
         "cost": lambda model: tower_ends(model, _stem_cost(model, patches(model))),
         "around": around,
         "collectors": collectors,
@@ -169,7 +169,7 @@ TOWERS: dict[str, dict[str, Any]] = {
     "deit.DeiTModel": tower(prefix=2, **_POOLER),
     "vit_msn.ViTMSNModel": tower(**_POOLER),
     "vit_mae.ViTMAEModel": tower(
-        grid=lambda config: None,  # it shuffles its patches, also where it masks none
+        grid=lambda config: None,  # it shuffles its patches, even if it masks none of them
         embed=lambda model: None,
         tokens=lambda config: int(math.prod(image_grid(config) or (0,)) * (1 - config.mask_ratio)),
         merged_output=["its decoder puts the tokens back in place"],
@@ -265,7 +265,7 @@ TOWERS: dict[str, dict[str, Any]] = {
         inputs=clip_frames,
         pooling="attention pooling over unmerged tokens",
         norm="encoder.layernorm",
-        # (fewer frames than a tubelet has are repeated)
+        # upstream repeats the frames of a video that is shorter than one tubelet
         grid_at=lambda model, sizes: _grid_at(model, (max(sizes[0], model.config.tubelet_size), *sizes[1:])),
         merged_output=["its predictor and its pooler read all tokens"],
     ),
@@ -286,4 +286,4 @@ TOWERS: dict[str, dict[str, Any]] = {
         pooling="the decoder's cross-attention over unmerged tokens",
     ),
 }
-"""Model class, as `module.Class` below `transformers.models`, to its seams."""
+"""Fields of the rows, by model class as `module.Class` below `transformers.models`."""

@@ -1,7 +1,7 @@
-"""transformers: what reads the tokens of a tower, and whether it can do with merged ones.
+"""Modules of transformers that read the tokens of a tower, and whether they can read merged tokens.
 
-Merged tokens may be read one by one, or as a class token, which never merges. Averages, cross-attention, masks by position
-and layouts on a grid would misread them. A class that is not in this table is not known, and gets unmerged tokens.
+Merged tokens can be read one by one, and the class token, which never merges, can be read as usual. Means, cross-attention,
+masks by position and layouts on a grid would misread them. A class that is not in this table gets unmerged tokens.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ _CLASS_TOKEN = (
     "metaclip_2.MetaClip2VisionModelWithProjection",
     "chinese_clip.ChineseCLIPModel",
     "altclip.AltCLIPModel",
-    "siglip.SiglipModel",  # its own head, which is given unmerged tokens
+    "siglip.SiglipModel",  # its head is a reader that gets unmerged tokens
     "vision_text_dual_encoder.VisionTextDualEncoderModel",
 )
-ONE_BY_ONE = (  # a projection of each token, and a language model that takes as many as there are
+ONE_BY_ONE = (  # a projection of each token, and a language model that takes any number of them
     "llava.LlavaModel",
     "llava.LlavaForConditionalGeneration",
-    "git.GitVisionModel",  # hands them on
+    "git.GitVisionModel",  # it returns its tower's tokens unchanged
     "paligemma.PaliGemmaModel",
     "paligemma.PaliGemmaForConditionalGeneration",
 )
@@ -77,4 +77,4 @@ READERS: dict[str, str] = {
         _GRID,
     ),
 }
-"""Class, as `module.Class` below `transformers.models`, to why it would misread merged tokens; empty where it would not."""
+"""Reasons why a class would misread merged tokens, by `module.Class` below `transformers.models`; empty if it would not."""

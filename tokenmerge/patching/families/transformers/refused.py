@@ -1,4 +1,4 @@
-"""transformers: models that a flat merge does not fit, and why."""
+"""Models of transformers that cannot be patched, and why."""
 
 from __future__ import annotations
 
@@ -23,4 +23,4 @@ REFUSED: dict[str, str] = {
     "imagegpt": "its attention is causal",
     "flava": "its layers return tuples that this version does not know",
 }
-"""Module below `transformers.models` to the reason."""
+"""Reasons by module below `transformers.models`."""

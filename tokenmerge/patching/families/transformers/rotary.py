@@ -1,4 +1,4 @@
-"""transformers: rotary positions of DINOv3 and Pixtral."""
+"""Rotary positions of transformers' DINOv3 and Pixtral."""
 
 from __future__ import annotations
 
@@ -13,23 +13,23 @@ from tokenmerge.patching.families.transformers.grids import image_grid, pair
 
 
 def _halves(table: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-    """(cos, sin), each angle twice -> sin, cos, each angle once."""
+    """Return sines and cosines, each angle once, from a table (cos, sin) that holds each angle twice."""
     cos, sin = table
     return sin[..., : sin.shape[-1] // 2], cos[..., : cos.shape[-1] // 2]
 
 
 def _pack_per_head(sin: Tensor, cos: Tensor, like: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-    """`[B, N, F]` each -> (cos, sin) `[B, 1, N, 2F]`: the same for every head."""
+    """Return sines and cosines `[B, N, F]` as a table (cos, sin), `[B, 1, N, 2F]` each, which all heads share."""
     return tuple(torch.cat([part, part], dim=-1).unsqueeze(1).to(like[0].dtype) for part in (cos, sin))  # type: ignore[return-value]
 
 
 def _pack_packed(sin: Tensor, cos: Tensor, like: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-    """`[1, N, F]` each -> (cos, sin) `[N, 2F]`: a batch that is one packed sequence."""
+    """Return sines and cosines `[1, N, F]` as a table (cos, sin), `[N, 2F]` each, for one packed sequence."""
     return tuple(torch.cat([part, part], dim=-1)[0].to(like[0].dtype) for part in (cos, sin))  # type: ignore[return-value]
 
 
 def _on_two_axes(rows: Tensor, columns: Tensor) -> Tensor:
-    """Frequencies `[2, F]` whose first channels turn by the row and whose others turn by the column."""
+    """Return frequencies `[2, F]`: the first channels rotate with the row, the others with the column."""
     zeros = torch.zeros_like
     return torch.stack([torch.cat([rows, zeros(columns)]), torch.cat([zeros(rows), columns])])
 
@@ -40,12 +40,12 @@ def _dinov3_frequencies(rope: Any) -> Tensor:
 
 
 def dinov3_rotary(model: Any, index: int) -> Rotary:
-    """How DINOv3's table is read and written."""
+    """Return how DINOv3's rotary table is read and written."""
     return axial_rotary(model.rope_embeddings, _dinov3_frequencies, _halves, _pack_per_head)
 
 
 def dinov3_table(model: Any, index: int) -> Any:
-    """DINOv3's table at the model's own size."""
+    """Return DINOv3's rotary table at the model's own size."""
     (down, right), (height, width) = pair(model.config.patch_size), pair(model.config.image_size)
     weight = next(model.parameters())
     image = torch.empty(1, 1, height // down * down, width // right * right, device=weight.device, dtype=weight.dtype)
@@ -61,12 +61,12 @@ def _pixtral_frequencies(rope: Any) -> Tensor:
 
 
 def pixtral_rotary(model: Any, index: int) -> Rotary:
-    """How Pixtral's table is read and written."""
+    """Return how Pixtral's rotary table is read and written."""
     return axial_rotary(model.patch_positional_embedding, _pixtral_frequencies, _halves, _pack_packed)
 
 
 def pixtral_table(model: Any, index: int) -> Any:
-    """Pixtral's table at the model's own size."""
+    """Return Pixtral's rotary table at the model's own size."""
     grid = image_grid(model.config)
     assert grid is not None
     weight = next(model.parameters())
