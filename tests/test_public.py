@@ -15,6 +15,8 @@ import pytest
 import torch
 
 import tokenmerge
+from tokenmerge import methods
+from tokenmerge.matching import registry
 
 ROOT = Path(__file__).parents[1]
 IDIOMS = re.compile(r"\b(that of|those of all|what is|one of each|shall|what it gives)\b", re.IGNORECASE)
@@ -87,7 +89,7 @@ def test_shapes_use_the_legend() -> None:
             re.search(rf"^{re.escape(symbol)} +\S", inspect.cleandoc(legend), re.MULTILINE)
             or f"    {symbol} " in legend
         )
-    known = re.compile(r"(\d+|[BNCHDLrMKP]|N'|N₀|H·D|\|A\||\|B\|)( (or|−) (\d+|[BNCHr]))*")
+    known = re.compile(r"(\d+|\*grid|[BNCHDLrMKP]|N'|N₀|H·D|\|A\||\|B\|)( (or|−) (\d+|[BNCHr]))*")
     for name, thing in PUBLIC.items():
         for shape in SYMBOL.findall(documented(thing)):
             if shape.startswith("B, "):
@@ -124,7 +126,10 @@ def _modules() -> list[str]:
 
 
 @pytest.mark.parametrize("name", _modules())
-def test_examples_run(name: str) -> None:
+def test_examples_run(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In a process whose registries are afterwards what they were."""
+    monkeypatch.setattr(methods, "_METHODS", dict(methods._METHODS))
+    monkeypatch.setattr(registry, "_MATCHERS", dict(registry._MATCHERS))
     torch.manual_seed(0)
     failed, tried = doctest.testmod(importlib.import_module(name), optionflags=doctest.NORMALIZE_WHITESPACE)
     assert tried

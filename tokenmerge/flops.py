@@ -35,7 +35,12 @@ class BlockCost:
     fixed: int = 0
 
     def total(self, tokens_in: int, tokens_out: int) -> int:
-        """Return the multiply-adds of one image when `tokens_in` tokens enter the block and `tokens_out` leave it."""
+        """Return the multiply-adds for one image.
+
+        Args:
+            tokens_in: tokens that enter the block.
+            tokens_out: tokens that leave the block.
+        """
         return self.before * tokens_in + self.pair * tokens_in**2 + self.after * tokens_out + self.fixed
 
 

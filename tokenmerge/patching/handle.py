@@ -13,7 +13,6 @@ from torch import nn
 
 from tokenmerge.config import FIELDS, MergeConfig
 from tokenmerge.errors import InputError, PatchError
-from tokenmerge.flops import ModelCost
 from tokenmerge.patching.added import matching_flops
 from tokenmerge.patching.check import attention_choice, check_block, check_rotary
 from tokenmerge.patching.entering import check_blocks, count_again
@@ -344,6 +343,14 @@ def patched(model: nn.Module, config: MergeConfig | None = None, **fields: Any) 
 
     With gradient checkpointing, call `backward` within the block: it runs the blocks again, which must still be patched.
 
+    Args:
+        model: a supported model, or a module that contains exactly one.
+        config: settings; keywords override single fields of it.
+        **fields: fields of `MergeConfig`.
+
+    Yields:
+        The handle. The errors are those of `patch`.
+
     Example:
         >>> import timm, tokenmerge
         >>> with tokenmerge.patched(timm.create_model("test_vit"), r=8) as handle:
@@ -389,12 +396,3 @@ def handle_of(model: nn.Module) -> Handle:
     record = patch_of(module)
     assert record is not None
     return Handle(module, record)
-
-
-def model_cost(model: nn.Module) -> ModelCost:
-    """Return the cost of a supported model, patched or not, for one image at its own input size, without merging.
-
-    Raises:
-        UnsupportedModelError: if the model is not supported.
-    """
-    return find_target(model).cost()

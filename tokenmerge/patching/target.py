@@ -334,3 +334,12 @@ def refuse_if_patched(model: nn.Module) -> None:
             "blocks of this module, or modules inside them, belong to another model that is patched already: update that model's "
             "handle, unpatch that model first, or give this one modules of its own (copy.deepcopy)"
         )
+
+
+def model_cost(model: nn.Module) -> ModelCost:
+    """Return the cost of a supported model, patched or not, for one image at its own input size, without merging.
+
+    Raises:
+        UnsupportedModelError: if the model is not supported.
+    """
+    return find_target(model).cost()
