@@ -158,3 +158,20 @@ def test_an_unknown_combination_is_refused_by_the_function_itself() -> None:
         combine(x, size, None, "median")  # type: ignore[arg-type]
     with pytest.raises(InputError, match="must be one of mean"):
         plan.merge(x, size, "median")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("reduce", ["mean", "norm", "max_norm"])
+def test_weights_of_tokens_that_are_dropped_count_for_nothing(reduce: Reduce) -> None:
+    """A plan that drops some tokens and weighs the others: as if the dropped ones had never been there."""
+    weight = torch.tensor([[0.5, 2.0, 1.5, 0.25, 9.0, 3.0]], device=DEVICE)
+    plan = dataclasses.replace(MergePlan.from_assign(torch.tensor([[0, 1, 0, 1, -1, 0]], device=DEVICE)), weight=weight)
+    x = torch.randn(1, 6, 16, device=DEVICE)
+    without = dataclasses.replace(
+        MergePlan.from_assign(torch.tensor([[0, 1, 0, 1, 0]], device=DEVICE)), weight=weight[:, [0, 1, 2, 3, 5]]
+    )
+    found, wanted = plan.merge(x, reduce=reduce), without.merge(x[:, [0, 1, 2, 3, 5]], reduce=reduce)
+    torch.testing.assert_close(found[0], wanted[0])
+    assert torch.equal(found[1], wanted[1])
+    if reduce == "mean":
+        share = weight[0, [0, 2, 5]] / weight[0, [0, 2, 5]].sum()
+        torch.testing.assert_close(found[0][0, 0], (share.unsqueeze(1) * x[0, [0, 2, 5]]).sum(dim=0))

@@ -181,9 +181,10 @@ def _working(column: str, rows: Sequence[str], folder: Path) -> list[str]:
     return list(rows)
 
 
-def _at_once(column: str) -> int:
-    """How many models one program holds: ONNX's and Core ML's converters take ever longer for larger ones."""
-    return {"onnx": 4, "Core ML, converted": 4}.get(column, len(ROWS))
+def _parts(column: str, rows: Sequence[str]) -> list[Sequence[str]]:
+    """The rows that one program holds, and so on: ONNX's and Core ML's converters take ever longer for larger programs."""
+    count = {"onnx": 4, "Core ML, converted": 4}.get(column, len(ROWS))
+    return [rows[first : first + count] for first in range(0, len(rows), count)]
 
 
 def _table() -> dict[str, dict[str, str]]:
@@ -232,14 +233,14 @@ def test_column(column: str, tmp_path: Path) -> None:
     if importlib.util.find_spec(package) is None:
         pytest.skip(f"{package} is not installed")
     if "TOKENMERGE_WRITE" in os.environ:
-        working = _working(column, list(ROWS), tmp_path)
+        working = [row for part in _parts(column, list(ROWS)) for row in _working(column, part, tmp_path)]
         found = {row: "yes" if row in working else "no" for row in ROWS}
         _write(column, found)
     cells = {row: cells[column] for row, cells in _table().items()}
     assert set(cells.values()) <= {"yes", "no"}
     working = [row for row, cell in cells.items() if cell == "yes"]
-    for first in range(0, len(working), _at_once(column)):
-        _exports(column, working[first : first + _at_once(column)], tmp_path)
+    for part in _parts(column, working):
+        _exports(column, part, tmp_path)
     for number, row in enumerate(row for row, cell in cells.items() if cell == "no"):
         (tmp_path / f"no{number}").mkdir()
         with pytest.raises(ConfigError, match="exported program"):

@@ -29,7 +29,7 @@ def calibrate(
 
     Args:
         model: an unpatched model, which is unpatched again afterwards.
-        batches: inputs of the model, such as `[B, 3, H, W]`; a few hundred images without labels are enough.
+        batches: inputs of the model, such as `[B, 3, height, width]`; a few hundred images without labels are enough.
         config: the schedule, and any other settings; `None` starts from the defaults.
         **fields: fields of `MergeConfig` that replace those of `config`, such as `r=16`.
 
