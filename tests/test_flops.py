@@ -119,3 +119,36 @@ def test_a_number_of_tokens_that_means_nothing_is_refused(tokens: Any) -> None:
 def test_a_place_that_is_none_is_refused(choice: Any) -> None:
     with pytest.raises(InputError, match="choose one"):
         ModelCost(17, 1, (BlockCost(1, 1, 1),), **choice)
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"embed_dim": 0}, {"depth": 0}, {"patch_size": 0}, {"num_classes": -1}, {"in_chans": 0}, {"protected": -1},
+        {"embed_dim": 2**31}, {"embed_dim": 1.5}, {"depth": True}, {"img_size": 0}, {"img_size": (224, 0)},
+        {"img_size": (224,)}, {"img_size": (224, 224, 224)}, {"img_size": "224"}, {"mlp_ratio": -1}, {"mlp_ratio": 1e6},
+        {"mlp_ratio": "4"}, {"mlp_ratio": float("nan")},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_dimensions_that_mean_nothing_are_refused(fields: dict[str, Any]) -> None:
+    with pytest.raises(InputError, match=r"(was|were) expected"):
+        tokenmerge.vit_cost(**{"embed_dim": 8, "depth": 1, **fields})
+
+
+def test_dimensions_at_their_limits() -> None:
+    """No head, no prefix, no MLP, an oblong image of a few patches."""
+    cost = tokenmerge.vit_cost(
+        embed_dim=8, depth=1, img_size=[32, 48], num_classes=0, protected=0, mlp_ratio=0, in_chans=1
+    )
+    assert (cost.tokens, cost.protected, cost.head) == (6, 0, 0)
+    assert cost.total() == 256 * 8 * 6 + 4 * 8 * 8 * 6 + 2 * 8 * 36
+    assert tokenmerge.vit_cost(embed_dim=1, depth=1, img_size=1, patch_size=1).tokens == 2
+    assert cost.at(12).stem == 2 * cost.stem
+
+
+def test_costs_cannot_be_changed() -> None:
+    cost = tokenmerge.vit_cost(embed_dim=8, depth=1)
+    for part, field in ((cost, "tokens"), (cost.blocks[0], "pair")):
+        with pytest.raises(dataclasses.FrozenInstanceError):
+            setattr(part, field, 1)

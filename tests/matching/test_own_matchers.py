@@ -221,7 +221,9 @@ def test_a_plan_with_a_wrong_weight_or_gate_is_refused(field: str, fault: str) -
         plan = tokenmerge.bipartite_matching(metric, r, protected)
         count = plan.tokens_in if field == "weight" else plan.tokens_out
         right = torch.ones(len(metric), count)
-        wrong: Any = {"negative": -right, "shape": right[:, 1:], "whole numbers": right.long(), "text": "much"}[fault]
+        below = right.clone()
+        below[-1, -1] = -1e-3  # one of them, among others that may be
+        wrong: Any = {"negative": below, "shape": right[:, 1:], "whole numbers": right.long(), "text": "much"}[fault]
         return dataclasses.replace(plan, **{field: wrong})
 
     tokenmerge.register_matcher("weighing")(weighing)
