@@ -1,4 +1,4 @@
-"""What a comparison leaves behind: csv, json, svg and an HTML page."""
+"""Files of a comparison: rows as CSV and JSON, figures as SVG, and an HTML page."""
 
 from __future__ import annotations
 
@@ -34,14 +34,14 @@ _COLUMNS = {
 def write_outputs(
     folder: Path, rows: Sequence[Row], args: ModelArgs, experiment: Experiment | None, report: Report
 ) -> None:
-    """`compare.csv`, `compare.json`, `compare-speed.svg`, `compare-flops.svg` and `compare.html` in `folder`."""
+    """Write `compare.csv`, `compare.json`, `compare-speed.svg`, `compare-flops.svg` and `compare.html` into `folder`."""
     names = list(dict.fromkeys(name for row in rows for name in row))
     with (folder / "compare.csv").open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, names)
         writer.writeheader()
         writer.writerows(rows)
     (folder / "compare.json").write_text(json.dumps(list(rows), indent=2) + "\n", encoding="utf-8")
-    # intervals are of differences: drawn around each method's own top-1
+    # intervals are of differences, so they are drawn around each method's own top-1
     around = [
         {
             **row,
