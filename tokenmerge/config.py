@@ -121,7 +121,7 @@ class MergeConfig:
     attention: AttentionForm = setting(
         "auto",
         "implementation of proportional attention: an additive mask (mask, cudnn, efficient and math differ in the kernel that "
-        "PyTorch runs), this package's Triton kernel, FlexAttention, or one extra channel of K or V without a mask; auto selects "
+        "PyTorch runs), this package's Triton kernel, FlexAttention, or extra channels of K or V without a mask; auto selects "
         "by device; all compute the same function",
         "running",
     )
