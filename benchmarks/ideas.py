@@ -141,7 +141,7 @@ def main() -> None:
         "training images": list(Images(model, loaded, args.data, 32, 2, args.limit)),
         "photos": photos_of(model, args.photos),
     }
-    # calibrated on other images than those that are scored
+    # calibrated on images that are not scored
     others = list(Images(model, loaded, args.data, 32, 2, 2 * args.limit + 1))[::7]
     base = {name: score(model, batches, None) for name, batches in sets.items()}
     plain: dict[str, Scores] = {}

@@ -44,7 +44,7 @@ def parts(x: Tensor, rounded: Callable[[Tensor], Tensor], count: int) -> list[Te
 
 
 def product(a: list[Tensor], b: list[Tensor]) -> Tensor:
-    """Sum the products of all parts except that of the two smallest, as the three-product methods do."""
+    """Sum the products of all parts except the product of the two smallest, as the three-product methods do."""
     pairs = [(0, 0)] if len(a) == 1 else [(1, 0), (0, 1), (0, 0)]
     return torch.stack([a[i].double() @ b[j].double().transpose(1, 2) for i, j in pairs]).sum(dim=0)
 

@@ -32,7 +32,7 @@ mpl.rcParams.update({"axes.spines.right": False, "figure.facecolor": "white"})
 
 
 def rows_of(benchmark: str, processor: str | None) -> list[dict[str, str]]:
-    """Return the rows of a benchmark on one processor: the given one, or that of the latest row."""
+    """Return the rows of a benchmark on one processor: the given one, or the processor of the latest row."""
     with RESULTS.open(newline="") as file:
         rows = [row for row in csv.DictReader(file) if row["benchmark"] == benchmark]
     processor = processor or (rows[-1]["processor"] if rows else None)

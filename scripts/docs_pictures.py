@@ -50,7 +50,7 @@ def main() -> None:
         sys.exit(__doc__)
     with tempfile.TemporaryDirectory() as folder:
         cat = Path(folder, "cat.png")
-        pixels = data.chelsea()  # type: ignore[no-untyped-call]  # 300 × 451; the middle, as wide as it is high
+        pixels = data.chelsea()  # type: ignore[no-untyped-call]  # 300 × 451, of which the central square is used
         Image.fromarray(pixels[:, 90:390]).save(cat)
         Path(folder, "model").symlink_to(Path(sys.argv[1]).resolve())
         os.chdir(folder)  # so that pages contain no local paths

@@ -110,7 +110,7 @@ def resources(cubin: bytes) -> Row:
 
 
 def compile_as_inductor(launch: Launch) -> None:
-    """Compile a kernel with the argument types of `torch.compile`, which differ from those that Triton infers.
+    """Compile a kernel with the argument types of `torch.compile`, which differ from the types that Triton infers.
 
     Inductor turns every integer argument of 1 into a constant, in spite of `do_not_specialize`, and passes fractions in float64
     (PyTorch 2.11, for example). Here all integers are 1.

@@ -120,7 +120,7 @@ def add_matcher(command: argparse.ArgumentParser, backend: bool = True) -> None:
             command.add_argument(f"--{name}", choices=choices_of(name), default=field.default, help=text)
 
 
-def add_data(command: argparse.ArgumentParser, holds: str = "images", decodes: str = "") -> None:
+def add_data(command: argparse.ArgumentParser, holds: str = "images", decodes: str = " files") -> None:
     """Add `--data` and `--workers`."""
     command.add_argument(
         "--data",

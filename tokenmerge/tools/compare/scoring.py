@@ -24,7 +24,7 @@ class Scores:
     Attributes:
         top1: `[n]`: 1 if the most likely class is the label, else 0.
         top5: `[n]`: 1 if the label is among the five most likely classes, else 0.
-        divergence: `[n]`: KL divergence of the prediction from that of the unmerged model, in nats.
+        divergence: `[n]`: KL divergence from the unmerged model's prediction, in nats.
     """
 
     top1: Tensor

@@ -35,7 +35,7 @@ def setting_at(args: TrainArgs, epoch: int) -> Setting:
 
 
 def apply(handle: Handle, setting: Setting) -> None:
-    """Change the schedule of a patched model to that of a setting."""
+    """Give a patched model the schedule of a setting."""
     handle.update(**setting.fields)
 
 

@@ -21,7 +21,7 @@ class Objective:
         args: options of mixup, smoothing, loss and distillation.
         num_classes: number of classes.
         teacher: unmerged model to distil from with weight `distill_weight`; `None` trains without distillation.
-        further: function that returns an additional loss after each pass, such as that of predictors, or `None`.
+        further: function that returns an additional loss after each pass, such as the loss of predictors, or `None`.
     """
 
     def __init__(

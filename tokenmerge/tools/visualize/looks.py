@@ -29,7 +29,7 @@ class Look:
         trace: trace of the pass.
         top: the five most likely classes and their probabilities; empty without a classifier.
         gflops: GFLOPs of the pass at the model's own input size.
-        class_token: whether the attention in the trace is that of the class token, and not a mean over all tokens.
+        class_token: whether the trace holds attention of the class token, and not a mean over all tokens.
     """
 
     title: str

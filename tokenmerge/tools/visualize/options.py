@@ -13,7 +13,11 @@ def add_visualize_options(command: argparse.ArgumentParser) -> None:
     """Add all flags of `tokenmerge visualize`."""
     add_model(command)
     command.add_argument(
-        "inputs", metavar="FILE", nargs="+", type=Path, help="pictures to show; videos or sounds for models of those"
+        "inputs",
+        metavar="FILE",
+        nargs="+",
+        type=Path,
+        help="pictures to show, or videos or sounds for models that take them",
     )
     add_merging(command, ["8"])
     add_weights(command)
