@@ -219,7 +219,7 @@ def _print(report: Report, args: ModelArgs, bench: BenchArgs, rows: Sequence[Row
     )
     report.say(
         f"{bench.rounds} interleaved rounds, {bench.statistic} of each; realised = speed-up / FLOPs ratio; "
-        "overhead = time / time when the same number of tokens is simply sliced off"
+        "overhead = time / time when the same number of tokens is sliced off"
     )
     for row in rows[1:]:
         if row["speedup"] < 1.02:

@@ -130,10 +130,10 @@ def create(
     of_videos: bool = False,
     **values: Any,
 ) -> Any:
-    """A model of one of `SOURCES`, as `prefix:name`; of a transformers model with several parts, the vision tower.
+    """Create a model of one of `SOURCES`; of a transformers model with several towers, return the vision tower.
 
     Args:
-        model: prefix and name.
+        model: MODEL argument, `prefix:name`.
         pretrained: whether to load weights.
         img_size: side of the image, `None` for the model's own.
         num_classes: number of classes; `None` keeps the model's own.

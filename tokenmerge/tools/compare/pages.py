@@ -76,10 +76,10 @@ def write_outputs(
         folder / "compare.html",
         f"{args.model}: methods compared{about}",
         [
-            f"{first['images']} images, batch {first['batch_size']} on {first['device']}, {first['dtype']}. Differences are to "
-            "the first method of the same setting, image by image, with 95 % intervals of a paired bootstrap; a difference "
-            "whose interval holds 0 may be chance. KL is the mean divergence of predictions from the unmerged model's. Overhead "
-            "is time over that of the same model with as many tokens simply sliced off."
+            f"{first['images']} images, batch {first['batch_size']} on {first['device']}, {first['dtype']}. Differences are relative "
+            "to the first method of the same setting, with 95 % intervals of a bootstrap paired by image; a difference whose "
+            "interval includes 0 may be due to chance. KL is the mean divergence of the predictions from the unmerged model. "
+            "Overhead is the time divided by the time of the same model with as many tokens sliced off."
         ],
         [Table("", list(shown.values()), [[_cell(row.get(name)) for name in shown] for row in rows])],
         figures,

@@ -89,7 +89,7 @@ class EpochBatches(Sampler[list[Sample]]):
         return (self.updates - self.start) * self.args.grad_accum_steps
 
     def samples(self) -> list[Sample]:
-        """All of this epoch, in order; with repeats an epoch keeps its length, and an image its copies side by side."""
+        """Return all samples of the epoch in order; with repeats, an epoch keeps its length, and copies are adjacent."""
         generator = torch.Generator().manual_seed((self.args.seed << 20) + self.epoch)
         order = torch.randperm(self.size, generator=generator).tolist()
         repeats = self.args.aug_repeats

@@ -126,7 +126,7 @@ def _draw(
 
 
 def sheet(shown: Sequence[Shown], looks: Sequence[Sequence[Look]], blocks: Sequence[int], view: View) -> Image.Image:
-    """One row for each input and setting (of a video, for some of its frames too), one column for each of `blocks`."""
+    """Draw one row per input and setting (and per selected frame of a video), and one column per block of `blocks`."""
     rows, names = [], []
     for each, of_input in zip(shown, looks, strict=True):
         for look in of_input:
