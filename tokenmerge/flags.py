@@ -66,7 +66,7 @@ def add_merging(
     command.add_argument(
         "--r",
         nargs="+",
-        action="extend",  # --r 8 --r 16 is --r 8 16
+        action="extend",  # "--r 8 --r 16" means "--r 8 16"
         required=required and default is None,
         metavar="R",
         help=_R_HELP + (f" (default: {' '.join(default)})" if default else ""),

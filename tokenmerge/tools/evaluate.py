@@ -162,7 +162,7 @@ def make_dataset(model: Any, args: EvalArgs, medium: Medium) -> ClassFolder:
     try:
         transform = create_transform(**config)
         transform(Image.new("RGB", (width, height)))
-    except Exception as error:  # timm and torchvision check these values in many ways, or not at all
+    except Exception as error:  # timm and torchvision raise many exception types for invalid values
         raise InputError(
             f"the preprocessing {args.preprocessing or config} does not work ({type(error).__name__}: {error}): "
             "check --crop-pct, --crop-mode, --interpolation, --mean and --std"

@@ -199,7 +199,7 @@ def export_model(model: nn.Module, images: Tensor, args: ExportArgs, path: Path,
                 "try another --format, or another version of torch"
             ) from None
         difference = _verify(model, images, args, new) if args.verify else None
-        parts = sorted(folder.iterdir())  # large ONNX models keep their weights in a file beside them
+        parts = sorted(folder.iterdir())  # large ONNX models have a separate file of weights
         written = Written(difference, sum(part.stat().st_size for part in parts))
         for part in parts:
             os.replace(part, path.parent / part.name)

@@ -119,7 +119,7 @@ def _mapped(folders: list[str], class_map: str, root: Path, num_classes: int) ->
 
     try:
         known: dict[str, int] = load_class_map(class_map, str(root))
-    except Exception as error:  # assertion, pickle and file errors alike
+    except Exception as error:  # may be an assertion, pickle or file error
         raise InputError(
             f"the class map {class_map!r} cannot be read ({error}): give a text file with one class per line"
         ) from None

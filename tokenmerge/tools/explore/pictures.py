@@ -38,7 +38,7 @@ def open_picture(data: bytes) -> Image.Image:
         raise InputError(
             f"the picture has far more pixels than the {MOST_PIXELS // 10**6} million that are decoded: make it smaller"
         ) from None
-    except Exception:  # every decoder raises its own kinds
+    except Exception:  # every decoder raises its own exception types
         raise InputError(f"the file is no picture that can be read here: give one of {kinds}") from None
     if image.width * image.height > MOST_PIXELS:
         raise InputError(
@@ -53,7 +53,7 @@ def open_picture(data: bytes) -> Image.Image:
     try:
         image.load()
         return ImageOps.exif_transpose(image) or image
-    except Exception as error:  # every decoder raises its own kinds
+    except Exception as error:  # every decoder raises its own exception types
         raise InputError(f"the picture is damaged ({type(error).__name__}: {error}): give a whole file") from None
 
 

@@ -231,7 +231,7 @@ def _space(study: Any, judge: Judge, search: SearchArgs) -> Space:
         try:
             r, _ = r_for_speedup(judge.model, judge.timed, {}, search.speedup, max(7, search.rounds))
             flops = 1 / cost.fraction((r,) * layers)
-        except ConfigError:  # no constant r is that fast; another setting may be
+        except ConfigError:  # no constant r is fast enough, but another setting may be
             flops = search.speedup
         study.set_user_attr("flops_speedup", flops)
     return Space(cost, layers, attention, flops)

@@ -54,7 +54,7 @@ class Checkpoints:
             if accelerator.is_main_process:
                 (beside / "progress.json").write_text(json.dumps(progress), encoding="utf-8")
                 _seal(beside)
-                if target.exists():  # the same update again, after a resumed run ended where it began
+                if target.exists():  # a resumed run may save the same update again
                     shutil.rmtree(target)
                 os.replace(beside, target)
                 _sync(self.folder)

@@ -78,7 +78,7 @@ def _publish_transformers(
     model.save_pretrained(beside, state_dict=state)
     config = json.loads((beside / "config.json").read_text(encoding="utf-8"))
     (beside / "config.json").write_text(json.dumps({**config, KEY: about}, indent=2) + "\n", encoding="utf-8")
-    for path in sorted(beside.iterdir(), reverse=True):  # weights first
+    for path in sorted(beside.iterdir(), reverse=True):  # move the weights before the config
         os.replace(path, folder / path.name)
     beside.rmdir()
 

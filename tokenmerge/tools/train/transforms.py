@@ -79,7 +79,7 @@ def _image_transform(model: Any, args: TrainArgs, training: bool, shape: tuple[i
     try:
         transform = create_transform(**{**config, **extra})
         transform(Image.new("RGB", (shape[2], shape[1])))
-    except Exception as error:  # timm and torchvision check these values in many ways, or not at all
+    except Exception as error:  # timm and torchvision raise many exception types for invalid values
         raise InputError(
             f"the augmentation does not work ({type(error).__name__}: {error}): check --aa, --scale, --ratio, --reprob, "
             "--color-jitter, --train-interpolation and --interpolation"
