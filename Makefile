@@ -1,17 +1,17 @@
-# Two commands do all the set-up on a machine that has Python 3.11 or newer and make:
-#   make demo   virtual environment, installation, the main job
-#   make test   the same set-up, then every test
-# Their plain pip equivalents stand in README.md.
+# Each of these commands also sets up the environment; Python 3.11 or newer and make are required:
+#   make demo   create the virtual environment, install the package, run the demo
+#   make test   the same set-up, then run all tests
+# README.md gives the equivalent commands with pip.
 
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
-# byte code is made when a module is first imported: of the modules installed, most never are, and making it takes over a minute;
-# it is kept then, also where the environment of a container says otherwise: or each process would make it anew
+# modules are compiled when they are first imported, because compiling all installed modules takes over a minute; the byte code must
+# then be stored, even if a container's environment disables it, or each process would compile again
 unexport PYTHONDONTWRITEBYTECODE
 
-# $(call install,folder,requirements): uv unpacks in a fifth of the time that pip needs; where only pip knows the index, pip does it
+# $(call install,folder,requirements): uv installs in a fifth of the time of pip; pip is the fallback where only it has the package index
 define install
 	$(PYTHON) -m venv $(1)
 	$(1)/bin/python -m pip install --quiet --upgrade pip uv
@@ -19,9 +19,9 @@ define install
 		|| $(1)/bin/python -m pip install --quiet --no-compile $(2)
 endef
 
-# the oldest versions that pass, in an environment of their own
+# the oldest supported versions, in a separate environment
 OLD := .venv-oldest
-# (the interpreter of its Triton, 3.6, cannot run with a newer NumPy)
+# (the interpreter of Triton 3.6 does not work with a newer NumPy)
 OLDEST := torch==2.11.0 torchvision==0.26.0 timm==1.0.26 transformers==5.17.0 open_clip_torch==3.3.0 accelerate==1.12.0 numpy==2.3.5
 
 .PHONY: demo test test-fast test-oldest check kernels docs overhead benchmarks benchmarks-gpu clean
@@ -29,15 +29,15 @@ OLDEST := torch==2.11.0 torchvision==0.26.0 timm==1.0.26 transformers==5.17.0 op
 demo: $(STAMP)
 	$(BIN)/tokenmerge demo
 
-# one thread for each of two processes: with two each, they wait for one another half of the time (three processes are no faster)
+# one thread for each of two processes, because two threads each spend half of the time waiting (three processes are no faster)
 test: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
 
 test-fast: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal -m "not slow"
 
-# every kind of block and head: all names of timm, which differ in sizes alone, run with the newest versions, and so do tests of what is
-# Python alone or tokenmerge's own tools
+# every kind of block and head runs with the oldest versions; all timm names, which differ only in their sizes, and tests that do not
+# depend on other libraries run with the newest versions only
 NEWEST_ONLY := test_layout test_config test_schedule tools/test_benchmarks tools/test_break_even tools/test_compare tools/test_docs tools/test_sounds \
 	tools/test_videos tools/test_tools
 test-oldest: $(OLD)/.installed
@@ -58,7 +58,7 @@ check: $(STAMP)
 	$(BIN)/mkdocs build --strict --quiet
 	$(BIN)/python -m build --wheel --outdir dist
 
-# every Triton kernel, compiled for GPUs that need not be here, by the oldest and the newest Triton
+# compile every Triton kernel with the oldest and the newest Triton; no GPU is needed
 kernels: $(STAMP) $(OLD)/.installed
 	$(OLD)/bin/python scripts/kernels.py
 	$(BIN)/python scripts/kernels.py
@@ -69,12 +69,12 @@ docs: $(STAMP)
 overhead: $(STAMP)
 	$(BIN)/python benchmarks/overhead.py
 
-# every benchmark that a CPU can run, and the figures; about half an hour on two cores that do nothing else
+# all CPU benchmarks and the figures; takes about half an hour on two idle cores
 benchmarks: $(STAMP)
 	for script in overhead models scaling attention ops training; do $(BIN)/python benchmarks/$$script.py || exit 1; done
 	$(BIN)/python benchmarks/plot.py
 
-# on a GPU, for people with time: the prepared run of 300 s first, then the long ones; what they need is said in benchmarks/gpu.py
+# GPU benchmarks: the run of 300 s first, then the long ones; benchmarks/gpu.py lists the requirements
 benchmarks-gpu:
 	$(PYTHON) benchmarks/gpu.py
 	for script in attention ops models training scaling; do $(PYTHON) benchmarks/$$script.py --device cuda --dtype bfloat16 || exit 1; done

@@ -1,9 +1,9 @@
-"""The forms of proportional attention side by side, forward and with backward, over sizes of real models.
+"""Measure the implementations of proportional attention, forward and with backward, for sizes of real models.
 
     python benchmarks/attention.py [--device cuda --dtype bfloat16]
 
-`speedup` is over PyTorch's attention without any sizes; `gap` is the largest difference from float64, relative to the
-largest output.
+`speedup` is relative to PyTorch's attention without sizes; `gap` is the largest difference from a float64 result, relative
+to the largest output.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ SHAPES = {  # B, H, N, D
 
 
 def calls_for(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, forms: list[str], backward: bool) -> dict[str, Call]:
-    """One call per form, the one without sizes first."""
+    """Return one call per implementation, attention without sizes first."""
 
     def one(form: str | None) -> Call:
         def call() -> Any:
@@ -50,7 +50,7 @@ def calls_for(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, forms: list[str], b
 
 
 def attend(form: str, q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
-    """Attention as upstream calls it, answered in that form."""
+    """Call attention as upstream does, computed by one implementation."""
     if form == "mask":
         return F.scaled_dot_product_attention(q, k, v, mask)
     with AttentionCall(form):
@@ -58,7 +58,7 @@ def attend(form: str, q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
 
 
 def gap(form: str, q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> float:
-    """How far a form is from float64, relative to the largest output; on one image."""
+    """Return the error of an implementation against float64 on one image, relative to the largest output."""
     q, k, v, mask = (x[:1].detach() for x in (q, k, v, mask))
     scores = q.double() @ k.double().transpose(2, 3) * q.shape[-1] ** -0.5 + mask.double()
     wanted = scores.softmax(dim=-1) @ v.double()
@@ -67,7 +67,7 @@ def gap(form: str, q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> float:
 
 
 def main() -> None:
-    """Measure, append, print."""
+    """Measure all implementations, append the rows to results.csv, and print them."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", default="float32", choices=DTYPES)
@@ -80,7 +80,7 @@ def main() -> None:
         qkv = torch.randn(batch, tokens, 3, heads, dim).to(args.device, DTYPES[args.dtype])
         q, k, v = (
             x.requires_grad_() for x in qkv.permute(2, 0, 3, 1, 4).unbind(0)
-        )  # as a fused projection leaves them
+        )  # strided like the output of a fused projection
         mask = torch.randint(1, 9, (batch, tokens)).float().log().to(v)[:, None, None, :]
         gaps: dict[str, Row] = {form: {"gap": gap(form, q, k, v, mask)} for form in forms}
         for backward in (False, True):

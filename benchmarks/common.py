@@ -1,4 +1,4 @@
-"""What all benchmarks share: calls that take turns, and one results.csv that is only ever appended to."""
+"""Shared by all benchmarks: interleaved measurement, and results.csv, to which rows are only appended."""
 
 from __future__ import annotations
 
@@ -16,13 +16,15 @@ from typing import Any
 
 import torch
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run from a clone that is not installed, too
+sys.path.insert(
+    0, str(Path(__file__).resolve().parents[1])
+)  # so that scripts also run from a clone without installation
 
 from tokenmerge.ops.timing import Call, Spread, ratio, take_turns
 
 Row = dict[str, Any]
 RESULTS = Path(__file__).with_name("results.csv")
-CPU_MODELS = (  # model, image size, r, batch: the README's table
+CPU_MODELS = (  # model, image size, r, batch of the table in README.md
     ("deit_tiny_patch16_224", 224, 13, 16),
     ("vit_small_patch16_224", 224, 13, 8),
     ("vit_base_patch16_224", 224, 16, 4),
@@ -40,7 +42,7 @@ GPU_MODELS = (  # model, image size, the r of the paper
 
 
 def processor(device: str) -> str:
-    """The processor that runs it, as the system calls it."""
+    """Return the name of the processor or GPU that a benchmark runs on."""
     if device.startswith("cuda"):
         return str(torch.cuda.get_device_name())
     cpuinfo = Path("/proc/cpuinfo")
@@ -51,7 +53,7 @@ def processor(device: str) -> str:
 
 
 def commit() -> str:
-    """Short hash of the commit that is checked out, with a + if files other than the results differ from it."""
+    """Return the short hash of the checked-out commit, with a + if files other than the results are modified."""
 
     def git(*words: str) -> str:
         command = (
@@ -62,14 +64,14 @@ def commit() -> str:
 
     try:
         found = git("describe", "--always")
-    except OSError:  # no git here
+    except OSError:  # git is not installed
         return os.environ.get("TOKENMERGE_COMMIT", "unknown")
     changed = "+" if found and git("status", "--porcelain") else ""
     return found + changed or os.environ.get("TOKENMERGE_COMMIT", "unknown")
 
 
 def where(benchmark: str, device: str) -> Row:
-    """The columns that say what made a row."""
+    """Return the columns that describe where a row was measured."""
     return {
         "date": datetime.date.today().isoformat(),
         "commit": commit(),
@@ -85,7 +87,7 @@ def where(benchmark: str, device: str) -> Row:
 
 
 def append(rows: list[Row]) -> None:
-    """Add rows to results.csv; a new column is left empty in older rows."""
+    """Append rows to results.csv; new columns stay empty in older rows."""
     older: list[Row] = []
     columns: list[str] = []
     if RESULTS.exists():
@@ -99,7 +101,7 @@ def append(rows: list[Row]) -> None:
         writer = csv.DictWriter(file, fieldnames=columns)
         writer.writeheader()
         writer.writerows([*older, *rows])
-    new.replace(RESULTS)  # a run that is killed loses no row
+    new.replace(RESULTS)  # atomic, so that a killed run loses no rows
 
 
 def record(
@@ -112,16 +114,16 @@ def record(
     warmup: int = 2,
     extra: Mapping[str, Row] | None = None,
 ) -> dict[str, Row]:
-    """Measure calls that take turns, append a row for each, and return the rows by name.
+    """Measure calls in turns, append one row per call, and return the rows by variant.
 
     Args:
-        benchmark: what is measured, the column `benchmark`.
-        calls: what to run, by the name that goes into the column `variant`; the first one is what the speed-up is over.
-        device: where it runs.
-        columns: further columns of every row.
-        rounds: measured rounds.
-        warmup: rounds before them.
-        extra: further columns of single rows.
+        benchmark: value of the column `benchmark`.
+        calls: calls to measure by variant name; the first one is the baseline of the speed-up.
+        device: device of the calls.
+        columns: additional columns of every row.
+        rounds: number of measured rounds.
+        warmup: number of rounds before them.
+        extra: additional columns of single variants.
     """
     times = take_turns(list(calls.values()), torch.device(device), warmup, rounds)
     rows: dict[str, Row] = {}

@@ -1,10 +1,10 @@
-"""How fast pictures and the explorer are.
+"""Measure the speed of drawing pictures and of the interactive page.
 
     python benchmarks/explorer.py
 
-A 224-pixel picture beyond the forward pass, from a loaded model; and in a browser (Debian's chromium, by Playwright) the time
-of a step of the slider on a page of 24 blocks at 518 pixels, with one and with two settings shown. Random weights: what is
-drawn does not matter. Prints a table; nothing is compared, so nothing is appended to results.csv.
+It measures the time to draw a 224-pixel picture without the forward pass, and, in a browser (Debian's chromium, driven by
+Playwright), the time of one slider step on a page of 24 blocks at 518 pixels, with one and with two settings. Weights are random.
+It prints a table; nothing is compared, so no rows are appended to results.csv.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ _STEPS = """async () => {
 
 
 def picture_seconds(report: Report) -> None:
-    """A sheet of the input and four blocks, 224 pixels, 12 blocks."""
+    """Return the seconds for a sheet of the input and four blocks, at 224 pixels with 12 blocks."""
     model = timm.create_model("vit_base_patch16_224").eval()
     loader, noise = Loader(model), np.random.default_rng(0).integers(0, 256, (300, 400, 3), dtype=np.uint8)
     shown = loader.image(Image.fromarray(noise), "noise")
@@ -63,7 +63,7 @@ def picture_seconds(report: Report) -> None:
 
 
 def slider_milliseconds(report: Report) -> None:
-    """24 blocks at 518 pixels."""
+    """Return the milliseconds of a slider step, for 24 blocks at 518 pixels."""
     from playwright.sync_api import sync_playwright
 
     model = timm.create_model(

@@ -1,14 +1,14 @@
-"""Everything that a GPU is needed for, in one run of at most 300 seconds.
+"""Run all GPU benchmarks and GPU checks within 300 seconds.
 
-    python benchmarks/gpu.py                        # all steps, in the order of their worth
-    python benchmarks/gpu.py --steps ops families   # some of them, or others: every family and option; compile-graphs
-    python benchmarks/gpu.py --rehearse             # the same steps on small work, on a CPU, in under a minute
-    python benchmarks/gpu.py --into-results FOLDER  # later, anywhere: the rows of a run into results.csv
+    python benchmarks/gpu.py                        # all steps, the most important first
+    python benchmarks/gpu.py --steps ops families   # selected steps, or the optional ones: families, compile-graphs
+    python benchmarks/gpu.py --rehearse             # the same steps with small inputs on a CPU, in under a minute
+    python benchmarks/gpu.py --into-results FOLDER  # append the rows of an earlier run to results.csv
 
 It needs PyTorch with Triton, timm, transformers, pytest with pytest-xdist, and hypothesis; tokenmerge need not be
-installed. Each step is a process with a time limit of its own, and none stops the next. Figures go to rows.jsonl in $OUT
-(or benchmarks/out) the moment they are known, with the card's name; the table comes last. `make benchmarks-gpu` is for
-people with a GPU and time: it runs the long benchmarks as well.
+installed. Each step is a process with its own time limit, and a failed step does not stop the next one. Results are written
+to rows.jsonl in $OUT (or benchmarks/out) immediately, with the name of the GPU; tables are printed at the end. `make
+benchmarks-gpu` also runs the long benchmarks.
 """
 
 from __future__ import annotations
@@ -37,13 +37,13 @@ PATIENCE = 6
 
 
 def read(folder: Path) -> list[dict[str, Any]]:
-    """The rows that a run has written."""
+    """Return the rows that a run has written."""
     path = folder / ROWS
     return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
 def models_table(rows: list[dict[str, Any]]) -> list[list[str]]:
-    """A line per model and mode: milliseconds, and speed-ups over the dense model and over the best dense one."""
+    """Return one table line per model and mode: milliseconds, and speed-ups over the dense and the fastest dense model."""
     times: dict[tuple[str, str], dict[str, dict[str, float]]] = {}
     ratios: dict[tuple[str, str], float] = {}
     for row in rows:
@@ -62,7 +62,7 @@ def models_table(rows: list[dict[str, Any]]) -> list[list[str]]:
 
 
 def show(report: Report, rows: list[dict[str, Any]], minutes: list[list[str]]) -> None:
-    """The tables, from the rows alone."""
+    """Print the tables of a run from its rows."""
     shapes = [
         [
             *(str(row[name]) for name in ("op", "tokens", "head_dim")),
@@ -84,7 +84,7 @@ def show(report: Report, rows: list[dict[str, Any]], minutes: list[list[str]]) -
 
 
 def measured(step: str, folder: Path, limit: float) -> int | None:
-    """Run a step in a process of its own; its exit code, or `None` if time ran out."""
+    """Run a step in a separate process, and return its exit code, or `None` after a timeout."""
     command = [sys.executable, str(HERE / "gpu_steps.py"), step, "--out", str(folder)]
     try:
         return subprocess.run(command, timeout=limit, check=False).returncode
@@ -93,7 +93,7 @@ def measured(step: str, folder: Path, limit: float) -> int | None:
 
 
 def rehearsed(step: str, folder: Path, limit: float) -> int | None:
-    """The same for a rehearsal, whose processes are forked from one that has imported everything: most of its time otherwise."""
+    """Run a step of a rehearsal in a process forked after all imports, which would otherwise take most of the time."""
     processes = multiprocessing.get_context("forkserver")
     process = processes.Process(target=gpu_steps.rehearse, args=(step, folder))
     process.start()
@@ -105,7 +105,7 @@ def rehearsed(step: str, folder: Path, limit: float) -> int | None:
 
 
 def run(folder: Path, steps: list[str], rehearse: bool, report: Report) -> list[list[str]]:
-    """Run steps in turn, in a rehearsal two at a time; what each took and how it ended."""
+    """Run the steps one after the other (two at a time in a rehearsal), and return their durations and outcomes."""
     patience = PATIENCE if rehearse else 1
     deadline = time.monotonic() + patience * SECONDS
 
@@ -124,10 +124,12 @@ def run(folder: Path, steps: list[str], rehearse: bool, report: Report) -> list[
 
 
 def main() -> int:
-    """Run, append, print; 1 if a step or a test on the device failed."""
+    """Run the steps and print the tables; return 1 if a step or a test failed."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", nargs="+", choices={**STEPS, **FURTHER}, default=list(STEPS))
-    parser.add_argument("--rehearse", action="store_true", help="small work on a CPU: are the steps in order?")
+    parser.add_argument(
+        "--rehearse", action="store_true", help="run the steps with small inputs on a CPU, to check that they work"
+    )
     parser.add_argument("--into-results", type=Path, metavar="FOLDER", help="append the rows of a run to results.csv")
     args = parser.parse_args()
     report = Report()

@@ -1,8 +1,8 @@
-"""The steps of `gpu.py`, each a process of its own: what breaks one of them (a lost device, a hang) cannot reach the next.
+"""Steps of `gpu.py`, each run in a separate process, so that a lost device or a hang does not affect the next step.
 
     python benchmarks/gpu_steps.py ops --out FOLDER [--rehearse]
 
-Every figure is appended to FOLDER/rows.jsonl the moment it is known.
+Every result is appended to FOLDER/rows.jsonl immediately.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 if "--rehearse" in sys.argv:
-    os.environ["TRITON_INTERPRET"] = "1"  # kernels run on the CPU then; read when Triton is imported
+    os.environ["TRITON_INTERPRET"] = "1"  # runs kernels on the CPU; Triton reads it on import
 
 import torch
 from common import where
@@ -36,17 +36,17 @@ from tokenmerge.ops.combine import merge_rows
 from tokenmerge.ops.timing import Call, synchronize, take_turns
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))  # the tests' small models
+sys.path.insert(0, str(ROOT))  # for the small models of the tests
 ROWS = "rows.jsonl"
 
 
 class Bench:
-    """Where a step runs and where its figures go.
+    """Device and output of a step.
 
     Attributes:
         device: "cuda", or "cpu" in a rehearsal.
-        rehearse: whether to do everything small.
-        dtype: of tokens.
+        rehearse: whether to use small inputs.
+        dtype: dtype of the tokens.
         rates: bytes per second of a copy and multiply-adds per second of a product, as the step `card` measured them.
     """
 
@@ -72,7 +72,7 @@ class Bench:
 
     @functools.cached_property
     def rates(self) -> tuple[float, float]:
-        """See above; a step that runs alone measures them itself."""
+        """Measured rates of the GPU; a step that runs alone measures them itself."""
         numbers, side = (2**20, 256) if self.rehearse else (2**28, 8192)
         source = torch.randn(numbers, device=self.device)
         target = torch.empty_like(source)
@@ -81,12 +81,12 @@ class Bench:
         return 8 * numbers / copy, side**3 / product
 
     def times(self, calls: list[Call], rounds: int = 12) -> list[float]:
-        """Median seconds of calls that take turns."""
+        """Return the median seconds of calls that take turns."""
         rounds = 2 if self.rehearse else rounds
         return [statistics.median(one) for one in take_turns(calls, self.device, 2, rounds)]
 
     def first(self, call: Call) -> float:
-        """Seconds of a call that was never made before: it compiles, and libraries make their plans."""
+        """Return the seconds of the first call, which includes compilation and plans of libraries."""
         synchronize(self.device)
         start = time.perf_counter()
         call()
@@ -95,7 +95,7 @@ class Bench:
 
 
 def card(bench: Bench) -> None:
-    """What is here, and its two ceilings."""
+    """Record the GPU, its memory bandwidth and its matrix product rate."""
     import transformers
     import triton
 
@@ -112,9 +112,9 @@ def card(bench: Bench) -> None:
 
 
 def checks(bench: Bench) -> None:
-    """The kernels and the forms of attention against their references, on this very device.
+    """Run the tests of the kernels and of the attention implementations on this device.
 
-    What was shown before time runs out is kept: the log has a line for each test the moment it ends.
+    The log has a line for each test as soon as it ends, so that results before a timeout are kept.
     """
     few = ["-k", "test_an_empty_batch"] if bench.rehearse else ["-n", "14", "-m", "not slow"]
     files = ["tests/ops/test_ops.py", "tests/ops/test_attending.py", "tests/attention/test_forms.py"]
@@ -137,7 +137,7 @@ def checks(bench: Bench) -> None:
 def op_calls(
     started: list[launch.Launch], keys: Tensor, x: Tensor, size: Tensor, plan: tokenmerge.MergePlan, r: int
 ) -> dict[str, Call]:
-    """What `ops` measures."""
+    """Return the calls that `ops` measures."""
     return {
         "unit keys": started[0].start,
         "unit keys and match": lambda: launch.start_all(started),
@@ -149,7 +149,7 @@ def op_calls(
 
 
 def ops(bench: Bench) -> None:
-    """Each launch and each operation against its floor: the bytes it must move, or the products it must make."""
+    """Measure each launch and operation against its lower bound from bytes or multiply-adds."""
     bandwidth, rate = bench.rates
     shapes = [(1, 17, 2, 32)] if bench.rehearse else [(64, 197, 12, 64), (64, 577, 12, 64), (64, 1370, 16, 80)]
     for batch, tokens, heads, dim in shapes:
@@ -173,13 +173,13 @@ def ops(bench: Bench) -> None:
 
 
 def attention(bench: Bench) -> None:
-    """Every form at three shapes, and what its first call costs: cuDNN plans, flex compiles."""
+    """Measure every attention implementation at three shapes, and its first call (cuDNN plans, flex compiles)."""
     shapes = [(1, 2, 33, 32)] if bench.rehearse else [(64, 12, 197, 64), (64, 16, 1025, 64), (64, 16, 1370, 80)]
     forms = ["math", "key_channel"] if bench.rehearse else [form for form in FORMS if form != "auto"]
     for batch, heads, tokens, dim in shapes:
         qkv = torch.randn(batch, tokens, 3, heads, dim, device=bench.device).to(bench.dtype)
         q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)
-        # rows that begin at multiples of 16 bytes, as merging writes them: PyTorch copies other masks, which takes as long again
+        # rows aligned to 16 bytes, as merging writes them, because PyTorch copies other masks, which doubles the time
         width = -(-tokens // 8) * 8
         mask = torch.randint(1, 9, (batch, width), device=bench.device).float().log().to(v)[:, None, None, :tokens]
 
@@ -195,7 +195,7 @@ def attention(bench: Bench) -> None:
             calls[form] = functools.partial(attend, form)
             try:
                 firsts[form] = bench.first(calls[form])
-            except RuntimeError as error:  # a kernel that refuses the shape
+            except RuntimeError as error:  # the kernel does not support the shape
                 bench.note(what="attention", form=form, tokens=tokens, fault=str(error).splitlines()[0])
                 del calls[form]
         shape = {"batch_size": batch, "heads": heads, "tokens": tokens, "head_dim": dim}
@@ -205,7 +205,7 @@ def attention(bench: Bench) -> None:
 
 
 def captured(call: Call, bench: Bench) -> Call:
-    """The same as a CUDA graph that only replays; in a rehearsal the call itself."""
+    """Return a function that replays a call as a CUDA graph; in a rehearsal, the call itself."""
     if bench.device.type != "cuda":
         return call
     side = torch.cuda.Stream()
@@ -223,14 +223,14 @@ def captured(call: Call, bench: Bench) -> Call:
 def model_calls(
     bench: Bench, name: str, size: int, r: int, batch: int, prepare: Callable[[Any], Any] = lambda model: model
 ) -> tuple[dict[str, Call], dict[str, Any]]:
-    """Forward passes of a model, dense and merged, prepared in some way, and what they are."""
-    import timm  # not by every step: it takes seconds
+    """Return forward passes of a dense and a merged model after a preparation, with their description."""
+    import timm  # imported here because it takes seconds and few steps need it
 
     small: dict[str, Any] = {"depth": 3, "embed_dim": 48, "num_heads": 3} if bench.rehearse else {}
     size, batch = (96, 2) if bench.rehearse else (size, batch)
     made = {}
     for variant in ("dense", "merged"):
-        with bench.device:  # a large model takes long to initialise on a CPU
+        with bench.device:  # initializing a large model on a CPU takes long
             torch.manual_seed(0)
             made[variant] = timm.create_model(name, img_size=size, **small).eval().to(bench.dtype)
     handle = tokenmerge.patch(made["merged"], r=min(r, 4) if bench.rehearse else r)
@@ -249,7 +249,7 @@ def model_calls(
 
 
 def models(bench: Bench, wanted: list[tuple[str, int, int, int]]) -> None:
-    """Dense and merged, eager and then as CUDA graphs captured by hand."""
+    """Measure dense and merged models in eager mode and as manually captured CUDA graphs."""
     for job in wanted:
         calls, shape = model_calls(bench, *job)
         firsts = {variant: bench.first(call) for variant, call in calls.items()}
@@ -264,18 +264,18 @@ def models(bench: Bench, wanted: list[tuple[str, int, int, int]]) -> None:
 
 
 def compiled(bench: Bench) -> None:
-    """`torch.compile` in its default mode, dense and merged."""
+    """Measure `torch.compile` in its default mode, dense and merged."""
     compiled_in(bench, "default", ("vit_base_patch16_224", 224, 16, 64))
 
 
 def compiled_graphs(bench: Bench) -> None:
-    """`torch.compile` with CUDA graphs of its own."""
+    """Measure `torch.compile` in the mode "reduce-overhead", dense and merged."""
     for job in (("vit_base_patch16_224", 224, 16, 64), ("vit_small_patch16_224", 224, 13, 1)):
         compiled_in(bench, "reduce-overhead", job)
 
 
 def compiled_in(bench: Bench, mode: str, job: tuple[str, int, int, int]) -> None:
-    """One model in one mode, dense and merged."""
+    """Measure one model in one mode of `torch.compile`, dense and merged."""
     options = {"backend": "aot_eager"} if bench.rehearse else {"mode": mode}
     torch.compiler.reset()
     calls, shape = model_calls(bench, *job, prepare=functools.partial(torch.compile, **options))
@@ -288,10 +288,10 @@ def compiled_in(bench: Bench, mode: str, job: tuple[str, int, int, int]) -> None
 
 
 def families(bench: Bench) -> None:
-    """Every family and option, small, merged on the device and on the CPU: float32 against float32, and half precision.
+    """Compare every family and option, on small models: device against CPU in float32, and kernels in half precision.
 
-    Half precision is compared on the device, kernels against plain torch with attention written out; there a pair may come
-    out otherwise in later blocks, so only the direction of the output is looked at.
+    Half precision is compared on the device, kernels against plain PyTorch with unfused attention. Rounding may change a pair
+    in later blocks, so only the direction of the outputs is compared.
     """
     from tests.helpers.fake_cuda import timm_models
     from tests.helpers.towers import TOWERS
@@ -303,7 +303,7 @@ def families(bench: Bench) -> None:
     for name, model, inputs, option in cases:
         try:
             found = differences(bench, copy.deepcopy(model), inputs, option)
-        except Exception as error:  # whatever it is belongs into the rows, and the next family is looked at
+        except Exception as error:  # record any failure, and continue with the next family
             wrong.append(f"{name}: {type(error).__name__}: {str(error).splitlines()[0]}")
             continue
         if found["float32"] > 1e-3 or found["half"] > 0.05:
@@ -316,7 +316,7 @@ def families(bench: Bench) -> None:
 
 
 def differences(bench: Bench, model: Any, inputs: dict[str, Tensor], option: dict[str, Any]) -> dict[str, float]:
-    """How far a merged model's output on the device is from the reference, relative (float32) or as 1 - cosine (half)."""
+    """Return the difference of a merged model from the reference: relative (float32), or 1 - cosine (half precision)."""
 
     def output(plain: bool = False) -> Tensor:
         at = next(model.parameters())
@@ -362,7 +362,7 @@ FURTHER: dict[str, tuple[Callable[[Bench], None], int]] = {
 
 
 def rehearse(step: str, folder: Path) -> None:
-    """One step of a rehearsal, in a process that is made with all of this imported."""
+    """Run one step of a rehearsal, in a process that was forked after all imports."""
     torch.set_num_threads(1)
     {**STEPS, **FURTHER}[step][0](Bench(step, folder, True))
 

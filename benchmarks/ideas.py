@@ -1,15 +1,16 @@
-"""Ideas for a better preset that are not in the library, tried as a user would: matchers and hooks of one's own.
+"""Measure ideas for a better preset that are not in the library, as custom matchers and hooks.
 
     python benchmarks/ideas.py local-dir:MODEL --data TRAIN --photos DIR
 
-At half of the FLOPs, each against plain token merging with the norm-preserving mean (presets.py has the others):
+Each is compared at half of the FLOPs with token merging with the norm-preserving mean (presets.py has other candidates):
 
-* two-sided edges: a token of either side may go, by its best edge to the other side, unless something has joined it;
-* merge error on the attention output: what is compared is what the block's attention adds to a token, or that and the keys;
-* a correction of what enters LayerNorm: merged tokens are scaled, by one factor per block that is calibrated on other
-  images, to the length that tokens have there without merging.
+* two-sided edges: a token of either set may merge along its best edge to the other set, unless another token merged into it;
+* metric of attention outputs: matching compares the output of the block's attention, or that and the keys;
+* correction before LayerNorm: merged tokens are scaled by one factor per block, calibrated on other images, to the mean
+  length of tokens without merging.
 
-Prints KL divergence from the unmerged model and top-1, with paired 95 % intervals. Loops in Python: slow, and not to be timed.
+It prints the KL divergence from the unmerged model and top-1, with paired 95 % intervals. The matchers are slow Python loops
+and are not timed.
 """
 
 from __future__ import annotations
@@ -43,7 +44,7 @@ _INPUT: dict[int, Tensor] = {}
 
 
 def _two_sides(similarity: Tensor, r: int, protected: int) -> tuple[list[int], list[int]] | None:
-    """Sources and the tokens they join, of one image; `None` if fewer than r edges are left."""
+    """Return the sources and targets of one image; `None` if fewer than r edges are possible."""
     count = len(similarity)
     side = torch.arange(count) % 2
     closed = side[:, None] == side[None, :]
@@ -64,9 +65,9 @@ def _two_sides(similarity: Tensor, r: int, protected: int) -> tuple[list[int], l
 
 @tokenmerge.register_matcher("two_sided")
 def two_sided(metric: Tensor, r: int, protected: int = 0) -> MergePlan:
-    """Best edges of both directions."""
+    """Match along the best edges of both directions."""
     found = [_two_sides(one, r, protected) for one in similarities(metric, metric)]
-    if any(one is None for one in found):  # late blocks have too few
+    if any(one is None for one in found):  # late blocks may have too few edges
         return get_matcher("bipartite")(metric, r, protected)
     source, to = (torch.tensor([one[i] for one in found if one is not None]) for i in range(2))
     return join(source, to, metric.shape[1])
@@ -76,21 +77,21 @@ def two_sided(metric: Tensor, r: int, protected: int = 0) -> MergePlan:
 def by_attention_output(
     metric: Tensor, r: int, protected: int = 0, tokens: Tensor | None = None, layer: int = 0, keys: bool = False
 ) -> MergePlan:
-    """Bipartite matching of what attention added to the tokens; with `keys`, of that and the keys side by side."""
+    """Match bipartitely by the outputs of attention; with `keys`, by their concatenation with the keys."""
     assert tokens is not None
     added = unit(tokens - _INPUT[layer])
     return get_matcher("bipartite")(torch.cat([unit(metric), added], dim=2) if keys else added, r, protected)
 
 
 def note_inputs(model: Any) -> None:
-    """Fill `_INPUT` while it runs."""
+    """Record block inputs in `_INPUT` while the context is active."""
     for index, block in enumerate(model.blocks):
         block.register_forward_pre_hook(lambda _, args, index=index: _INPUT.__setitem__(index, args[0].detach()))
 
 
 @torch.inference_mode()
 def lengths(model: Any, batches: Any) -> list[float]:
-    """Mean length of the patch tokens after each block; of merged ones alone, where any are."""
+    """Return the mean length of patch tokens after each block, of merged tokens only if there are any."""
     total = [[0.0, 0.0] for _ in model.blocks]
 
     def note(index: int, out: Tensor) -> None:
@@ -109,7 +110,7 @@ def lengths(model: Any, batches: Any) -> list[float]:
 
 
 def corrected(model: Any, unmerged: Any, batches: Any) -> list[float]:
-    """Scale merged tokens after each block to the unmerged length, block by block; the factors."""
+    """Scale merged tokens after each block to the unmerged length, and return the factors."""
     wanted, factors = lengths(unmerged, batches), []
     for index, block in enumerate(model.blocks):
         factor = wanted[index] / lengths(model, batches)[index]
@@ -127,7 +128,7 @@ def corrected(model: Any, unmerged: Any, batches: Any) -> list[float]:
 
 
 def main() -> None:
-    """Measure and print."""
+    """Measure all ideas and print the results."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model")
     parser.add_argument("--data", type=Path, required=True)
@@ -140,7 +141,7 @@ def main() -> None:
         "training images": list(Images(model, loaded, args.data, 32, 2, args.limit)),
         "photos": photos_of(model, args.photos),
     }
-    # calibrated on images that are not among them
+    # calibrated on images that are not scored
     others = list(Images(model, loaded, args.data, 32, 2, 2 * args.limit + 1))[::7]
     base = {name: score(model, batches, None) for name, batches in sets.items()}
     plain: dict[str, Scores] = {}

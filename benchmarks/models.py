@@ -1,10 +1,10 @@
-"""End-to-end models: dense, a straightforward ToMe, this library; eager and compiled, and what slicing would take.
+"""Measure whole models: dense, straightforward token merging, this library and slicing; eager and compiled.
 
     python benchmarks/models.py                                                   # the README's five models, CPU
     python benchmarks/models.py --device cuda --dtype bfloat16 --batch-sizes 1 8 64 256   # the paper's models
 
-All variants share their weights and take turns in every round; `speedup` is over the first of them, the eager dense model
-unless `--variants` says otherwise. Variants for which memory runs out are left out.
+All variants share their weights and take turns in every round; `speedup` is relative to the first variant, which is the eager
+dense model unless `--variants` changes it. Variants that run out of memory are left out.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ VARIANTS = ("dense", "straightforward", "sliced", "merged", "dense compiled", "s
 def variants(
     model: Any, r: int, wanted: list[str], mode: str | None
 ) -> tuple[dict[str, Callable[[Tensor], Any]], float]:
-    """The models by name, and the FLOPs ratio of the merged one."""
+    """Return the models by variant name, and the FLOPs ratio of the merged model."""
     merged = share_weights(model)
     handle = tokenmerge.patch(merged, r=r)
     eager = {"dense": model, "straightforward": straightforward(model, r), "merged": merged}
@@ -45,7 +45,7 @@ def variants(
 
 
 def compare(name: str, size: int, r: int, batch: int, args: argparse.Namespace) -> dict[str, Row]:
-    """Rows by variant."""
+    """Measure all variants of a model, and return the rows by variant."""
     dtype = DTYPES[args.dtype]
     model = timm.create_model(name, img_size=size).eval().to(args.device, dtype)
     images = torch.randn(batch, 3, size, size, generator=torch.Generator().manual_seed(0)).to(args.device, dtype)
@@ -68,7 +68,7 @@ def compare(name: str, size: int, r: int, batch: int, args: argparse.Namespace) 
         "flops_ratio": flops_ratio,
     }
     memory = {}
-    torch.compiler.reset()  # or Dynamo would compile for any batch, which is another, slower program
+    torch.compiler.reset()  # otherwise Dynamo would compile for dynamic batch sizes, which is slower
     for variant in list(calls):
         try:
             calls[variant]()  # compiles
@@ -86,15 +86,22 @@ def compare(name: str, size: int, r: int, batch: int, args: argparse.Namespace) 
 
 
 def main() -> None:
-    """Measure, append, print."""
+    """Measure the models, append the rows to results.csv, and print them."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", default="float32", choices=DTYPES)
-    parser.add_argument("--batch-sizes", type=int, nargs="+", help="default: the table's own on a CPU, else 1 8 64")
+    parser.add_argument(
+        "--batch-sizes",
+        type=int,
+        nargs="+",
+        help="batch sizes (default: those of the table on a CPU, otherwise 1 8 64)",
+    )
     parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS))
-    parser.add_argument("--mode", help="of torch.compile: max-autotune-no-cudagraphs, reduce-overhead, max-autotune")
+    parser.add_argument(
+        "--mode", help="mode of torch.compile: max-autotune-no-cudagraphs, reduce-overhead, max-autotune"
+    )
     parser.add_argument("--rounds", type=int, default=15)
-    parser.add_argument("--only", default="", help="only models whose name@size contains this")
+    parser.add_argument("--only", default="", help="measure only models whose name@size contains this text")
     args = parser.parse_args()
     report = Report()
     jobs: list[tuple[str, int, int, int]] = []

@@ -1,11 +1,11 @@
-"""Which precision the edges need: how many pairs of real keys come out otherwise when the products' factors are rounded.
+"""Measure how many pairs of real keys change when the factors of the similarity products are rounded.
 
     python benchmarks/near_ties.py --data ../shared/data
 
-Runs the ViT-Ti, DINOv2-S and Whisper encoder of the shared data on real images and speech, takes K of every block, and
-makes the edges with factors rounded as matrix units take them, exact products and sums in float64: what is counted is the
-rounding of the factors alone. `partners`: A tokens whose best B token differs from that of float64, per million; `pairs`:
-merged pairs of the plan that differ, per million. float32 is the reference in plain torch, so its own line is the yardstick.
+It runs the ViT-Ti, DINOv2-S and Whisper encoder of the shared data on real images and speech, takes K of every block, and
+computes the edges with factors rounded as tensor cores round them and with exact products and sums in float64, so that only the
+rounding of the factors counts. `partners` are A tokens whose best B token differs from float64, per million; `pairs` are merged
+pairs of the plan that differ, per million. float32 is what plain PyTorch computes, so its row is the baseline.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ from torch import Tensor
 import tokenmerge
 from tokenmerge.tools.report import Report
 
-SCALE = 256.0  # of the kernel's unit keys: see ops/match_kernels.py
+SCALE = 256.0  # scale of the kernel's unit keys, see ops/match_kernels.py
 
 
 def cut(x: Tensor, bits: int) -> Tensor:
-    """float32 rounded to a significand of that many bits, to even: what a matrix unit takes of it."""
+    """Round float32 to a significand of `bits` bits, ties to even, as tensor cores do."""
     drop = 24 - bits
     raw = x.view(torch.int32)
     raw = (raw + (1 << (drop - 1)) - 1 + ((raw >> drop) & 1)) >> drop << drop
@@ -35,7 +35,7 @@ def cut(x: Tensor, bits: int) -> Tensor:
 
 
 def parts(x: Tensor, rounded: Callable[[Tensor], Tensor], count: int) -> list[Tensor]:
-    """`count` numbers for each, whose sum is it up to their roundings."""
+    """Split each number into `count` rounded numbers whose sum approximates it."""
     found = []
     for _ in range(count):
         found.append(rounded(x))
@@ -44,7 +44,7 @@ def parts(x: Tensor, rounded: Callable[[Tensor], Tensor], count: int) -> list[Te
 
 
 def product(a: list[Tensor], b: list[Tensor]) -> Tensor:
-    """Products of all parts but that of the two smallest, as the three-product methods do."""
+    """Sum the products of all parts except the product of the two smallest, as the three-product methods do."""
     pairs = [(0, 0)] if len(a) == 1 else [(1, 0), (0, 1), (0, 0)]
     return torch.stack([a[i].double() @ b[j].double().transpose(1, 2) for i, j in pairs]).sum(dim=0)
 
@@ -60,7 +60,7 @@ METHODS: dict[str, tuple[Callable[[Tensor], Tensor], int]] = {
 
 
 def scores(keys: Tensor, protected: int) -> Iterator[tuple[str, Tensor]]:
-    """Similarities `[B, |A|, |B|]` float64 of keys `[B, N, D]`, exactly and by each method."""
+    """Return similarities `[B, |A|, |B|]` float64 of keys `[B, N, D]`, exact and by each method."""
     first_a, first_b = protected + protected % 2, protected + 1 - protected % 2
     exact = keys.double()
     exact = exact / exact.norm(dim=2, keepdim=True).clamp_min(1e-12)
@@ -73,14 +73,14 @@ def scores(keys: Tensor, protected: int) -> Iterator[tuple[str, Tensor]]:
 
 
 def edges(score: Tensor, r: int) -> tuple[Tensor, Tensor]:
-    """Partner of each A token `[B, |A|]`, and the pairs of the plan as numbers, sorted, `[B, r]`."""
+    """Return the partner of each A token `[B, |A|]`, and the sorted pairs of the plan as numbers `[B, r]`."""
     best, partner = score.max(dim=2)
     order = best.argsort(dim=1, descending=True, stable=True)[:, :r]
     return partner, (order * score.shape[2] + partner.gather(1, order)).sort(dim=1).values
 
 
 def keys_of(data: Path, images: int) -> Iterator[tuple[str, int, Tensor]]:
-    """Name, prefix tokens, and K averaged over heads `[B, N, D]` of every block, unmerged."""
+    """Yield name, number of prefix tokens, and K averaged over heads `[B, N, D]` of every block, without merging."""
     import timm
     import transformers
     from PIL import Image
@@ -120,7 +120,7 @@ def keys_of(data: Path, images: int) -> Iterator[tuple[str, int, Tensor]]:
 
 
 def speech(path: Path) -> Tensor:
-    """A recording of 8 kHz and 16 bits at 16 kHz, in −1 … 1."""
+    """Read a recording of 8 kHz and 16 bits, resampled to 16 kHz, in −1 … 1."""
     with wave.open(str(path)) as file:
         samples = torch.frombuffer(bytearray(file.readframes(file.getnframes())), dtype=torch.int16).float() / 2**15
     doubled = torch.nn.functional.interpolate(samples[None, None], scale_factor=2, mode="linear")
@@ -128,7 +128,7 @@ def speech(path: Path) -> Tensor:
 
 
 def main() -> None:
-    """Count and print."""
+    """Count the changed pairs and print them."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, default=Path(__file__).resolve().parents[2] / "shared" / "data")
     parser.add_argument("--images", type=int, default=16)

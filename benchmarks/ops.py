@@ -1,10 +1,10 @@
-"""Matching and merging, each backend against the reference, over N from 196 to 16,384; time, memory and floors.
+"""Measure time and memory of matching and merging for N from 196 to 16,384, by backend, with lower bounds.
 
     python benchmarks/ops.py [--device cuda --dtype bfloat16]
 
-The reference writes all N²/4 similarities and gathers over expanded indices (`straightforward.py`). `floor_ms` is what
-the arithmetic or the bytes would take at the rates measured in the same run, whichever is longer: for matching the product
-of A and B or reading K once, for merging reading and writing the tokens once.
+The reference writes all N²/4 similarities and gathers over expanded indices (`straightforward.py`). `floor_ms` is
+the longer of the times that the arithmetic and the bytes take at the rates measured in the same run: for matching the product of
+A and B or reading K once, for merging reading and writing the tokens once.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ from tokenmerge.ops.timing import Call, peak_memory, take_turns
 from tokenmerge.tools.device import DTYPES
 from tokenmerge.tools.report import Report
 
-SIZES = {  # tokens: batch, chosen so that every size has work enough
+SIZES = {  # tokens: batch size, chosen so that every size takes long enough to measure
     "cpu": {197: 8, 577: 2, 1025: 1, 4097: 1, 16385: 1},
     "cuda": {197: 256, 577: 64, 1025: 64, 1370: 64, 4097: 16, 16385: 4},
 }
 
 
 def ceilings(device: str, dtype: torch.dtype) -> tuple[float, float]:
-    """Bytes per second of a copy (read plus written) and multiply-adds per second of a matrix product, measured."""
+    """Measure the bytes per second of a copy (read plus written) and the multiply-adds per second of a matrix product."""
     numbers, side = (2**24, 1024) if device == "cpu" else (2**28, 8192)
     source = torch.randn(numbers, device=device)
     target = torch.empty_like(source)
@@ -42,7 +42,7 @@ def ceilings(device: str, dtype: torch.dtype) -> tuple[float, float]:
 
 
 def matching_calls(keys: Tensor, r: int, backends: list[str]) -> dict[str, Call]:
-    """Head mean, similarities, plan."""
+    """Return the calls of matching: mean over heads, similarities, plan."""
 
     def reference() -> Any:
         return straightforward.match(keys.mean(dim=1), r)
@@ -54,7 +54,7 @@ def matching_calls(keys: Tensor, r: int, backends: list[str]) -> dict[str, Call]
 
 
 def merge_calls(x: Tensor, keys: Tensor, r: int, backends: list[str], backward: bool) -> dict[str, Call]:
-    """Weighted mean of the tokens and their sizes, by a plan that is there."""
+    """Return the calls of merging tokens and sizes by a given plan."""
     size = torch.ones(x.shape[:2], device=x.device)
     plan = bipartite_matching(keys, r, 1)
     grad = torch.randn_like(plan.merge(x, size)[0])
@@ -78,7 +78,7 @@ def merge_calls(x: Tensor, keys: Tensor, r: int, backends: list[str], backward: 
 
 
 def main() -> None:
-    """Measure, append, print."""
+    """Measure all sizes, append the rows to results.csv, and print them."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", default="float32", choices=DTYPES)

@@ -1,12 +1,12 @@
-"""What merging costs beyond dropping tokens, on the five models of the README's table.
+"""Measure the cost of merging beyond dropping tokens, on the five models of the table in README.md.
 
     python benchmarks/overhead.py [--rounds 7] [--processes 5] [--only deit_tiny]
-    python benchmarks/overhead.py --against COMMIT   # the merged models, now over then
+    python benchmarks/overhead.py --against COMMIT   # merged models of this tree against those of COMMIT
 
 Appends one row per model to benchmarks/results.csv and prints the table. Each model runs in turns with its
-unmerged version and with the same number of tokens simply sliced off; ratios are medians over paired rounds.
-Where a process happens to lie in memory moves the ratios of small models by some five percent for as long as it lives,
-whatever the number of rounds; so each model is measured in several processes, and the process of median overhead counts.
+unmerged version and with a version that slices off as many tokens; ratios are medians over paired rounds.
+Memory placement shifts the ratios of small models by about five percent for the lifetime of a process, regardless of the number
+of rounds. Therefore each model is measured in several processes, and the process of median overhead counts.
 """
 
 from __future__ import annotations
@@ -34,12 +34,12 @@ VIDEO = ("hf:videomae-large", None, 65, 1)  # 1,568 tokens; slow, so only with -
 
 
 def one_process(model: ModelArgs, bench: BenchArgs, r: int) -> list[dict[str, Any]]:
-    """The rows of one measurement."""
+    """Return the rows of one measurement in this process."""
     return measure(model, bench, [parse_setting(str(r))], {}, Report())
 
 
 def in_processes(count: int, model: ModelArgs, bench: BenchArgs, r: int) -> tuple[list[dict[str, Any]], list[float]]:
-    """The rows of the process whose overhead is the median of `count` processes, one after the other; all overheads."""
+    """Measure in `count` processes, and return the rows of the one with median overhead, and all overheads."""
     spawn = multiprocessing.get_context("spawn")
     with concurrent.futures.ProcessPoolExecutor(1, mp_context=spawn, max_tasks_per_child=1) as pool:
         runs = [pool.submit(one_process, model, bench, r).result() for _ in range(count)]
@@ -48,7 +48,7 @@ def in_processes(count: int, model: ModelArgs, bench: BenchArgs, r: int) -> tupl
 
 
 class Turn:
-    """A process of `turns.py` that runs the tokenmerge of one tree."""
+    """A process of `turns.py` that runs tokenmerge from one source tree."""
 
     def __init__(self, tree: Path, job: tuple[str, int, int, int]) -> None:
         command = [sys.executable, str(HERE / "turns.py"), *(str(word) for word in job)]
@@ -68,23 +68,23 @@ class Turn:
         return line
 
     def seconds(self) -> float:
-        """Those of one pass."""
+        """Return the seconds of one pass."""
         assert self.process.stdin is not None
         self.process.stdin.write("\n")
         return float(self._answer())
 
     def end(self) -> None:
-        """Let it go."""
+        """End the process."""
         assert self.process.stdin is not None
         self.process.stdin.close()
         self.process.wait()
 
 
 def one_pair(now: Path, then: Path, job: tuple[str, int, int, int], rounds: int, now_first: bool) -> float:
-    """Median over rounds of the time of this tree's merged model over the other's; both processes live as long.
+    """Return the median ratio of the times of the merged models of this tree and of the other, in two processes.
 
-    Which of them starts first is a matter of where they lie in memory: a tree over itself gave 1.03 and 1.01 when it was always
-    the same one.
+    The processes start in varying order, because the order affects memory placement: a tree compared with itself gave 1.03 and
+    1.01 in a fixed order.
     """
     started = {tree: Turn(tree, job) for tree in ((now, then) if now_first else (then, now))}
     pair = [started[now], started[then]]
@@ -100,7 +100,7 @@ def one_pair(now: Path, then: Path, job: tuple[str, int, int, int], rounds: int,
 
 
 def against(commit: str, args: argparse.Namespace, report: Report) -> None:
-    """Merged models of this tree over those of a commit, in a worktree of its own: processes take turns, pass by pass."""
+    """Compare merged models of this tree with those of a commit in a separate worktree; processes take turns."""
     root = HERE.parent
     table = []
     with tempfile.TemporaryDirectory() as folder:
@@ -132,19 +132,22 @@ def against(commit: str, args: argparse.Namespace, report: Report) -> None:
 
 
 def main() -> None:
-    """Measure, append, print."""
+    """Measure the models, append the rows to results.csv, and print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--processes", type=int, default=5)
-    parser.add_argument("--only", default="", help="only models whose name contains this")
-    parser.add_argument("--video", action="store_true", help="VideoMAE-L instead")
+    parser.add_argument("--only", default="", help="measure only models whose name contains this text")
+    parser.add_argument("--video", action="store_true", help="measure VideoMAE-L instead of the five models")
     parser.add_argument(
-        "--statistic", default="median", choices=("median", "min"), help="of paired rounds, or of each side"
+        "--statistic",
+        default="median",
+        choices=("median", "min"),
+        help="median ratio of paired rounds, or ratio of minima",
     )
     parser.add_argument("--compile", action="store_true")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", default="float32")
-    parser.add_argument("--against", metavar="COMMIT", help="compare with the merged models of a commit instead")
+    parser.add_argument("--against", metavar="COMMIT", help="compare the merged models with those of a commit instead")
     args = parser.parse_args()
     report = Report()
     if args.against:

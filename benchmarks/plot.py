@@ -1,8 +1,8 @@
-"""The figures of README.md and docs/performance.md, from results.csv alone.
+"""Draw the figures of README.md and docs/performance.md from results.csv.
 
     python benchmarks/plot.py [--processor "AMD EPYC"]
 
-Of rows that measure the same thing the latest counts. Writes speed.svg, scaling.svg and finetune.svg in docs/images.
+Of rows that measure the same thing, the latest counts. It writes speed.svg, scaling.svg and finetune.svg to docs/images.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ mpl.use("svg")
 from matplotlib import pyplot as plt
 
 IMAGES = RESULTS.parents[1] / "docs" / "images"
-COLOURS = {  # Okabe and Ito's palette: told apart by colour-blind people, and by lightness
+COLOURS = {  # the palette of Okabe and Ito, distinguishable for colour-blind people and by lightness
     "dense": "#bbbbbb",
     "dense compiled": "#666666",
     "straightforward": "#e69f00",
@@ -32,7 +32,7 @@ mpl.rcParams.update({"axes.spines.right": False, "figure.facecolor": "white"})
 
 
 def rows_of(benchmark: str, processor: str | None) -> list[dict[str, str]]:
-    """The rows of a benchmark, on one processor: the given one, or that of the latest row."""
+    """Return the rows of a benchmark on one processor: the given one, or the processor of the latest row."""
     with RESULTS.open(newline="") as file:
         rows = [row for row in csv.DictReader(file) if row["benchmark"] == benchmark]
     processor = processor or (rows[-1]["processor"] if rows else None)
@@ -40,7 +40,7 @@ def rows_of(benchmark: str, processor: str | None) -> list[dict[str, str]]:
 
 
 def save(figure: Any, name: str) -> Path:
-    """Write a figure without the date, so that the same rows give the same file."""
+    """Write a figure without a date, so that equal rows produce equal files."""
     IMAGES.mkdir(exist_ok=True)
     path = IMAGES / name
     figure.savefig(path, metadata={"Date": None, "Creator": None}, bbox_inches="tight")
@@ -50,7 +50,7 @@ def save(figure: Any, name: str) -> Path:
 
 
 def plot_models(processor: str | None) -> Path | None:
-    """Speed-up over the eager dense model, by model and variant, with the FLOPs ratio as a line."""
+    """Plot the speed-up over the eager dense model by model and variant, with the FLOPs ratio as a line."""
     rows = rows_of("models", processor)
     if not rows:
         return None
@@ -60,7 +60,7 @@ def plot_models(processor: str | None) -> Path | None:
         variants = latest.setdefault(key, {})
         made_by = ("date", "commit", "command", "dtype")
         if any(other[name] != row[name] for other in variants.values() for name in made_by):
-            variants.clear()  # what is drawn side by side took turns in one run
+            variants.clear()  # bars of one group must come from one run
         variants[row["variant"]] = row
     figure, axes = plt.subplots(figsize=(8, 3.2))
     width = 0.8 / len(COLOURS)
@@ -91,7 +91,7 @@ def plot_models(processor: str | None) -> Path | None:
 
 
 def plot_scaling(processor: str | None) -> Path | None:
-    """Speed-up over tokens and over the batch, with the FLOPs ratio."""
+    """Plot the speed-up against tokens and against batch size, with the FLOPs ratio."""
     rows = [row for row in rows_of("scaling", processor) if row["variant"] == "merged"]
     if not rows:
         return None
@@ -121,7 +121,7 @@ def plot_scaling(processor: str | None) -> Path | None:
 
 
 def plot_finetuning(processor: str | None) -> Path | None:
-    """Top-1 merged, for the model off the shelf and fine-tuned with and without merging; unmerged as lines."""
+    """Plot merged top-1 without fine-tuning and after fine-tuning with and without merging; unmerged top-1 as lines."""
     rows = rows_of("finetune", processor)
     if not rows:
         return None
@@ -146,9 +146,9 @@ def plot_finetuning(processor: str | None) -> Path | None:
 
 
 def main() -> None:
-    """Draw what there are rows for."""
+    """Draw all figures that results.csv has rows for."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--processor", help="rows of this processor (default: that of the latest row)")
+    parser.add_argument("--processor", help="use the rows of this processor (default: the processor of the latest row)")
     args = parser.parse_args()
     for draw in (plot_models, plot_scaling, plot_finetuning):
         path = draw(args.processor)

@@ -1,11 +1,11 @@
-"""How the preset was chosen: how far each candidate moves the predictions of an unmerged model.
+"""Measure how much each candidate for a preset changes the predictions of the unmerged model.
 
     python benchmarks/presets.py local-dir:MODEL --data TRAIN --photos DIR --speedup 2 2.5
 
-Every candidate gets the constant r that divides the FLOPs by so much, so that merging later in a block is no free lunch.
-KL divergence from the unmerged model's predictions, on images with one folder per class and on a plain folder of photos;
-no label is looked at. Differences to plain token merging are paired, image by image, with 95 % intervals. Writes
-benchmarks/presets.csv anew. `--only NAME …` tries some, `--data` of other images confirms.
+Every candidate uses the constant r that divides its FLOPs by the given factor, so that merging later in a block gives no advantage.
+The measure is the KL divergence from the unmerged model's predictions, on images in class folders and on a plain folder of photos;
+labels are not used. Differences from plain token merging are paired by image, with 95 % intervals. The script overwrites
+benchmarks/presets.csv. `--only NAME …` selects candidates; `--data` with other images confirms a choice.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from tokenmerge.tools.variants import share_weights
 
 
 def informed(**options: Any) -> dict[str, Any]:
-    """The matcher that looks at more than keys, with the norm-preserving mean."""
+    """Return the fields of the matcher "informed" with the norm-preserving mean."""
     return {"matcher": "informed", "combine": "norm", "options": {"attention_power": 0.0, **options}}
 
 
@@ -97,7 +97,7 @@ CANDIDATES: dict[str, dict[str, Any]] = {
 
 
 def photos_of(model: Any, folder: Path) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    """All images in a folder, in the model's own preprocessing, as batches without labels."""
+    """Return all images in a folder as batches with the preprocessing of the model, without labels."""
     transform = create_transform(**resolve_data_config({}, model=model))
     files = sorted(path for path in folder.iterdir() if path.suffix.lower() in (".jpg", ".jpeg", ".png"))
     images = torch.stack([transform(Image.open(path).convert("RGB")) for path in files])
@@ -105,7 +105,7 @@ def photos_of(model: Any, folder: Path) -> list[tuple[torch.Tensor, torch.Tensor
 
 
 def main() -> None:
-    """Measure, write, print."""
+    """Measure the candidates, write presets.csv, and print it."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model")
     parser.add_argument("--data", type=Path, required=True)

@@ -1,9 +1,9 @@
-"""Speed-up of a ViT over the number of tokens (196 to 16,384) and over the batch; time and peak memory.
+"""Measure time and peak memory of a ViT by number of tokens (196 to 16,384) and by batch size.
 
     python benchmarks/scaling.py [--device cuda --dtype bfloat16]
 
-The model has ViT-B's blocks, four of them, so that 16,384 tokens run on a CPU. Over the four, as large a share of the tokens
-goes as over twelve with r = 16 at 197 tokens; the last block merges what is left to merge.
+The model has four blocks of ViT-B, so that 16,384 tokens run on a CPU. The four blocks merge the same fraction of the tokens as
+twelve blocks with r = 16 do at 197 tokens; the last block merges the remainder.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ from tokenmerge.tools.device import DTYPES
 from tokenmerge.tools.report import Report
 from tokenmerge.tools.variants import share_weights
 
-SIDES = (14, 24, 32, 64, 128)  # patches along a side
+SIDES = (14, 24, 32, 64, 128)  # patches along each side
 BATCHES = {"cpu": (1, 2, 4, 8, 16), "cuda": (1, 8, 64, 256)}
 DEPTH = 4
 
 
 def compare(side: int, batch: int, args: argparse.Namespace) -> dict[str, Row]:
-    """Rows of the dense and the merged model."""
+    """Measure the dense and the merged model, and return their rows."""
     model = VisionTransformer(img_size=16 * side, embed_dim=768, depth=DEPTH, num_heads=12, num_classes=10).eval()
     model = model.to(args.device, DTYPES[args.dtype])
     tokens = side * side + 1
@@ -43,7 +43,7 @@ def compare(side: int, batch: int, args: argparse.Namespace) -> dict[str, Row]:
         return call
 
     calls = {"dense": one(model), "merged": one(merged)}
-    for call in calls.values():  # so that libraries have their workspaces
+    for call in calls.values():  # so that libraries allocate their workspaces
         call()
     memory: dict[str, Row] = {n: {"peak_memory_mb": peak_memory(c, images.device) / 2**20} for n, c in calls.items()}
     columns = {"tokens": tokens, "r": r, "batch_size": batch, "dtype": args.dtype, "flops_ratio": ratio}
@@ -51,7 +51,7 @@ def compare(side: int, batch: int, args: argparse.Namespace) -> dict[str, Row]:
 
 
 def main() -> None:
-    """Measure, append, print."""
+    """Measure all sizes, append the rows to results.csv, and print them."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", default="float32", choices=DTYPES)

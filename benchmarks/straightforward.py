@@ -1,8 +1,7 @@
-"""Token merging written down straightforwardly: what `models.py` compares the library with.
+"""Straightforward implementation of token merging, the baseline of `models.py`.
 
-The paper's equations for a plain timm Vision Transformer, step by step in torch: attention that writes its N × N
-weights, all similarities, a full sort, gathers on expanded indices. No fused kernel, no compilation: what a careful
-reader of the paper writes first.
+It implements the paper's equations for a plain timm Vision Transformer step by step in PyTorch, without fused kernels: attention
+that writes its N × N weights, all similarities, a full sort, and gathers with expanded indices.
 """
 
 from __future__ import annotations
@@ -15,7 +14,7 @@ from torch import Tensor
 
 
 def attention(attn: Any, x: Tensor, size: Tensor) -> tuple[Tensor, Tensor]:
-    """softmax(QKᵀ/√d + log size) V, projected, and K averaged over the heads `[B, N, D]`."""
+    """Return softmax(QKᵀ/√d + log size) V after the projection, and K averaged over heads `[B, N, D]`."""
     batch, tokens, channels = x.shape
     q, k, v = attn.qkv(x).reshape(batch, tokens, 3, attn.num_heads, -1).permute(2, 0, 3, 1, 4)
     weights = q * attn.scale @ k.transpose(-2, -1) + size.log()[:, None, None, :]
@@ -24,13 +23,14 @@ def attention(attn: Any, x: Tensor, size: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def match(metric: Tensor, r: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Bipartite soft matching (section 3 of the paper) with one class token.
+    """Match tokens by bipartite soft matching (paper, section 3) with one class token.
 
-    Numbers of the A tokens that stay `[B, |A| − r]` and that merge `[B, r]`, and of the B token that each of those joins.
+    Returns:
+        Indices of the A tokens that stay `[B, |A| − r]` and that merge `[B, r]`, and of the B tokens they merge into `[B, r]`.
     """
     metric = metric / metric.norm(dim=-1, keepdim=True)
     similarity = metric[:, ::2] @ metric[:, 1::2].transpose(1, 2)
-    similarity[:, 0] = -torch.inf  # the class token stays alone
+    similarity[:, 0] = -torch.inf  # the class token never merges
     best, partner = similarity.max(dim=-1)
     order = best.argsort(dim=-1, descending=True)
     merged, alone = order[:, :r], order[:, r:].sort(dim=-1).values
@@ -38,7 +38,7 @@ def match(metric: Tensor, r: int) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def combine(x: Tensor, size: Tensor, alone: Tensor, merged: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
-    """The size-weighted mean of the tokens that become one, and their sizes."""
+    """Return merged tokens as means weighted by size, and their sizes."""
 
     def apply(values: Tensor) -> Tensor:
         def at(index: Tensor) -> Tensor:
@@ -53,7 +53,7 @@ def combine(x: Tensor, size: Tensor, alone: Tensor, merged: Tensor, target: Tens
 
 
 def straightforward(model: Any, r: int) -> Callable[[Tensor], Tensor]:
-    """The forward pass of an unpatched `timm` VisionTransformer with a class token, merging r tokens per block."""
+    """Run an unpatched timm `VisionTransformer` with a class token, merging r tokens per block."""
 
     def forward(images: Tensor) -> Tensor:
         x = model.norm_pre(model._pos_embed(model.patch_embed(images)))

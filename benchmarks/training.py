@@ -1,8 +1,8 @@
-"""A training step with and without merging: time and peak memory.
+"""Measure time and peak memory of a training step with and without merging.
 
     python benchmarks/training.py [--device cuda --dtype bfloat16 --compile]
 
-One step is forward, loss, backward and AdamW; on half precision under autocast. Both models share nothing and take turns.
+One step is forward, loss, backward and AdamW, under autocast for half precision. The two models have separate weights and take turns.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ MODELS = {
 
 
 def step(model: Any, batch: int, args: argparse.Namespace) -> Call:
-    """One step of training on random images."""
+    """Return a function that runs one training step on random images."""
     model = model.to(args.device).train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
     images = torch.randn(batch, 3, 224, 224, device=args.device)
@@ -47,7 +47,7 @@ def step(model: Any, batch: int, args: argparse.Namespace) -> Call:
 
 
 def main() -> None:
-    """Measure, append, print."""
+    """Measure both models, append the rows to results.csv, and print them."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", default="float32", choices=DTYPES)
@@ -56,13 +56,13 @@ def main() -> None:
     args = parser.parse_args()
     report = Report()
     for name, r, batch in MODELS["cpu" if args.device == "cpu" else "cuda"]:
-        torch.compiler.reset()  # or Dynamo would compile for any batch, which is another, slower program
+        torch.compiler.reset()  # otherwise Dynamo would compile for dynamic batch sizes, which is slower
         model = timm.create_model(name, drop_path_rate=0.1)
         merged = copy.deepcopy(model)
         ratio = tokenmerge.patch(merged, r=r).summary().flops_ratio
         calls = {"dense": step(model, batch, args), "merged": step(merged, batch, args)}
         device = torch.device(args.device)
-        for call in calls.values():  # compiles, and makes the optimizer's state
+        for call in calls.values():  # compiles the model, and creates the optimizer's state
             call()
         memory: dict[str, Row] = {n: {"peak_memory_mb": peak_memory(c, device) / 2**20} for n, c in calls.items()}
         columns = {"model": name, "r": r, "batch_size": batch, "dtype": args.dtype, "compile": args.compile}

@@ -1,7 +1,7 @@
-"""One of two processes that take turns: a merged model of whatever tokenmerge is on the path, a pass each time it is told.
+"""Process that runs a pass of a merged model whenever it is asked, for two versions of tokenmerge that take turns.
 
-Started by `overhead.py --against COMMIT`, once with this tree on PYTHONPATH and once with that commit's. It reads lines and
-answers each with the seconds of one forward pass.
+`overhead.py --against COMMIT` starts it twice, with this tree and with the tree of that commit on PYTHONPATH. For each line that it
+reads, it prints the seconds of one forward pass.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import tokenmerge
 
 
 def main() -> None:
-    """`turns.py NAME SIZE R BATCH`."""
+    """Run `turns.py NAME SIZE R BATCH`."""
     name, size, r, batch = sys.argv[1], *(int(word) for word in sys.argv[2:])
     torch.manual_seed(0)
     model = timm.create_model(name, img_size=size).eval()

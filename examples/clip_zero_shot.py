@@ -1,10 +1,10 @@
 """Zero-shot classification with open_clip, with and without merged tokens.
 
-    python examples/clip_zero_shot.py                                  # random weights, offline: shows that it runs
-    python examples/clip_zero_shot.py --pretrained openai              # weights from the hub: shows that it works
+    python examples/clip_zero_shot.py                                  # random weights, offline
+    python examples/clip_zero_shot.py --pretrained openai              # weights from the hub
     python examples/clip_zero_shot.py --pretrained weights.pt --images a.jpg b.jpg --labels "a cat" "a dog"
 
-Without --images two photographs are used that come with scikit-learn (a temple, a flower).
+Without --images, it uses the two photographs of scikit-learn (a temple and a flower).
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ import tokenmerge
 
 
 def photographs(paths: list[Path]) -> tuple[list[str], list[Image.Image]]:
-    """Names and images: those given, or scikit-learn's two."""
+    """Return the names and images that were given, or the two photographs of scikit-learn."""
     if paths:
         return [path.name for path in paths], [Image.open(path).convert("RGB") for path in paths]
     samples = load_sample_images()
@@ -33,7 +33,7 @@ def photographs(paths: list[Path]) -> tuple[list[str], list[Image.Image]]:
 
 
 def probabilities(model: open_clip.CLIP, pixels: Tensor, words: Tensor) -> Tensor:
-    """`[images, labels]`: softmax of the scaled cosine similarities."""
+    """Return `[images, labels]`: the softmax of the scaled cosine similarities."""
     seen = F.normalize(model.encode_image(pixels), dim=-1)
     chances: Tensor = (model.logit_scale.exp() * seen @ words.T).softmax(dim=-1)
     return chances
@@ -43,7 +43,9 @@ def main() -> None:
     """Classify with and without merging, and print both."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="ViT-B-16", help="open_clip architecture (%(default)s)")
-    parser.add_argument("--pretrained", metavar="TAG", help="open_clip's tag of the weights, or a file; else random")
+    parser.add_argument(
+        "--pretrained", metavar="TAG", help="tag of open_clip's weights, or a file (default: random weights)"
+    )
     parser.add_argument("--images", type=Path, nargs="*", default=[])
     parser.add_argument("--labels", nargs="+", default=["a temple", "a flower", "a dog"])
     parser.add_argument("--r", type=int, default=12, help="tokens merged per block (%(default)s)")
@@ -58,7 +60,9 @@ def main() -> None:
     with torch.inference_mode():
         words = F.normalize(model.encode_text(tokens), dim=-1)
         plain = probabilities(model, pixels, words)
-        with tokenmerge.patched(model, r=args.r) as handle:  # finds the image tower; the text tower stays as it is
+        with tokenmerge.patched(
+            model, r=args.r
+        ) as handle:  # patches the image tower only; the text tower does not change
             merged = probabilities(model, pixels, words)
             ratio = handle.summary().flops_ratio
 

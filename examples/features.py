@@ -3,8 +3,8 @@
     python examples/features.py                                      # random weights, offline
     python examples/features.py --pretrained facebook/dinov2-base    # a hub id, or a local folder
 
-Prints how close the merged features are to the plain ones, and writes them (`--output features.safetensors`): the
-class token `[B, C]` and the map of patches `[B, C, h, w]`.
+It prints the similarity of the features with and without merging, and writes the merged ones with `--output features.safetensors`:
+the class token `[B, C]` and the patch map `[B, C, h, w]`.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ import tokenmerge
 
 
 def load(pretrained: str | None) -> tuple[Dinov2Model, Any]:
-    """Model and image processor of a hub id or folder, or a small random model."""
+    """Load model and image processor from a hub id or folder, or create a small random model."""
     if pretrained:
         model: Dinov2Model = Dinov2Model.from_pretrained(pretrained)
         return model.eval(), BitImageProcessor.from_pretrained(pretrained)
@@ -36,11 +36,15 @@ def load(pretrained: str | None) -> tuple[Dinov2Model, Any]:
 
 
 def main() -> None:
-    """Extract, compare, write."""
+    """Extract features, compare them, and write them."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--pretrained", metavar="ID", help="hub id or folder of a DINOv2 model; else random weights")
+    parser.add_argument(
+        "--pretrained", metavar="ID", help="hub id or folder of a DINOv2 model (default: random weights)"
+    )
     parser.add_argument("--images", type=Path, nargs="*", default=[])
-    parser.add_argument("--flops", type=float, default=0.5, help="FLOPs to keep (%(default)s)")
+    parser.add_argument(
+        "--flops", type=float, default=0.5, help="FLOPs after merging divided by FLOPs before (%(default)s)"
+    )
     parser.add_argument("--output", type=Path, help="safetensors file for the merged model's features")
     args = parser.parse_args()
 
@@ -51,7 +55,7 @@ def main() -> None:
     with torch.inference_mode():
         plain = model(pixels).last_hidden_state
         with tokenmerge.patched(model, flops=args.flops, trace=True) as handle:
-            merged = model(pixels).last_hidden_state  # unmerged again: upstream's shape, for any head
+            merged = model(pixels).last_hidden_state  # one token per patch again, with upstream's shape
             maps = handle.trace.to_grid(merged, grid=(pixels.shape[2] // 14, pixels.shape[3] // 14))
             left = int(handle.trace.size().shape[1])
     print(

@@ -1,10 +1,10 @@
-"""What merging costs off the shelf, and what a short fine-tuning with it wins back.
+"""Measure the accuracy of merging without training, and after a short fine-tuning with merging.
 
     python examples/finetune.py local-dir:DIR_OF_A_MODEL --data DIR --r 16 [--output runs/finetune]
 
-Three numbers at the same r on the same validation images: the model as it is; fine-tuned with merging; and, as the control,
-fine-tuned just as long without merging and merged afterwards. MODEL must know the classes in DIR/train and DIR/val already.
-Rows go to benchmarks/results.csv, from which benchmarks/plot.py draws.
+It compares three models at the same r on the same validation images: without fine-tuning; fine-tuned with merging; and, as a
+control, fine-tuned for as long without merging and merged afterwards. MODEL must already be a classifier of the classes in DIR/train
+and DIR/val. Rows are appended to benchmarks/results.csv, from which benchmarks/plot.py draws the figure.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from tokenmerge.tools.report import Report
 
 
 def run(words: list[str], rows: Path) -> list[dict[str, Any]]:
-    """Run the command with `--json`; its rows."""
+    """Run a command with `--json`, and return its rows."""
     code = tokenmerge([*words, "--json", str(rows)])
     if code:
         sys.exit(code)
@@ -33,12 +33,12 @@ def run(words: list[str], rows: Path) -> list[dict[str, Any]]:
 
 
 def main() -> None:
-    """Evaluate, train twice, print and append."""
+    """Evaluate, train twice, and print and append the rows."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model")
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--r", default="16")
-    parser.add_argument("--config", default="laptop", help="recipe, or YAML file (%(default)s)")
+    parser.add_argument("--config", default="laptop", help="recipe or YAML file of training (%(default)s)")
     parser.add_argument("--output", type=Path, default=Path("runs/finetune"))
     args = parser.parse_args()
     args.output.mkdir(parents=True, exist_ok=True)

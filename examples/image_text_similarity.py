@@ -3,7 +3,7 @@
     python examples/image_text_similarity.py                                          # random weights, offline
     python examples/image_text_similarity.py --pretrained openai/clip-vit-base-patch16  # a hub id, or a local folder
 
-Without --images two photographs are used that come with scikit-learn (a temple, a flower).
+Without --images, it uses the two photographs of scikit-learn (a temple and a flower).
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ import tokenmerge
 
 
 def load(pretrained: str | None) -> Any:
-    """The model of a hub id or folder, or the default architecture (ViT-B/32) with random weights."""
+    """Load the model from a hub id or folder, or create a ViT-B/32 with random weights."""
     if pretrained:
         model: Any = CLIPModel.from_pretrained(pretrained)
     else:
@@ -35,7 +35,7 @@ def load(pretrained: str | None) -> Any:
 
 
 def prepare(pretrained: str | None, images: list[Image.Image], texts: list[str]) -> dict[str, Tensor]:
-    """Model inputs. Offline the words are cut by open_clip, which ships CLIP's vocabulary."""
+    """Return the model inputs; offline, open_clip tokenizes the texts, because it ships CLIP's vocabulary."""
     if pretrained:
         batch: Any = CLIPProcessor.from_pretrained(pretrained)(
             text=texts, images=images, return_tensors="pt", padding=True
@@ -46,12 +46,17 @@ def prepare(pretrained: str | None, images: list[Image.Image], texts: list[str])
 
 
 def main() -> None:
-    """Compare with and without merging, and print both."""
+    """Compute the similarities with and without merging, and print both."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--pretrained", metavar="ID", help="hub id or folder of a CLIP model; else random weights")
+    parser.add_argument("--pretrained", metavar="ID", help="hub id or folder of a CLIP model (default: random weights)")
     parser.add_argument("--images", type=Path, nargs="*", default=[])
     parser.add_argument("--texts", nargs="+", default=["a temple in China", "a red flower", "a dog"])
-    parser.add_argument("--flops", type=float, default=0.6, help="FLOPs of the image tower to keep (%(default)s)")
+    parser.add_argument(
+        "--flops",
+        type=float,
+        default=0.6,
+        help="FLOPs of the image tower after merging divided by FLOPs before (%(default)s)",
+    )
     args = parser.parse_args()
 
     if args.images:

@@ -1,4 +1,4 @@
-"""Merging off the shelf for sound: an Audio Spectrogram Transformer on spoken digits.
+"""Merge tokens of an Audio Spectrogram Transformer on spoken digits, without training with merging.
 
     python examples/spoken_digits_ast.py --data DIR
 
@@ -18,8 +18,8 @@ Measured on two CPU cores (AMD EPYC, torch 2.15), half of the patches dropped in
     flops=0.4     85.6 %       2.57         2.29x
     flops=0.33    82.4 %       3.07         2.70x
 
-Depth matters: 6 layers of width 192 did as well unmerged, but lost 3.8 points at half the FLOPs, all of them in the
-first layer, where keys know nothing yet but one patch. In 12 layers a constant r merges half as many tokens there.
+Depth matters: 6 layers of width 192 were as accurate without merging, but lost 3.8 points at half the FLOPs, all in the first
+layer, where keys describe only their own patch. With 12 layers, a constant r merges half as many tokens there.
 """
 
 from __future__ import annotations
@@ -45,16 +45,16 @@ from transformers import ASTConfig, ASTForAudioClassification
 from transformers.audio_utils import mel_filter_bank
 
 RATE, FRAMES, MELS = 8000, 128, 64
-WINDOW, HOP, FFT = 200, 80, 512  # 25 ms every 10 ms, as AST has it: 128 frames are 1.3 s
+WINDOW, HOP, FFT = 200, 80, 512  # 25 ms every 10 ms, as in AST; 128 frames are 1.3 s
 SETTINGS: list[dict[str, Any]] = [{"r": 4}, {"r": 8}, {"flops": 0.5}, {"flops": 0.4}, {"flops": 0.33}]
 
 
 class UsageError(Exception):
-    """Something that the caller can put right; one sentence."""
+    """Error that the user can fix, with a message of one sentence."""
 
 
 def read_wav(path: Path) -> Tensor:
-    """Samples of a mono 16-bit file as float32."""
+    """Read the samples of a mono 16-bit file as float32."""
     with wave.open(str(path)) as file:
         if (file.getframerate(), file.getnchannels(), file.getsampwidth()) != (RATE, 1, 2):
             raise UsageError(
@@ -64,14 +64,14 @@ def read_wav(path: Path) -> Tensor:
 
 
 def log_mel(samples: Tensor, filters: Tensor) -> Tensor:
-    """`[FRAMES, MELS]` in [0, 2]: 2 is the clip's loudest bin, 0 is 60 dB below it, and the padding."""
+    """Return `[FRAMES, MELS]` in [0, 2], where 2 is the loudest bin, and 0 is 60 dB below it or padding."""
     window = torch.hann_window(WINDOW)
-    samples = samples[1:] - 0.97 * samples[:-1]  # as in AST's own features
+    samples = samples[1:] - 0.97 * samples[:-1]  # pre-emphasis, as in AST's features
     spectrum = torch.stft(samples, FFT, HOP, WINDOW, window, pad_mode="constant", return_complex=True).abs().square()
     decibel = 10 * (spectrum.T @ filters).clamp(min=1e-12).log10()
     features = ((decibel - decibel.max()) / 30 + 2).clamp(min=0)
     surplus = len(features) - FRAMES
-    if surplus > 0:  # the loudest stretch
+    if surplus > 0:  # keep the loudest part
         energy = F.pad(features.sum(1).cumsum(0), (1, 0))
         start = int((energy[FRAMES:] - energy[:-FRAMES]).argmax())
         return features[start : start + FRAMES]
@@ -79,7 +79,7 @@ def log_mel(samples: Tensor, filters: Tensor) -> Tensor:
 
 
 def load(paths: Sequence[Path]) -> tuple[Tensor, Tensor]:
-    """Features `[N, FRAMES, MELS]` and digits `[N]`."""
+    """Load the features `[N, FRAMES, MELS]` and digits `[N]`."""
     bank = mel_filter_bank(FFT // 2 + 1, MELS, 20, RATE / 2, RATE, mel_scale="kaldi", triangularize_in_mel_space=True)
     filters = torch.from_numpy(bank).float()
     features = torch.stack([log_mel(read_wav(path), filters) for path in paths])
@@ -87,7 +87,7 @@ def load(paths: Sequence[Path]) -> tuple[Tensor, Tensor]:
 
 
 def split(folder: Path, test_speakers: Sequence[str] | None) -> tuple[list[Path], list[Path], list[str]]:
-    """Files for training, files for testing, and the speakers of the latter."""
+    """Return the files for training, the files for testing, and the test speakers."""
     paths = sorted(folder.glob("[0-9]_*_*.wav"))
     speakers = sorted({path.name.split("_")[1] for path in paths})
     if len(speakers) < 3:
@@ -100,13 +100,13 @@ def split(folder: Path, test_speakers: Sequence[str] | None) -> tuple[list[Path]
 
 
 def augment(features: Tensor) -> Tensor:
-    """Other speakers, rooms and microphones: stretch and shift in time and pitch, filter, add noise, mask."""
+    """Augment sounds: stretch and shift in time and pitch, filter, add noise, mask."""
     batch, device = len(features), features.device
 
     def uniform(low: float, high: float, *shape: int) -> Tensor:
         return torch.rand(batch, *shape, device=device) * (high - low) + low
 
-    def curve(scale: float) -> Tensor:  # smooth along frequency
+    def curve(scale: float) -> Tensor:  # a smooth random curve over frequency
         knots = torch.randn(batch, 1, 5, device=device) * scale
         return F.interpolate(knots, MELS, mode="linear", align_corners=True)
 
@@ -128,7 +128,7 @@ def augment(features: Tensor) -> Tensor:
 
 
 def build() -> Any:
-    """AST's 12 layers and overlapping 16 × 16 patches, 128 wide: 9 × 19 patches, and two tokens in front."""
+    """Return an AST of 12 layers and 128 channels, with 9 × 19 overlapping patches of 16 × 16 and two prefix tokens."""
     sizes: dict[str, Any] = {
         "hidden_size": 128,
         "num_hidden_layers": 12,
@@ -150,7 +150,7 @@ def build() -> Any:
     waves = torch.exp(torch.arange(quarter) * -(math.log(100) / quarter))
     low = torch.arange(rows).repeat_interleave(columns)[:, None] * waves
     late = torch.arange(columns).repeat(rows)[:, None] * waves
-    with torch.no_grad():  # learned later; sines are a better start than zeros
+    with torch.no_grad():  # positions are learned; sines are a better initialization than zeros
         embeddings.position_embeddings[0, 2:] = 0.3 * torch.cat([low.sin(), low.cos(), late.sin(), late.cos()], dim=1)
         embeddings.cls_token.normal_(std=0.1)
         embeddings.distillation_token.normal_(std=0.1)
@@ -158,7 +158,7 @@ def build() -> Any:
 
 
 def drop_patches(module: Any, args: Any, tokens: Tensor) -> Tensor | None:
-    """Forward hook: in training, half of the patches at random; twice as fast, and a regulariser (PatchDropout)."""
+    """Drop half of the patches at random in training, as a forward hook (PatchDropout): twice as fast, and a regularizer."""
     if not module.training:
         return None
     patches = tokens.shape[1] - 2
@@ -167,19 +167,19 @@ def drop_patches(module: Any, args: Any, tokens: Tensor) -> Tensor | None:
 
 
 def train(features: Tensor, labels: Tensor, epochs: int, batch_size: int, lr: float) -> Any:
-    """Plain supervised training, in bfloat16 where that is faster to compute; no merging."""
+    """Train the model without merging, in bfloat16 where that is faster."""
     model = build().train()
     model.audio_spectrogram_transformer.embeddings.register_forward_hook(drop_patches)
     matrices = [p for name, p in model.named_parameters() if p.ndim == 2 and "classifier" not in name]
     others = [p for p in model.parameters() if all(p is not q for q in matrices)]
-    # with AdamW alone, so few steps are not nearly enough for a Transformer that starts from nothing
+    # AdamW alone needs far more steps for a Transformer from scratch
     optimizers = [
         torch.optim.Muon(matrices, lr=2 * lr, weight_decay=0.05, adjust_lr_fn="match_rms_adamw"),
         torch.optim.AdamW(others, lr=lr, weight_decay=0.0),
     ]
     total = epochs * math.ceil(len(labels) / batch_size)
 
-    def rate(step: int) -> float:  # linear warm-up, then a cosine
+    def rate(step: int) -> float:  # linear warm-up, then cosine decay
         return min(20 * (step + 1) / total, 0.5 + 0.5 * math.cos(math.pi * step / total))
 
     schedules = [torch.optim.lr_scheduler.LambdaLR(optimizer, rate) for optimizer in optimizers]
@@ -204,7 +204,7 @@ def train(features: Tensor, labels: Tensor, epochs: int, batch_size: int, lr: fl
 
 @torch.inference_mode()
 def evaluate(model: Any, features: Tensor, labels: Tensor, settings: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """One row for the model as it is and one per setting; all take turns on every batch."""
+    """Evaluate the unmerged model and all settings, which take turns on every batch, and return one row for each."""
     rows: list[dict[str, Any]] = [{"setting": "unmerged", "flops_ratio": 1.0}]
     models = [model]
     if settings:
@@ -223,7 +223,7 @@ def evaluate(model: Any, features: Tensor, labels: Tensor, settings: Sequence[di
             warm(batches[0][0])
     for number, (inputs, targets) in enumerate(track(batches, "test", console=Console(stderr=True), transient=True)):
         for i in range(len(models)):
-            turn = (number + i) % len(models)  # nobody is always first
+            turn = (number + i) % len(models)  # rotate the order, so that no model is always first
             start = time.perf_counter()
             logits = models[turn](inputs).logits
             seconds[turn] += time.perf_counter() - start
@@ -234,7 +234,7 @@ def evaluate(model: Any, features: Tensor, labels: Tensor, settings: Sequence[di
 
 
 def show(rows: Sequence[dict[str, Any]], title: str) -> None:
-    """The rows as a table."""
+    """Print the rows as a table."""
     table = Table(title=title, title_justify="left", header_style="bold")
     table.add_column("setting")
     for column in ("accuracy", "points", "FLOPs ratio", "clips/s", "speed-up"):
@@ -253,7 +253,7 @@ def show(rows: Sequence[dict[str, Any]], title: str) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    """Train or load, then measure."""
+    """Train or load the model, then evaluate it."""
     if not args.data.is_dir():
         raise UsageError(f"--data '{args.data}' is not a folder: give the folder of the recordings")
     if args.checkpoint is not None and not (args.checkpoint / "config.json").is_file():
@@ -276,18 +276,20 @@ def run(args: argparse.Namespace) -> None:
 
 
 def main() -> int:
-    """Parse the command line; one sentence and 2 where it is wrong."""
+    """Parse the command line and run; for invalid input, print one sentence and return 2."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True, help="folder of the recordings")
     parser.add_argument("--output", type=Path, default=Path("spoken-digits-ast"), help="folder for the weights")
-    parser.add_argument("--checkpoint", type=Path, help="weights of an earlier run: no training")
-    parser.add_argument("--test-speakers", nargs="+", metavar="NAME", help="default: the last by name")
+    parser.add_argument("--checkpoint", type=Path, help="weights of an earlier run, which skips training")
+    parser.add_argument(
+        "--test-speakers", nargs="+", metavar="NAME", help="speakers to test on (default: the last by name)"
+    )
     parser.add_argument("--epochs", type=int, default=16)
     parser.add_argument("--batch-size", type=int, default=32)
     parser.add_argument("--lr", type=float, default=1e-3)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--unmerged", action="store_true", help="measure the model without merging only")
-    parser.add_argument("--json", type=Path, help="file for the rows")
+    parser.add_argument("--unmerged", action="store_true", help="measure only the model without merging")
+    parser.add_argument("--json", type=Path, help="file to write the rows to, as JSON")
     args = parser.parse_args()
     torch.set_num_threads(min(2, torch.get_num_threads()))
     try:

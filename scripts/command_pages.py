@@ -1,4 +1,4 @@
-"""Write the flags of every command into its page under docs/commands, and every setting into docs/settings.md, or check them.
+"""Write the flags of every command into its page under docs/commands and all settings into docs/settings.md, or check them.
 
 python scripts/command_pages.py [--check]
 """
@@ -14,17 +14,17 @@ from tokenmerge.config import FIELDS, choices_of, help_of
 
 SETTINGS = Path(__file__).parents[1] / "docs" / "settings.md"
 GROUPS = {
-    "schedule": "How much merges: exactly one of these",
-    "matching": "What merges, and into what",
-    "running": "How it runs: no result changes",
-    "": "Everything else",
+    "schedule": "Schedule: how many tokens merge (exactly one of these)",
+    "matching": "Matching and merging",
+    "running": "Implementations (results do not change)",
+    "": "Other settings",
 }
 FOLDER = Path(__file__).parents[1] / "docs" / "commands"
 MARK = "<!-- written by scripts/command_pages.py -->\n"
 
 
 def commands() -> dict[str, argparse.ArgumentParser]:
-    """The parsers of all commands, by name."""
+    """Return the parsers of all commands by name."""
     for action in make_parser()._actions:
         if isinstance(action, argparse._SubParsersAction):
             return dict(action.choices)
@@ -32,9 +32,9 @@ def commands() -> dict[str, argparse.ArgumentParser]:
 
 
 def table(parser: argparse.ArgumentParser) -> str:
-    """One line per flag."""
+    """Return the Markdown table of a command's flags."""
     formatter = parser._get_formatter()
-    lines = ["", "| flag | what |", "|---|---|"]
+    lines = ["", "| flag | meaning |", "|---|---|"]
     for action in parser._actions:
         if isinstance(action, argparse._HelpAction) or action.help == argparse.SUPPRESS:
             continue
@@ -56,14 +56,14 @@ def _cell(text: str) -> str:
 
 
 def settings_page() -> str:
-    """One table per group of fields of `MergeConfig`."""
+    """Return the page of settings, with one table per group of fields of `MergeConfig`."""
     lines = [
         "# Settings",
         "",
         MARK.strip(),
         "",
-        "These are the fields of `tokenmerge.MergeConfig`: keywords of `patch`, of `handle.update` and of `MergeConfig` itself, "
-        "and properties of a handle. A JSON file of them (`MergeConfig.to_json`) is a value of `--r`.",
+        "The fields of `tokenmerge.MergeConfig` are keyword arguments of `patch`, `handle.update` and `MergeConfig`, and "
+        "properties of a handle. `--r` accepts a JSON file of them, which `MergeConfig.to_json` writes.",
     ]
     for group, title in GROUPS.items():
         lines += ["", f"## {title}", "", "| setting | meaning | choices | default |", "|---|---|---|---|"]
@@ -76,7 +76,7 @@ def settings_page() -> str:
 
 
 def main() -> None:
-    """Write or check."""
+    """Write the pages, or check them with `--check`."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", action="store_true", help="exit with 1 if a page is out of date")
     check = parser.parse_args().check

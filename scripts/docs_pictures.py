@@ -1,9 +1,9 @@
-"""Make the pictures of README and docs: the tool's own output on scikit-image's photo of a cat (CC0).
+"""Write the pictures of README.md and docs: output of the commands for scikit-image's photo of a cat (CC0).
 
     python scripts/docs_pictures.py FOLDER
 
-FOLDER holds a classifier with 14 × 14 patches and its weights, in timm's hub format. The pictures in the
-repository are of a ViT-Ti/16 that was fine-tuned on Tiny ImageNet (200 classes, photos of 64 pixels enlarged).
+FOLDER holds a classifier with 14 × 14 patches and its weights, in timm's hub format. The pictures in the repository show a
+ViT-Ti/16 that was fine-tuned on Tiny ImageNet (200 classes, photos enlarged from 64 pixels).
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ IMAGES = Path(__file__).parents[1] / "docs" / "images"
 
 
 def screenshot(page: Path, out: Path) -> None:
-    """The explorer as a browser shows it, two settings side by side, one token lit."""
+    """Take a screenshot of the interactive page with two settings and one highlighted token."""
     from playwright.sync_api import sync_playwright
 
     with sync_playwright() as playwright:
@@ -45,15 +45,15 @@ def screenshot(page: Path, out: Path) -> None:
 
 
 def main() -> None:
-    """Make all of them."""
+    """Write all pictures."""
     if len(sys.argv) != 2:
         sys.exit(__doc__)
     with tempfile.TemporaryDirectory() as folder:
         cat = Path(folder, "cat.png")
-        pixels = data.chelsea()  # type: ignore[no-untyped-call]  # 300 × 451; the middle, as wide as it is high
+        pixels = data.chelsea()  # type: ignore[no-untyped-call]  # 300 × 451, of which the central square is used
         Image.fromarray(pixels[:, 90:390]).save(cat)
         Path(folder, "model").symlink_to(Path(sys.argv[1]).resolve())
-        os.chdir(folder)  # so that pages name no place on this machine
+        os.chdir(folder)  # so that pages contain no local paths
         base = ["visualize", "local-dir:model", "cat.png", "--pretrained", "--r", "16"]
         for view, name in (("picture", "cat"), ("sizes", "cat-sizes")):
             if tokenmerge([*base, "--view", view, "--out", str(IMAGES / f"{name}.png")]):

@@ -1,12 +1,11 @@
-"""Compile every Triton kernel for GPUs that need not be here, and read what the machine code needs.
+"""Compile every Triton kernel for several GPUs, without these GPUs, and report the resources that it needs.
 
     python scripts/kernels.py                                   # the whole table (`make kernels`)
     python scripts/kernels.py --targets 90 --dims 64 --dtypes bfloat16 --kernels match_kernel
 
-Each kernel is compiled through its own launcher, with the arguments that a model gives it, by the Triton that is installed.
-Compiling is all that this shows: nothing is run, so neither results nor speed are tested. Exit code 1 if a kernel does not
-compile, keeps more than 64 bytes of its variables in memory ("stack": registers ran out), or needs more shared memory than
-the target has.
+Each kernel is compiled through its own launcher, with the arguments of a model, by the installed Triton. Kernels are not run,
+so neither results nor speed are tested. The exit code is 1 if a kernel does not compile, spills more than 64 bytes of registers
+to memory ("stack"), or needs more shared memory than the target has.
 """
 
 from __future__ import annotations
@@ -21,9 +20,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-if os.environ.pop("TRITON_INTERPRET", "0") == "1":  # read when Triton is imported
+if os.environ.pop("TRITON_INTERPRET", "0") == "1":  # Triton reads it on import
     print("TRITON_INTERPRET is set, but an interpreter compiles nothing: it is ignored here", file=sys.stderr)
-os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")  # what Triton does by itself, said so that it does not warn
+os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")  # the default of Triton, set explicitly to avoid a warning
 
 import torch
 import triton
@@ -43,35 +42,35 @@ Row = dict[str, Any]
 
 
 class Target:
-    """Stands for Triton's driver: names a target, and has no device to start anything on."""
+    """Driver for Triton that names a target GPU and has no device."""
 
     def __init__(self, capability: int) -> None:
         self.target = GPUTarget("cuda", capability, 32)
 
     def get_current_target(self) -> GPUTarget:
-        """What to compile for."""
+        """Return the target GPU."""
         return self.target
 
     def get_current_device(self) -> int:
-        """Triton keeps compiled kernels by device: each target must be another one, or its predecessor's would be found."""
+        """Return a different device for each target, because Triton caches compiled kernels by device."""
         return int(self.target.arch)
 
     def get_current_stream(self, device: int) -> int:
-        """Asked for, and of no use."""
+        """Return a dummy stream, which Triton requests."""
         return 0
 
     def get_active_torch_device(self) -> torch.device:
-        """The same."""
+        """Return a dummy device, which Triton requests."""
         return torch.device("cpu")
 
 
 def launches(dims: list[int], dtypes: list[str]) -> Iterator[tuple[str, Launch]]:
-    """Every kernel as models start it, with a few words on what makes this start special."""
+    """Yield the launches of every kernel in models, each with a description of its variant."""
     for name in dtypes:
         dtype = getattr(torch, name)
         for dim in dims:
             heads = 12
-            for tokens in (257, 1370):  # a plan in the same launch, and in launches of its own
+            for tokens in (257, 1370):  # the plan in the same launch, and in separate launches
                 qkv = torch.empty(2, tokens, 3, heads, dim, dtype=dtype, device="meta")
                 for launch in matching.launches(qkv.permute(2, 0, 3, 1, 4)[1], 40, 1)[3]:
                     kernel = launch.kernel.__name__
@@ -79,7 +78,7 @@ def launches(dims: list[int], dtypes: list[str]) -> Iterator[tuple[str, Launch]]
                     words += [name] if kernel == "unit_keys_kernel" else []
                     words += ["and plan" if launch.constants["PLAN"] else "edges"] if kernel == "match_kernel" else []
                     yield " ".join([kernel, *words]), launch
-            if name == "float32" or dim != 64:  # the only heads that it takes
+            if name == "float32" or dim != 64:  # the only dtypes and head size that it supports
                 continue
             q, k, v = torch.empty(2, 1370, 3, heads, dim, dtype=dtype, device="meta").permute(2, 0, 3, 1, 4)
             sizes = torch.empty(2, 1, 1376, dtype=dtype, device="meta")[:, :, :1370].expand(2, heads, 1370)
@@ -87,7 +86,9 @@ def launches(dims: list[int], dtypes: list[str]) -> Iterator[tuple[str, Launch]]
                 yield f"attention_kernel D={dim} {name}", launch
         for sized in (False, True):
             x = torch.empty(2, 1370, 768, dtype=dtype, device="meta")
-            logs = (dtype,) if name != "float32" else (dtype, torch.bfloat16, torch.float16)  # these two: autocast
+            logs = (
+                (dtype,) if name != "float32" else (dtype, torch.bfloat16, torch.float16)
+            )  # the last two occur under autocast
             for log in logs:
                 for launch in merging.launches(x, sized, 40, log):
                     size = "sizes" if sized else "no sizes"
@@ -98,7 +99,7 @@ def launches(dims: list[int], dtypes: list[str]) -> Iterator[tuple[str, Launch]]
 
 
 def resources(cubin: bytes) -> Row:
-    """Registers and bytes of stack of machine code, as cuobjdump reads them."""
+    """Return the registers and bytes of stack of machine code, as cuobjdump reports them."""
     tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
@@ -109,10 +110,10 @@ def resources(cubin: bytes) -> Row:
 
 
 def compile_as_inductor(launch: Launch) -> None:
-    """Compile it with the types that `torch.compile` gives it, which are not those that Triton finds in its arguments.
+    """Compile a kernel with the argument types of `torch.compile`, which differ from the types that Triton infers.
 
-    Inductor makes a constant of every whole number that is 1, which `do_not_specialize` does not stop, and (of PyTorch 2.11,
-    for one) passes fractions in float64. Here all whole numbers are 1.
+    Inductor turns every integer argument of 1 into a constant, in spite of `do_not_specialize`, and passes fractions in float64
+    (PyTorch 2.11, for example). Here all integers are 1.
     """
     kernel, constants = launch.kernel, dict(launch.constants)
     options = {name: constants.pop(name) for name in ("num_warps", "num_stages") if name in constants}
@@ -129,12 +130,12 @@ def compile_as_inductor(launch: Launch) -> None:
 
 
 def compile_one(launch: Launch, capability: int, inductor: bool) -> Row:
-    """What the compiled kernel needs, and what is wrong with it, if anything."""
+    """Compile a kernel, and return the resources it needs and its problem, if any."""
     try:
         compiled = launch.compile()
         if inductor:
             compile_as_inductor(launch)
-    except Exception as error:  # Triton has many
+    except Exception as error:  # Triton raises many exception types
         return {"fault": f"{type(error).__name__}: {str(error).strip().splitlines()[-1]}"}
     cubin = compiled.asm.get("cubin")
     if not cubin:
@@ -148,7 +149,7 @@ def compile_one(launch: Launch, capability: int, inductor: bool) -> Row:
 
 
 def main() -> int:
-    """Compile, print, judge."""
+    """Compile the kernels, print their resources, and exit with 1 if a kernel fails."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--targets", nargs="+", type=int, choices=sorted(SHARED), default=sorted(SHARED))
     parser.add_argument("--dims", nargs="+", type=int, default=list(DIMS), help="head sizes")
@@ -164,7 +165,7 @@ def main() -> int:
         for words, launch in launches(args.dims, args.dtypes):
             if (capability, words) in seen or launch.kernel.__name__ not in (args.kernels or [launch.kernel.__name__]):
                 continue
-            # once for each kernel also as Inductor has it
+            # each kernel is compiled once with Inductor's types as well
             inductor = (capability, launch.kernel.__name__) not in seen
             seen |= {(capability, words), (capability, launch.kernel.__name__)}
             row, count = compile_one(launch, capability, inductor), count + 1

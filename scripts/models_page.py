@@ -1,8 +1,8 @@
-"""Write docs/models.md from the rows of the library and the models that the tests run, or check it.
+"""Write docs/models.md from the model families of the library and the models of the tests, or check it.
 
     python scripts/models_page.py [--check]
 
-Every timm name is built as the tests build it, and patched; transformers' rows are those of the tests.
+Every timm name is built as in the tests, and patched; the transformers models are those of the tests.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ with padding, and changes nothing. Any other mask is refused while tokens merge.
 
 
 def kind(model: Any) -> tuple[str, str]:
-    """Block class (with the attention where that is unusual) and how attention knows positions."""
+    """Return the block class (with its attention class if that is unusual) and the kind of positions in attention."""
     tower = getattr(model, "encoder", model)
     block = type(tower.blocks[0]).__name__
     attention = type(getattr(tower.blocks[0], "attn", None)).__name__
@@ -83,7 +83,7 @@ def kind(model: Any) -> tuple[str, str]:
 
 
 def timm_rows() -> tuple[dict[tuple[str, str, str, str], list[str]], list[str]]:
-    """Patched names by (module, block, positions, output), and "name: reasons" for refused ones."""
+    """Return the patched names by (module, block, positions, output), and "name: reasons" for refused names."""
     patched: dict[tuple[str, str, str, str], list[str]] = collections.defaultdict(list)
     refused = []
     for module in (*flat.PLAIN, *flat.OTHERS):
@@ -102,7 +102,7 @@ def timm_rows() -> tuple[dict[tuple[str, str, str, str], list[str]], list[str]]:
 
 
 def timm_part() -> list[str]:
-    """The section on timm."""
+    """Return the section on timm."""
     patched, refused = timm_rows()
     count = sum(map(len, patched.values()))
     lines = [
@@ -121,7 +121,7 @@ def timm_part() -> list[str]:
 
 
 def _reasons(table: dict[str, str], without: tuple[str, ...] = ()) -> list[str]:
-    """One line per reason, with the modules that it holds for."""
+    """Return one line per reason, with the modules it applies to."""
     by_reason: dict[str, list[str]] = collections.defaultdict(list)
     for module, reason in table.items():
         if module not in without:
@@ -130,7 +130,7 @@ def _reasons(table: dict[str, str], without: tuple[str, ...] = ()) -> list[str]:
 
 
 def transformers_part() -> list[str]:
-    """The section on transformers."""
+    """Return the section on transformers."""
     tested = {tower.name.replace("git.GitVisionModel", "git.GitVisionTransformer"): tower for tower in TESTED}
     lines = [
         "## transformers",
@@ -160,7 +160,7 @@ def transformers_part() -> list[str]:
 
 
 def other_part() -> list[str]:
-    """The sections on torchvision and open_clip."""
+    """Return the sections on torchvision and open_clip."""
     vit = importlib.import_module("torchvision.models").list_models(include="vit_*")
     return [
         "## torchvision",
@@ -178,7 +178,7 @@ def other_part() -> list[str]:
 
 
 def page() -> str:
-    """The whole page."""
+    """Return the whole page."""
     versions = {
         "timm": timm.__version__,
         "transformers": transformers.__version__,
@@ -190,9 +190,9 @@ def page() -> str:
 
 
 def main() -> int:
-    """Write or check; 1 if the page differs."""
+    """Write the page, or check it and return 1 if it differs."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--check", action="store_true", help="only say whether the page is up to date")
+    parser.add_argument("--check", action="store_true", help="exit with 1 if the page is out of date")
     args = parser.parse_args()
     new = page()
     if args.check:

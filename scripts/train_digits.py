@@ -1,8 +1,8 @@
-"""Train the model that `tokenmerge demo` ships, by `tokenmerge train` and its recipe: under ten minutes on two cores.
+"""Train the model of `tokenmerge demo` with `tokenmerge train` and its recipe, in under ten minutes on two cores.
 
     python scripts/train_digits.py [--work DIR]
 
-Four fifths of scikit-learn's digits are trained on; the other fifth only gives the accuracy. Weights are stored in float16.
+The model is trained on four fifths of scikit-learn's digits; the rest measures accuracy. Weights are stored in float16.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ PACKAGE = Path(__file__).parents[1] / "tokenmerge/tools/demo" / WEIGHTS
 
 
 def train(work: Path) -> Path:
-    """Run the recipe in `work`; the trained weights."""
+    """Run the recipe in `work`, and return the trained weights."""
     export_images(work / "data")
     words = ["train", "vit_tiny_patch16_224", "--config", "digits", "--data", str(work / "data")]
     code = tokenmerge([*words, "--output", str(work / "run"), "--resume", "auto"])
@@ -33,10 +33,10 @@ def train(work: Path) -> Path:
 
 
 def ship(weights: Path, output: Path) -> None:
-    """Store them for grey images, in float16, and print the accuracy of what is stored."""
+    """Store the weights for grey images in float16, and print the accuracy of the stored weights."""
     state = load_file(weights)
     kernel = "patch_embed.proj.weight"
-    state[kernel] = state[kernel].sum(dim=1, keepdim=True)  # on grey images all three channels are alike
+    state[kernel] = state[kernel].sum(dim=1, keepdim=True)  # all three channels of a grey image are equal
     state = {name: tensor.half() for name, tensor in state.items()}
     model = build_model().eval()
     model.load_state_dict({name: tensor.float() for name, tensor in state.items()})
@@ -50,9 +50,11 @@ def ship(weights: Path, output: Path) -> None:
 
 
 def main() -> None:
-    """Train and store."""
+    """Train the model and store its weights."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--work", type=Path, help="folder of images and run, kept (default: a temporary one)")
+    parser.add_argument(
+        "--work", type=Path, help="folder for images and run, which is kept (default: a temporary folder)"
+    )
     parser.add_argument("--output", type=Path, default=PACKAGE)
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as scratch:

@@ -97,28 +97,28 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"tokenmerge {tokenmerge.__version__}")
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
 
-    demo = add_command(commands, "demo", _demo, "the main job on a model and images that ship with the package")
+    demo = add_command(commands, "demo", _demo, "merge tokens of a model and images that ship with the package")
     add_merging(demo, ["0", "8", "16", "24"])
     demo.add_argument(
-        "--output", type=Path, default=Path("tokenmerge-demo.png"), help="where the picture goes (%(default)s)"
+        "--output", type=Path, default=Path("tokenmerge-demo.png"), help="file to write the picture to (%(default)s)"
     )
     demo.add_argument(
         "--export",
         type=Path,
         metavar="DIR",
-        help="also write the model (DIR/model) and its test images (DIR/val), to try the other commands on",
+        help="also write the model (DIR/model) and its images (DIR/train, DIR/val), to try the other commands with",
     )
 
-    inspect = add_command(commands, "inspect", _inspect, "is a model supported, why not, tokens and FLOPs per block")
+    inspect = add_command(commands, "inspect", _inspect, "check whether a model is supported; tokens and FLOPs")
     add_model(inspect)
     add_merging(inspect, ["8"])
 
-    bench = add_command(commands, "bench", _bench, "speed of a model with and without merging, interleaved in one run")
+    bench = add_command(commands, "bench", _bench, "measure speed with and without merging, interleaved in one run")
     add_model(bench)
     add_merging(bench, None, required=False)
     add_running(bench, batch_size=8)
     bench.add_argument(
-        "--num-warm-iter", type=count(0), default=3, metavar="N", help="passes before measuring (%(default)s)"
+        "--num-warm-iter", type=count(0), default=3, metavar="N", help="warm-up passes before measuring (%(default)s)"
     )
     bench.add_argument(
         "--num-bench-iter", type=count(1), default=15, metavar="N", help="interleaved rounds to measure (%(default)s)"
@@ -127,17 +127,17 @@ def make_parser() -> argparse.ArgumentParser:
         "--statistic",
         choices=("median", "min"),
         default="median",
-        help="what is compared: the median, or the minimum, steadier on shared machines (%(default)s)",
+        help="statistic of the measured times; min is steadier on shared machines (%(default)s)",
     )
-    bench.add_argument("--compile", action="store_true", help="torch.compile the model, on both sides")
+    bench.add_argument("--compile", action="store_true", help="run torch.compile on the unmerged and the merged models")
 
     bench.add_argument(
         "--break-even",
         action="store_true",
-        help="find the smallest r that pays, for batches of 1, 2, 4, … up to --batch-size; without --r, try 1, 2, 4, …",
+        help="find the smallest r that is faster, for batch sizes 1, 2, 4, … up to --batch-size; without --r, try r=1, 2, 4, …",
     )
 
-    export = add_command(commands, "export", _export, "write the merged model as one file for ONNX Runtime or torch")
+    export = add_command(commands, "export", _export, "write the merged model as one file for ONNX Runtime or PyTorch")
     add_model(export)
     add_merging(export, None, backend=False)
     add_weights(export)
@@ -145,50 +145,57 @@ def make_parser() -> argparse.ArgumentParser:
         "--format",
         choices=("onnx", "pt2", "aoti"),
         default="onnx",
-        help="ONNX, torch.export, or compiled by AOTInductor for this processor (%(default)s)",
+        help="file format: ONNX, torch.export (pt2), or compiled by AOTInductor for this processor (%(default)s)",
     )
     export.add_argument(
-        "--output", "-o", type=Path, metavar="FILE", help="file to write (named after MODEL and R in this folder)"
+        "--output", "-o", type=Path, metavar="FILE", help="file to write (default: MODEL_rR in the current folder)"
     )
     export.add_argument(
-        "--batch-size", "-b", type=count(1), metavar="N", help="the only batch size to accept (default: any)"
+        "--batch-size", "-b", type=count(1), metavar="N", help="the only batch size to support (default: any)"
     )
-    export.add_argument("--opset", type=count(18), default=18, help="ONNX operator set (%(default)s)")
-    export.add_argument("--no-verify", action="store_true", help="do not run the file and compare it with the model")
+    export.add_argument("--opset", type=count(18), default=18, help="ONNX opset version (%(default)s)")
+    export.add_argument("--no-verify", action="store_true", help="do not run the file to compare it with the model")
 
-    evaluate = add_command(commands, "eval", _eval, "top-1, top-5 and images/s for each r over a folder of images")
+    evaluate = add_command(commands, "eval", _eval, "measure top-1, top-5 and images per second for each r")
     add_model(evaluate)
-    add_data(evaluate, "images, of sounds or of videos", " images")
+    add_data(evaluate, "images, sounds or videos", " files")
     add_merging(evaluate, None)
     add_running(evaluate, batch_size=64)
     evaluate.add_argument(
-        "--class-map", metavar="FILE", help="class names in the order of the model's outputs, one per line"
+        "--class-map", metavar="FILE", help="file of class names in the order of the model's outputs, one per line"
     )
     add_sampling_rate(evaluate)
-    evaluate.add_argument("--crop-pct", type=between(0, 1), help="override the model's own centre crop")
     evaluate.add_argument(
-        "--crop-mode", choices=("squash", "border", "center"), help="override the model's own crop mode"
+        "--crop-pct", type=between(0, 1), help="side of the centre crop ÷ side of the image (default: the model's own)"
+    )
+    evaluate.add_argument(
+        "--crop-mode", choices=("squash", "border", "center"), help="crop mode, as in timm (default: the model's own)"
     )
     evaluate.add_argument(
         "--interpolation",
         choices=("nearest", "bilinear", "bicubic", "box", "hamming", "lanczos"),
-        help="override the model's own resizing",
+        help="interpolation of resizing (default: the model's own)",
     )
-    evaluate.add_argument("--mean", type=float, nargs=3, help="override the model's own mean, per channel")
-    evaluate.add_argument("--std", type=between(0, 1e6), nargs=3, help="override the model's own standard deviation")
+    evaluate.add_argument("--mean", type=float, nargs=3, help="mean of each channel (default: the model's own)")
+    evaluate.add_argument(
+        "--std", type=between(0, 1e6), nargs=3, help="standard deviation of each channel (default: the model's own)"
+    )
     evaluate.add_argument("--strict", action="store_true", help="exit with 1 if any image could not be read")
 
     compare = add_command(
         commands,
         "compare",
         _compare,
-        "methods and settings side by side: accuracy with intervals, measured speed",
+        "compare methods and settings: accuracy with confidence intervals, and measured speed",
         page=False,
     )
     add_compare_options(compare)
 
     search = add_command(
-        commands, "search", _search, "the best setting at a speed measured here, checked on held-out images"
+        commands,
+        "search",
+        _search,
+        "search for the most accurate setting at a measured speed-up, and check it on held-out images",
     )
     add_search_options(search)
 
@@ -196,19 +203,27 @@ def make_parser() -> argparse.ArgumentParser:
         commands,
         "visualize",
         _visualize,
-        "which patches become one token: pictures, films, or a page to explore",
+        "show which patches merge into one token: pictures, films, or an interactive page",
         page=False,
     )
     add_visualize_options(visualize)
 
-    explore = add_command(commands, "explore", _explore, "the same live in a browser, on your own pictures", rows=False)
+    explore = add_command(
+        commands,
+        "explore",
+        _explore,
+        "serve the interactive page of visualize in a browser, for your own pictures",
+        rows=False,
+    )
     add_explore_options(explore)
 
     train = add_command(
         commands, "train", _train, "train or fine-tune a model with merging, on one machine or many", page=False
     )
     add_model(train)
-    train.add_argument("--r", metavar="R", help="tokens merged per block, as in bench; 0 trains without (default: 0)")
+    train.add_argument(
+        "--r", metavar="R", help="tokens merged per block, as in bench; 0 trains without merging (default: 0)"
+    )
     add_prop_attn(train)
     add_matcher(train)
     add_pretrained(train)
@@ -218,7 +233,7 @@ def make_parser() -> argparse.ArgumentParser:
 
 
 def _prepare(args: argparse.Namespace) -> tuple[Any, list[Any], dict[str, Any]]:
-    """Return what most commands start with: the report, the settings of `--r`, and the config fields from the flags."""
+    """Return the report, the settings of `--r`, and the config fields from the flags."""
     try:
         from tokenmerge.tools.report import Report
     except ImportError as error:

@@ -93,89 +93,97 @@ class MergeConfig:
 
     r: RForm | None = setting(
         None,
-        "tokens merged per block: an int; a pair (r, inflect), linear from r·(1 − inflect) to r·(1 + inflect); or a list with "
-        "one int per block, padded with 0 when short",
+        "tokens merged per block: an int; a pair (r, inflect), which varies linearly from r·(1 − inflect) to r·(1 + inflect) "
+        "over the blocks; or a list with one int per block, padded with zeros",
         "schedule",
     )
     keep: float | list[float] | None = setting(
         None,
-        "fraction of the unprotected tokens that each block keeps: a number, or a list with one for each block",
+        "fraction of the unprotected tokens that each block keeps, in (0, 1]: a number, or a list with one number per block",
         "schedule",
     )
     flops: float | None = setting(
         None,
-        "FLOPs after merging ÷ before, in (0, 1]: the constant r that comes closest from below",
+        "FLOPs after merging divided by FLOPs before, in (0, 1]; selects the smallest constant r that does not exceed it",
         "schedule",
     )
     speedup: float | None = setting(
         None,
-        "FLOPs before merging ÷ after, at least 1: flops=1/speedup, what the arithmetic allows; measured speed-ups come close "
-        "to it for large models and batches, and fall short for small ones",
+        "theoretical speed-up, at least 1: FLOPs before merging divided by FLOPs after, so flops=1/speedup; the measured "
+        "speed-up comes close for large models and batches, and is lower for small ones",
         "schedule",
     )
     prop_attn: bool | Literal["auto"] = setting(
         "auto",
-        "proportional attention, softmax(QKᵀ/√d + log size) (paper, section 3); auto is as the weights were trained: off for "
-        "weights pretrained by MAE and used off the shelf, where the family can tell, and on otherwise",
+        "proportional attention, softmax(QKᵀ/√d + log size) (paper, section 3); auto is off for MAE pretrained weights without "
+        "fine-tuning, where they can be recognized, and on for all others",
     )
     attention: AttentionForm = setting(
         "auto",
-        "how sizes reach the attention kernel: as a mask, for which PyTorch finds a kernel; in Triton's kernel of our own; on the "
-        "cudnn, efficient or math kernel; by flex attention; or without a mask, as a channel more of K or V; auto goes by the "
-        "device, and all compute the same",
+        "implementation of proportional attention: an additive mask (mask, cudnn, efficient and math differ in the kernel that "
+        "PyTorch runs), this package's Triton kernel, FlexAttention, or extra channels of K or V without a mask; auto selects "
+        "by device; all compute the same function",
         "running",
     )
     order: Literal["partition", "spatial"] = setting(
         "partition",
-        "how the tokens that are left are ordered: by partition as in the paper (those that could have merged, then those "
-        "that could have been joined), or in ascending position",
+        "order of the remaining tokens: by partition as in the paper (unmerged tokens of set A, then set B), or spatial, "
+        "in ascending position",
     )
     positions: Literal["mean", "destination"] = setting(
         "mean",
-        "where a merged token stands for attention that knows positions (rotary, relative bias): at the mean of the patches "
-        "it stands for, weighted by size, or at the token joined",
+        "position of a merged token in attention with positions (rotary, relative bias): the mean position of its patches, "
+        "or the position of the token that the others merged into",
     )
     output: Literal["auto", "merged", "full"] = setting(
         "auto",
-        "what leaves the last block: merged tokens, or full ones, spread back over the patches, so that whatever reads them "
-        "needs to know nothing of sizes; auto lets the family choose",
+        "output of the last block: merged tokens, or full, which unmerges them to one token per patch for a head that does not "
+        "know token sizes; auto is the default of the model family",
     )
-    matcher: str = setting("bipartite", "name of a registered matching algorithm; bipartite is the paper's", "matching")
-    options: Mapping[str, Any] = setting({}, "further arguments of the matcher, by name", "matching")
+    matcher: str = setting(
+        "bipartite", "name of a registered matching algorithm; bipartite is the one in the paper", "matching"
+    )
+    options: Mapping[str, Any] = setting({}, "additional arguments of the matcher, by name", "matching")
     metric: Metric = setting(
         "k",
-        "what is compared (paper, table 1a): the keys; queries; values; K and V side by side, each of length 1; the block's "
-        "input; the tokens after attention",
+        "features compared by matching (paper, table 1a): keys; queries; values; K and V concatenated, each with unit length; "
+        "x_pre, the input of the block; or x, the tokens after attention",
         "matching",
     )
-    heads: Heads = setting("mean", "of K, Q and V: their mean, or all of them side by side (table 1c)", "matching")
-    distance: Distance = setting("cosine", "how it is compared (table 1b)", "matching", by_matcher=True)
+    heads: Heads = setting(
+        "mean",
+        "reduction of the heads of K, Q and V before matching: mean or concatenation (paper, table 1c)",
+        "matching",
+    )
+    distance: Distance = setting(
+        "cosine", "similarity measure of matching (paper, table 1b)", "matching", by_matcher=True
+    )
     partition: Partition = setting(
         "alternating",
-        "sides of bipartite matching (table 1e); checkerboard is on the grid of patches in the first block, and alternating "
-        "after it",
+        "division of the tokens into the sets A and B of bipartite matching (paper, table 1e); checkerboard applies to the "
+        "patch grid of the first block, and later blocks alternate",
         "matching",
         by_matcher=True,
     )
     combine: Combine = setting(
         "mean",
-        "what becomes of tokens that merge (table 1d): the mean, weighted by size; the average; the maximum; the token that is "
-        "joined; the mean's direction with the mean of the lengths, or with the largest length; tofu is destination in the "
-        "first half of the blocks and max_norm in the second",
+        "reduction of tokens that merge (paper, table 1d): mean weighted by size; unweighted average; elementwise maximum; "
+        "destination, the token in set B unchanged; norm or max_norm, the mean rescaled to the mean or the largest length; tofu, "
+        "destination in the first half of the blocks and max_norm in the second",
         "matching",
     )
     place: Place = setting(
         "between",
-        "where tokens merge: before attention (with metric x_pre), between attention and MLP, or after the MLP",
+        "position of the merge in the block: before attention (needs metric x_pre), between attention and MLP, or after the MLP",
         "matching",
     )
     backend: Backend = setting(
-        "auto", "what matches and merges; auto is Triton's kernels on a GPU", "running", by_matcher=True
+        "auto", "implementation of matching and merging; auto uses Triton kernels on a GPU", "running", by_matcher=True
     )
     trace: bool | Literal["attention", "rollout"] = setting(
         False,
-        "keep what passes merged: plans travel with the features, and those of the latest whole pass are `Handle.trace`; "
-        "attention keeps what the class token looked at in each block, too, and rollout the attention of all blocks together",
+        "record the merge plans of each pass: they travel with the features, and `Handle.trace` holds those of the latest "
+        "complete pass; attention also records the class token's attention in each block, and rollout the attention rollout",
     )
 
     def __post_init__(self) -> None:

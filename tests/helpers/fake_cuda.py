@@ -1,11 +1,11 @@
-"""The CUDA path on a machine without CUDA: patched models on fake CUDA weights, launches counted.
+"""Run patched models on fake CUDA tensors, on a machine without CUDA, and count kernel launches.
 
-    python -m tests.helpers.fake_cuda launches   # the table: one model of each library, dense and merged
+    python -m tests.helpers.fake_cuda launches   # the table: one model per library, dense and merged
     python -m tests.helpers.fake_cuda passes     # every family and option: no host read, no copy from the host
-    python -m tests.helpers.fake_cuda devices models graph   # several in one process: what is printed says what each is about
+    python -m tests.helpers.fake_cuda devices models graph   # several checks in one process; each prints a description
 
-Run by `test_fake_cuda.py` in a process of its own, because Triton's interpreter must be off. Fake tensors have a device and
-a shape and no values: whatever reads a value raises. This shows what is dispatched, not that it is right or fast.
+`test_fake_cuda.py` runs it in a separate process, because Triton's interpreter must be off. Fake tensors have a device and a
+shape but no values, so that reading a value raises an error. This shows which operators are dispatched, not their results or speed.
 """
 
 from __future__ import annotations
@@ -47,10 +47,10 @@ _NO_LAUNCH = (
 
 
 class Launches(TorchDispatchMode):
-    """Counts what a GPU would be asked to start: operators that are no views, and Triton kernels.
+    """Counter of kernel launches: operators that are not views, and Triton kernels.
 
-    Attention counts as one, whatever kernel PyTorch would choose for it, and also where `nn.MultiheadAttention` would take
-    the operator of its own that stands for some five: it is counted by its parts, as the merged model runs it.
+    Attention counts as one launch, whichever kernel PyTorch would select. `nn.MultiheadAttention` is counted by its parts, as the
+    merged model runs it, and not as its fused inference operator, which replaces about five operators.
     """
 
     def __init__(self) -> None:
@@ -60,7 +60,7 @@ class Launches(TorchDispatchMode):
         self.silent = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Note the operator and let it run."""
+        """Record the operator and run it."""
         name = str(func)
         out = func(*args, **(kwargs or {}))
         returns = func._schema.returns
@@ -77,14 +77,14 @@ class Launches(TorchDispatchMode):
 
 
 class Attention(AttentionCall):
-    """Below all other modes: attention is one launch."""
+    """Mode below all others that counts attention as one launch."""
 
     def __init__(self, launches: Launches) -> None:
         super().__init__()
         self.launches = launches
 
     def attend(self, *args: Any, **kwargs: Any) -> Tensor:
-        """Count one, and nothing of what it consists of."""
+        """Count one launch, and none for the operators inside."""
         self.launches.names.append("attention")
         self.launches.silent += 1
         try:
@@ -94,14 +94,14 @@ class Attention(AttentionCall):
 
 
 class NoLists(TorchFunctionMode):
-    """Making a tensor from Python numbers on a GPU is a copy that no dispatcher sees."""
+    """Mode that detects tensors made from Python numbers on a GPU, a copy from the host that no dispatcher sees."""
 
     def __init__(self, launches: Launches) -> None:
         super().__init__()
         self.launches = launches
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Note `torch.tensor(…, device="cuda")` and its like."""
+        """Record `torch.tensor(…, device="cuda")` and similar calls."""
         kwargs = kwargs or {}
         on = kwargs.get("device")
         if func in (torch.tensor, torch.as_tensor) and on is not None and torch.device(on).type == "cuda":
@@ -110,7 +110,7 @@ class NoLists(TorchFunctionMode):
 
 
 def fake(tensors: Mapping[str, Tensor], device: str, dtype: torch.dtype) -> dict[str, Tensor]:
-    """Fake tensors like these; floating-point ones in that dtype."""
+    """Return fake tensors like these, with floating-point ones in a dtype."""
     return {
         name: torch.empty(x.shape, dtype=dtype if x.is_floating_point() else x.dtype, device=device)
         for name, x in tensors.items()
@@ -120,7 +120,7 @@ def fake(tensors: Mapping[str, Tensor], device: str, dtype: torch.dtype) -> dict
 def run(
     model: nn.Module, inputs: Mapping[str, Tensor], dtype: torch.dtype = torch.bfloat16
 ) -> tuple[Launches, list[int]]:
-    """One pass on fake CUDA weights, and how many launches each block took; Triton kernels among them."""
+    """Run one pass on fake CUDA weights, and return the launches per block, including Triton kernels."""
     blocks = [block for block, _ in find_target(model).blocks]
     launches, starts = Launches(), list[int]()
     original = Launch.start
@@ -148,7 +148,7 @@ def run(
 
 
 def libraries() -> Iterator[tuple[str, Callable[[], nn.Module], dict[str, Tensor]]]:
-    """One model of each library, four blocks deep."""
+    """Return one model per library, with four blocks."""
     from open_clip.transformer import VisionTransformer
     from torchvision.models.vision_transformer import VisionTransformer as Torchvision
     from transformers import ViTConfig, ViTModel
@@ -163,7 +163,7 @@ def libraries() -> Iterator[tuple[str, Callable[[], nn.Module], dict[str, Tensor
 
 
 def print_launches() -> int:
-    """The table; how many models took more than they may."""
+    """Print the table, and return the number of models with too many launches."""
     print(f"launches per block, eager; PyTorch {torch.__version__}")
     print(f"{'model':<30}{'dense':>7}{'first':>7}{'others':>8}{'more':>6}   kernels of ours")
     worse = 0
@@ -173,7 +173,7 @@ def print_launches() -> int:
         tokenmerge.patch(model, r=13)
         launches, merged = run(model, inputs)
         ours = sorted({one.removeprefix("triton ") for one in launches.names if one.startswith("triton")})
-        # the last block of some families also spreads its tokens over the patches again
+        # the last block of some families also unmerges its tokens
         more = max(merged[1:-1]) - dense[1]
         worse += more > MOST_MORE or launches.copies != [] or len(ours) != 3
         print(f"{name:<30}{dense[1]:>7}{merged[0]:>7}{max(merged[1:-1]):>8}{more:>+6}   {', '.join(ours)}")
@@ -181,7 +181,7 @@ def print_launches() -> int:
 
 
 def timm_models() -> Iterator[tuple[str, nn.Module, dict[str, Tensor], dict[str, Any]]]:
-    """Kinds of timm's models, and every option on one of them."""
+    """Return kinds of timm models, and one model with every option."""
     for name in (
         "vit_tiny_patch16_224",
         "deit_tiny_distilled_patch16_224",
@@ -216,9 +216,9 @@ def timm_models() -> Iterator[tuple[str, nn.Module, dict[str, Tensor], dict[str,
 
 
 def outcome(model: nn.Module, inputs: Mapping[str, Tensor], option: Mapping[str, Any] | None) -> str:
-    """What would stop a CUDA graph in a pass of this model, merged if there is an option, in words.
+    """Return why a pass of this model, merged if there is an option, cannot be captured as a CUDA graph.
 
-    In a process of its own: upstream keeps tensors in many places, and fake ones must not meet real ones.
+    It runs in a separate process, because upstream caches tensors in many places, and fake tensors must not meet real ones.
     """
     read, write = os.pipe()
     child = os.fork()
@@ -233,22 +233,22 @@ def outcome(model: nn.Module, inputs: Mapping[str, Tensor], option: Mapping[str,
             tokenmerge.patch(model, r=5, **option)
         copies = run(model, inputs)[0].copies
         text = f"copies from the host: {', '.join(sorted(set(copies)))}" if copies else "nothing"
-    except BaseException as error:  # whatever it is, it would stop a CUDA graph
+    except BaseException as error:  # any exception would stop a CUDA graph
         text = f"{type(error).__name__}: {str(error).strip().splitlines()[0]}"
     os.write(write, text.encode())
     os._exit(0)
 
 
 def print_passes() -> int:
-    """Every family and option; how many read a value or copied one from the host."""
+    """Check every family and option, and return how many read a value or copied one from the host."""
     wrong, count, upstream = 0, 0, list[str]()
     cases = list(timm_models())
     cases += [(tower.name, tower.build(), tower.feed(2), {}) for tower in TOWERS]
-    # a clean model first: what PyTorch learns of operators on fake tensors is there for all processes that are forked
+    # an unmerged model first, so that all forked processes share what PyTorch caches about operators on fake tensors
     warm = tiny("deit_tiny_patch16_224")
     with tokenmerge.patched(warm, r=5):
         run(warm, {"x": images_for(warm)})
-    gc.freeze()  # or each process looks through, and so copies, all that was imported
+    gc.freeze()  # otherwise garbage collection would touch, and so copy, all imported objects in each process
     for name, model, inputs, option in cases:
         count += 1
         found = outcome(model, inputs, option)
@@ -257,7 +257,7 @@ def print_passes() -> int:
         if outcome(model, inputs, None) == "nothing":
             wrong += 1
             print(f"{name}: {found}")
-        else:  # upstream does it by itself, so that nothing of ours can be told from it
+        else:  # upstream itself reads values, which hides reads by this package
             upstream.append(name)
     gc.unfreeze()
     print(f"not clean without merging either: {', '.join(upstream) or 'none'}")
@@ -266,7 +266,7 @@ def print_passes() -> int:
 
 
 def print_devices() -> int:
-    """Whether sizes and plans go with the tokens to another device, as a device map moves activations between blocks."""
+    """Check that sizes and plans follow the tokens to another device, as with a device map."""
     model: Any = timm.create_model("vit_tiny_patch16_224", depth=4).eval()
     tokenmerge.patch(model, r=8, trace=True)
     for block in model.blocks[2:]:
@@ -283,7 +283,7 @@ def print_devices() -> int:
 
 
 def print_models() -> int:
-    """Models that never had values, on "meta" and fake, are patched and run; how many went wrong."""
+    """Patch and run models without values, on "meta" and fake, and return the number of failures."""
     wrong = 0
     for name in ("vit_tiny_patch16_224", "deit_tiny_distilled_patch16_224", "vit_small_patch14_reg4_dinov2"):
         with torch.device("meta"):
@@ -306,10 +306,10 @@ def print_models() -> int:
 
 
 def print_graph() -> int:
-    """Whether a traced graph holds the Triton kernels themselves and no closed operators; last, because it sets a target.
+    """Check that a traced graph holds the Triton kernels and no opaque operators; run it last, because it sets a target.
 
-    PyTorch reads each kernel to learn what it writes, with numbers in place of scalars; where it cannot, it only warns, and
-    assumes that everything is written.
+    PyTorch analyses each kernel to find the tensors it writes, with numbers in place of scalars. If that fails, it only warns,
+    and assumes that the kernel writes every tensor.
     """
     from torch._functorch.aot_autograd import aot_export_joint_simple
     from triton.runtime import driver
@@ -319,7 +319,7 @@ def print_graph() -> int:
     unread: list[str] = []
     log = logging.getLogger("torch._higher_order_ops.triton_kernel_wrap")
     log.addFilter(lambda record: unread.append(record.getMessage()) or True)  # type: ignore[func-returns-value]
-    # so that the kernels can be read: what they write is found out that way
+    # so that PyTorch can analyse which tensors the kernels write
     driver.set_active(importlib.import_module("scripts.kernels").Target(90))
 
     def both(keys: Tensor, x: Tensor) -> Any:
@@ -346,7 +346,7 @@ PARTS = {
 }
 
 if __name__ == "__main__":
-    torch.set_num_threads(1)  # processes are forked
+    torch.set_num_threads(1)  # because processes are forked
     if len(sys.argv) < 2:
         sys.exit(f"nothing was asked for: give some of {', '.join(PARTS)}")
     sys.exit(1 if sum([PARTS[name]() for name in sys.argv[1:]]) else 0)

@@ -1,4 +1,4 @@
-"""Which of timm's names have blocks that see one flat sequence with global self-attention: the field to cover."""
+"""The timm modules whose blocks run global self-attention over one flat sequence, which are the families to cover."""
 
 from __future__ import annotations
 
@@ -10,5 +10,5 @@ REFUSED = ("convit", "gemma4_vit")
 
 
 def names(*modules: str) -> list[str]:
-    """The names of those modules that this timm has."""
+    """Return the model names of modules, as far as the installed timm has these modules."""
     return [name for module in modules if module in timm.list_modules() for name in timm.list_models(module=module)]

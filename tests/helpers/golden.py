@@ -1,9 +1,9 @@
-"""Small golden tensors of ours, so that a clone without the reference data can run against some.
+"""Create small golden tensors, so that a clone without the reference data can compare with some.
 
-    python -m tests.helpers.golden   # writes tests/data/golden.safetensors and golden.json anew
+    python -m tests.helpers.golden   # rewrites tests/data/golden.safetensors and golden.json
 
-Nothing of tokenmerge makes them: matchings are loops (`naive_matching`), and the model runs under the hooks-only oracle,
-which never removes a token.
+No code of tokenmerge is used: matchings are loops (`naive_matching`), and the model runs with the oracle made of hooks, which
+never removes a token.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ MATCHINGS = [(12, 4, 0), (13, 3, 1), (14, 6, 2), (17, 8, 1), (9, 1, 5)]
 
 
 def build(global_pool: Any, state: dict[str, Tensor] | None = None) -> Any:
-    """The model of the golden runs; with lively weights, or those of a file."""
+    """Return the model of the golden runs, with random weights or those of a file."""
     model = timm.models.vision_transformer.VisionTransformer(**MODEL, global_pool=global_pool, fc_norm=False).eval()
     randomize(model)
     if state is not None:
@@ -45,7 +45,7 @@ def build(global_pool: Any, state: dict[str, Tensor] | None = None) -> Any:
 
 
 def make() -> dict[str, Tensor]:
-    """Every tensor by name."""
+    """Return all golden tensors by name."""
     draw = torch.Generator().manual_seed(7)
     tensors: dict[str, Tensor] = {}
     for number, (tokens, r, protected) in enumerate(MATCHINGS):

@@ -1,4 +1,4 @@
-"""One small model of each kind of library and attention, and what tests of passes ask of any of them."""
+"""One small model per kind of library and attention, with helpers for tests of passes."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def out_of(model: Any, images: Tensor) -> Tensor:
 
 
 def blocks_of(model: Any) -> Any:
-    """The list that the blocks are in."""
+    """Return the module list of the blocks."""
     lists = [
         module for module in model.modules() if isinstance(module, nn.Sequential | nn.ModuleList) and len(module) == 3
     ]
@@ -60,7 +60,7 @@ def blocks_of(model: Any) -> Any:
 
 
 def features_of(model: Any, images: Tensor) -> Tensor:
-    """Tokens that leave the final norm, with what they carry."""
+    """Return the tokens after the final norm, with the state that they carry."""
     if hasattr(model, "forward_features"):
         found: Tensor = model.forward_features(images)
         return found

@@ -1,10 +1,10 @@
-"""Token merging built from forward hooks alone, on the unpatched upstream model: the oracle for every family.
+"""The oracle of all families: token merging made of forward hooks on the unpatched upstream model.
 
-It never removes a token. All N0 tokens stay, those of one group hold equal values, and so
-* attention over equal tokens is proportional attention, with no bias at all;
-* the mean over the N0 tokens of a group is the size-weighted mean, with no sizes at all;
-* average, maximum and attention pooling over N0 tokens are the weighted ones.
-The matching is written out as loops. Nothing of tokenmerge is used.
+It never removes a token. All N0 tokens remain, and tokens of one group have equal values. Therefore
+* attention over equal tokens is proportional attention, without a bias;
+* the mean over the N0 tokens of a group is the mean weighted by size, without sizes;
+* average, maximum and attention pooling over N0 tokens are the weighted versions.
+The matching is written as loops. No code of tokenmerge is used.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 
 def naive_matching(metric: Tensor, r: int, protected: int) -> list[int]:
-    """The paper's matching for one image `[N, D]`, one step per line: new position of each token."""
+    """Match one image `[N, D]` as in the paper, in loops, and return the new position of each token."""
     tokens = metric.shape[0]
     unit = metric.float() / metric.float().norm(dim=1, keepdim=True).clamp_min(1e-12)
     a = [i for i in range(0, tokens, 2) if i >= protected]
@@ -39,7 +39,7 @@ def naive_matching(metric: Tensor, r: int, protected: int) -> list[int]:
 
 
 def group_mean(x: Tensor, source: Tensor) -> Tensor:
-    """Every token gets the mean over all tokens of its group; x `[B, N0, C]`, source `[B, N0]`."""
+    """Replace every token of x `[B, N0, C]` by the mean over its group, given by source `[B, N0]`."""
     same = (source.unsqueeze(2) == source.unsqueeze(1)).to(x.dtype)
     return same @ x / same.sum(dim=2, keepdim=True)
 
@@ -86,7 +86,7 @@ class Oracle:
         return self.source
 
     def _sizes(self) -> Tensor:
-        """`[B, N0]`: size of the group of each token."""
+        """Return `[B, N0]`: the size of each token's group."""
         return torch.stack([(row.unsqueeze(0) == row.unsqueeze(1)).sum(1) for row in self._source()]).float()
 
     def _mask(self, module: nn.Module, args: Any, kwargs: Any) -> Any:
@@ -94,7 +94,7 @@ class Oracle:
         if self.source is None:
             self.source = torch.arange(x.shape[1]).expand(x.shape[0], -1).clone()
         self.keys.clear()
-        if not self.prop_attn:  # equal tokens must weigh as much as one
+        if not self.prop_attn:  # a group of equal tokens must weigh as much as one token
             kwargs = {**kwargs, "attn_mask": -self._sizes().log()[:, None, None, :].to(x.dtype)}
         return args, kwargs
 
@@ -103,7 +103,7 @@ class Oracle:
         return args, {**kwargs, "attn_mask": -sizes.log()[:, None, None, :].to(args[0].dtype)}
 
     def _merge(self, x: Tensor, index: int) -> Tensor:
-        keys = torch.cat(self.keys, dim=1)  # several attentions: more heads
+        keys = torch.cat(self.keys, dim=1)  # several attention modules count as more heads
         metric, source = keys.mean(dim=1), self._source()
         new = []
         for image in range(x.shape[0]):
@@ -117,7 +117,7 @@ class Oracle:
 
 @contextmanager
 def oracle(model: Any, schedule: tuple[int, ...], protected: int, prop_attn: bool = True) -> Iterator[Oracle]:
-    """The model with the oracle's hooks; one forward pass per use."""
+    """Add the oracle's hooks to a model, for one forward pass per use."""
     hooks = Oracle(model, schedule, protected, prop_attn)
     try:
         yield hooks

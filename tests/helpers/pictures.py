@@ -1,4 +1,4 @@
-"""Models and files to look at, and what a picture of them must be, worked out pixel by pixel."""
+"""Models and files for tests of pictures, and the expected picture, computed pixel by pixel."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ SMALL = {"embed_dim": 48, "depth": 6, "num_heads": 3, "num_classes": 7}
 
 
 def write_model(folder: Path, architecture: str = "vit_tiny_patch16_224", **arguments: Any) -> str:
-    """A small random model in timm's hub format; its name for the command."""
+    """Write a small random model in timm's hub format, and return its MODEL argument."""
     arguments = {**SMALL, **arguments}
     classes = arguments.pop("num_classes")
     model = timm.create_model(architecture, num_classes=classes, **arguments).eval()
@@ -47,7 +47,7 @@ def write_model(folder: Path, architecture: str = "vit_tiny_patch16_224", **argu
 
 
 def photo(path: Path, width: int = 64, height: int = 64, seed: int = 0) -> Path:
-    """Blobs of colour: some patches are alike, most are not."""
+    """Return a picture of blobs of colour, in which some patches are similar and most are not."""
     rng = np.random.default_rng(seed)
     small = Image.fromarray(rng.integers(0, 256, (5, 7, 3), dtype=np.uint8))
     picture = small.resize((width, height), Image.Resampling.BICUBIC)
@@ -57,9 +57,11 @@ def photo(path: Path, width: int = 64, height: int = 64, seed: int = 0) -> Path:
 
 
 def expected(pixels: Any, names: Any, grid: tuple[int, int]) -> Any:
-    """`[H, W, 3]` of floats, tokens in their mean colour with borders: one loop over pixels, nothing shared with the library.
+    """Return `[H, W, 3]` float: tokens in their mean colour with borders, by one loop over pixels without the library.
 
-    pixels `[H, W, 3]`, names `[h·w]`: the token of each patch.
+    Args:
+        pixels: `[H, W, 3]`.
+        names: `[h·w]`: the token of each patch.
     """
     height, width, _ = pixels.shape
     names = np.asarray(names).reshape(grid)

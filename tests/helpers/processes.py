@@ -1,7 +1,7 @@
-"""The command in processes of its own, without importing everything again for each: to be killed, or several at once.
+"""Commands in separate processes without repeated imports, for tests that kill them or run several at once.
 
-Python's fork server imports the libraries once; each process is forked from it and is what `python -m tokenmerge` would be
-then. Importing takes most of the time of these tests otherwise. Where the launcher itself matters, a test starts it.
+Python's fork server imports the libraries once, and each process is forked from it and runs like `python -m tokenmerge`.
+Otherwise imports would take most of the time of these tests. Tests of the launcher itself start the launcher.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ def _context() -> Any:
 
 
 def _run(words: Sequence[str], out: Path, environment: Mapping[str, str]) -> None:
-    """In the new process: output to the files, then the command."""
+    """Redirect the output to files and run the command, in the new process."""
     for number, name in ((1, "out"), (2, "err")):
         file = os.open(f"{out}.{name}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
         os.dup2(file, number)
@@ -41,7 +41,7 @@ def _run(words: Sequence[str], out: Path, environment: Mapping[str, str]) -> Non
 
 
 class Command:
-    """`tokenmerge` with these words, running; its output goes to files beside `out`."""
+    """A running `tokenmerge` command, whose output goes to files next to `out`."""
 
     def __init__(self, words: Sequence[str], out: Path, environment: Mapping[str, str] | None = None) -> None:
         self.path = out
@@ -50,19 +50,19 @@ class Command:
 
     @property
     def running(self) -> bool:
-        """Whether it has not ended."""
+        """Return whether the process is running."""
         return bool(self.process.is_alive())
 
     def send(self, signal: int) -> None:
-        """Send a signal, if it has not ended."""
+        """Send a signal, if the process is running."""
         with contextlib.suppress(ProcessLookupError):
             os.kill(self.process.pid, signal)
 
     def wait(self, seconds: float = 180) -> int:
-        """Its exit code, negative for a signal.
+        """Wait for the process, and return its exit code, negative for a signal.
 
         Raises:
-            TimeoutError: if it takes longer; it is killed then.
+            TimeoutError: if it takes too long; the process is then killed.
         """
         self.process.join(seconds)
         if self.process.exitcode is None:
@@ -72,12 +72,12 @@ class Command:
 
     @property
     def out(self) -> str:
-        """What it wrote to standard output so far."""
+        """Return the standard output so far."""
         return _text(f"{self.path}.out")
 
     @property
     def err(self) -> str:
-        """What it wrote to standard error so far."""
+        """Return the standard error so far."""
         return _text(f"{self.path}.err")
 
 
@@ -86,14 +86,14 @@ def _text(path: str) -> str:
 
 
 def call(words: Sequence[str], out: Path) -> str:
-    """Run the command to its end, which must be a good one; its standard output."""
+    """Run a command that must succeed, and return its standard output."""
     command = Command(words, out)
     assert command.wait() == 0, command.err
     return command.out
 
 
 def call_on_two(words: Sequence[str], out: Path) -> str:
-    """The same on two processes, with the variables that torchrun sets; standard output of the first."""
+    """Run a command on two processes, with the variables of torchrun, and return the first standard output."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]

@@ -1,4 +1,4 @@
-"""Where the hooks-only oracle goes in timm's other isotropic transformers: keys, positions, relative biases."""
+"""Hooks of the oracle in timm's other isotropic transformers: keys, positions, relative biases."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from tests.helpers.tower_oracle import TowerOracle, tower_oracle
 
 
 def second(block: Any) -> str:
-    """The module before which tokens merge: the MLP's norm, or the MLP where norms come after."""
+    """Return the module before which tokens merge: the norm of the MLP, or the MLP in post-norm blocks."""
     return "mlp" if "Post" in type(block).__name__ else "norm2"
 
 
 def keys(block: Any, note: Callable[[Tensor], None]) -> list[Any]:
-    """Hooks that show K `[B, N, H, D]`."""
+    """Add hooks that record K `[B, N, H, D]`."""
     attn = block.attn
     if hasattr(attn, "k_norm"):
         return [attn.k_norm.register_forward_hook(lambda m, a, out: note(out.transpose(1, 2)))]
@@ -35,7 +35,7 @@ def keys(block: Any, note: Callable[[Tensor], None]) -> list[Any]:
 
 
 def _grid(shape: list[int], swapped: bool, offset: float = 0.0, reference: Any = None, centred: bool = False) -> Tensor:
-    """Coordinates `[N, 2]` of patches in reading order: (row, column), or (column, row) where `swapped`.
+    """Return coordinates `[N, 2]` of patches in reading order: (row, column), or (column, row) if `swapped`.
 
     EVA scales indices to the grid of pre-training; DINOv3 spreads patch centres over [-1, 1].
     """
@@ -51,7 +51,7 @@ def _grid(shape: list[int], swapped: bool, offset: float = 0.0, reference: Any =
 
 
 def _grid_and_frequencies(model: Any, index: int) -> tuple[Tensor, Tensor]:
-    """Coordinates `[N, 2]` of the patches and frequencies `[2, F]` or `[2, H, F]`, as timm documents them."""
+    """Return coordinates `[N, 2]` of patches and frequencies `[2, F]` or `[2, H, F]`, as timm documents them."""
     rope, shape = model.rope, list(model.patch_embed.grid_size)
     kind = type(rope).__name__
     swapped, offset = getattr(rope, "grid_indexing", "ij") == "xy", float(getattr(rope, "grid_offset", 0.0))
@@ -108,7 +108,7 @@ def _relative(oracle: TowerOracle, block: Any, args: Any, kwargs: Any) -> Any:
 
 
 def timm_oracle(model: Any, schedule: tuple[int, ...], prefix: int, destination: bool = False) -> Any:
-    """The oracle for an `Eva`, `Beit`, `Cait`, `VisionTransformerRelPos` or `NaFlexVit`."""
+    """Return the oracle of an `Eva`, `Beit`, `Cait`, `VisionTransformerRelPos` or `NaFlexVit`."""
     blocks = list(model.blocks)
     on_block: Callable[..., Any] | None = None
     if getattr(model, "rope", None) is not None:
@@ -119,7 +119,7 @@ def timm_oracle(model: Any, schedule: tuple[int, ...], prefix: int, destination:
 
 
 def forget_overrides(model: Any) -> None:
-    """Take back what `_relative` set on modules."""
+    """Undo the changes that `_relative` made to modules."""
     for module in model.modules():
         for name in ("_get_rel_pos_bias", "get_bias"):
             vars(module).pop(name, None)

@@ -1,4 +1,4 @@
-"""Small models with lively random weights: every parameter matters, so a wrong one shows."""
+"""Small models with random weights in which every parameter affects the outputs."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ GRID = 6  # patches along each side
 
 
 def randomize(model: nn.Module, seed: int = 0) -> None:
-    """Give every parameter a value that matters (init schemes leave LayerScale and others near zero)."""
+    """Randomize every parameter, because initializations leave some, such as LayerScale, near zero."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -26,14 +26,14 @@ def randomize(model: nn.Module, seed: int = 0) -> None:
 
 
 def tiny(name: str, **overrides: Any) -> Any:
-    """A timm ViT by name: its own kind of blocks, tokens and head, but 3 blocks of 48 channels and 6×6 patches."""
+    """Return a timm ViT with its own kind of blocks, tokens and head, but 3 blocks of 48 channels and 6×6 patches."""
     match = re.search(r"patch(\d+)", name)
     patch = int(match.group(1)) if match else 16
     kwargs: dict[str, Any] = {"embed_dim": 48, "depth": 3, "num_heads": 3, "img_size": GRID * patch, "num_classes": 7}
     if "naflex" in name:
         del kwargs["img_size"]
     if name in timm.list_models(module="eva"):
-        kwargs["num_heads"] = 4  # rotary positions take a quarter of a head for each axis, twice
+        kwargs["num_heads"] = 4  # rotary positions use a quarter of a head per axis, twice
     if "sapiens2" in name:
         kwargs["num_kv_heads"] = (4, 2, 2)
     if name.startswith(("qwen3", "deepseek")):
@@ -43,7 +43,7 @@ def tiny(name: str, **overrides: Any) -> Any:
             del kwargs["num_classes"]
     if name in timm.list_models(module="vision_transformer_hybrid"):
         kwargs["img_size"] = 96
-        if "mci" in name:  # its stem has a width of its own
+        if "mci" in name:  # its stem has its own width
             kwargs.update(embed_dim=768, num_heads=12)
     model = timm.create_model(name, **{**kwargs, **overrides}).eval()
     randomize(model)
@@ -51,7 +51,7 @@ def tiny(name: str, **overrides: Any) -> Any:
 
 
 def images_for(model: Any, batch: int = 2, seed: int = 1) -> Tensor:
-    """Random images of the size that the model takes."""
+    """Return random images of the size that the model takes."""
     model = getattr(model, "encoder", model)
     if not hasattr(model, "patch_embed"):  # NaFlexViT takes any size
         return torch.randn(batch, 3, 96, 96, generator=torch.Generator().manual_seed(seed))

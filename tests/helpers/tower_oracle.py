@@ -1,7 +1,7 @@
-"""The hooks-only oracle of `tests/helpers/oracle.py` for transformers, torchvision and open_clip towers.
+"""The oracle of `tests/helpers/oracle.py` for towers of transformers, torchvision and open_clip.
 
-It knows nothing of tokenmerge: all N0 tokens stay, tokens of one group hold equal values, and positions and
-relative biases are recomputed for every block from the groups alone.
+It uses no code of tokenmerge: all N0 tokens remain, tokens of one group have equal values, and positions and relative biases are
+recomputed for every block from the groups.
 """
 
 from __future__ import annotations
@@ -76,7 +76,7 @@ class TowerOracle:
             first = [int((source == group).nonzero()[0]) for group in range(int(source.max()) + 1)]
             place = torch.tensor(naive_matching(metric[image, first], self.schedule[index], self.protected))
             new.append(place[source])
-            # the token that others joined keeps its place: it is the one in B, or the only one
+            # the destination keeps its position: it is the token in B, or the only token
             old_anchor = [int(self.anchor[image, i]) for i in first]
             chosen: dict[int, int] = {}
             count = len(first)
@@ -101,7 +101,7 @@ class TowerOracle:
         return self._grouped(output)
 
     def place(self, coordinates: Tensor) -> Tensor:
-        """Coordinates `[N0, P]` of the original tokens -> `[B, N0, P]`, where the group of each token is."""
+        """Return the coordinates `[B, N0, P]` of each token's group from those of the original tokens `[N0, P]`."""
         assert self.source is not None
         assert self.anchor is not None
         batch = self.source.shape[0]
@@ -111,7 +111,7 @@ class TowerOracle:
         return group_mean(every, self.source)
 
     def pairs(self, bias: Tensor) -> Tensor:
-        """A bias `[1, H, N0, N0]` between original tokens -> `[B, H, N0, N0]` between their groups."""
+        """Return the bias `[B, H, N0, N0]` between groups from that between original tokens `[1, H, N0, N0]`."""
         assert self.source is not None
         assert self.anchor is not None
         if self.destination:
@@ -126,7 +126,7 @@ class TowerOracle:
 
 @contextmanager
 def tower_oracle(*args: Any, **kwargs: Any) -> Iterator[TowerOracle]:
-    """A model with the oracle's hooks; one forward pass per use."""
+    """Add the oracle's hooks to a model, for one forward pass per use."""
     oracle = TowerOracle(*args, **kwargs)
     try:
         yield oracle
@@ -136,11 +136,11 @@ def tower_oracle(*args: Any, **kwargs: Any) -> Iterator[TowerOracle]:
 
 
 def key_hooks(path: str, heads: int) -> Callable[[Any, Callable[[Tensor], None]], list[Any]]:
-    """Hooks on the module at `path` of a block, whose output is K or Q, K and V in one (`qkv`)."""
+    """Add hooks to the module at `path` of a block, whose output is K, or Q, K and V concatenated (`qkv`)."""
 
     def attach(block: Any, note: Callable[[Tensor], None]) -> list[Any]:
         owner, _, name = path.rpartition(".")
-        if name == "*":  # the projection of K has another name in other versions
+        if name == "*":  # the name of the K projection differs between versions
             owner, name = next(
                 n.rpartition(".")[::2] for n, _ in block.named_modules() if n.rpartition(".")[2] in ("k_proj", "key")
             )
@@ -156,7 +156,7 @@ def key_hooks(path: str, heads: int) -> Callable[[Any, Callable[[Tensor], None]]
 
 
 def turn(kind: str, model: Any, prefix: int) -> Callable[..., Any] | None:
-    """What has to change before each block, for attention that knows positions; written out from the papers."""
+    """Return the changes before each block for attention with positions, written from the papers."""
     if kind == "dinov3":
         config = model.config
         side, dim = config.image_size // config.patch_size, config.hidden_size // config.num_attention_heads

@@ -1,4 +1,4 @@
-"""Small random models of transformers, one per row: how to build it, feed it, and where the oracle hooks in."""
+"""Small random transformers models, one per row: how to build and feed them, and where the oracle adds hooks."""
 
 from __future__ import annotations
 
@@ -27,17 +27,17 @@ def _noise(*shape: int) -> Tensor:
 
 @dataclasses.dataclass(frozen=True)
 class Tower:
-    """One row of transformers under test.
+    """One transformers model under test.
 
     Attributes:
         name: `module.Class` of the model; the config class is `config`.
         config: name of its config class.
         fields: fields of the config.
-        blocks: path to its layers.
+        blocks: path of its layers.
         second: the module of a layer before which tokens merge.
-        keys: the module of a layer that shows K, and whether it shows Q, K and V at once.
+        keys: the module of a layer that outputs K, and whether it outputs Q, K and V together.
         prefix: tokens that never merge.
-        feed: inputs for a batch.
+        feed: function that returns inputs for a batch.
     """
 
     name: str
@@ -52,7 +52,7 @@ class Tower:
     bias: str = ""
 
     def build(self, **overrides: Any) -> Any:
-        """The model with lively random weights, in evaluation mode."""
+        """Return the model with random weights, in evaluation mode."""
         module, _, cls = self.name.partition(".")
         folder = "data2vec" if module == "data2vec_vision" else module
         models = importlib.import_module(f"transformers.models.{folder}.modeling_{module}")
@@ -63,7 +63,7 @@ class Tower:
 
     @property
     def heads(self) -> int:
-        """Attention heads."""
+        """Return the number of attention heads."""
         return int(self.fields.get("num_attention_heads") or self.fields["encoder_attention_heads"])
 
 

@@ -1,1 +1,1 @@
-"""What people run. The core never imports anything from here."""
+"""The commands. The core does not import this package."""

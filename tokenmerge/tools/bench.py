@@ -1,7 +1,7 @@
-"""`tokenmerge bench`: is the merged model really faster, and what does the merging itself cost?
+"""`tokenmerge bench`: measure the speed-up of merging, and the cost of matching and merging themselves.
 
-Models that share their weights take turns in every round: the unmerged one, the merged ones, and for each of those
-the paper's yardstick, which drops the same number of tokens by slicing and so pays for no matching.
+Models that share their weights take turns in every round: the unmerged model, the merged models, and for each of these the
+sliced model, the paper's baseline, which drops the same number of tokens without matching.
 """
 
 from __future__ import annotations
@@ -30,13 +30,13 @@ Forward = Callable[[Tensor], Any]
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class BenchArgs:
-    """How to measure.
+    """Options of a measurement.
 
     Attributes:
         batch_size: images per forward pass.
-        warmup: passes of each model before measuring.
-        rounds: measured passes of each model, in turns.
-        statistic: "median" of the paired rounds or ratio of the "min"ima: what speed-up and overhead are.
+        warmup: warm-up passes of each model before measuring.
+        rounds: measured passes of each model; the models take turns in every round.
+        statistic: how speed-up and overhead are computed: "median" of the ratios of paired rounds, or ratio of minima ("min").
         compile: whether to `torch.compile` every model.
     """
 
@@ -48,7 +48,7 @@ class BenchArgs:
 
 
 def passes(forwards: Sequence[Forward], images: Tensor) -> list[Call]:
-    """One inference pass of each, to be measured."""
+    """Return one function per model that runs an inference pass on `images`."""
 
     def one(forward: Forward) -> Call:
         def call() -> None:
@@ -69,13 +69,13 @@ class _Variant:
 
 
 def prepare(module: Any, compiled: bool) -> Forward:
-    """The module, compiled if asked for."""
+    """Return the module, compiled if `compiled` is set."""
     forward: Forward = torch.compile(module) if compiled else module
     return forward
 
 
 def _variants(model: Any, settings: Sequence[Setting], fields: dict[str, Any], compiled: bool) -> list[_Variant]:
-    """The unmerged model first, then one entry per setting that merges."""
+    """Return the unmerged model first, then one variant per setting that merges."""
     variants = [_Variant(Setting(0, {"r": 0}), None, prepare(model, compiled), None)]
     for setting in settings:
         if setting.is_baseline:
@@ -91,10 +91,10 @@ def _variants(model: Any, settings: Sequence[Setting], fields: dict[str, Any], c
 def measure(
     args: ModelArgs, bench: BenchArgs, settings: Sequence[Setting], fields: dict[str, Any], report: Report
 ) -> list[Row]:
-    """One row for the unmerged model and one per setting that merges.
+    """Measure the unmerged model and all settings that merge, and return one row for each.
 
     Raises:
-        InputError: if the model cannot be made.
+        InputError: if the model cannot be created.
         UnsupportedModelError: if it cannot be patched.
     """
     model = load_model(args)
@@ -121,13 +121,13 @@ def measure(
 
 
 def compile_now(forwards: Sequence[Forward], images: Tensor) -> None:
-    """Run each compiled model once, from a clean slate.
+    """Compile each model by running it once, after resetting the compiler.
 
-    Without a reset, sizes that changed since the last model would be compiled as any size, which is another, slower
-    program; and all copies of a model share one code object, whose versions count towards one limit.
+    Without a reset, sizes that changed since the previous model would be compiled as dynamic sizes, which gives slower
+    code. All copies of a model share one code object, whose recompilations count towards one limit; hence the larger limit.
 
     Raises:
-        InputError: if it cannot be compiled here, for want of a C++ compiler, say.
+        InputError: if a model cannot be compiled on this machine, for example without a C++ compiler.
     """
     torch.compiler.reset()
     limit = torch._dynamo.config.patch(recompile_limit=4 * len(forwards) + 8, fail_on_recompile_limit_hit=True)
@@ -145,7 +145,7 @@ def compile_now(forwards: Sequence[Forward], images: Tensor) -> None:
 def run_bench(
     args: ModelArgs, bench: BenchArgs, settings: Sequence[Setting], fields: dict[str, Any], report: Report
 ) -> int:
-    """Measure, print and write one row per r; the unmerged model is always among them. Returns 0."""
+    """Measure a model, print and write one row for the unmerged model and one per r, and return 0."""
     fields = as_trained(args, fields)
     rows = measure(args, bench, settings, fields, report)
     _print(report, args, bench, rows)
@@ -219,7 +219,7 @@ def _print(report: Report, args: ModelArgs, bench: BenchArgs, rows: Sequence[Row
     )
     report.say(
         f"{bench.rounds} interleaved rounds, {bench.statistic} of each; realised = speed-up / FLOPs ratio; "
-        "overhead = time / time when the same number of tokens is simply sliced off"
+        "overhead = time / time when the same number of tokens is sliced off"
     )
     for row in rows[1:]:
         if row["speedup"] < 1.02:

@@ -1,8 +1,8 @@
-"""`tokenmerge bench --break-even`: from which r and batch on does merging pay on this device?
+"""`tokenmerge bench --break-even`: find the smallest r, for each batch size, at which merging is faster on this device.
 
-For each batch size the unmerged model and one merged copy per r take turns. A setting pays if it is faster by 2 % in
-the middle of the paired rounds, and faster at all in four rounds of five. Where none pays, three times the largest r in
-every third block is tried as well: matching then runs a third as often.
+For each batch size, the unmerged model and one merged copy per r take turns. A setting pays if the median speed-up over the
+paired rounds is at least 1.02 and the merged model is faster in four of five rounds. If no setting pays, the merges of three
+blocks are also tried in every third block, which runs matching a third as often.
 """
 
 from __future__ import annotations
@@ -32,18 +32,18 @@ _SPARSE = 3
 
 
 def pays(gain: Spread) -> bool:
-    """Whether it is worth having, by the speed-ups of the paired rounds."""
+    """Return whether a setting pays, from the speed-ups of the paired rounds."""
     return gain.p50 >= _GAIN and gain.p20 > 1.0
 
 
 def batches_up_to(largest: int) -> list[int]:
-    """1, 2, 4, … and `largest` itself."""
+    """Return the batch sizes 1, 2, 4, … below `largest`, and `largest` itself."""
     powers = [2**i for i in range(largest.bit_length()) if 2**i < largest]
     return [*powers, largest]
 
 
 def ladder(model: Any) -> list[Setting]:
-    """Constant r from 1 on, doubling, up to what a third of the blocks could still take."""
+    """Return constant schedules with r = 1, 2, 4, …, up to the unprotected tokens divided by the blocks."""
     target = find_target(model)
     tokens, protected = target.family.tokens(target.model), target.family.protected(target.model)
     most = max(1, max_merges(tokens, protected) * 2 // len(target.blocks))
@@ -51,7 +51,7 @@ def ladder(model: Any) -> list[Setting]:
 
 
 def sparse(schedule: Schedule) -> list[int]:
-    """As many merges in every third block as in three blocks before, the first of them included."""
+    """Return a schedule that merges in every third block the tokens of three blocks of `schedule`."""
     total = [sum(schedule[i : i + _SPARSE]) for i in range(0, len(schedule), _SPARSE)]
     return [total[i // _SPARSE] if i % _SPARSE == 0 else 0 for i in range(len(schedule))]
 
@@ -59,14 +59,14 @@ def sparse(schedule: Schedule) -> list[int]:
 def run_break_even(
     args: ModelArgs, bench: BenchArgs, settings: Sequence[Setting], fields: dict[str, Any], report: Report
 ) -> int:
-    """Measure, print and write one row per batch size and setting. Returns 0.
+    """Measure a model, print and write one row per batch size and setting, and return 0.
 
     Args:
         args: the model.
-        bench: how to measure; `batch_size` is the largest batch.
-        settings: which r to try; none means a ladder of them.
-        fields: further fields of `MergeConfig`.
-        report: where results go.
+        bench: options of the measurement; `batch_size` is the largest batch size.
+        settings: the r to try; none means r = 1, 2, 4, ….
+        fields: other fields of `MergeConfig`.
+        report: receiver of the results.
     """
     fields = as_trained(args, fields)
     model = load_model(args)

@@ -1,4 +1,4 @@
-"""Batches of images of like content, so that adaptive merging really removes tokens."""
+"""Batches of images with similar detail, because a batch loses only as many tokens as each of its images can spare."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from torch import Tensor
 
 
 def detail(images: Tensor) -> Tensor:
-    """`[B]` float32: mean absolute difference of neighbouring pixels; few tokens of a detailed image are alike."""
+    """`[B]` float32: mean absolute difference of neighbouring pixels, which is high if few tokens are similar."""
     x = images.float()
     across, down = (x[..., 1:] - x[..., :-1]).abs(), (x[..., 1:, :] - x[..., :-1, :]).abs()
     return across.flatten(1).mean(dim=1) + down.flatten(1).mean(dim=1)
 
 
 def in_buckets(batches: Iterable[tuple[Tensor, Tensor]], depth: int = 8) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """Batches of the same images, sorted by detail within every `depth` batches; and the number of each image before it."""
+    """Sort images by detail within every `depth` batches, and yield new batches with the original index of each image."""
     held: list[tuple[Tensor, Tensor]] = []
     start = 0
     for batch in batches:

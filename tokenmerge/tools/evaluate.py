@@ -1,7 +1,7 @@
-"""`tokenmerge eval`: top-1, top-5 and images per second for several r in one pass over the data.
+"""`tokenmerge eval`: measure top-1, top-5 and images per second for several r in one pass over the data.
 
-Every image is decoded once and goes through all settings, so that they are compared on the very same pixels
-and take turns in time.
+Every image is decoded once and evaluated with all settings, so that all settings see the same pixels, and disturbances of
+the machine affect all of them alike.
 """
 
 from __future__ import annotations
@@ -37,17 +37,17 @@ from tokenmerge.tools.videos import Clip
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class EvalArgs:
-    """What to evaluate on.
+    """Data and preprocessing of an evaluation.
 
     Attributes:
-        data: folder with one folder of images, of sounds or of videos per class.
+        data: folder with one subfolder of images, sounds or videos per class.
         batch_size: images per forward pass.
-        workers: processes that decode files; 0 decodes in this one.
-        class_map: file with class names in order, as timm's.
-        preprocessing: overrides of the model's own preprocessing, named as timm's config names them
+        workers: processes that decode files; 0 decodes in the main process.
+        class_map: file with class names in the order of the model's outputs, in timm's format.
+        preprocessing: overrides of the model's own preprocessing, by their names in timm's config
             (crop_pct, crop_mode, interpolation, mean, std).
-        sampling_rate: of videos, steps from frame to frame.
-        strict: whether unreadable images make the exit code 1.
+        sampling_rate: stride between the sampled frames of a video.
+        strict: whether unreadable files make the exit code 1.
     """
 
     data: Path
@@ -61,7 +61,17 @@ class EvalArgs:
 
 @dataclasses.dataclass
 class Score:
-    """Running totals of one setting."""
+    """Totals of one setting over the batches so far.
+
+    Attributes:
+        setting: the schedule.
+        forward: the model at this setting.
+        gflops: GFLOPs per image.
+        top1: number of images whose most likely class is the label.
+        top5: number of images whose five most likely classes contain the label.
+        images: number of images evaluated.
+        seconds: time of the forward passes.
+    """
 
     setting: Setting
     forward: Callable[[Tensor], Tensor]
@@ -72,7 +82,7 @@ class Score:
     seconds: float = 0.0
 
     def add(self, images: Tensor, labels: Tensor) -> None:
-        """Run one batch and count."""
+        """Evaluate one batch and add its results to the totals."""
         synchronize(images.device)
         start = time.perf_counter()
         logits = logits_of(self.forward(images))
@@ -84,13 +94,13 @@ class Score:
         self.images += len(labels)
 
     def join(self, processes: Processes) -> None:
-        """Add what the other processes counted; they ran at the same time, so the longest time counts."""
+        """Add the totals of the other processes; the time is the longest one, because all run at the same time."""
         totals = processes.gather([(self.top1, self.top5, self.images, self.seconds)])
         self.top1, self.top5, self.images = (sum(one[i] for one in totals) for i in range(3))
         self.seconds = max(one[3] for one in totals)
 
     def row(self, model: str, skipped: int) -> Row:
-        """What every command that evaluates writes for a setting."""
+        """Return the result row of this setting, with percentages and speed."""
         return {
             "model": model,
             "r": self.setting.label,
@@ -104,7 +114,10 @@ class Score:
 
 
 def add_in_turns(running: Sequence[Score], images: Tensor, labels: Tensor, number: int) -> None:
-    """One batch through every setting; each batch starts with another, and before the first all run once unmeasured."""
+    """Evaluate one batch with every setting, in an order that rotates from batch to batch.
+
+    Before the first batch, every setting runs once without being measured, as a warm-up.
+    """
     if number == 0:
         for score in running:
             score.forward(images)
@@ -113,7 +126,7 @@ def add_in_turns(running: Sequence[Score], images: Tensor, labels: Tensor, numbe
 
 
 def scores(model: Any, settings: Sequence[Setting], fields: dict[str, Any]) -> list[Score]:
-    """One empty score per setting, on copies that share the model's weights; r=0 is the unpatched model."""
+    """Return one empty score per setting, on copies that share the model's weights; r=0 is the unpatched model."""
     result = []
     for setting in settings:
         if setting.is_baseline:
@@ -126,7 +139,11 @@ def scores(model: Any, settings: Sequence[Setting], fields: dict[str, Any]) -> l
 
 
 def make_dataset(model: Any, args: EvalArgs, medium: Medium) -> ClassFolder:
-    """The data set that a model is evaluated on, in its own preprocessing."""
+    """Return the data set with the preprocessing of the model.
+
+    Raises:
+        InputError: if the data or the preprocessing does not fit the model.
+    """
     from timm.data.transforms_factory import create_transform
 
     shape = classifier_input(model, medium, "eval")
@@ -145,7 +162,7 @@ def make_dataset(model: Any, args: EvalArgs, medium: Medium) -> ClassFolder:
     try:
         transform = create_transform(**config)
         transform(Image.new("RGB", (width, height)))
-    except Exception as error:  # timm and torchvision check these values in many ways, or not at all
+    except Exception as error:  # timm and torchvision raise many exception types for invalid values
         raise InputError(
             f"the preprocessing {args.preprocessing or config} does not work ({type(error).__name__}: {error}): "
             "check --crop-pct, --crop-mode, --interpolation, --mean and --std"
@@ -156,13 +173,13 @@ def make_dataset(model: Any, args: EvalArgs, medium: Medium) -> ClassFolder:
 def run_eval(
     args: ModelArgs, evaluation: EvalArgs, settings: Sequence[Setting], fields: dict[str, Any], report: Report
 ) -> int:
-    """Evaluate, print and write one row per setting.
+    """Evaluate a model on a folder, and print and write one row per setting.
 
     Returns:
         0, or 1 if images were skipped under `strict`.
 
     Raises:
-        InputError: if the data or the model cannot be read, or not a single image could.
+        InputError: if the data or the model cannot be read, or no image can be read.
     """
     processes = launched(args.device)
     try:
@@ -225,7 +242,7 @@ def _figures(rows: Sequence[Row]) -> list[str | None]:
 
 
 def guarded(loader: Any) -> Any:
-    """The batches; a worker process that dies is one sentence."""
+    """Yield the batches of a loader; the death of a worker process becomes an `InputError`."""
     iterator = iter(loader)
     while True:
         try:

@@ -1,6 +1,7 @@
-"""`tokenmerge export`: the merged model as one file for ONNX Runtime, torch.export or AOTInductor.
+"""`tokenmerge export`: write the merged model as one file for ONNX Runtime, torch.export or AOTInductor.
 
-What is written is run before it is called done, on batches it was not exported with, against the model itself.
+Before the file gets its final name, it is run on batch sizes that it was not exported with, and its outputs are compared
+with the model's.
 """
 
 from __future__ import annotations
@@ -35,12 +36,12 @@ from tokenmerge.tools.trained import as_trained
 
 @dataclasses.dataclass(frozen=True)
 class Written:
-    """What `export_model` did.
+    """Result of `export_model`.
 
     Attributes:
-        difference: the largest difference between the file's outputs and the model's, relative to the largest output;
+        difference: largest difference between the outputs of the file and of the model, divided by the largest output;
             `None` if not verified.
-        bytes: size of the file, and of the one with its weights beside it, if there is one.
+        bytes: size of the file, including the separate file of weights if there is one.
     """
 
     difference: float | None
@@ -50,19 +51,19 @@ class Written:
 Run = Callable[[Tensor], list[Tensor]]
 SUFFIXES = {"onnx": ".onnx", "pt2": ".pt2", "aoti": ".pt2"}
 METADATA = "tokenmerge.json"
-"""Name of the model's description inside a .pt2 file, and key of it in the metadata of an .onnx file."""
+"""Name of the JSON description inside a .pt2 file, and its key in the metadata of an .onnx file."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ExportArgs:
-    """What to write.
+    """Options of an export.
 
     Attributes:
         format: "onnx" (ONNX, opset `opset`), "pt2" (torch.export) or "aoti" (compiled by AOTInductor).
-        output: file to write; `None` names it after the model and r, in the current folder.
-        batch_size: the only batch that the file will take; `None` lets it take any.
+        output: file to write; `None` is a name made of the model and r, in the current folder.
+        batch_size: the only batch size that the file accepts; `None` accepts any.
         opset: ONNX operator set, at least 18.
-        verify: whether to run the file and compare before it gets its name.
+        verify: whether to run the file and compare its outputs with the model before it gets its final name.
     """
 
     format: str = "onnx"
@@ -74,7 +75,7 @@ class ExportArgs:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Exporters log, warn and print page-long progress; what matters comes back as an error."""
+    """Silence the logging, warnings and progress output of exporters; failures still raise."""
     before = logging.root.manager.disable
     logging.disable(logging.ERROR)
     try:
@@ -148,31 +149,34 @@ def _needs(module: str) -> Any:
 
 
 def _tensors(output: Any) -> list[Tensor]:
-    """The tensors of any model output, in order."""
+    """Return the tensors in a model's output, in order."""
     return [leaf for leaf in pytree.tree_leaves(output) if isinstance(leaf, Tensor)]
 
 
 def export_model(model: nn.Module, images: Tensor, args: ExportArgs, path: Path, about: dict[str, Any]) -> Written:
-    """Write a patched model in evaluation mode; the file appears under its name only when it is whole and right.
+    """Write a patched model; the file appears under its name only when it is complete and verified.
 
     Args:
-        model: the model, patched.
-        images: an example input, with at least 2 in the batch unless `args.batch_size` says otherwise.
+        model: the patched model, in evaluation mode.
+        images: an example batch, of at least 2 inputs unless `args.batch_size` is 1.
         args: format and options.
         path: the file to write.
-        about: what the file should say of itself, stored as JSON.
+        about: description of the model, stored in the file as JSON.
+
+    Returns:
+        The measured difference and the size of the file.
 
     Raises:
         InputError: if a package is missing, the exporter fails, the file cannot be written or run, or its outputs differ.
     """
     if args.format == "onnx" and args.verify:
-        _needs("onnxruntime")  # now, not after minutes of exporting
+        _needs("onnxruntime")  # fail now, not after minutes of exporting
         if images.dtype == torch.bfloat16:
             raise InputError(
                 "ONNX Runtime does not compute bfloat16 on a CPU, so the file cannot be verified: export float32 or "
                 "float16, or give --no-verify"
             )
-    path = path.resolve()  # a link is followed, so that what it points to is replaced
+    path = path.resolve()  # follow links, so that the file behind a link is replaced
     try:
         folder = Path(tempfile.mkdtemp(prefix=f".{path.stem}-", dir=path.parent))
     except OSError as error:
@@ -188,14 +192,14 @@ def export_model(model: nn.Module, images: Tensor, args: ExportArgs, path: Path,
             raise InputError(
                 f"{str(path)!r} cannot be written ({error.strerror or error}): choose another --output"
             ) from None
-        except Exception as error:  # every exporter raises its own kinds
+        except Exception as error:  # every exporter raises its own exception types
             reason = next((line for line in str(error).splitlines() if line.strip()), "no reason given")
             raise InputError(
                 f"the model cannot be exported as {args.format} ({type(error).__name__}: {reason[:300]}): "
                 "try another --format, or another version of torch"
             ) from None
         difference = _verify(model, images, args, new) if args.verify else None
-        parts = sorted(folder.iterdir())  # large ONNX models keep their weights in a file beside them
+        parts = sorted(folder.iterdir())  # large ONNX models have a separate file of weights
         written = Written(difference, sum(part.stat().st_size for part in parts))
         for part in parts:
             os.replace(part, path.parent / part.name)
@@ -207,13 +211,16 @@ def export_model(model: nn.Module, images: Tensor, args: ExportArgs, path: Path,
 
 
 def _verify(model: nn.Module, images: Tensor, args: ExportArgs, path: Path) -> float:
-    """The largest relative difference, over a batch of the example's size and, if any will do, of 1 and one more."""
+    """Return the largest relative difference between the file and the model, on random inputs.
+
+    Without a fixed batch size, it is taken over batches of 1, of the example's size, and of one more.
+    """
     try:
         with _quiet():
             run = _RUNNERS[args.format](path)
     except TokenMergeError:
         raise
-    except Exception as error:  # each runtime raises its own kinds
+    except Exception as error:  # every runtime raises its own exception types
         raise InputError(_cannot_run(args.format, error)) from None
     tolerance = 1e-4 if images.dtype == torch.float32 else 3e-2
     batches = [args.batch_size] if args.batch_size else [1, images.shape[0], images.shape[0] + 1]
@@ -238,7 +245,7 @@ def _verify(model: nn.Module, images: Tensor, args: ExportArgs, path: Path) -> f
                 (ours.to(theirs.device).double() - theirs.double()).abs().max() if ours.numel() else torch.zeros(())
             )
             relative = float(difference / theirs.double().abs().max().clamp_min(1e-6))
-            if not relative <= tolerance:  # NaN is no agreement
+            if not relative <= tolerance:  # written this way so that NaN fails, too
                 raise InputError(
                     f"the exported model differs from the model by {relative:.1e} of the largest output, but at most "
                     f"{tolerance:.0e} was expected: nothing was written; try another --format, or --no-verify"
@@ -256,7 +263,7 @@ def _cannot_run(format: str, error: Exception) -> str:
 
 
 def run_export(args: ModelArgs, export: ExportArgs, setting: Setting, fields: dict[str, Any], report: Report) -> int:
-    """Load, patch, export, verify; prints and writes one row. Returns 0."""
+    """Load, patch, export and verify a model, print and write one row, and return 0."""
     fields = as_trained(args, fields)
     path = export.output or Path(f"{_file_name(args.model)}_r{_file_name(str(setting.label))}{SUFFIXES[export.format]}")
     if path.suffix != SUFFIXES[export.format]:
@@ -267,7 +274,7 @@ def run_export(args: ModelArgs, export: ExportArgs, setting: Setting, fields: di
         raise InputError(f"--output {str(path)!r} is a folder, or in one that does not exist: give a file name")
     model = load_model(args)
     shape = input_shape(model)
-    config = setting.config(**fields, backend="torch")  # exported programs hold plain operators only
+    config = setting.config(**fields, backend="torch")  # Triton kernels cannot be exported
     handle = None if setting.is_baseline else patch(model, config)
     images = torch.zeros(export.batch_size or 2, *shape)
     images = place(images, args.device, args.dtype, args.channels_last)
@@ -297,7 +304,7 @@ def run_export(args: ModelArgs, export: ExportArgs, setting: Setting, fields: di
 
 
 def _file_name(text: str) -> str:
-    """`text` with everything that is no letter, digit, dot or dash made an underscore."""
+    """Return `text` with every character except letters, digits, dots and dashes replaced by an underscore."""
     return "".join(c if c.isalnum() or c in ".-" else "_" for c in text).strip("_.")
 
 

@@ -1,4 +1,4 @@
-"""Labelled files from class folders, damaged ones counted and named instead of fatal."""
+"""Labelled files from class folders; damaged files are listed instead of raising."""
 
 from __future__ import annotations
 
@@ -17,7 +17,13 @@ from tokenmerge.tools.media import IMAGES, Medium
 
 @dataclasses.dataclass(frozen=True)
 class Batch:
-    """One batch: images `[b, C, H, W]`, labels `[b]`, and "file: reason" for each file left out."""
+    """One batch.
+
+    Attributes:
+        images: `[b, C, H, W]` for images.
+        labels: `[b]` int64.
+        skipped: "file: reason" for each unreadable file.
+    """
 
     images: Tensor
     labels: Tensor
@@ -25,18 +31,18 @@ class Batch:
 
 
 class ClassFolder(Dataset[tuple[Tensor | None, int, str]]):
-    """Files in one folder per class, found by timm's reader; `names` are the classes in the order of the outputs.
+    """Data set of files in one folder per class; `names` lists the classes in the order of the model's outputs.
 
     Args:
-        root: folder that holds a folder per class.
+        root: folder with one subfolder per class.
         label_names: class names in the order of the model's outputs, or `None` if unknown.
         num_classes: outputs of the model.
-        transform: what `medium` reads, an RGB image of Pillow's for one -> tensor.
-        class_map: file with class names, as timm's `--class-map`.
-        medium: what the files are.
+        transform: function from a decoded file, such as an RGB image of Pillow, to a tensor.
+        class_map: file of class names, as for timm's `--class-map`.
+        medium: kind of the files.
 
     Raises:
-        InputError: if the folder is missing, holds no such files or no classes, or the classes do not fit the model.
+        InputError: if the folder is missing, has no such files or classes, or the classes do not fit the model.
     """
 
     def __init__(
@@ -86,7 +92,7 @@ class ClassFolder(Dataset[tuple[Tensor | None, int, str]]):
         return len(self.samples)
 
     def __getitem__(self, index: int) -> tuple[Tensor | None, int, str]:
-        """What the transform makes of it (`None` if unreadable), its label, and for unreadable ones "file: reason"."""
+        """Return the transformed file (`None` if unreadable), its label, and "file: reason" if it is unreadable."""
         path, label = self.samples[index]
         try:
             return self.transform(self.medium.read(path)), label, ""
@@ -96,7 +102,7 @@ class ClassFolder(Dataset[tuple[Tensor | None, int, str]]):
 
 
 def _check_one_place(root: Path, parents: list[Path]) -> None:
-    """Raise if two folders have the name of one class, as in `train/cat` and `val/cat`: they would be mixed."""
+    """Raise if two folders share the name of a class, as `train/cat` and `val/cat`, because they would be mixed."""
     place: dict[str, Path] = {}
     for parent in dict.fromkeys(parents):
         first = place.setdefault(parent.name, parent)
@@ -108,12 +114,12 @@ def _check_one_place(root: Path, parents: list[Path]) -> None:
 
 
 def _mapped(folders: list[str], class_map: str, root: Path, num_classes: int) -> dict[str, int]:
-    """Folder name -> output of the model, by the file given as --class-map."""
+    """Return the model output of each folder name, from the file given by `--class-map`."""
     from timm.data.readers.class_map import load_class_map
 
     try:
         known: dict[str, int] = load_class_map(class_map, str(root))
-    except Exception as error:  # assertion, pickle and file errors alike
+    except Exception as error:  # may be an assertion, pickle or file error
         raise InputError(
             f"the class map {class_map!r} cannot be read ({error}): give a text file with one class per line"
         ) from None
@@ -130,7 +136,7 @@ def _mapped(folders: list[str], class_map: str, root: Path, num_classes: int) ->
 
 
 def _labels(root: Path, classes: list[str], num_classes: int, label_names: Sequence[str] | None) -> dict[str, int]:
-    """Folder name -> output of the model: by name where the model knows its names, by order otherwise."""
+    """Return the model output of each folder name, by name if the model knows its class names, otherwise by order."""
     for names in (label_names, _imagenet_names() if num_classes == 1000 else None):
         if names and len(names) == num_classes and set(classes) <= set(names):
             return {name: list(names).index(name) for name in classes}
@@ -149,7 +155,7 @@ def _imagenet_names() -> list[str]:
 
 
 def collate(samples: list[tuple[Tensor | None, int, str]]) -> Batch:
-    """Images, labels and problems (one per line) as one batch."""
+    """Collate samples into one batch, with the unreadable files listed."""
     read = [(image, label) for image, label, _ in samples if image is not None]
     images = torch.stack([image for image, _ in read]) if read else torch.empty(0)
     labels = torch.tensor([label for _, label in read], dtype=torch.int64)
@@ -157,7 +163,7 @@ def collate(samples: list[tuple[Tensor | None, int, str]]) -> Batch:
 
 
 class ShareOfBatches(Sampler[list[int]]):
-    """Every `processes`-th batch, in order; each image is in exactly one process."""
+    """Sampler of every `processes`-th batch, in order, so that each image is evaluated by exactly one process."""
 
     def __init__(self, size: int, batch: int, rank: int, processes: int) -> None:
         self.starts = range(rank * batch, size, batch * processes)
@@ -172,7 +178,7 @@ class ShareOfBatches(Sampler[list[int]]):
 
 
 def batches(dataset: ClassFolder, batch_size: int, workers: int, rank: int = 0, processes: int = 1) -> DataLoader[Any]:
-    """This process's share of the data set, in order, in batches."""
+    """Return a loader of this process's share of the data set, in order."""
     share = ShareOfBatches(len(dataset), batch_size, rank, processes)
     return DataLoader(
         dataset,

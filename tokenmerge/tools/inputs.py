@@ -1,4 +1,4 @@
-"""Whether a model classifies what lies in a folder, and what is the same of all that do."""
+"""Properties of classifiers that commands need: input shape, classes, preprocessing, logits."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ _WANTED: dict[str, tuple[str, Callable[[tuple[int, ...]], bool]]] = {
 
 
 def classifier_input(model: Any, medium: Medium, command: str) -> tuple[int, ...]:
-    """Shape of one input: `(C, H, W)`, of spectrograms `(1, frames, bands)`, of videos `(frames, C, H, W)`.
+    """Return the shape of one input: `(C, H, W)`, `(1, frames, bands)` for sounds, `(frames, C, H, W)` for videos.
 
     Raises:
-        InputError: if the model has no classifier that this can feed, or takes something else than the folder holds.
+        InputError: if the model has no classifier, its preprocessing is unknown, or it does not take this medium.
     """
     known = hasattr(model, "pretrained_cfg") or medium is VIDEOS or (medium is IMAGES and hasattr(model, "weights"))
     if not known or (command == "train" and hasattr(model, "weights")):
@@ -40,17 +40,17 @@ def classifier_input(model: Any, medium: Medium, command: str) -> tuple[int, ...
 
 
 def num_classes(model: Any) -> int:
-    """Outputs of its classifier, 0 without one."""
+    """Return the number of classes of a model, 0 without a classifier."""
     if hasattr(model, "pretrained_cfg"):
         return int(getattr(model, "num_classes", 0) or 0)
-    if hasattr(model, "weights"):  # torchvision's
+    if hasattr(model, "weights"):  # a torchvision model
         return int(model.num_classes)
     head = getattr(model, "classifier", None)
     return int(model.config.num_labels) if head is not None else 0
 
 
 def class_names(model: Any) -> list[str] | None:
-    """Their names, if the model knows them."""
+    """Return the class names of a model in the order of its outputs; `None` if it does not know them."""
     if hasattr(model, "pretrained_cfg"):
         names = (model.pretrained_cfg or {}).get("label_names")
         return None if names is None else list(names)
@@ -62,18 +62,18 @@ def class_names(model: Any) -> list[str] | None:
 
 
 def preprocessing(model: Any, overrides: dict[str, Any]) -> dict[str, Any]:
-    """timm's names and values for how a model's images are made: the model's own, but for what is overridden."""
+    """Return the preprocessing of a model as timm's data config, with `overrides` applied."""
     from timm.data.config import resolve_data_config
 
     if not hasattr(model, "weights"):
         return dict(resolve_data_config(overrides, model=model))
-    own = model.weights.transforms()  # of torchvision: resize the shorter side, cut the centre out
+    own = model.weights.transforms()  # torchvision resizes the shorter side, then crops the centre
     (crop,), (resize,) = own.crop_size, own.resize_size
     found = {"mean": tuple(own.mean), "std": tuple(own.std), "crop_pct": crop / resize, "crop_mode": "center"}
     return {**found, "interpolation": own.interpolation.value, **overrides}
 
 
 def logits_of(output: Any) -> Tensor:
-    """The tensor in what a model returns: transformers' wrap it."""
+    """Return the logits of a model's output, which is an object with `logits` for transformers."""
     logits: Tensor = output if isinstance(output, Tensor) else output.logits
     return logits

@@ -1,4 +1,4 @@
-"""`tokenmerge inspect`: is a model supported, why not, and what would merging do to it."""
+"""`tokenmerge inspect`: check whether a model is supported, and show tokens and FLOPs per block."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from tokenmerge.tools.settings import Setting
 
 
 def _with_values(block: nn.Module) -> Any:
-    """A copy of a block from the meta device, filled with small random numbers."""
+    """Return a copy of a block on the meta device with random values, on the CPU."""
     filled = copy.deepcopy(block).to_empty(device="cpu")
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
@@ -30,7 +30,7 @@ def _with_values(block: nn.Module) -> Any:
 
 
 def run_inspect(args: ModelArgs, settings: Sequence[Setting], fields: dict[str, Any], report: Report) -> int:
-    """Print and write one row per setting; returns 0, or 2 if the model is not supported."""
+    """Inspect a model, print and write one row per setting, and return 0, or 2 if the model is not supported."""
     model = skeleton(args)
     try:
         target = find_target(model)

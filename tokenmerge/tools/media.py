@@ -1,4 +1,4 @@
-"""What the files of a class folder hold: how they are found, and read."""
+"""Media of class folders: images, sounds and videos, and how their files are found and read."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from PIL import Image
 from tokenmerge.errors import InputError
 
 SAMPLE_RATE = 16_000
-"""Hz, of every sound once it is read: that of AST, AudioMAE and AudioSet's recipes."""
+"""Sample rate of decoded sounds in Hz, as AST, AudioMAE and AudioSet use it."""
 
 
 _DAMAGED = (OSError, ValueError, SyntaxError, EOFError)
@@ -23,13 +23,13 @@ _DAMAGED = (OSError, ValueError, SyntaxError, EOFError)
 
 @dataclasses.dataclass(frozen=True)
 class Medium:
-    """One kind of files.
+    """One kind of file.
 
     Attributes:
-        name: in the plural, for messages.
-        suffixes: by which they are found, in lower case; `None` are timm's for images.
-        read: opens one as a transform takes it.
-        unreadable: what `read` and the transform raise for files that are cut, mislabelled, or something else.
+        name: name for messages, in the plural.
+        suffixes: file name suffixes in lower case; `None` means timm's for images.
+        read: function that opens a file for the transform.
+        unreadable: exceptions that `read` and the transform raise for truncated, mislabelled or foreign files.
     """
 
     name: str
@@ -44,7 +44,7 @@ def _read_image(path: Path) -> Image.Image:
 
 
 def pyav() -> Any:
-    """The module `av`.
+    """Import and return the module `av`.
 
     Raises:
         InputError: if it is not installed.
@@ -55,13 +55,13 @@ def pyav() -> Any:
         raise InputError(
             "PyAV is not installed, but sounds and videos are decoded by it: pip install 'tokenmerge[media]'"
         ) from None
-    av.logging.set_level(None)  # damaged files are named by the command, once
+    av.logging.set_level(None)  # the command itself lists damaged files
     return av
 
 
 @contextlib.contextmanager
 def _opened(path: Path, kind: str) -> Iterator[Any]:
-    """A container with a stream of this kind; whatever is wrong with it or happens inside is a ValueError."""
+    """Open a container with a stream of this kind; FFmpeg's errors become a ValueError."""
     av = pyav()
     try:
         with av.open(str(path)) as container:
@@ -73,16 +73,16 @@ def _opened(path: Path, kind: str) -> Iterator[Any]:
 
 
 def read_sound(path: Path) -> np.ndarray[Any, Any]:
-    """The first audio stream, whatever its container: `[samples]` float32 in [−1, 1], mono, 16 kHz.
+    """Read the first audio stream of a file as `[samples]` float32 in [−1, 1], mono, at 16 kHz.
 
     Raises:
-        ValueError: if there is none, or it cannot be decoded.
+        ValueError: if there is no audio stream, or it cannot be decoded.
         InputError: if PyAV is not installed.
     """
     with _opened(path, "audio") as container:
         resampler = pyav().AudioResampler(format="fltp", rate=SAMPLE_RATE)
-        frames = [*container.decode(audio=0), None]  # None: what the resampler still holds
-        # the mean over channels here, because FFmpeg's own makes two equal ones louder
+        frames = [*container.decode(audio=0), None]  # None flushes the resampler
+        # channels are averaged here, because FFmpeg's downmix makes two equal channels louder
         parts = [out.to_ndarray().mean(axis=0) for frame in frames for out in resampler.resample(frame)]
     if not parts:
         raise ValueError("its audio is empty")
@@ -90,18 +90,18 @@ def read_sound(path: Path) -> np.ndarray[Any, Any]:
 
 
 def read_frames(path: Path, choose: Callable[[int], Sequence[int]]) -> np.ndarray[Any, Any]:
-    """Some frames of the first video stream: `[frames, H, W, 3]`, uint8, RGB.
+    """Read selected frames of the first video stream as `[frames, H, W, 3]` uint8 RGB.
 
     Args:
         path: the file.
-        choose: number of frames in it -> the wanted ones, in order.
+        choose: function from the number of frames to the indices of the wanted frames, in order.
 
     Raises:
-        ValueError: if there is none, or it cannot be decoded.
+        ValueError: if there is no video stream, or it cannot be decoded.
         InputError: if PyAV is not installed.
     """
     with _opened(path, "video") as container:
-        total = container.streams.video[0].frames  # 0 where the container does not say
+        total = container.streams.video[0].frames  # 0 if the container does not say
         total = total or sum(1 for packet in container.demux(video=0) if packet.size)
     wanted = list(choose(max(1, total)))
     found: dict[int, np.ndarray[Any, Any]] = {}
@@ -113,22 +113,22 @@ def read_frames(path: Path, choose: Callable[[int], Sequence[int]]) -> np.ndarra
                 break
     if not found:
         raise ValueError("no frame of it can be decoded")
-    last = max(found)  # containers may promise more than they hold
+    last = max(found)  # containers may state more frames than they hold
     return np.stack([found.get(number, found[last]) for number in wanted])
 
 
 def frame_rate(path: Path) -> float:
-    """Frames per second of the first video stream; 25 where the file does not say.
+    """Return the frames per second of the first video stream; 25 if the file does not state it.
 
     Raises:
-        ValueError: if there is none.
+        ValueError: if there is no video stream.
     """
     with _opened(path, "video") as container:
         return float(container.streams.video[0].average_rate or 25)
 
 
 def _itself(path: Path) -> Path:
-    """Videos are decoded by their transform, which knows the frames it wants."""
+    """Return the path: the transform of videos decodes them, because it selects the frames."""
     return path
 
 
@@ -138,7 +138,7 @@ VIDEOS = Medium("videos", (".mp4", ".avi", ".mkv", ".webm", ".mov", ".m4v", ".mp
 
 
 def medium_of(root: Path) -> Medium:
-    """What most files below a folder are; images if it is not there, or holds nothing else that is known."""
+    """Return the medium of most files below a folder; images if the folder does not exist or no other medium prevails."""
     suffixes = [os.path.splitext(file)[1].lower() for _, _, files in os.walk(root, followlinks=True) for file in files]
     others = {
         medium.name: (medium, sum(suffix in (medium.suffixes or ()) for suffix in suffixes))

@@ -1,4 +1,4 @@
-"""MODEL on the command line -> a model, ready to run."""
+"""Loading of models from the MODEL argument of the commands."""
 
 from __future__ import annotations
 
@@ -21,19 +21,19 @@ from tokenmerge.tools.sources import SOURCES, create
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ModelArgs:
-    """Which model, and how to hold it.
+    """Model, weights, device and dtype, from the command line.
 
     Attributes:
         model: a timm name, `local-dir:PATH`, `hf_hub:ID`; or `hf:…`, `torchvision:…`, `open_clip:…`.
-        pretrained: load the weights that the name stands for (may use the network for timm names and hub ids).
-        checkpoint: file with weights to load instead; nothing is then downloaded.
+        pretrained: whether to load the pretrained weights of the name (may download for timm names and hub ids).
+        checkpoint: file of weights to load instead, without any download.
         num_classes: classes of the head; `None` keeps the model's own.
         img_size: side of the image in pixels; `None` keeps the model's own.
         device: torch device.
         dtype: "float32", "bfloat16" or "float16".
         channels_last: memory format of model and images.
-        model_kwargs: further arguments of timm's model, or values of the config of a classifier of videos.
-        of_videos: whether `hf:…` names a classifier of videos, not only its tower.
+        model_kwargs: additional arguments of the timm model, or config values of a video classifier.
+        of_videos: whether `hf:…` names a video classifier and not only its tower.
     """
 
     model: str
@@ -55,7 +55,7 @@ def _create(args: ModelArgs, pretrained: bool) -> Any:
 
 
 def _create_timm(name: str, **kwargs: Any) -> Any:
-    """`timm.create_model`, its many kinds of failure as one sentence."""
+    """Call `timm.create_model`, and turn any failure into an `InputError`."""
     try:
         import timm
     except ImportError:
@@ -70,7 +70,7 @@ def _create_timm(name: str, **kwargs: Any) -> Any:
             return timm.create_model(name, **kwargs)
     except TokenMergeError:
         raise
-    except Exception as error:  # timm, safetensors, the hub client and torch all raise their own kinds
+    except Exception as error:  # timm, safetensors, the hub client and torch raise their own types
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         known = [] if ":" in name else timm.list_models(f"*{name.split('.')[0]}*")[:3]
         hint = (
@@ -90,7 +90,7 @@ def _create_timm(name: str, **kwargs: Any) -> Any:
 
 @contextlib.contextmanager
 def _quiet_timm() -> Iterator[None]:
-    """timm logs what it loads; the command says it in its own words."""
+    """Silence the logging of timm; the command reports results itself."""
     logger = logging.getLogger("timm")
     level = logger.level
     logger.setLevel(logging.ERROR)
@@ -106,14 +106,16 @@ def _model_kwargs(args: ModelArgs) -> dict[str, Any]:
 
 
 def load_model(args: ModelArgs) -> Any:
-    """The model in evaluation mode on its device.
+    """Return the model in evaluation mode, on its device.
 
     Raises:
-        InputError: if it cannot be made, or its weights or checkpoint cannot be read or do not fit.
+        InputError: if it cannot be created, or its weights or checkpoint cannot be read or do not fit.
         UnsupportedModelError: if it cannot be patched.
     """
     device = check_device(args.device)
-    pretrained = args.pretrained and args.checkpoint is None  # nothing is downloaded only to be overwritten
+    pretrained = (
+        args.pretrained and args.checkpoint is None
+    )  # do not download weights that the checkpoint would overwrite
     model = _create(args, pretrained)
     target = find_target(model)
     if target.family.tokens(target.model) <= target.family.protected(target.model):
@@ -128,7 +130,7 @@ def load_model(args: ModelArgs) -> Any:
 
 
 def _predictors_of(name: str) -> Path | None:
-    """Where `train --matcher dynamicvit` left predictors beside the weights, if it did."""
+    """Return the file of predictors that `train --matcher dynamicvit` saved with the weights; `None` if there is none."""
     kind, _, place = name.partition(":")
     if kind in ("local-dir", "hf") and place:
         return Path(place, FILE)
@@ -137,7 +139,7 @@ def _predictors_of(name: str) -> Path | None:
             from timm.models._hub import download_from_hf
 
             return Path(download_from_hf(place, FILE))
-        except Exception:  # it has none
+        except Exception:  # the repository has no such file
             return None
     return None
 
@@ -148,13 +150,13 @@ def _load_predictors(model: nn.Module, file: Path | None) -> None:
 
 
 def skeleton(args: ModelArgs) -> Any:
-    """The model without values, on the meta device: enough to look at, however large it is."""
+    """Return the model on the meta device, without values, so that models of any size can be inspected."""
     with torch.device("meta"):
         return _create(args, pretrained=False)
 
 
 def load_checkpoint(model: nn.Module, path: Path) -> None:
-    """Load weights from a safetensors or torch file; strictly: every tensor must fit.
+    """Load weights from a safetensors or torch file, strictly: names and shapes must match.
 
     Raises:
         InputError: if the file is missing, damaged, or does not fit the model.
@@ -166,7 +168,7 @@ def load_checkpoint(model: nn.Module, path: Path) -> None:
     try:
         with _quiet_timm():
             state = load_state_dict(str(path), use_ema=True, weights_only=True)
-    except Exception as error:  # torch, pickle, zip and safetensors all raise their own kinds
+    except Exception as error:  # torch, pickle, zip and safetensors raise their own types
         reason = (str(error).splitlines() or [""])[0]
         raise InputError(
             f"the checkpoint {str(path)!r} cannot be read ({type(error).__name__}: {reason}): "
@@ -192,7 +194,7 @@ def load_checkpoint(model: nn.Module, path: Path) -> None:
 
 
 def input_shape(model: Any) -> tuple[int, ...]:
-    """Shape of one input, without the batch: `(C, H, W)` for images.
+    """Return the shape of one input without the batch dimension: `(C, H, W)` for images.
 
     Raises:
         InputError: if the model takes more than one tensor.

@@ -1,4 +1,4 @@
-"""Matchers and methods of the user's own: Python files, and packages that announce theirs."""
+"""Custom matchers and methods, from Python files and from the entry points of installed packages."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from pathlib import Path
 from tokenmerge.errors import InputError
 
 GROUP = "tokenmerge.plugins"
-"""Entry points of installed packages in this group are imported before a command runs."""
+"""Group of entry points that are imported before a command runs."""
 
 
 def load_plugins(files: Iterable[Path]) -> None:
     """Run every file, and import every installed package that has an entry point in the group `tokenmerge.plugins`.
 
     Raises:
-        InputError: if one cannot be read, or fails.
+        InputError: if a plugin cannot be read, or raises an exception.
     """
     for file in files:
         spec = importlib.util.spec_from_file_location(f"tokenmerge_plugin_{file.stem}", file)

@@ -1,4 +1,4 @@
-"""The processes that torchrun or `accelerate launch` started, as one: for evaluation on many devices."""
+"""Distributed evaluation over the processes that torchrun or `accelerate launch` started."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from tokenmerge.errors import InputError
 
 @dataclasses.dataclass(frozen=True)
 class Processes:
-    """This process among others.
+    """The place of this process among all processes.
 
     Attributes:
-        rank: its number.
-        count: how many there are.
-        device: where it computes.
+        rank: index of this process.
+        count: number of processes.
+        device: device of this process.
     """
 
     rank: int
@@ -25,11 +25,11 @@ class Processes:
 
     @property
     def is_main(self) -> bool:
-        """Whether this one prints and writes."""
+        """Whether this process prints and writes results."""
         return self.rank == 0
 
     def gather(self, values: list[Any]) -> list[Any]:
-        """The lists of all processes, one after the other, in every process."""
+        """Concatenate the lists of all processes, in every process."""
         if self.count == 1:
             return values
         from accelerate.utils import gather_object
@@ -38,7 +38,7 @@ class Processes:
         return found
 
     def close(self) -> None:
-        """Disconnect: left to the interpreter's exit, gloo's threads may abort it."""
+        """Disconnect from the other processes, because gloo's threads may abort the interpreter when it exits."""
         from torch import distributed
 
         if self.count > 1 and distributed.is_initialized():
@@ -46,10 +46,10 @@ class Processes:
 
 
 def launched(device: str) -> Processes:
-    """The processes of the launcher, connected; just this one if there was none.
+    """Connect the processes of the launcher; without a launcher, return this process alone.
 
     Raises:
-        InputError: if there are several, and Accelerate is not installed.
+        InputError: if there are several processes, and Accelerate is not installed.
     """
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         return Processes(0, 1, device)

@@ -1,4 +1,4 @@
-"""Rows in, tables and JSON out. Tables go to standard output and fit 80 columns."""
+"""Output of the commands: tables of at most 80 columns, JSON rows, HTML pages and progress bars."""
 
 from __future__ import annotations
 
@@ -21,22 +21,22 @@ Row = dict[str, Any]
 
 
 class _Console(Console):
-    """rich's, except that a reader who has left a pipe is the caller's business (rich would exit with 1)."""
+    """Console that raises `BrokenPipeError` if a pipe is closed, for the caller to handle (rich would exit with 1)."""
 
     def on_broken_pipe(self) -> None:
         raise BrokenPipeError
 
 
 class Report:
-    """Where a command's results go.
+    """Receiver of the results of a command.
 
     Args:
-        json_path: file for the rows as a JSON list; "-" is standard output, and tables then go to
-            standard error; `None` writes no JSON.
-        html_path: file for a page with the tables, figures and rows; `None` writes none.
+        json_path: file for the rows as a JSON list; "-" is standard output, and tables then go to standard error;
+            `None` writes no JSON.
+        html_path: file for an HTML page with the tables, figures and rows; `None` writes no page.
 
     Raises:
-        InputError: if one is a folder, or in none that exists (found out before any work is done).
+        InputError: if a path is a folder, or its folder does not exist; this is checked before any work is done.
     """
 
     def __init__(self, json_path: str | None = None, html_path: str | None = None) -> None:
@@ -56,16 +56,16 @@ class Report:
         self.err = Console(stderr=True, highlight=False)
 
     def say(self, text: str, style: str | None = None) -> None:
-        """One line for people."""
+        """Print one line."""
         self._said.append(text)
         self.out.print(text, style=style, markup=False)
 
     def warn(self, text: str) -> None:
-        """One line that should not be missed."""
+        """Print a warning to standard error."""
         self.err.print(f"warning: {text}", style="yellow", markup=False)
 
     def table(self, title: str, columns: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
-        """A table; all columns but the first are numbers."""
+        """Print a table in which all columns except the first are right-aligned numbers."""
         rows = list(rows)
         self._tables.append(Table(title, [column.replace("-\n", "").replace("\n", " ") for column in columns], rows))
         # Text, because ":-1:" in a label would become an emoji and brackets would be read as markup
@@ -78,7 +78,7 @@ class Report:
         self.out.print(table)
 
     def progress(self) -> Progress:
-        """A progress bar on standard error; gone when it is done."""
+        """Return a progress bar on standard error that disappears when it is done."""
         return Progress(
             TextColumn("{task.description}"),
             BarColumn(),
@@ -90,14 +90,14 @@ class Report:
         )
 
     def write(self, rows: Sequence[Row], figures: Callable[[], Sequence[str | None]] = tuple) -> None:
-        """Write the rows as a JSON list, and the page, each if it is wanted.
+        """Write the rows as a JSON list and the HTML page, if their paths were given.
 
         Args:
-            rows: the numbers.
-            figures: makes the page's, as SVG; called only for a page.
+            rows: the result rows.
+            figures: function that returns the figures of the page as SVG; called only if a page is written.
 
         Raises:
-            InputError: if a file cannot be written, or what the page needs is missing.
+            InputError: if a file cannot be written, or a package that the page needs is missing.
         """
         text = json.dumps(list(rows), indent=2) + "\n"
         if self._json_path == "-":

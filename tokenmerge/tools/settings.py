@@ -1,4 +1,4 @@
-"""Schedules as people type them: `--r 0 8 16:-1 8,8,0 keep=0.9 flops=0.5 speedup=2`; and matching, from flags."""
+"""Parsing of schedules, such as `--r 0 8 16:-1 8,8,0 keep=0.9 flops=0.5 speedup=2`, and of the flags of matching."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ class Setting:
     """One entry of `--r`.
 
     Attributes:
-        label: what tables and JSON rows show as `r`: the int, or the text as typed.
-        fields: the schedule field of `MergeConfig` that it stands for; all that differ from the defaults for a config file.
+        label: the value of `r` in tables and JSON rows: the int, or the text that was given.
+        fields: the schedule field of `MergeConfig`; for a config file, all fields that differ from the defaults.
     """
 
     label: int | str
@@ -28,25 +28,25 @@ class Setting:
 
     @property
     def title(self) -> str:
-        """The label as people read it: "r=8", "flops=0.5"."""
+        """Label for tables and pictures, such as "r=8" or "flops=0.5"."""
         return f"r={self.label}" if set(self.fields) == {"r"} else str(self.label)
 
     @property
     def is_baseline(self) -> bool:
-        """Whether this is r=0: the unpatched model."""
+        """Whether this is r=0, which means the unpatched model."""
         return self.label == 0
 
     def config(self, **fields: Any) -> MergeConfig:
-        """The config with this schedule and other `fields`, which win over those of a config file unless they are "auto"."""
+        """Return the config with this schedule and `fields`, which override those of a config file unless they are "auto"."""
         given = {name: value for name, value in fields.items() if value != "auto" or name not in self.fields}
         return MergeConfig.create(**{**self.fields, **given})
 
 
 def parse_setting(text: str) -> Setting:
-    """One entry of `--r`.
+    """Parse one entry of `--r`.
 
     Raises:
-        ConfigError: if the text is none of the forms, or a value in it means nothing.
+        ConfigError: if the text has none of the accepted forms, or a value in it is invalid.
     """
     if text.endswith(".json"):
         return Setting(Path(text).name, _from_file(Path(text)))
@@ -89,7 +89,7 @@ def _fields(text: str) -> dict[str, Any]:
 
 
 def matching_fields(args: Any) -> dict[str, Any]:
-    """The fields of `MergeConfig` that flags gave, checked.
+    """Return the fields of `MergeConfig` that the flags of matching set, after checking them.
 
     Raises:
         ConfigError: if there is no such matcher, or it has no such option.
@@ -112,5 +112,8 @@ def _option(text: str) -> tuple[str, Any]:
         return name, json.loads(value)
     except json.JSONDecodeError:
         return name, value
-    except (ValueError, RecursionError) as error:  # too many digits, too many brackets
+    except (
+        ValueError,
+        RecursionError,
+    ) as error:  # Python refuses numbers of too many digits and brackets nested too deeply
         raise ConfigError(f"--option {text!r:.60} is not understood ({error!s:.80}): try iterations=5") from None

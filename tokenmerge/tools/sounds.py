@@ -1,4 +1,4 @@
-"""Sounds as log-mel spectrograms, as AST and AudioMAE take them."""
+"""Log-mel spectrograms of sounds, the inputs of AST and AudioMAE."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ from tokenmerge.errors import InputError
 from tokenmerge.tools.media import SAMPLE_RATE
 
 MEAN, STD = -4.2677393, 4.5689974
-"""Of AudioSet's log-mel energies, with which AST and AudioMAE were trained; features are (x − mean) / (2·std)."""
+"""Mean and standard deviation of the log-mel energies of AudioSet, which AST and AudioMAE normalize with: (x − mean) / (2·std)."""
 
 
 @dataclasses.dataclass(frozen=True)
 class SoundAugmentation:
-    """What changes from epoch to epoch.
+    """Random augmentation of sounds.
 
     Attributes:
-        roll: whether sounds are turned around in time and made up to twice as soft (AudioMAE, `--roll_mag_aug`).
-        time_mask: most frames that one mask covers (SpecAugment; AST's `--timem`).
-        frequency_mask: most bands that one mask covers (SpecAugment; AST's `--freqm`).
+        roll: whether sounds are shifted cyclically in time and scaled by 0.5 to 1 (AudioMAE, `--roll_mag_aug`).
+        time_mask: largest width of the time mask in frames (SpecAugment; AST's `--timem`).
+        frequency_mask: largest width of the frequency mask in bands (SpecAugment; AST's `--freqm`).
     """
 
     roll: bool = False
@@ -33,11 +33,11 @@ class SoundAugmentation:
 
 
 class Spectrogram:
-    """`[samples]` at 16 kHz -> `shape`: Kaldi's log-mel energies every 10 ms, cut or padded with zeros, normalised.
+    """Transform from `[samples]` at 16 kHz to Kaldi's log-mel energies every 10 ms, normalized.
 
     Args:
-        shape: `(1, frames, bands)`, of the model's input.
-        augmentation: for training.
+        shape: `(1, frames, bands)` of the model's input; sounds are cut or padded with zeros to it.
+        augmentation: augmentation for training; `None` for evaluation.
     """
 
     def __init__(self, shape: tuple[int, ...], augmentation: SoundAugmentation | None = None) -> None:
@@ -49,12 +49,12 @@ class Spectrogram:
             ) from None
         self.shape, self.augmentation = shape, augmentation or SoundAugmentation()
         _, frames, bands = shape
-        with warnings.catch_warnings():  # AST's own lowest bands are narrower than the bins of its spectrum
+        with warnings.catch_warnings():  # the lowest bands of AST are narrower than the bins of its spectrum
             warnings.filterwarnings("ignore", "At least one mel filter")
             self.features = ASTFeatureExtractor(num_mel_bins=bands, max_length=frames, mean=MEAN, std=STD)
 
     def __call__(self, samples: np.ndarray[Any, Any]) -> Tensor:
-        """The spectrogram, float32.
+        """Return the spectrogram `[1, frames, bands]` float32.
 
         Raises:
             ValueError: if the sound is shorter than one window of 25 ms.
@@ -78,7 +78,7 @@ def _rolled(samples: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
 
 
 def _masked(spectrum: Tensor, axis: int, widest: int) -> Tensor:
-    """One band of at most `widest` set to the mean, which is 0 after normalisation."""
+    """Set a random band of at most `widest` rows to 0, which is the mean after normalization."""
     length = spectrum.shape[axis]
     width = int(torch.randint(min(widest, length) + 1, ()))
     start = int(torch.randint(length - width + 1, ()))

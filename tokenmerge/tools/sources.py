@@ -1,4 +1,4 @@
-"""Where MODEL on the command line comes from besides timm: transformers, torchvision, open_clip."""
+"""Creation of models by libraries other than timm: transformers, torchvision and open_clip."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def _library(name: str) -> Any:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Libraries log what they load; the command says it in its own words."""
+    """Silence the logging and progress bars of libraries; the command reports results itself."""
     before = logging.root.manager.disable
     logging.disable(logging.WARNING)
     try:
@@ -40,18 +40,18 @@ def _quiet() -> Iterator[None]:
 _SCALES: dict[str, dict[str, int]] = {
     "large": {"hidden_size": 1024, "num_hidden_layers": 24, "num_attention_heads": 16, "intermediate_size": 4096}
 }
-"""Sizes that a model type may be asked for, beyond its default config (`hf:videomae-large`)."""
+"""Config values of the named sizes that a model type accepts as a suffix, such as `hf:videomae-large`."""
 
 
 def _transformers(name: str, pretrained: bool, img_size: int | None, auto: str = "AutoModel", **values: Any) -> Any:
-    """`hf:` + a folder of save_pretrained, a hub id, or a model type such as `vit` or `videomae-large`, random weights.
+    """Create a transformers model from a folder, a hub id, or a model type such as `vit` or `videomae-large`.
 
     Args:
-        name: what follows `hf:`.
-        pretrained: whether to load weights.
-        img_size: side of the image, `None` for the model's own.
-        auto: which of transformers' Auto classes makes it.
-        values: further values of its config.
+        name: the part of MODEL after `hf:`; a folder is one that `save_pretrained` wrote.
+        pretrained: whether to load weights; a model type has none.
+        img_size: side of the image in pixels; `None` keeps the model's own.
+        auto: name of the Auto class of transformers that creates the model.
+        values: additional values of the config.
     """
     transformers = _library("transformers")
     made = getattr(transformers, auto)
@@ -68,15 +68,15 @@ def _transformers(name: str, pretrained: bool, img_size: int | None, auto: str =
         offline = {"local_files_only": True} if Path(name).exists() else {}
         config = transformers.AutoConfig.from_pretrained(name, **size, **offline)
         if pretrained:
-            head = {} if auto == "AutoModel" else {"ignore_mismatched_sizes": True}  # another number of classes
+            head = {} if auto == "AutoModel" else {"ignore_mismatched_sizes": True}  # the number of classes may differ
             return made.from_pretrained(name, config=config, **offline, **head)
     return made.from_config(config)
 
 
 def _torchvision(name: str, pretrained: bool, img_size: int | None) -> Any:
-    """`torchvision:NAME` or `torchvision:NAME:WEIGHTS`, such as vit_b_16:IMAGENET1K_SWAG_E2E_V1.
+    """Create a torchvision model from NAME or NAME:WEIGHTS, such as vit_b_16:IMAGENET1K_SWAG_E2E_V1.
 
-    The weights, their preprocessing and class names among them, are noted as `model.weights`.
+    The attribute `weights` of the model is set to torchvision's entry for the weights, with preprocessing and class names.
     """
     models = _library("torchvision").models
     name, _, tag = name.partition(":")
@@ -95,7 +95,7 @@ def _torchvision(name: str, pretrained: bool, img_size: int | None) -> Any:
 
 
 def _open_clip(name: str, pretrained: bool, img_size: int | None) -> Any:
-    """`open_clip:NAME` or `open_clip:NAME:TAG`, the tag naming pretrained weights; the image tower of it."""
+    """Create the image tower of an open_clip model from NAME or NAME:TAG, where TAG names pretrained weights."""
     open_clip = _library("open_clip")
     architecture, _, tag = name.partition(":")
     if pretrained and not tag:
@@ -110,7 +110,7 @@ def _open_clip(name: str, pretrained: bool, img_size: int | None) -> Any:
         raise InputError(
             f"open_clip knows no weights {tag!r:.60} for {architecture!r:.60}: give one of {', '.join(tags) or 'none'}, or a file of weights"
         )
-    with torch.device("cpu"):  # it moves what it makes, which nothing on the meta device survives
+    with torch.device("cpu"):  # open_clip moves the model, which fails on the meta device
         model = open_clip.create_model(architecture, pretrained=tag if pretrained else None, force_image_size=img_size)
     return model.visual
 
@@ -130,18 +130,18 @@ def create(
     of_videos: bool = False,
     **values: Any,
 ) -> Any:
-    """A model of one of `SOURCES`, as `prefix:name`; of a transformers model with several parts, the vision tower.
+    """Create a model of one of `SOURCES`; of a transformers model with several towers, return the vision tower.
 
     Args:
-        model: prefix and name.
+        model: MODEL argument, `prefix:name`.
         pretrained: whether to load weights.
         img_size: side of the image, `None` for the model's own.
-        num_classes: of the classifier.
-        of_videos: whether to make transformers' classifier of videos, the tower with its head.
-        values: further values of its config.
+        num_classes: number of classes; `None` keeps the model's own.
+        of_videos: whether to create the video classifier of transformers, which is the tower with its head.
+        values: additional values of its config.
 
     Raises:
-        InputError: if the library is missing, or the model cannot be made.
+        InputError: if the library is missing, or the model cannot be created.
     """
     prefix, _, name = model.partition(":")
     head = of_videos and prefix == "hf"
@@ -156,13 +156,13 @@ def create(
             made = SOURCES[prefix](name, pretrained, img_size)
     except TokenMergeError:
         raise
-    except Exception as error:  # every library and hub client raises its own kinds
+    except Exception as error:  # every library and hub client raises its own exception types
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise InputError(
             f"the model {model!r} cannot be made ({type(error).__name__}: {reason[:200]}): check the name, and that the "
             "network is there if it is to be downloaded"
         ) from None
     if prefix == "hf":
-        with contextlib.suppress(TokenMergeError):  # what holds no tower is refused, with reasons, by the caller
+        with contextlib.suppress(TokenMergeError):  # the caller refuses models without a tower, with reasons
             return find_target(made).model
     return made

@@ -1,4 +1,4 @@
-"""How a model was merged in training: written into its folder and weights, and read from there again."""
+"""Merge settings of training, which are stored with the trained weights, and read again by other commands."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from tokenmerge.tools.models import ModelArgs
 KEY = "tokenmerge"
 """Name of the entry in config.json and in the metadata of safetensors files."""
 LEARNED = ("matcher", "place", "metric")
-"""Fields that are stored with a model whose matcher learns: it is of no use with others."""
+"""Fields that are stored with a model whose matcher is learned, because its predictors work only with these."""
 
 
 def as_trained(args: ModelArgs, fields: dict[str, Any]) -> dict[str, Any]:
-    """Merging as asked for; proportional attention, if left to `"auto"`, as the weights were trained.
+    """Return `fields`, completed by the settings that the weights were trained with.
 
-    So is a matcher with weights of its own, if none is asked for.
+    Proportional attention is taken from training if it is `"auto"`, and a learned matcher if no matcher is given.
     """
     stored = trained_with(args)
     if fields.get("prop_attn", "auto") == "auto" and isinstance(stored.get("prop_attn"), bool):
@@ -28,7 +28,7 @@ def as_trained(args: ModelArgs, fields: dict[str, Any]) -> dict[str, Any]:
 
 
 def trained_with(args: ModelArgs) -> dict[str, Any]:
-    """What `publish` stored with the weights that `args` names; empty if they come from elsewhere."""
+    """Return the settings that `publish` stored with the weights of `args`; empty for other weights."""
     kind, _, place = args.model.partition(":")
     if args.checkpoint is not None:
         return _from_weights(args.checkpoint)
@@ -43,7 +43,7 @@ def trained_with(args: ModelArgs) -> dict[str, Any]:
             from timm.models._hub import download_from_hf
 
             return _from_config(Path(download_from_hf(place, "config.json")))
-        except Exception:  # loading the weights says what is wrong
+        except Exception:  # loading the weights reports the error
             return {}
     return {}
 
@@ -64,6 +64,6 @@ def _from_weights(path: Path) -> dict[str, Any]:
     try:
         with safe_open(path, framework="pt") as file:
             found = json.loads((file.metadata() or {}).get(KEY, "{}"))
-    except (SafetensorError, OSError, ValueError):  # loading the weights says what is wrong
+    except (SafetensorError, OSError, ValueError):  # loading the weights reports the error
         return {}
     return found if isinstance(found, dict) else {}

@@ -1,4 +1,4 @@
-"""Several versions of one model that share its weights: as it is, merged, and with tokens simply sliced off."""
+"""Variants of a model that share its weights: unmerged, merged, and with tokens sliced off."""
 
 from __future__ import annotations
 
@@ -15,14 +15,20 @@ from tokenmerge.schedule import Schedule, max_merges
 
 
 def share_weights(model: nn.Module) -> Any:
-    """A deep copy of `model` whose parameters and buffers are the very same tensors."""
+    """Return a deep copy of `model` that shares its parameters and buffers."""
     shared = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
     return copy.deepcopy(model, shared)
 
 
 @dataclasses.dataclass(frozen=True)
 class SliceSpec:
-    """How many trailing tokens a block drops."""
+    """Options of a block that slices tokens off.
+
+    Attributes:
+        family: row of the block's class.
+        r: number of trailing tokens to drop.
+        protected: number of leading tokens that are never dropped.
+    """
 
     family: BlockFamily
     r: int
@@ -30,16 +36,16 @@ class SliceSpec:
 
 
 class SliceBlock:
-    """Upstream's block with the last `r` tokens simply sliced off after attention.
+    """Upstream's block that drops the last `r` tokens after attention, the paper's baseline for speed.
 
-    The paper's yardstick for speed: plain attention, no matching, no sizes. It is wrong as a model and as
-    fast as any method with this schedule can be.
+    It runs plain attention without matching and sizes. Its outputs are meaningless, and its speed is an upper bound for any
+    method with this schedule.
     """
 
     _slice_spec: SliceSpec
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
-        """`x [B, N, C]` -> `[B, N − r, C]`."""
+        """Run the block on `x [B, N, C]`, and return `[B, N − r, C]`."""
         spec = self._slice_spec
         family = spec.family
         given = {**dict(zip(family.arguments, args, strict=False)), **kwargs}
@@ -64,9 +70,10 @@ def _first_rows(table: Any, rows: int) -> Any:
 
 
 def sliced(model: nn.Module, schedule: Schedule) -> Any | None:
-    """A copy of an unpatched model, sharing its weights, that slices tokens off by `schedule`.
+    """Return a copy of an unpatched model that shares its weights and slices tokens off by `schedule`.
 
-    `None` for models whose attention is made for the full grid of patches (relative positions, V-JEPA 2).
+    Returns:
+        The copy, or `None` for models whose attention needs the full grid of patches (relative positions, V-JEPA 2).
     """
     target = find_target(model)
     if any(row.needs_source or row.positions is not None for _, row in target.blocks):

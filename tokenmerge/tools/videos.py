@@ -1,4 +1,4 @@
-"""Videos as clips of frames, as VideoMAE and its kin take them."""
+"""Clips of video frames, the inputs of VideoMAE and similar models."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from torch import Tensor
 from tokenmerge.tools.media import read_frames
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-"""Of ImageNet, with which VideoMAE, ViViT and V-JEPA 2 were trained."""
+"""Mean and standard deviation of ImageNet, which VideoMAE, ViViT and V-JEPA 2 normalize with."""
 
 
 @dataclasses.dataclass(frozen=True)
 class ClipAugmentation:
-    """What changes from epoch to epoch; the same for all frames of a clip.
+    """Random augmentation of clips, equal for all frames of a clip.
 
     Attributes:
         scale, ratio: area and aspect ratio of random crops.
-        hflip: probability of flipping left and right.
+        hflip: probability of a horizontal flip.
         reprob: probability of random erasing.
     """
 
@@ -33,14 +33,14 @@ class ClipAugmentation:
 
 
 class Clip:
-    """A video file -> `shape`: frames `sampling_rate` apart, from the middle or, while training, from anywhere.
+    """Transform from a video file to frames, from the middle or, in training, from a random start.
 
     Args:
-        shape: `(frames, 3, H, W)`, of the model's input.
-        sampling_rate: steps from frame to frame; a shorter video gives its frames evenly.
-        augmentation: for training; without it, the centre of each frame is taken.
-        crop_pct: part of the shorter side that the centre crop keeps.
-        mean, std: of the pixels' normalisation.
+        shape: `(frames, 3, H, W)` of the model's input.
+        sampling_rate: stride between the sampled frames; frames of a shorter video are sampled evenly.
+        augmentation: augmentation for training; `None` crops the centre of each frame.
+        crop_pct: fraction of the shorter side that the centre crop keeps.
+        mean, std: normalization of each channel.
     """
 
     def __init__(
@@ -69,7 +69,7 @@ class Clip:
         self.transform = v2.Compose(steps)
 
     def __call__(self, path: Path) -> Tensor:
-        """The clip, float32.
+        """Return the clip `[frames, 3, H, W]` float32.
 
         Raises:
             ValueError: if the file cannot be decoded.

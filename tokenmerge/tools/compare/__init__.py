@@ -1,1 +1,1 @@
-"""`tokenmerge compare`: methods and settings side by side, by accuracy, distortion and measured speed."""
+"""`tokenmerge compare`: compare methods and settings by accuracy, KL divergence and measured speed."""

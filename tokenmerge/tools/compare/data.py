@@ -1,4 +1,4 @@
-"""The images of a comparison, decoded once and kept where memory allows."""
+"""Images of a comparison, decoded once and kept in memory if they fit."""
 
 from __future__ import annotations
 
@@ -18,22 +18,22 @@ from tokenmerge.tools.media import medium_of
 from tokenmerge.tools.models import ModelArgs
 
 _KEPT = 3 * 2**30
-"""Bytes of decoded images that are kept in memory."""
+"""Most bytes of decoded images to keep in memory."""
 
 
 class Images:
-    """Batches of images and labels that can be gone through again and again.
+    """Batches of images and labels that can be iterated repeatedly.
 
     Args:
-        model: what will see them; its preprocessing is used.
-        args: how it was loaded: device, precision.
-        data: folder with one folder per class.
+        model: model whose preprocessing is used.
+        args: arguments that the model was loaded with, for device and dtype.
+        data: folder with one subfolder per class.
         batch_size: images per batch.
         workers: processes that decode.
-        limit: take only so many images, evenly spread over the classes; `None` takes all.
+        limit: number of images to use, evenly spaced over the data; `None` uses all.
 
     Raises:
-        InputError: if the folder cannot be read, or holds fewer images than needed.
+        InputError: if the folder cannot be read, or its classes do not fit the model.
     """
 
     def __init__(
@@ -51,7 +51,7 @@ class Images:
         return len(self.dataset)
 
     def fingerprint(self) -> dict[str, Any]:
-        """Names and sizes of the files: other data must not be taken for these."""
+        """Return the names and sizes of the files, to tell these data from others."""
         files = [(str(path.relative_to(self.dataset.root)), path.stat().st_size) for path, _ in self.dataset.samples]
         return {"root": str(self.dataset.root.resolve()), "files": files}
 
@@ -62,10 +62,10 @@ class Images:
             yield from (self._placed(images, labels) for images, labels in self._kept)
 
     def first(self, count: int) -> Tensor:
-        """`count` images to time on; the first batch, repeated if that is smaller.
+        """Return `count` images for timing: the first batch, repeated if it is smaller.
 
         Raises:
-            InputError: if not a single image can be read.
+            InputError: if no image can be read.
         """
         for images, _ in self:
             again = -(-count // len(images))
@@ -93,6 +93,6 @@ class Images:
 
 
 def describe(args: ModelArgs) -> dict[str, Any]:
-    """What of a model's arguments its predictions depend on."""
+    """Return the arguments of a model that its predictions depend on."""
     wanted = ("model", "pretrained", "checkpoint", "num_classes", "img_size", "dtype")
     return {name: getattr(args, name) for name in wanted if any(f.name == name for f in dataclasses.fields(args))}

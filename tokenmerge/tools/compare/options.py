@@ -14,7 +14,7 @@ from tokenmerge.tools.settings import Setting, parse_setting
 
 
 def add_compare_options(command: argparse.ArgumentParser) -> None:
-    """All of them."""
+    """Add all flags of `tokenmerge compare`."""
     add_model(command)
     for action in command._actions:
         if action.dest == "model":
@@ -25,8 +25,8 @@ def add_compare_options(command: argparse.ArgumentParser) -> None:
         nargs="+",
         default=[],
         metavar="NAME",
-        help="names of methods and matchers; without it, every one that is no slow reference. The first of a setting is "
-        "always tome, and the others are compared with it",
+        help="methods and matchers to compare (default: all except slow references); tome always runs first, as the baseline "
+        "of each setting",
     )
     command.add_argument(
         "--speedups",
@@ -34,25 +34,29 @@ def add_compare_options(command: argparse.ArgumentParser) -> None:
         type=between(1, 100),
         default=[],
         metavar="X",
-        help="instead of --r: measured speed-ups; each method gets the r that reaches them on this device",
+        help="measured speed-ups to compare at, instead of --r; each method uses the r that reaches them on this device",
     )
-    command.add_argument("--paper", metavar="NAME", help=f"an experiment of the paper: {', '.join(EXPERIMENTS)}")
+    command.add_argument("--paper", metavar="NAME", help=f"run an experiment of the paper: {', '.join(EXPERIMENTS)}")
     command.add_argument(
-        "--output", type=Path, default=Path("compare"), metavar="DIR", help="folder for results (%(default)s)"
+        "--output",
+        type=Path,
+        default=Path("compare"),
+        metavar="DIR",
+        help="folder to write the results to (%(default)s)",
     )
-    command.add_argument("--limit", type=count(1), metavar="N", help="use only N images, evenly spread")
+    command.add_argument("--limit", type=count(1), metavar="N", help="use only N images, evenly spaced in the data")
     command.add_argument(
-        "--rounds", type=count(0), default=7, metavar="N", help="of timing; 0 does not time (%(default)s)"
+        "--rounds", type=count(0), default=7, metavar="N", help="rounds of timing; 0 skips timing (%(default)s)"
     )
     add_merging(command, None, required=False)
     add_running(command, batch_size=32)
 
 
 def compare_args(args: argparse.Namespace, settings: Sequence[Setting]) -> Any:
-    """What the flags ask for.
+    """Return the arguments of `run_compare` from the parsed flags.
 
     Raises:
-        InputError: if flags contradict each other, or nothing is asked for.
+        InputError: if flags contradict each other, or neither `--r` nor `--speedups` nor `--paper` is given.
     """
     from tokenmerge.tools.compare.run import CompareArgs
 
@@ -66,7 +70,7 @@ def compare_args(args: argparse.Namespace, settings: Sequence[Setting]) -> Any:
     if not settings and not args.speedups:
         raise InputError("nothing says how much to merge: give --r 8 16, or --speedups 1.5 2")
     if any(setting.is_baseline for setting in settings):
-        settings = [setting for setting in settings if not setting.is_baseline]  # it is always there
+        settings = [setting for setting in settings if not setting.is_baseline]  # the unmerged model is always measured
     return CompareArgs(
         data=args.data,
         methods=args.methods,

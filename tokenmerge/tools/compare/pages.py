@@ -1,4 +1,4 @@
-"""What a comparison leaves behind: csv, json, svg and an HTML page."""
+"""Files of a comparison: rows as CSV and JSON, figures as SVG, and an HTML page."""
 
 from __future__ import annotations
 
@@ -34,14 +34,14 @@ _COLUMNS = {
 def write_outputs(
     folder: Path, rows: Sequence[Row], args: ModelArgs, experiment: Experiment | None, report: Report
 ) -> None:
-    """`compare.csv`, `compare.json`, `compare-speed.svg`, `compare-flops.svg` and `compare.html` in `folder`."""
+    """Write `compare.csv`, `compare.json`, `compare-speed.svg`, `compare-flops.svg` and `compare.html` into `folder`."""
     names = list(dict.fromkeys(name for row in rows for name in row))
     with (folder / "compare.csv").open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, names)
         writer.writeheader()
         writer.writerows(rows)
     (folder / "compare.json").write_text(json.dumps(list(rows), indent=2) + "\n", encoding="utf-8")
-    # intervals are of differences: drawn around each method's own top-1
+    # intervals are of differences, so they are drawn around each method's own top-1
     around = [
         {
             **row,
@@ -76,10 +76,10 @@ def write_outputs(
         folder / "compare.html",
         f"{args.model}: methods compared{about}",
         [
-            f"{first['images']} images, batch {first['batch_size']} on {first['device']}, {first['dtype']}. Differences are to "
-            "the first method of the same setting, image by image, with 95 % intervals of a paired bootstrap; a difference "
-            "whose interval holds 0 may be chance. KL is the mean divergence of predictions from the unmerged model's. Overhead "
-            "is time over that of the same model with as many tokens simply sliced off."
+            f"{first['images']} images, batch {first['batch_size']} on {first['device']}, {first['dtype']}. Differences are relative "
+            "to the first method of the same setting, with 95 % intervals of a bootstrap paired by image; a difference whose "
+            "interval includes 0 may be due to chance. KL is the mean divergence of the predictions from the unmerged model. "
+            "Overhead is the time divided by the time of the same model with as many tokens sliced off."
         ],
         [Table("", list(shown.values()), [[_cell(row.get(name)) for name in shown] for row in rows])],
         figures,

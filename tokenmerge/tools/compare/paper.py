@@ -1,6 +1,6 @@
-"""The paper's experiments: exact settings, and what was published.
+"""Experiments of the paper: their settings and published results.
 
-Figures are those of the paper's tables as far as they are known here (ImageNet-1k, V100); `None` where they are not.
+Published numbers come from the paper's tables (ImageNet-1k, V100); `None` where they are not recorded here.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ class Line:
     """One line of an experiment.
 
     Attributes:
-        label: as people see it.
-        fields: of `MergeConfig`.
-        published: top-1 in the paper, in percent.
+        label: label in tables.
+        fields: fields of `MergeConfig`.
+        published: top-1 accuracy in the paper, in percent.
     """
 
     label: str
@@ -32,11 +32,11 @@ class Experiment:
     """One table of the paper.
 
     Attributes:
-        name: of `compare --paper`.
-        about: what it shows.
-        model: the paper's, as the command names models.
-        settings: schedules, as of `--r`.
-        lines: what is compared; the first is the paper's choice.
+        name: value of `compare --paper`.
+        about: description.
+        model: the paper's model, as a MODEL argument.
+        settings: schedules, as in `--r`.
+        lines: the variants to compare; the first is the paper's choice.
     """
 
     name: str
@@ -179,10 +179,10 @@ EXPERIMENTS: Mapping[str, Experiment] = {
 
 
 def get_experiment(name: str) -> Experiment:
-    """The experiment of that name.
+    """Return the experiment of a name.
 
     Raises:
-        ConfigError: if there is none.
+        ConfigError: if there is no such experiment.
     """
     if name not in EXPERIMENTS:
         raise ConfigError(f"--paper {name!r} is not known; known are {', '.join(EXPERIMENTS)}")

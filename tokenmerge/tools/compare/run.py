@@ -1,4 +1,4 @@
-"""The comparison itself: choose settings, measure speed in turns, score on the same images, test the differences."""
+"""`tokenmerge compare`: choose settings, measure speed in turns, score on the same images, test the differences."""
 
 from __future__ import annotations
 
@@ -27,24 +27,24 @@ from tokenmerge.tools.report import Report, Row
 from tokenmerge.tools.settings import Setting, parse_setting
 
 _CALIBRATION = 8
-"""Batches for the thresholds of adaptive methods."""
+"""Number of batches that thresholds of adaptive methods are calibrated on."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class CompareArgs:
-    """What to compare, and on what.
+    """Methods, settings and data of a comparison.
 
     Attributes:
-        data: folder with one folder of images per class.
-        methods: names; empty for every one that is no slow reference.
-        settings: schedules, as of `--r`.
-        speedups: measured speed-ups instead: each method gets the r that reaches them.
-        experiment: of the paper, instead of methods and settings.
-        output: folder for results.
-        batch_size: images per pass, also when timing.
-        workers: processes that decode.
-        limit: images to use; `None` for all.
-        rounds: of timing, in which all take turns; 0 does not time.
+        data: folder with one subfolder of files per class.
+        methods: names of methods; empty means all except slow references.
+        settings: schedules, from `--r`.
+        speedups: measured speed-ups to compare at; each method uses the r that reaches them.
+        experiment: an experiment of the paper, instead of methods and settings.
+        output: folder to write the results to.
+        batch_size: images per pass, also for timing.
+        workers: processes that decode files.
+        limit: number of images to use; `None` uses all.
+        rounds: rounds of timing, in which all variants take turns; 0 skips timing.
     """
 
     data: Path
@@ -60,7 +60,7 @@ class CompareArgs:
 
 
 def run_compare(args: ModelArgs, compare: CompareArgs, fields: dict[str, Any], report: Report) -> int:
-    """Compare, print, and write csv, json, svg and html into `compare.output`.
+    """Compare methods, print the rows, and write CSV, JSON, SVG and HTML files into `compare.output`.
 
     Returns:
         0.
@@ -103,7 +103,7 @@ def run_compare(args: ModelArgs, compare: CompareArgs, fields: dict[str, Any], r
 def _variants(
     model: Any, images: Images, compare: CompareArgs, fields: dict[str, Any], report: Report
 ) -> list[Variant]:
-    """Everything that will be compared, each group led by what the others are compared with."""
+    """Return all variants; the first one of each group is the baseline of the others."""
     if compare.experiment is not None:
         return [
             make_variant(model, line.label, setting, {**fields, **line.fields})
@@ -134,7 +134,7 @@ def _variants(
 
 
 def _variant(model: Any, images: Images, name: str, setting: Setting, fields: dict[str, Any]) -> Variant:
-    """A method at a setting; adaptive ones are calibrated on images, whose labels nobody looks at."""
+    """Return a method at a setting; adaptive methods are calibrated on images, without their labels."""
     method = get_method(name)
     fields = {**fields, **method.fields}
     if not method.static:
@@ -147,7 +147,7 @@ def _variant(model: Any, images: Images, name: str, setting: Setting, fields: di
 def _score_all(
     model: Any, variants: Sequence[Variant], images: Images, folder: Path, context: str, report: Report
 ) -> list[Scores]:
-    """Scores of the unmerged model and then of every variant; what lies in `folder` already is not measured again."""
+    """Return the scores of the unmerged model and of every variant; scores found in `folder` are reused."""
     known = [Scores.load(folder / f"{variant.key(context)}.json") for variant in variants]
     missing = sum(figure is None for figure in known)
     if missing < len(variants):
@@ -180,7 +180,7 @@ def _rows(
     timing: Any,
     compare: CompareArgs,
 ) -> list[Row]:
-    """One row per variant, the unmerged model first."""
+    """Return one row per variant, the unmerged model first."""
     cost = model_cost(model)
     common = {
         "model": args.model,

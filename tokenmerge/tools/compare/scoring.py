@@ -1,4 +1,4 @@
-"""Predictions of every variant on the same images, kept image by image, so that differences can be tested."""
+"""Scores of every variant for each image, so that differences can be tested pairwise."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ from tokenmerge.tools.inputs import logits_of
 
 @dataclasses.dataclass
 class Scores:
-    """What one variant said of every image.
+    """Scores of one variant for each of n images, float64.
 
     Attributes:
-        top1: `[n]` 1 where its first guess is right.
-        top5: `[n]` 1 where one of its first five is.
-        divergence: `[n]` KL divergence of its prediction from the unmerged model's, in nats; 0 for the unmerged model.
+        top1: `[n]`: 1 if the most likely class is the label, else 0.
+        top5: `[n]`: 1 if the label is among the five most likely classes, else 0.
+        divergence: `[n]`: KL divergence from the unmerged model's prediction, in nats.
     """
 
     top1: Tensor
@@ -32,7 +32,7 @@ class Scores:
     divergence: Tensor
 
     def save(self, path: Path) -> None:
-        """Write them; whole or not at all."""
+        """Write the scores atomically, as JSON."""
         text = json.dumps({name: getattr(self, name).tolist() for name in ("top1", "top5", "divergence")})
         part = path.with_suffix(".part")
         part.write_text(text, encoding="utf-8")
@@ -40,7 +40,7 @@ class Scores:
 
     @classmethod
     def load(cls, path: Path) -> Scores | None:
-        """What `save` wrote; `None` if there is none, or it is damaged: it is measured again then."""
+        """Return the scores that `save` wrote; `None` if the file is missing or damaged, so that they are measured again."""
         try:
             found = json.loads(path.read_text(encoding="utf-8"))
             return cls(*(torch.tensor(found[name], dtype=torch.float64) for name in ("top1", "top5", "divergence")))
@@ -52,16 +52,16 @@ class Scores:
 def score(
     model: Any, batches: Iterable[tuple[Tensor, Tensor]], reference: Tensor | None, buckets: bool = False
 ) -> tuple[Scores, Tensor]:
-    """Run a model over all images.
+    """Score a model on all images.
 
     Args:
-        model: what to run.
+        model: the model to score.
         batches: images and labels.
-        reference: log-probabilities of the unmerged model, `[n, classes]`; `None` if this is it.
-        buckets: whether to run images of like detail together; they come out in their own order again.
+        reference: log-probabilities of the unmerged model, `[n, classes]`; `None` if `model` is the unmerged one.
+        buckets: whether to batch images of similar detail together; the scores keep the original order.
 
     Returns:
-        The scores, and log-probabilities `[n, classes]` on the CPU.
+        The scores, and without `reference` the log-probabilities `[n, classes]` on the CPU.
     """
     parts: list[tuple[Tensor, Tensor, Tensor]] = []
     said, places, count = [], [], 0

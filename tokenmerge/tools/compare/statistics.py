@@ -1,4 +1,4 @@
-"""Intervals for what was measured on the same images: paired bootstrap."""
+"""Confidence intervals by paired bootstrap, for results on the same images."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from torch import Tensor
 
 @dataclasses.dataclass(frozen=True)
 class Interval:
-    """A mean and its 95 % interval.
+    """Mean with its 95 % confidence interval.
 
     Attributes:
-        mean: of the values.
-        low: 2.5th percentile of resampled means.
-        high: 97.5th percentile.
+        mean: mean of the values.
+        low: 2.5th percentile of the resampled means.
+        high: 97.5th percentile of the resampled means.
     """
 
     mean: float
@@ -24,7 +24,7 @@ class Interval:
 
     @property
     def differs(self) -> bool:
-        """Whether 0 lies outside."""
+        """Whether the interval excludes 0."""
         return self.low > 0 or self.high < 0
 
     def __str__(self) -> str:
@@ -32,10 +32,10 @@ class Interval:
 
 
 def bootstrap(values: Tensor, resamples: int = 2000, seed: int = 0) -> Interval:
-    """The mean of `values [n]` over images drawn again with replacement.
+    """Return the mean of `values [n]` with its 95 % bootstrap interval over images.
 
-    Give it the differences of two methods image by image, and what both get right or wrong falls out: that is
-    what makes the test sharp.
+    Pass the differences of two methods for each image: images on which both agree then contribute no variance, which makes
+    the paired test more sensitive than two separate intervals.
     """
     values = values.double()
     draw = torch.Generator().manual_seed(seed)

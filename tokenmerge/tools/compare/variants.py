@@ -1,4 +1,4 @@
-"""What is compared: a method at a setting, patched onto a copy that shares the model's weights."""
+"""Variants of a comparison: a method at a setting, on a copy that shares the model's weights."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from tokenmerge.tools.settings import Setting
 from tokenmerge.tools.variants import share_weights, sliced
 
 _AROUND = 5
-"""How many neighbouring r are measured at a time."""
+"""Number of neighbouring r that are measured together."""
 
 
 @dataclasses.dataclass
@@ -32,14 +32,14 @@ class Variant:
     """One line of the comparison.
 
     Attributes:
-        label: of the method, as people see it.
-        setting: the schedule, as typed.
-        config: what the copy was patched with.
-        model: the copy.
-        handle: of its patch.
-        group: what it is compared with: the same r, or the same speed-up.
-        kind: of the method.
-        note: what is to be said of it.
+        label: name of the method in tables.
+        setting: title of the schedule.
+        config: config of the patched copy.
+        model: the patched copy.
+        handle: handle of the patched copy.
+        group: variants with the same r or the same speed-up, which are compared with each other.
+        kind: kind of the method.
+        note: remark for the tables.
     """
 
     label: str
@@ -53,21 +53,21 @@ class Variant:
 
     @property
     def adaptive(self) -> bool:
-        """Whether the tokens it leaves depend on the images."""
+        """Whether the number of remaining tokens depends on the images."""
         return entry_for(self.config).adaptive
 
     def key(self, context: str) -> str:
-        """Names its results: another config, model, or other data is another key."""
+        """Return the key of stored results, a hash of the config and of `context` (model and data)."""
         return hashlib.sha256(f"{context}\n{self.config.to_json()}".encode()).hexdigest()[:16]
 
 
 def make_variant(
     model: Any, label: str, setting: Setting, fields: dict[str, Any], method: Method | None = None
 ) -> Variant:
-    """The variant of an unpatched model under these fields.
+    """Patch a copy of an unpatched model, and return it as a variant.
 
     Raises:
-        TokenMergeError: if the model cannot be patched so; says of which method that is.
+        TokenMergeError: if the method cannot run on this model; the message names the method.
     """
     copy = share_weights(model)
     try:
@@ -87,17 +87,17 @@ def r_for_speedup(
     target: float | MergeConfig,
     rounds: int,
 ) -> tuple[int, float]:
-    """The smallest constant r that is as fast as wanted, and its speed-up over the unmerged model.
+    """Find the smallest constant r that reaches a speed-up, and return it with its speed-up over the unmerged model.
 
-    Several r take turns with what they are compared with, and a line through all of them decides: a single measurement
-    is too noisy to search by.
+    Several neighbouring r take turns with the reference, and a regression line through their speed-ups decides, because a
+    single measurement is too noisy for a search.
 
     Args:
         model: the unmerged model.
-        images: what to time on.
-        fields: of the config, without schedule.
-        target: a measured speed-up, or a config that must be matched.
-        rounds: of each measurement.
+        images: batch to measure on.
+        fields: fields of the config without a schedule field.
+        target: a speed-up, or a config whose measured speed-up is the target.
+        rounds: rounds of each measurement.
 
     Raises:
         ConfigError: if the largest r does not reach it.
@@ -111,7 +111,7 @@ def r_for_speedup(
         timed.append(share_weights(model))
         wanted = patch(timed[-1], target).summary().flops_ratio
     assert isinstance(wanted, float)
-    # where FLOPs alone say it would be is where to look first
+    # start at the r that would reach the speed-up by FLOPs alone
     centre = next((r for r in range(1, most + 1) if 1 / cost.fraction(constant(r, layers)) >= wanted), most)
     for _ in range(6):
         first = max(1, min(centre - _AROUND // 2, most - _AROUND + 1))
@@ -140,9 +140,9 @@ def r_for_speedup(
 def time_variants(
     model: Any, variants: Sequence[Variant], images: Tensor, rounds: int
 ) -> tuple[list[Spread], list[float | None]]:
-    """Speed-up over the unmerged model, and overhead over merely slicing off as many tokens, of each variant.
+    """Return the speed-up over the unmerged model, and the overhead over the sliced model, for each variant.
 
-    All take turns in every round. Overhead is `None` for models that cannot be sliced.
+    All models take turns in every round. The overhead is `None` for models that cannot be sliced.
     """
     slices: dict[tuple[int, ...], Any] = {}
     for variant in variants:
@@ -167,5 +167,5 @@ def time_variants(
 
 
 def fingerprint(parts: dict[str, Any]) -> str:
-    """Everything but the config that results depend on, as one text."""
+    """Return a text of all inputs, except the config, that results depend on."""
     return json.dumps(parts, sort_keys=True, default=str)

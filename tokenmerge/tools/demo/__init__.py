@@ -1,1 +1,1 @@
-"""`tokenmerge demo`: the main job with nothing but the installed package."""
+"""`tokenmerge demo`: token merging on a model and images that ship with the package."""

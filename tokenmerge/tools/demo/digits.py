@@ -1,7 +1,7 @@
-"""The demo's model and data: a small ViT with 196 patch tokens on scikit-learn's bundled digits.
+"""Model and data of the demo: a small ViT with 196 patch tokens on the digits of scikit-learn.
 
-The 8×8 digits are enlarged to 56×56 and cut into 4×4-pixel patches, so that the model has exactly as many
-tokens as a ViT at 224 pixels, and neighbouring tokens are alike, as they are in photographs.
+The 8×8 digits are enlarged to 56×56 pixels and cut into patches of 4×4, so that the model has as many tokens as a ViT at 224
+pixels, and neighbouring tokens are similar, as in photographs.
 """
 
 from __future__ import annotations
@@ -28,14 +28,14 @@ ARCHITECTURE: dict[str, Any] = {
 
 
 def build_model() -> nn.Module:
-    """The demo's architecture with random weights: 6 blocks, 96 channels, 3 heads, 197 tokens."""
+    """Return the model with random weights: 6 blocks, 96 channels, 3 heads, 197 tokens."""
     from timm.models.vision_transformer import VisionTransformer
 
     return VisionTransformer(num_classes=10, **ARCHITECTURE)
 
 
 def load_model() -> nn.Module:
-    """The trained model, in evaluation mode.
+    """Return the trained model in evaluation mode.
 
     Raises:
         InputError: if the shipped weights are missing or damaged.
@@ -56,7 +56,7 @@ def load_model() -> nn.Module:
 
 
 def load_digits() -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Training images and labels, test images and labels.
+    """Return training images, training labels, test images and test labels.
 
     Images are `[n, 1, 56, 56]` float32 in [−1, 1]; a fifth of each class (360 images) is held out for testing.
     """

@@ -1,4 +1,4 @@
-"""The demo's model and images as files, to try the other commands on without downloading anything."""
+"""Export of the demo's model and images as files, to try the other commands without a download."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from tokenmerge.tools.demo.digits import ARCHITECTURE, IMAGE_SIZE, load_digits, 
 
 
 def export_demo(folder: Path) -> tuple[Path, Path]:
-    """Write the model in timm's hub format, and the images, 1,437 to train on and 360 to test, a folder per class.
+    """Write the model in timm's hub format, and 1,437 training and 360 test images in one folder per class.
 
-    The exported model takes RGB images, as timm's loaders give them; on grey ones it computes the same.
+    The exported model takes RGB images, as timm loads them; for grey images its outputs are those of the demo's model.
 
     Returns:
-        The model's folder, for `local-dir:`, and the test images' folder, for `--data`.
+        The folder of the model, for `local-dir:`, and the folder of the test images, for `--data`.
 
     Raises:
         InputError: if the folder cannot be written.
@@ -36,7 +36,7 @@ def export_demo(folder: Path) -> tuple[Path, Path]:
 
 
 def export_images(folder: Path) -> None:
-    """Write `folder/train/CLASS` and `folder/val/CLASS`."""
+    """Write the images to `folder/train/CLASS` and `folder/val/CLASS`."""
     train, train_labels, test, test_labels = load_digits()
     for split, images, labels in (("train", train, train_labels), ("val", test, test_labels)):
         for number, (image, label) in enumerate(zip(images, labels.tolist(), strict=True)):
@@ -61,7 +61,7 @@ def _write_model(folder: Path) -> None:
     }
     layers = {"first_conv": "patch_embed.proj", "classifier": "head"}
     config = {
-        "architecture": "vit_tiny_patch16_224",  # timm makes a model from a name it knows and these arguments
+        "architecture": "vit_tiny_patch16_224",  # timm needs a known name; the arguments below replace its sizes
         "num_classes": 10,
         "global_pool": "token",
         "model_args": {**ARCHITECTURE, "in_chans": 3},

@@ -1,4 +1,4 @@
-"""`tokenmerge demo`: accuracy and speed for a few r on a model and data that ship with the package."""
+"""`tokenmerge demo`: measure accuracy and speed for several r on a model and images that ship with the package."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ from tokenmerge.tracing import paint
 from tokenmerge.tracing.sheet import contact_sheet, enlarged, to_image
 
 _BATCH = 60
-_SHOWN = (0, 5, 10, 15, 20)  # which test images the picture shows
+_SHOWN = (0, 5, 10, 15, 20)  # indices of the test images in the picture
 _NAME = "vit_digits (shipped)"
 
 
 def run_demo(
     settings: Sequence[Setting], fields: dict[str, Any], output: Path, export: Path | None, report: Report
 ) -> int:
-    """Print and write one row per setting, save the picture and, where asked, model and images; returns 0.
+    """Print and write one row per setting, save the picture, export model and images to `export` if given, return 0.
 
     Raises:
         InputError: if scikit-learn is missing, or a file cannot be written.
@@ -48,7 +48,7 @@ def run_demo(
             f"the picture {str(output)!r} cannot be written: choose an --output such as demo.png in a folder that exists"
         )
     if not any(setting.is_baseline for setting in settings):
-        settings = [Setting(0, {"r": 0}), *settings]  # nothing to compare with otherwise
+        settings = [Setting(0, {"r": 0}), *settings]  # the baseline of the speed-up
     model = load_model()
     running = scores(model, settings, fields)
     with report.progress() as progress, torch.inference_mode():

@@ -1,1 +1,1 @@
-"""`tokenmerge explore`: the page of `visualize`, live, for one's own pictures."""
+"""`tokenmerge explore`: serve the interactive page of `visualize`, with a live model."""

@@ -1,4 +1,4 @@
-"""What comes from outside: pictures of unknown origin, names, settings. Nothing of it is trusted."""
+"""Validation of untrusted input: uploaded pictures, file names and settings."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from tokenmerge.errors import InputError
 from tokenmerge.tools.settings import Setting, parse_setting
 
 MOST_BYTES = 32 * 2**20
-"""Of an uploaded file."""
+"""Largest size of an uploaded file."""
 MOST_PIXELS = 64_000_000
-"""Of a picture: more would take gigabytes once decoded, whatever its file takes."""
+"""Largest number of pixels of a picture, because more would take gigabytes once decoded."""
 MOST_OBLONG = 32
-"""Longer side ÷ shorter side: a picture one pixel high would be enlarged to gigabytes."""
+"""Largest aspect ratio, because a picture one pixel high would be enlarged to gigabytes."""
 _FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")
 _MOST_SETTINGS = 4
 _MOST_SAMPLES = 500
@@ -26,10 +26,10 @@ _SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp")
 
 
 def open_picture(data: bytes) -> Image.Image:
-    """An uploaded picture, decoded.
+    """Decode an uploaded picture.
 
     Raises:
-        InputError: if it is none, is damaged, or would be too large in memory.
+        InputError: if it is not a picture, is damaged, or would be too large in memory.
     """
     kinds = ", ".join(_FORMATS)
     try:
@@ -38,7 +38,7 @@ def open_picture(data: bytes) -> Image.Image:
         raise InputError(
             f"the picture has far more pixels than the {MOST_PIXELS // 10**6} million that are decoded: make it smaller"
         ) from None
-    except Exception:  # every decoder raises its own kinds
+    except Exception:  # every decoder raises its own exception types
         raise InputError(f"the file is no picture that can be read here: give one of {kinds}") from None
     if image.width * image.height > MOST_PIXELS:
         raise InputError(
@@ -53,23 +53,23 @@ def open_picture(data: bytes) -> Image.Image:
     try:
         image.load()
         return ImageOps.exif_transpose(image) or image
-    except Exception as error:  # every decoder raises its own kinds
+    except Exception as error:  # every decoder raises its own exception types
         raise InputError(f"the picture is damaged ({type(error).__name__}: {error}): give a whole file") from None
 
 
 def plain_name(name: str) -> str:
-    """A file's name to show: without folders and control characters, and not long. No file is ever opened by it."""
+    """Return a file name to display, without folders and control characters, at most 80 characters long."""
     last = re.split(r"[/\\]", name)[-1]
     shown = "".join(character for character in last if character.isprintable()).strip()
     return shown[:80] or "picture"
 
 
 def settings_of(texts: Sequence[str]) -> list[Setting]:
-    """Schedules as `--r` takes them, but no config files: a page must not name files of this machine.
+    """Parse schedules as in `--r`, except config files, because a page must not read files of the server.
 
     Raises:
-        InputError: if there are none or too many.
-        ConfigError: if one means nothing.
+        InputError: if there are none, too many, or a config file.
+        ConfigError: if a schedule is invalid.
     """
     if not 1 <= len(texts) <= _MOST_SETTINGS:
         raise InputError(f"{len(texts)} settings were given, but 1 to {_MOST_SETTINGS} can be shown: try 8 16")
@@ -80,10 +80,10 @@ def settings_of(texts: Sequence[str]) -> list[Setting]:
 
 
 def samples_in(folder: Path) -> list[Path]:
-    """Pictures below a folder, by name; at most 500.
+    """Return the pictures below a folder in the order of their names, at most 500.
 
     Raises:
-        InputError: if there is no such folder, or no picture in it.
+        InputError: if the folder does not exist, or has no pictures.
     """
     if not folder.is_dir():
         raise InputError(f"--data {str(folder)!r} is not a folder, but one with pictures was expected: check the path")

@@ -1,4 +1,4 @@
-"""A page and one call behind it, on the loopback interface."""
+"""Server of the interactive page, with one API call that runs the model."""
 
 from __future__ import annotations
 
@@ -37,15 +37,15 @@ _HEADERS = {
 
 
 class Explorer:
-    """A model, and what it makes of pictures.
+    """A model that runs on samples and uploaded pictures.
 
     Args:
-        args: which model.
-        fields: of the config, for every setting.
-        data: folder with sample pictures, or `None`.
+        args: arguments of the model.
+        fields: fields of the config, for every setting.
+        data: folder of sample pictures, or `None`.
 
     Raises:
-        InputError: if the model takes no images, or the folder holds none.
+        InputError: if the model does not take images, or the folder has none.
     """
 
     def __init__(self, args: ModelArgs, fields: dict[str, Any], data: Path | None) -> None:
@@ -59,13 +59,13 @@ class Explorer:
         self.sample_names = [] if data is None else [printable(str(path.relative_to(data))) for path in self.samples]
         self.unmerged = merged_copies(self.model, [Setting(0, {"r": 0})], {})[0]
         self.lock = threading.Lock()
-        """Held from decoding to the answer: pictures that wait are small, decoded ones are not."""
+        """Lock held from decoding to the answer, so that at most one decoded picture is in memory."""
 
     def sample(self, index: int) -> Shown:
-        """One of the pictures that lie in the folder.
+        """Load a sample picture.
 
         Raises:
-            InputError: if there is no such, or it cannot be read.
+            InputError: if there is no such sample, or it cannot be read.
         """
         if not 0 <= index < len(self.samples):
             raise InputError(
@@ -74,14 +74,14 @@ class Explorer:
         return dataclasses.replace(self.loader(self.samples[index]), name=self.sample_names[index])
 
     def upload(self, image: Image.Image, name: str) -> Shown:
-        """A picture from elsewhere."""
+        """Preprocess an uploaded picture."""
         return self.loader.image(image, plain_name(name))
 
     def run(self, shown: Shown, settings: list[Setting]) -> dict[str, Any]:
-        """What the page shows of it.
+        """Run all settings on a picture, and return the data for the page.
 
         Raises:
-            TokenMergeError: if the model cannot merge so.
+            TokenMergeError: if the model does not support a setting.
         """
         merged = merged_copies(self.model, settings, self.fields, attention=True)
         looks = [one.look(shown) for one in (self.unmerged, *merged)]
@@ -90,14 +90,14 @@ class Explorer:
     @torch.inference_mode()
     def _speeds(self, shown: Shown, merged: list[Merged]) -> list[float | None]:
         for one in merged:
-            one.handle.update(trace=False)  # noting costs time that merging does not
+            one.handle.update(trace=False)  # tracing would distort the timing
         calls: list[Any] = [lambda one=one: one(shown.batch) for one in (self.model, *(m.model for m in merged))]
         times = take_turns(calls, shown.batch.device, 1, _ROUNDS)
         return [Spread.of_ratios(times[0], mine).p50 for mine in times[1:]]
 
 
 def make_app(explorer: Explorer, hosts: list[str], r: str = "8") -> Any:
-    """The ASGI application; answers only requests for one of `hosts`.
+    """Return the ASGI application, which answers only requests to one of `hosts`.
 
     Raises:
         InputError: if Starlette is not installed.
@@ -125,7 +125,7 @@ def make_app(explorer: Explorer, hosts: list[str], r: str = "8") -> Any:
         return HTMLResponse(text, headers=_HEADERS)
 
     async def run(request: Request) -> Response:
-        # other pages cannot send this header without asking first, and nobody would say yes
+        # other origins cannot send this header without a CORS preflight, which is refused
         if request.headers.get("x-requested-with") != "tokenmerge":
             return answer({"error": "this is called by the explorer's own page only"}, 403)
         try:
@@ -138,7 +138,7 @@ def make_app(explorer: Explorer, hosts: list[str], r: str = "8") -> Any:
             return answer({"error": str(error)}, 400)
         except ClientDisconnect:
             return answer({"error": "the page has gone"}, 400)
-        except Exception as error:  # a page gets a sentence, whatever happens; the terminal gets the rest
+        except Exception as error:  # the page shows one sentence; the terminal shows the traceback
             logging.getLogger("uvicorn.error").exception("a picture could not be shown")
             return answer({"error": f"it went wrong here ({type(error).__name__}): see the terminal"}, 500)
 
@@ -149,7 +149,7 @@ def make_app(explorer: Explorer, hosts: list[str], r: str = "8") -> Any:
 
 
 async def _limited(request: Any) -> bytes | None:
-    """The body; `None` if it is too large, of which no more is read than is allowed."""
+    """Return the body of a request; `None` as soon as it exceeds the limit."""
     parts, size = [], 0
     async for part in request.stream():
         size += len(part)
@@ -172,7 +172,7 @@ def _found(explorer: Explorer, settings: list[Setting], data: bytes, query: Any)
 def run_explore(
     args: ModelArgs, fields: dict[str, Any], r: str, data: Path | None, host: str, port: int, report: Report
 ) -> int:
-    """Serve until interrupted; returns 0.
+    """Serve the page until interrupted, and return 0.
 
     Raises:
         InputError: if uvicorn is missing, or the port is taken.

@@ -1,4 +1,4 @@
-"""Self-contained HTML pages from templates, with escaping on."""
+"""Self-contained HTML pages from templates with automatic escaping."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from tokenmerge.errors import InputError
 
 
 def render(template: str, **values: Any) -> str:
-    """A page of this package's templates.
+    """Render a template of this package.
 
     Raises:
         InputError: if Jinja2 is not installed.
@@ -35,12 +35,12 @@ def render(template: str, **values: Any) -> str:
 
 
 def embedded(data: Any) -> str:
-    """JSON that may stand inside a script element: nothing in it can end the element."""
+    """Return JSON that is safe inside a script element, because it cannot end the element."""
     return json.dumps(finite(data)).replace("<", "\\u003c").replace("\u2028", "\\u2028").replace("\u2029", "\\u2029")
 
 
 def finite(data: Any) -> Any:
-    """The data with `None` for what JSON has no number for: NaN and infinities."""
+    """Return the data with NaN and infinities replaced by `None`, because JSON cannot represent them."""
     if isinstance(data, float):
         return data if math.isfinite(data) else None
     if isinstance(data, Mapping):
@@ -49,12 +49,12 @@ def finite(data: Any) -> Any:
 
 
 def printable(text: str) -> str:
-    """Text that can be written: bytes of a file's name that are no UTF-8 become question marks."""
+    """Return text that can be encoded: undecodable bytes of a file name become question marks."""
     return text.encode("utf-8", "replace").decode("utf-8")
 
 
 def about_this() -> dict[str, Any]:
-    """The command that is running, with what, and when: what every page says at its end."""
+    """Return the command, versions and date for the footer of a page."""
     return {
         "command": printable(shlex.join(["tokenmerge", *sys.argv[1:]])),
         "versions": {
@@ -71,9 +71,9 @@ class Table:
     """One table of a report.
 
     Attributes:
-        title: above it.
-        columns: its heads.
-        rows: its cells; what reads as a number sorts as one.
+        title: heading of the table.
+        columns: column headings.
+        rows: cells; numeric cells are sorted as numbers.
     """
 
     title: str
@@ -89,15 +89,15 @@ def write_report(
     figures: Sequence[str | None],
     data: Sequence[Mapping[str, Any]],
 ) -> None:
-    """A page with tables that sort, figures, and the numbers behind them to download.
+    """Write a page with sortable tables, figures, and the rows to download.
 
     Args:
         path: file to write.
-        title: of the page.
-        lead: paragraphs under it.
-        tables: in their order.
-        figures: SVG documents; `None` is left out.
-        data: the rows as they are.
+        title: title of the page.
+        lead: paragraphs below the title.
+        tables: tables in order.
+        figures: SVG documents; `None` is skipped.
+        data: the rows to download.
 
     Raises:
         InputError: if Jinja2 is missing, or the file cannot be written.

@@ -1,4 +1,4 @@
-"""Plots as vector graphics, with the same look everywhere."""
+"""Plots as vector graphics in one style."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-# Okabe and Ito's colours, which colour-blind people tell apart
+# the palette of Okabe and Ito, which colour-blind people can distinguish
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")
 _MARKS = ("o", "s", "^", "D", "v", "P", "X", "*", "<", ">")
 
 
 def svg(figure: Figure) -> str:
-    """The figure as an SVG document, the same bytes for the same figure; its words are text."""
+    """Return a figure as a reproducible SVG document, with labels as text."""
     import matplotlib as mpl
 
     text = io.StringIO()
@@ -41,17 +41,17 @@ def lines(
     names: str | None = None,
     alone: Sequence[str] = (),
 ) -> str | None:
-    """Points of `up` against `across`, joined in order, as SVG; `None` with fewer than two of them.
+    """Plot `up` against `across` as lines, and return SVG; `None` for fewer than two points.
 
     Args:
-        rows: the numbers; those without a value are left out.
-        across: name of the values along x.
-        up: name of the values along y.
-        labels: of the axes.
-        by: name of what a line is drawn for each of; `None` draws one line.
-        error: names of the ends of an interval around `up`, where rows have them.
-        names: name of what is written at each point.
-        alone: groups whose points are not joined.
+        rows: the data; rows without a value are left out.
+        across: column of the x values.
+        up: column of the y values.
+        labels: labels of the x and the y axis.
+        by: column that groups rows into lines; `None` draws one line.
+        error: columns of the ends of an interval around `up`, for error bars.
+        names: column of the labels at the points.
+        alone: groups whose points are not connected.
 
     Raises:
         InputError: if matplotlib is not installed.

@@ -1,1 +1,1 @@
-"""`tokenmerge search`: the best setting for a model, by distortion or accuracy at speed measured here."""
+"""`tokenmerge search`: search for the most accurate setting of a model at a measured speed-up."""

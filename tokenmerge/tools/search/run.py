@@ -1,4 +1,4 @@
-"""The search: Optuna proposes, this device's clock and the unmerged model's predictions judge."""
+"""`tokenmerge search`: search with Optuna for settings of low KL divergence at a measured speed-up."""
 
 from __future__ import annotations
 
@@ -31,22 +31,22 @@ from tokenmerge.tools.variants import share_weights
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SearchArgs:
-    """What to search for, and on what.
+    """Target and data of a search.
 
     Attributes:
         data: folder with one folder of images per class; labels are used only for the final check.
-        speedup: wanted, measured on this device.
-        trials: how many settings to try in all, those of an earlier run in the same storage included.
+        speedup: target speed-up, measured on this device.
+        trials: total number of settings to try, including trials of earlier runs in the same storage.
         storage: URL of Optuna's storage, such as sqlite:///search.db; `None` keeps the study in memory.
-        study: its name there.
-        output: file for the config that was found.
+        study: name of the study in the storage.
+        output: file to write the best config to.
         batch_size: images per pass.
-        workers: processes that decode.
-        calibration: images that settings are judged by.
-        holdout: other images, on which the result is checked.
-        rounds: of timing for each trial.
-        seed: of the sampler, and of random schedules.
-        random: random schedules of the same FLOPs as the constant one to compare that with; the paper's baseline.
+        workers: processes that decode files.
+        calibration: number of images that trials are scored on.
+        holdout: number of held-out images that the result is checked on.
+        rounds: rounds of timing for each trial.
+        seed: random seed of the sampler and of random schedules.
+        random: number of random schedules, with the FLOPs of the constant one, to try as the paper's baseline.
     """
 
     data: Path
@@ -65,11 +65,11 @@ class SearchArgs:
 
 
 _AGAIN = 6
-"""How many settings are measured again at a time."""
+"""Number of settings that are measured again together."""
 
 
 class Judge:
-    """Measures one config: how long a pass takes compared with the unmerged model's, and how far predictions move."""
+    """Measurement of configs: speed relative to the unmerged model, and divergence of the predictions from it."""
 
     def __init__(self, model: Any, batches: Sequence[tuple[Tensor, Tensor]], timed: Tensor, rounds: int) -> None:
         self.model, self.batches, self.timed, self.rounds = model, batches, timed, rounds
@@ -78,13 +78,13 @@ class Judge:
         self.handle = patch(self.copy, r=0)
 
     def scores(self, config: MergeConfig) -> Scores:
-        """Of every image."""
+        """Return the scores of a config for every image."""
         self.handle.update(config)
         return score(self.copy, self.batches, self.reference)[0]
 
     @torch.inference_mode()
     def relative_time(self, config: MergeConfig) -> float:
-        """Time ÷ the unmerged model's; both take turns."""
+        """Return the time of a config divided by the time of the unmerged model, measured in turns."""
         self.handle.update(config)
         calls = [lambda: self.model(self.timed), lambda: self.copy(self.timed)]
         times = take_turns(calls, self.timed.device, 1, self.rounds)
@@ -92,7 +92,7 @@ class Judge:
 
     @torch.inference_mode()
     def speeds(self, configs: Sequence[MergeConfig], rounds: int) -> list[float]:
-        """Speed-ups over the unmerged model; all take turns."""
+        """Return the speed-ups of several configs over the unmerged model, measured in turns."""
         copies = [share_weights(self.model) for _ in configs]
         for copy, config in zip(copies, configs, strict=True):
             patch(copy, config)
@@ -102,7 +102,7 @@ class Judge:
 
 
 def run_search(args: ModelArgs, search: SearchArgs, report: Report) -> int:
-    """Search, check on held-out images, and write the config.
+    """Search for the best config, check it on held-out images, and write it.
 
     Returns:
         0.
@@ -138,7 +138,7 @@ def run_search(args: ModelArgs, search: SearchArgs, report: Report) -> int:
             directions=["minimize", "minimize"],
             sampler=optuna.samplers.TPESampler(seed=search.seed),
         )
-    except Exception as error:  # databases fail in ways of their own
+    except Exception as error:  # every database raises its own exception types
         raise InputError(f"--storage {search.storage!r} cannot be used ({error}): try sqlite:///search.db") from None
     about = {"model": describe(args), "speedup": search.speedup, "images": len(images), "batch": search.batch_size}
     about = json.loads(json.dumps(about, default=str))
@@ -159,7 +159,7 @@ def run_search(args: ModelArgs, search: SearchArgs, report: Report) -> int:
 
 
 def _figures(study: Any) -> list[str | None]:
-    """Every trial, and the frontier."""
+    """Return the figure of all trials and the Pareto frontier."""
     best = {trial.number for trial in study.best_trials}
     trials = [
         {
@@ -184,7 +184,7 @@ def _figures(study: Any) -> list[str | None]:
 
 
 def _shuffled(batches: list[tuple[Tensor, Tensor]], cut: int) -> tuple[list[Any], list[Any]]:
-    """Calibration and held-out batches, each of images from all over the data, which is sorted by class."""
+    """Split into calibration and held-out batches after shuffling, because the data are sorted by class."""
     images, labels = torch.cat([one for one, _ in batches]), torch.cat([one for _, one in batches])
     order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0)).to(labels.device)
     size = len(batches[0][1])
@@ -194,13 +194,13 @@ def _shuffled(batches: list[tuple[Tensor, Tensor]], cut: int) -> tuple[list[Any]
 
 @dataclasses.dataclass(frozen=True)
 class Space:
-    """From parameters to configs, for one model on one device.
+    """Search space of one model on one device.
 
     Attributes:
-        cost: of the model.
-        layers: how many blocks there are.
-        attention: whether matchers can look at class attention.
-        flops: how many times fewer FLOPs the wanted speed takes here with a constant r.
+        cost: FLOPs of the model.
+        layers: number of blocks.
+        attention: whether matchers can read the class token's attention.
+        flops: factor of FLOPs reduction at which a constant r reaches the target speed-up.
     """
 
     cost: ModelCost
@@ -209,7 +209,7 @@ class Space:
     flops: float
 
     def config(self, parameters: Any) -> MergeConfig:
-        """What they stand for."""
+        """Return the config that parameters describe."""
         cost = self.cost
         return MergeConfig.create(
             **config_fields(parameters, self.flops, self.layers, cost.tokens, cost.protected, cost.fraction)
@@ -222,16 +222,16 @@ def _space(study: Any, judge: Judge, search: SearchArgs) -> Space:
     try:
         judge.handle.update(MergeConfig(r=1, matcher="informed"))
         attention = True
-    except TokenMergeError:  # its attention cannot be looked into
+    except TokenMergeError:  # the class token's attention is not available
         attention = False
 
-    # small models and batches need more than arithmetic says; workers on one study must agree on it
+    # small models and batches need a larger reduction than the speed-up; all workers of a study must share it
     flops = study.user_attrs.get("flops_speedup")
     if flops is None:
         try:
             r, _ = r_for_speedup(judge.model, judge.timed, {}, search.speedup, max(7, search.rounds))
             flops = 1 / cost.fraction((r,) * layers)
-        except ConfigError:  # no constant r is that fast; another setting may be
+        except ConfigError:  # no constant r is fast enough, but another setting may be
             flops = search.speedup
         study.set_user_attr("flops_speedup", flops)
     return Space(cost, layers, attention, flops)
@@ -259,7 +259,7 @@ def _optimize(study: Any, judge: Judge, space: Space, search: SearchArgs, report
 
 
 def _random_schedules(judge: Judge, space: Space, search: SearchArgs, report: Report) -> None:
-    """How a constant r does among random schedules of the same FLOPs, everything else as the paper has it."""
+    """Compare a constant r with random schedules of the same FLOPs, with the paper's settings otherwise."""
     if not search.random:
         return
     draw = random.Random(search.seed)
@@ -279,10 +279,10 @@ def _random_schedules(judge: Judge, space: Space, search: SearchArgs, report: Re
 
 
 def _fastest_trial(study: Any, judge: Judge, search: SearchArgs) -> tuple[MergeConfig | None, float]:
-    """The most faithful trial that is fast enough, and its speed; or `None`, and the highest speed.
+    """Return the trial of lowest divergence that is fast enough with its speed, or `None` and the highest speed.
 
-    From the most faithful on, measured again and longer, some at a time in turns: the luckiest of many short measurements
-    is not the fastest.
+    Trials are measured again with more rounds, several at a time, in the order of their divergence, because the fastest of
+    many short measurements is often just lucky.
     """
     finished = [trial for trial in study.trials if trial.values is not None]
     close = sorted((t for t in finished if 1 / t.values[0] >= 0.9 * search.speedup), key=lambda t: t.values[1])
@@ -298,9 +298,9 @@ def _fastest_trial(study: Any, judge: Judge, search: SearchArgs) -> tuple[MergeC
 
 
 def _best(study: Any, judge: Judge, search: SearchArgs, attention: bool, report: Report) -> tuple[MergeConfig, float]:
-    """The most faithful of the best trial and of constant schedules that were measured to be fast enough, by calibration images.
+    """Return the config of lowest divergence among the best trial and constant schedules that are fast enough.
 
-    So what is found is, but for chance, no worse than what needs no search.
+    Including constant schedules ensures that, up to noise, the result is no worse than a setting without a search.
     """
     config, fastest = _fastest_trial(study, judge, search)
     finalists = [("a trial", config, fastest)] if config is not None else []
@@ -328,7 +328,7 @@ def _best(study: Any, judge: Judge, search: SearchArgs, attention: bool, report:
 def _check(
     best: MergeConfig, speed: float, study: Any, judge: Judge, others: Sequence[Any], search: SearchArgs, report: Report
 ) -> list[Row]:
-    """What was found against the constant schedule at the same measured speed, on other images."""
+    """Compare the result with a constant r of equal measured speed on held-out images, and write the files."""
     model = judge.model
     r, plain_speed = r_for_speedup(model, judge.timed, {}, best, max(9, search.rounds))
     settings = {"found": (best, speed), "constant r": (MergeConfig(r=r), plain_speed)}

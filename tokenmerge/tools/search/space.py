@@ -1,4 +1,4 @@
-"""What a search may choose: a schedule, block by block, and the config fields that paid elsewhere."""
+"""Search space: schedules, block by block, and config fields that improved results in other experiments."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from tokenmerge.schedule import Schedule, max_merges
 
 Fraction = Callable[[Schedule], float]
 
-START: Sequence[Mapping[str, Any]] = (  # cheap starting points; what is missing is as the paper has it
+START: Sequence[Mapping[str, Any]] = (  # initial trials; other parameters have the paper's values
     {"inflect": 0.0},
     {"inflect": 0.0, "combine": "norm"},
     {"inflect": -0.5},
@@ -38,7 +38,7 @@ _INFORMED: Mapping[str, Any] = {
 
 
 def full(parameters: Mapping[str, Any], layers: int) -> dict[str, Any]:
-    """A starting point with everything that it leaves out, for a model of that many blocks."""
+    """Return an initial trial completed by default parameters, for a model of `layers` blocks."""
     more = _INFORMED if parameters.get("matcher") == "informed" else {}
     found = {**_USUAL, **more, **parameters}
     if found["shape"] != "linear":
@@ -49,15 +49,15 @@ def full(parameters: Mapping[str, Any], layers: int) -> dict[str, Any]:
 
 
 def suggest(trial: Any, layers: int, attention: bool) -> dict[str, Any]:
-    """The parameters of one trial of Optuna's.
+    """Return the parameters that Optuna suggests for one trial.
 
     Args:
-        trial: Optuna's.
-        layers: how many blocks there are.
-        attention: whether matchers can look at class attention here.
+        trial: the trial of Optuna.
+        layers: number of blocks.
+        attention: whether matchers can read the class token's attention.
     """
     found = {
-        "factor": trial.suggest_float("factor", 0.85, 1.2),  # of the FLOPs that a constant r needs for the wanted speed
+        "factor": trial.suggest_float("factor", 0.85, 1.2),  # relative to the FLOPs reduction of a constant r
         "shape": trial.suggest_categorical("shape", ["linear", "free"]),
         "last": trial.suggest_categorical("last", [False, True]),
         "combine": trial.suggest_categorical("combine", ["mean", "norm"]),
@@ -70,7 +70,7 @@ def suggest(trial: Any, layers: int, attention: bool) -> dict[str, Any]:
             "inflect": trial.suggest_float("inflect", -1.0, 1.0),
             "spared": trial.suggest_int("spared", 0, max(0, min(3, layers // 4))),
         }
-    else:  # block by block, as parts of the largest
+    else:  # a weight per block, relative to the largest
         found |= {f"part_{i}": trial.suggest_float(f"part_{i}", 0.0, 1.0) for i in range(layers)}
     if found["matcher"] == "informed":
         found |= {
@@ -85,15 +85,15 @@ def suggest(trial: Any, layers: int, attention: bool) -> dict[str, Any]:
 def config_fields(
     parameters: Mapping[str, Any], wanted: float, layers: int, tokens: int, protected: int, fraction: Fraction
 ) -> dict[str, Any]:
-    """The fields of `MergeConfig` that parameters stand for.
+    """Return the fields of `MergeConfig` that parameters describe.
 
     Args:
-        parameters: as `suggest` or `full` gives them.
-        wanted: how many times fewer FLOPs, with `factor` 1.
-        layers: how many blocks there are.
-        tokens: that enter the first one.
-        protected: of those.
-        fraction: FLOPs of a schedule ÷ those of the unmerged model.
+        parameters: parameters from `suggest` or `full`.
+        wanted: factor of FLOPs reduction at `factor` 1.
+        layers: number of blocks.
+        tokens: tokens that enter the first block.
+        protected: number of protected tokens among them.
+        fraction: function from a schedule to its FLOPs divided by those of the unmerged model.
     """
     schedule = shaped(parameters, 1 / (wanted * parameters["factor"]), layers, tokens, protected, fraction)
     fields: dict[str, Any] = {"r": list(schedule)}
@@ -105,18 +105,18 @@ def config_fields(
 
 
 def random_parameters(draw: random.Random, layers: int) -> dict[str, Any]:
-    """The paper's baseline: everything as the paper has it, but for a random schedule (figure 2: 15,000 of them)."""
+    """Return a random schedule with the paper's settings otherwise, as in the paper's figure 2 (15,000 schedules)."""
     return full({"shape": "free", **{f"part_{i}": draw.random() for i in range(layers)}}, layers)
 
 
 def shaped(
     parameters: Mapping[str, Any], target: float, layers: int, tokens: int, protected: int, fraction: Fraction
 ) -> Schedule:
-    """The smallest schedule of that shape whose FLOPs fall to `target` of the unmerged model's.
+    """Return the smallest schedule of a shape whose FLOPs are at most `target` of the unmerged model's.
 
-    The shape: nothing in the first `spared` blocks, then linear with `inflect` (−1 falls to 0, 1 rises from 0); or "free",
-    each block its own part. With `last`, as many as possible in the last block, whose patches a head that reads only the class
-    token never sees.
+    The shape "linear" merges nothing in the first `spared` blocks and then changes linearly by `inflect` (−1 decreases to 0, 1
+    increases from 0); "free" has a weight per block. With `last`, the last block merges as many tokens as possible, which
+    costs nothing if the head reads only the class token.
     """
     parts = _parts(parameters, layers)
 
@@ -140,7 +140,7 @@ def shaped(
 
 
 def _parts(parameters: Mapping[str, Any], layers: int) -> list[float]:
-    """How much each block merges, relative to one another."""
+    """Return the relative number of merges of each block."""
     if parameters["shape"] == "free":
         free = [parameters[f"part_{i}"] for i in range(layers)]
         return [part / max(max(free), 1e-12) for part in free]

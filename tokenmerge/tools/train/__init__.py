@@ -1,1 +1,1 @@
-"""`tokenmerge train`: timm's data pipeline, optimizers and schedules, Accelerate's distribution, merging inside."""
+"""`tokenmerge train`: train with merging, on timm's data loading and optimizers, distributed by Accelerate."""

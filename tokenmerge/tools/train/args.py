@@ -1,4 +1,4 @@
-"""What a training run is told."""
+"""Options of a training run."""
 
 from __future__ import annotations
 
@@ -11,38 +11,38 @@ from tokenmerge.tools.settings import Setting
 
 
 class TrainingError(TokenMergeError):
-    """A run that cannot go on: the loss is not finite, the disk is full, no checkpoint is whole."""
+    """Error of a run that cannot continue: a loss that is not finite, a full disk, or no intact checkpoint."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TrainArgs:
-    """A training run; names and meanings are those of timm's `train.py` where it has them.
+    """Options of a training run, with the names and meanings of timm's `train.py` where it has them.
 
     Attributes:
-        data: folder with a folder per split, each with one folder of images per class.
-        output: the run's folder.
-        train_split, val_split: names of the splits; an empty `val_split` trains without evaluation.
-        epochs, batch_size, grad_accum_steps, workers, seed: `batch_size` is per process and micro-step.
-        opt, lr, lr_base, lr_base_size, weight_decay, layer_decay, momentum, clip_grad: `lr` or, times the global batch
-            over `lr_base_size`, `lr_base`.
-        sched, warmup_epochs, warmup_lr, min_lr: the learning rate over the updates.
+        data: folder with one subfolder per split, each with one folder of files per class.
+        output: folder to write the run to.
+        train_split, val_split: subfolders of the splits; an empty `val_split` trains without validation.
+        epochs, batch_size, grad_accum_steps, workers, seed: `batch_size` is per process and forward pass.
+        opt, lr, lr_base, lr_base_size, weight_decay, layer_decay, momentum, clip_grad: the peak learning rate is `lr`, or
+            `lr_base` × global batch / `lr_base_size`.
+        sched, warmup_epochs, warmup_lr, min_lr: learning rate schedule.
         smoothing, mixup, cutmix, mixup_prob, mixup_switch_prob, mixup_off_epoch, bce_loss: the loss.
         aa, color_jitter, reprob, hflip, vflip, train_crop_mode, scale, ratio, train_interpolation, no_aug, aug_repeats:
             augmentation.
-        sampling_rate: of videos, steps from frame to frame.
-        roll, timem, freqm: augmentation of sounds, as AudioMAE and AST name them.
-        crop_pct, interpolation, mean, std: preprocessing; `None` is the model's own. Of images, kept with the
-            trained model; of videos, to be given to `eval` again.
-        model_ema, model_ema_decay, model_ema_warmup: moving average of the weights, which is then what is kept.
-        amp, amp_dtype, grad_checkpointing, compile, device, fsdp: how it computes.
-        setting: r, as on the command line.
+        sampling_rate: stride between the sampled frames of a video.
+        roll, timem, freqm: augmentation of sounds, by their names in AudioMAE and AST.
+        crop_pct, interpolation, mean, std: preprocessing; `None` is the model's own. It is saved with the trained
+            model for images; for videos, give the same values to `eval`.
+        model_ema, model_ema_decay, model_ema_warmup: moving average of the weights, which is then evaluated and saved.
+        amp, amp_dtype, grad_checkpointing, compile, device, fsdp: device, precision and memory.
+        setting: the schedule, from `--r`.
         merging: other fields of `MergeConfig`.
         r_warmup_epochs: epochs over which r grows from 0.
-        r_milestones: other r from given epochs on.
-        eval_r: settings to evaluate after every epoch; the training one if empty.
-        distill_weight, distill_temp: share and temperature of the unmerged starting model's logits in the loss.
-        checkpoint_hist, recovery_interval, resume: how many checkpoints are kept, updates between two, and where to go on.
-        log_interval, tensorboard: progress.
+        r_milestones: epochs, each with the r from that epoch on.
+        eval_r: settings to evaluate after every epoch; the setting of training if empty.
+        distill_weight, distill_temp: weight and temperature of distillation from the unmerged initial model.
+        checkpoint_hist, recovery_interval, resume: checkpoints to keep, updates between two, checkpoint to resume.
+        log_interval, tensorboard: records of progress.
     """
 
     data: Path
@@ -115,10 +115,10 @@ class TrainArgs:
     tensorboard: bool = False
 
     def __post_init__(self) -> None:
-        """Check what only makes sense together.
+        """Check options that depend on each other.
 
         Raises:
-            InputError: if it does not.
+            InputError: if two options contradict each other.
         """
         mixes = self.mixup > 0 or self.cutmix > 0
         if mixes and self.batch_size % 2:
@@ -134,15 +134,15 @@ class TrainArgs:
             )
 
     def global_batch(self, processes: int) -> int:
-        """Images per update of the weights."""
+        """Return the number of images per update of the weights."""
         return self.batch_size * self.grad_accum_steps * processes
 
     def learning_rate(self, processes: int) -> float:
-        """The peak."""
+        """Return the peak learning rate."""
         return self.lr if self.lr is not None else self.lr_base * self.global_batch(processes) / self.lr_base_size
 
     def as_json(self) -> dict[str, Any]:
-        """Values for run.json, one per field."""
+        """Return the fields as values for run.json."""
 
         def plain(value: Any) -> Any:
             if isinstance(value, Setting):

@@ -1,6 +1,6 @@
-"""Checkpoints that are whole or not there: written beside, hashed, renamed; read back newest first.
+"""Atomic checkpoints: each is written to a temporary folder, hashed and renamed; the newest intact one is resumed.
 
-Accelerate writes model, optimizer, gradient scaler, averaged weights and generators; here is what makes that safe.
+Accelerate writes model, optimizer, gradient scaler, averaged weights and random generators; this module makes it safe.
 """
 
 from __future__ import annotations
@@ -24,23 +24,23 @@ class Checkpoints:
     """The checkpoints of a run.
 
     Args:
-        folder: where they are.
-        keep: how many stay.
-        warn: called with a sentence for each damaged one.
+        folder: folder of the checkpoints.
+        keep: number of checkpoints to keep.
+        warn: function that is called with a sentence for each damaged checkpoint.
     """
 
     def __init__(self, folder: Path, keep: int, warn: Callable[[str], None]) -> None:
         self.folder, self.kept, self.warn = folder, keep, warn
 
     def all(self) -> list[Path]:
-        """Finished ones, newest first."""
+        """Return the finished checkpoints, newest first."""
         return sorted(self.folder.glob("update-*"), reverse=True)
 
     def save(self, accelerator: Any, progress: dict[str, Any]) -> Path:
-        """Write the state of every process under the number of updates; called by all of them.
+        """Write the state of all processes, named after the number of updates; all processes must call it.
 
         Raises:
-            TrainingError: if it cannot be written; the ones before it are then still there.
+            TrainingError: if it cannot be written; earlier checkpoints are then kept.
         """
         target = self.folder / f"update-{progress['update']:09d}"
         beside = self.folder / f"{_UNFINISHED}{target.name}"
@@ -54,13 +54,13 @@ class Checkpoints:
             if accelerator.is_main_process:
                 (beside / "progress.json").write_text(json.dumps(progress), encoding="utf-8")
                 _seal(beside)
-                if target.exists():  # the same update again, after a resumed run ended where it began
+                if target.exists():  # a resumed run may save the same update again
                     shutil.rmtree(target)
                 os.replace(beside, target)
                 _sync(self.folder)
                 for old in self.all()[self.kept :]:
                     shutil.rmtree(old, ignore_errors=True)
-        except Exception as error:  # torch and safetensors have their own kinds for a full disk
+        except Exception as error:  # torch and safetensors raise their own types for a full disk
             shutil.rmtree(beside, ignore_errors=True)
             reason = (str(error).splitlines() or [type(error).__name__])[0]
             last = f"{self.all()[0].name} is still whole" if self.all() else "there is none before it"
@@ -72,10 +72,10 @@ class Checkpoints:
         return target
 
     def latest(self, resume: str) -> Path | None:
-        """The newest whole checkpoint for "auto" (`None` if the run has none), or the one at a path.
+        """Return the newest intact checkpoint for "auto" (`None` if the run has none), or the checkpoint at a path.
 
         Raises:
-            TrainingError: if there are checkpoints, but none is whole.
+            TrainingError: if there are checkpoints, but none is intact.
         """
         candidates = self.all() if resume == "auto" else [Path(resume)]
         for path in candidates:
@@ -91,13 +91,13 @@ class Checkpoints:
         )
 
     def clean(self) -> None:
-        """Remove what a killed run was writing."""
+        """Remove unfinished checkpoints of a killed run."""
         for path in self.folder.glob(f"{_UNFINISHED}*"):
             shutil.rmtree(path, ignore_errors=True)
 
 
 def damage(path: Path) -> str | None:
-    """What is wrong with a checkpoint; `None` if every file is as it was written."""
+    """Return how a checkpoint is damaged; `None` if every file has its recorded hash."""
     try:
         files = json.loads((path / _MANIFEST).read_text(encoding="utf-8"))
         wrong = next((name for name, digest in files.items() if _hash(path / name) != digest), None)
@@ -107,7 +107,7 @@ def damage(path: Path) -> str | None:
 
 
 def progress_of(path: Path) -> dict[str, Any]:
-    """What `save` was given."""
+    """Return the progress that was given to `save`."""
     found: dict[str, Any] = json.loads((path / "progress.json").read_text(encoding="utf-8"))
     return found
 
@@ -128,7 +128,7 @@ def _hash(path: Path) -> str:
 
 
 def _sync(folder: Path) -> None:
-    with contextlib.suppress(OSError):  # not every file system can
+    with contextlib.suppress(OSError):  # not every file system supports it
         handle = os.open(folder, os.O_RDONLY)
         try:
             os.fsync(handle)
@@ -137,7 +137,7 @@ def _sync(folder: Path) -> None:
 
 
 def write_atomically(path: Path, text: str) -> None:
-    """Replace a text file at once."""
+    """Replace a text file atomically."""
     beside = path.with_name(f".{path.name}.new")
     with beside.open("w", encoding="utf-8") as file:
         file.write(text)

@@ -1,7 +1,7 @@
-"""Images in an order and with augmentation that are functions of the seed, the epoch and the image alone.
+"""Training images, whose order and augmentation depend only on the seed, the epoch and the image.
 
-So a run that is killed goes on at any update without stored generators, whatever the number of workers, and one process
-sees in an update what two see together.
+A killed run can therefore resume at any update without stored random generators and with any number of workers, and the
+images of an update do not depend on the number of processes.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ from tokenmerge.tools.folders import ClassFolder, collate
 from tokenmerge.tools.train.args import TrainArgs
 
 Sample = tuple[int, int]
-"""Number of an image, and which of its repeats in the epoch this is."""
+"""Index of an image, and index of its repeat within the epoch."""
 _TRIES = 50
 
 
 def seed_all(*key: Any) -> None:
-    """Make what every generator of Python, NumPy and torch draws next a function of `key`."""
+    """Seed the random generators of Python, NumPy and torch from a hash of `key`."""
     value = int.from_bytes(hashlib.sha256(repr(key).encode()).digest()[:8], "little") >> 1
     random.seed(value)
     np.random.seed(value % 2**32)
@@ -35,11 +35,11 @@ def seed_all(*key: Any) -> None:
 
 
 class Augmented(Dataset[tuple[Tensor | None, int, str]]):
-    """Training images; one that cannot be read is replaced by the next and named.
+    """Data set of training images; an unreadable image is replaced by the next one and reported.
 
     Args:
         folder: the images, with their transform.
-        seed: of the run.
+        seed: random seed of the run.
     """
 
     def __init__(self, folder: ClassFolder, seed: int) -> None:
@@ -49,7 +49,7 @@ class Augmented(Dataset[tuple[Tensor | None, int, str]]):
         return len(self.folder)
 
     def __getitem__(self, sample: Sample) -> tuple[Tensor | None, int, str]:
-        """The image, its label, and "file: reason" of the ones before it that could not be read."""
+        """Return the image, its label, and "file: reason" of each unreadable image before it."""
         index, repeat = sample
         problems: list[str] = []
         for _ in range(_TRIES):
@@ -63,16 +63,16 @@ class Augmented(Dataset[tuple[Tensor | None, int, str]]):
 
 
 class EpochBatches(Sampler[list[Sample]]):
-    """One process's micro-batches of an epoch, from any update on.
+    """Sampler of one process's batches in an epoch, from any update on.
 
     Args:
-        size: images in the data set.
+        size: number of images in the data set.
         args: batch sizes, repeats and seed.
-        rank: of this process.
-        processes: how many there are.
+        rank: index of this process.
+        processes: number of processes.
 
     Raises:
-        InputError: if there are fewer images than one update takes.
+        InputError: if there are fewer images than one update needs.
     """
 
     def __init__(self, size: int, args: TrainArgs, rank: int, processes: int) -> None:
@@ -89,7 +89,7 @@ class EpochBatches(Sampler[list[Sample]]):
         return (self.updates - self.start) * self.args.grad_accum_steps
 
     def samples(self) -> list[Sample]:
-        """All of this epoch, in order; with repeats an epoch keeps its length, and an image its copies side by side."""
+        """Return all samples of the epoch in order; with repeats, an epoch keeps its length, and copies are adjacent."""
         generator = torch.Generator().manual_seed((self.args.seed << 20) + self.epoch)
         order = torch.randperm(self.size, generator=generator).tolist()
         repeats = self.args.aug_repeats
@@ -104,10 +104,10 @@ class EpochBatches(Sampler[list[Sample]]):
 
 
 def split_folder(data: Path, split: str, option: str) -> Path:
-    """The folder of a split; "val" and "validation" stand for each other, as in timm.
+    """Return the folder of a split; "val" and "validation" are equivalent, as in timm.
 
     Raises:
-        InputError: if there is none.
+        InputError: if the folder does not exist.
     """
     names = {"val": ("val", "validation"), "validation": ("validation", "val")}.get(split, (split,))
     found = next((data / name for name in names if (data / name).is_dir()), None)
@@ -120,7 +120,7 @@ def split_folder(data: Path, split: str, option: str) -> Path:
 
 
 def make_loader(dataset: Dataset[Any], sampler: Sampler[Any], workers: int) -> DataLoader[Any]:
-    """Batches; workers start anew every epoch, so that they know its number."""
+    """Return the loader of an epoch; its workers start in every epoch, so that they receive its number."""
     return DataLoader(
         dataset,
         batch_sampler=sampler,
@@ -131,7 +131,7 @@ def make_loader(dataset: Dataset[Any], sampler: Sampler[Any], workers: int) -> D
 
 
 def fingerprint(folder: ClassFolder) -> str:
-    """A hash of names, sizes and labels of the images: whether two runs had the same data."""
+    """Return a hash of names, sizes and labels of the images, which tells whether two runs use the same data."""
     digest = hashlib.sha256()
     for path, label in folder.samples:
         digest.update(f"{path.relative_to(folder.root)}\0{path.stat().st_size}\0{label}\n".encode())

@@ -1,4 +1,4 @@
-"""What a run leaves for people: run.json, metrics.jsonl, curves.png, report.html, TensorBoard."""
+"""Records of a run: run.json, metrics.jsonl, curves.png, report.html and TensorBoard events."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ from tokenmerge.tracing.figure import new_figure
 
 
 class Logbook:
-    """The main process's records of a run.
+    """Writer of the records of a run, in the main process.
 
     Args:
-        folder: the run's folder.
-        tensorboard: whether to write TensorBoard's events as well.
+        folder: folder of the run.
+        tensorboard: whether to write TensorBoard event files as well.
 
     Raises:
         InputError: if TensorBoard is wanted but not installed.
@@ -44,13 +44,13 @@ class Logbook:
             self._events = SummaryWriter(str(folder / "tensorboard"))
 
     def start(self, about: dict[str, Any], update: int) -> None:
-        """Write run.json, and drop rows that the run will write again from `update` on."""
+        """Write run.json, and remove the rows after `update`, which the resumed run writes again."""
         write_atomically(self.folder / "run.json", json.dumps({**about, **versions()}, indent=2) + "\n")
         rows = [row for row in self.rows() if row["update"] <= update] if update else []
         write_atomically(self.path, "".join(json.dumps(row) + "\n" for row in rows))
 
     def rows(self) -> list[Row]:
-        """All whole rows so far."""
+        """Return all complete rows written so far."""
         if not self.path.is_file():
             return []
         rows = []
@@ -62,7 +62,7 @@ class Logbook:
         return rows
 
     def add(self, row: Row) -> None:
-        """Append a row: `kind` is "train" or "eval", `update` and `epoch` say when."""
+        """Append a row, which has a `kind` ("train" or "eval"), `update` and `epoch`."""
         with self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(row) + "\n")
         if self._events is not None:
@@ -73,7 +73,7 @@ class Logbook:
             self._events.flush()
 
     def draw(self) -> None:
-        """Loss and accuracy over epochs as curves.png, and all of it as report.html."""
+        """Write the curves of loss and accuracy to curves.png, and all results to report.html."""
         rows = self.rows()
         figure = curves(rows)
         figure.savefig(self.folder / "curves.png", dpi=120)
@@ -95,7 +95,7 @@ def _cell(value: Any) -> str:
 
 
 def curves(rows: Sequence[Row]) -> Any:
-    """A figure of loss and accuracy over epochs."""
+    """Return a figure of loss and accuracy over epochs."""
     import matplotlib as mpl
 
     figure = new_figure(8, 3)
@@ -119,7 +119,7 @@ def curves(rows: Sequence[Row]) -> Any:
 
 
 def versions() -> dict[str, Any]:
-    """What computed: versions, processor, commit of the code if it is a clone."""
+    """Return the versions of the libraries, the processor, and the commit of the code in a git clone."""
     import accelerate
     import timm
 

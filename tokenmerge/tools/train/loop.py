@@ -1,4 +1,4 @@
-"""Epochs, updates, evaluation: what happens between a model and its trained weights."""
+"""The training loop: epochs, updates, evaluation and checkpoints."""
 
 from __future__ import annotations
 
@@ -30,23 +30,23 @@ from tokenmerge.tools.train.sharding import gathered, whole_norm
 
 
 class Stopped(Exception):  # noqa: N818 not an error
-    """The run was asked to end, and has saved itself."""
+    """Signal that the run was asked to end and has saved its state."""
 
 
 @dataclasses.dataclass(kw_only=True)
 class Loop:
-    """A prepared run.
+    """Training loop of one run.
 
     Attributes:
-        accelerator: Accelerate's.
-        args: what was asked for.
-        model: as prepared by Accelerate; `bare` is the patched model in it, `handle` its handle.
-        optimizer, schedule: prepared optimizer; timm's schedule of learning rates.
+        accelerator: the `Accelerator`.
+        args: options of the run.
+        model: the model that Accelerate prepared; `bare` is the patched model inside it, and `handle` its handle.
+        optimizer, schedule: the prepared optimizer, and timm's learning rate schedule.
         ema: timm's moving average, or `None`.
         objective: the loss.
         images, batches: training images and their order.
         validation: an iterable of batches, or `None`.
-        checkpoints, logbook, report: where things are kept and told.
+        checkpoints, logbook, report: writers of checkpoints, records and messages.
     """
 
     accelerator: Any
@@ -65,12 +65,12 @@ class Loop:
     logbook: Logbook | None
     report: Report
     update: int = 0
-    """Updates of the weights so far."""
+    """Number of updates of the weights so far."""
     _asked_to_stop: bool = False
     _skipped: set[str] = dataclasses.field(default_factory=set)
 
     def run(self) -> list[Row]:
-        """Train to the end; the rows of the last evaluation.
+        """Train to the end, and return the rows of the last evaluation.
 
         Raises:
             Stopped: if SIGTERM arrived; the state is saved.
@@ -124,8 +124,8 @@ class Loop:
     def _next(self, loader: Iterator[Any]) -> Any:
         try:
             return next(loader)
-        except InputError:  # a process that decodes died
-            if self.accelerator.num_processes == 1:  # others would wait for this one
+        except InputError:  # a data loader process died
+            if self.accelerator.num_processes == 1:  # with several processes, the others would wait for this one
                 self._save()
             raise
 
@@ -138,7 +138,7 @@ class Loop:
             raise Stopped
 
     def _micro(self, batch: Any, epoch: int, place: int, micro: int) -> float:
-        """One forward and backward pass, and at the end of an update the optimizer's step; the loss over all processes."""
+        """Run one forward and backward pass, and the optimizer at the end of an update; return the mean loss of all processes."""
         accelerator = self.accelerator
         self._name(batch.skipped)
         if len(batch.labels) < self.args.batch_size:
@@ -164,7 +164,7 @@ class Loop:
         return value
 
     def _stop_at(self, value: float, what: str, epoch: int, place: int, micro: int) -> None:
-        """Save what is still good, and say where it ended."""
+        """Save the weights if they are still finite, and raise an error that names the update and its images."""
         order, step = self.batches.samples(), place * self.args.grad_accum_steps + micro
         size = self.args.batch_size * self.accelerator.num_processes
         files = [self.images.folder.samples[index][0].name for index, _ in order[step * size : (step + 1) * size]]
@@ -180,13 +180,13 @@ class Loop:
         )
 
     def _all_finite(self) -> bool:
-        """Whether the weights of all processes are numbers."""
+        """Return whether all weights in all processes are finite."""
         mine = (p.to_local() if hasattr(p, "to_local") else p for p in self.bare.parameters())
         bad = sum(not bool(p.isfinite().all()) for p in mine)
         return float(self.accelerator.reduce(torch.tensor(float(bad), device=self.accelerator.device), "sum")) == 0
 
     def _stop_everywhere(self) -> bool:
-        """Whether any process was asked to stop, so that all stop at the same update."""
+        """Return whether any process was asked to stop, so that all stop at the same update."""
         if self.accelerator.num_processes == 1:
             return self._asked_to_stop
         flag = torch.tensor(float(self._asked_to_stop), device=self.accelerator.device)
@@ -224,11 +224,11 @@ class Loop:
 
     @property
     def result(self) -> nn.Module:
-        """The model that is kept: the moving average if there is one."""
+        """The model to save: the moving average if there is one, otherwise the trained model."""
         return self.bare if self.ema is None else self.ema.module
 
     def _evaluate(self, epoch: int, bars: TrainProgress) -> list[Row]:
-        """Rows for each setting of `eval_r` over the validation images of all processes."""
+        """Evaluate each setting of `eval_r` on the validation images of all processes, and return the rows."""
         if self.validation is None:
             if self.logbook is not None:
                 self.logbook.draw()
@@ -266,7 +266,7 @@ def evaluate_settings(
     tick: Callable[[], None],
     name: Callable[[tuple[str, ...]], None],
 ) -> list[Score]:
-    """One score per setting over this process's batches; each batch is decoded once. Leaves the last setting in use."""
+    """Return one score per setting over this process's batches; the last setting remains active afterwards."""
 
     def forward(setting: Setting) -> Callable[[Tensor], Tensor]:
         def call(images: Tensor) -> Tensor:
@@ -281,7 +281,7 @@ def evaluate_settings(
     for setting in settings:
         merging.apply(handle, setting)
         scores.append(Score(setting, forward(setting), handle.summary().flops_after / 1e9))
-    with torch.inference_mode(), torch.compiler.set_stance("force_eager"):  # every r would be compiled
+    with torch.inference_mode(), torch.compiler.set_stance("force_eager"):  # otherwise every r would be compiled
         for batch in batches:
             name(batch.skipped)
             if len(batch.labels):

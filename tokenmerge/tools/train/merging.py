@@ -1,4 +1,4 @@
-"""How much is merged in which epoch, and what learns to decide it."""
+"""Merging in training: the schedule of each epoch, and the predictors of learned matchers."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from tokenmerge.tools.train.args import TrainArgs
 
 
 def set_epoch(handle: Handle, args: TrainArgs, epoch: int) -> None:
-    """Set r for an epoch: the latest milestone's, and while warming up a growing share of it.
+    """Set the schedule of an epoch, from the latest milestone and the warm-up of r.
 
-    With n warm-up epochs, epoch e < n merges e/n of the tokens that a block will merge, rounded down: none at first.
+    With n warm-up epochs, each block merges e/n of its final r in epoch e < n, rounded down, and thus nothing in epoch 0.
     """
     apply(handle, setting_at(args, epoch))
     if epoch < args.r_warmup_epochs:
@@ -27,7 +27,7 @@ def set_epoch(handle: Handle, args: TrainArgs, epoch: int) -> None:
 
 
 def setting_at(args: TrainArgs, epoch: int) -> Setting:
-    """The full setting of an epoch."""
+    """Return the setting of an epoch, without warm-up."""
     due = [
         setting for start, setting in sorted(args.r_milestones, key=lambda milestone: milestone[0]) if start <= epoch
     ]
@@ -35,24 +35,27 @@ def setting_at(args: TrainArgs, epoch: int) -> Setting:
 
 
 def apply(handle: Handle, setting: Setting) -> None:
-    """Give a patched model another schedule."""
+    """Give a patched model the schedule of a setting."""
     handle.update(**setting.fields)
 
 
 def fields_for_training(fields: dict[str, Any]) -> dict[str, Any]:
-    """The paper's rule: a model trained with merging has proportional attention, whatever it was pretrained with."""
+    """Return the fields with proportional attention on if it is "auto", as the paper trains also MAE models."""
     return {**fields, "prop_attn": True} if fields.get("prop_attn", "auto") == "auto" else fields
 
 
 _RATIO_WEIGHT = 2.0
-"""Of the loss that draws predictors to the number of tokens that is wanted (DynamicViT, section 3.3)."""
+"""Weight of the loss that pulls predictors towards the target number of tokens (DynamicViT, section 3.3)."""
 
 
 def with_predictors(model: nn.Module, handle: Handle, args: TrainArgs) -> Callable[[], Tensor | None]:
-    """Give the blocks that drop tokens their predictors, if the matcher learns; what is added to the loss.
+    """Add predictors to the blocks that drop tokens, if the matcher is learned, and return their additional loss.
+
+    Returns:
+        A function that returns the loss to add after each pass, or `None` if there is none.
 
     Raises:
-        InputError: if r is to change over the epochs, which predictors cannot follow.
+        InputError: if r changes over the epochs, or proportional attention is off, which predictors do not support.
     """
     entry = entry_for(handle.config)
     if not entry.learned:
@@ -70,7 +73,9 @@ def with_predictors(model: nn.Module, handle: Handle, args: TrainArgs) -> Callab
     cost = model_cost(model)
     gone = cut(handle.schedule, cost.tokens, cost.protected)
     have = predicting(model)
-    remove_predictors(model, [index for index in have if not gone[index]])  # of an earlier run: they would not learn
+    remove_predictors(
+        model, [index for index in have if not gone[index]]
+    )  # predictors of an earlier run that would not be trained
     add_predictors(model, [index for index, r in enumerate(gone) if r and index not in have])
 
     def loss() -> Tensor | None:

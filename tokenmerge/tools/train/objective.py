@@ -1,4 +1,4 @@
-"""The loss: labels, mixed or smoothed, and if wanted the logits of the unmerged model."""
+"""The training loss: classification with mixup and label smoothing, and optional distillation."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from tokenmerge.tools.train.args import TrainArgs
 
 
 class Objective:
-    """Images and labels -> loss.
+    """Function from model, images and labels to the loss.
 
     Args:
-        args: mixup, smoothing, kind of loss, distillation.
-        num_classes: outputs of the model.
-        teacher: an unmerged model whose logits count `distill_weight`; `None` without distillation.
-        further: what else is to be added after a pass, such as the loss of predictors; may give `None`.
+        args: options of mixup, smoothing, loss and distillation.
+        num_classes: number of classes.
+        teacher: unmerged model to distil from with weight `distill_weight`; `None` trains without distillation.
+        further: function that returns an additional loss after each pass, such as the loss of predictors, or `None`.
     """
 
     def __init__(
@@ -53,15 +53,15 @@ class Objective:
             self.criterion = nn.CrossEntropyLoss(label_smoothing=smoothing)
 
     def set_epoch(self, epoch: int) -> None:
-        """Mixing ends with `mixup_off_epoch`."""
+        """Turn mixup and cutmix off from `mixup_off_epoch` on."""
         if self.mixup is not None and self.args.mixup_off_epoch:
             self.mixup.mixup_enabled = epoch < self.args.mixup_off_epoch
 
     def __call__(self, model: nn.Module, images: Tensor, labels: Tensor) -> Tensor:
-        """The mean loss of a batch, float32."""
+        """Return the mean loss of a batch, float32."""
         targets = labels
         if self.mixup is not None:
-            # frames as channels: of a clip, all are mixed alike
+            # frames become channels, so that all frames of a clip are mixed alike
             mixed, targets = self.mixup(images.flatten(1, -3).clone(), labels)
             images = mixed.view(images.shape)
         logits = logits_of(model(images)).float()
@@ -83,6 +83,6 @@ class Objective:
 
 
 def teacher_of(model: nn.Module) -> Any:
-    """A frozen copy of the unpatched model."""
+    """Return a frozen copy of the unpatched model in evaluation mode."""
     teacher = copy.deepcopy(model).eval()
     return teacher.requires_grad_(False)

@@ -1,4 +1,4 @@
-"""What changes the weights: optimizer, learning rates, moving average, and gradients with less memory; all timm's."""
+"""Optimizer, learning rate schedule, moving average and gradient checkpointing, from timm."""
 
 from __future__ import annotations
 
@@ -13,24 +13,24 @@ from tokenmerge.tools.train.args import TrainArgs
 
 
 def checkpoint_blocks(model: Any) -> None:
-    """Compute blocks again in the backward pass instead of keeping what is in them."""
+    """Turn on gradient checkpointing, which recomputes activations in the backward pass to save memory."""
     if hasattr(model, "set_grad_checkpointing"):
         model.set_grad_checkpointing(True)
-    elif hasattr(model, "activation_checkpointing_enable"):  # its name in newer versions of transformers
+    elif hasattr(model, "activation_checkpointing_enable"):  # the name in newer versions of transformers
         model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
     else:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
 
 
 def _layers(model: nn.Module) -> dict[str, str]:
-    """timm's `group_matcher` for a patched model of transformers: embeddings, then block after block, then the rest."""
+    """Return timm's `group_matcher` for a patched transformers model: embeddings, each block, then the rest."""
     first = next(name for name, module in model.named_modules() if isinstance(module, MergeBlock))
     blocks = re.escape(first.rsplit(".", 1)[0])
     return {"stem": r"^(?:.*\.)?embeddings\.", "blocks": rf"^{blocks}\.(\d+)\."}
 
 
 def average_of(model: nn.Module, args: TrainArgs, accelerator: Any) -> Any:
-    """timm's moving average of the weights, part of every checkpoint; `None` without."""
+    """Return timm's moving average of the weights, registered for checkpoints; `None` without `--model-ema`."""
     from timm.utils import ModelEmaV3
 
     if not args.model_ema:
@@ -41,7 +41,7 @@ def average_of(model: nn.Module, args: TrainArgs, accelerator: Any) -> Any:
 
 
 def schedule_of(optimizer: Any, args: TrainArgs, updates: int) -> Any:
-    """timm's schedule of learning rates, a function of the number of updates alone; set to the first."""
+    """Return timm's learning rate schedule by updates, set to update 0; `None` for `--sched none`."""
     from timm.scheduler import create_scheduler_v2
 
     schedule, _ = create_scheduler_v2(
@@ -60,10 +60,10 @@ def schedule_of(optimizer: Any, args: TrainArgs, updates: int) -> Any:
 
 
 def optimizer_of(model: Any, args: TrainArgs, processes: int) -> Any:
-    """timm's optimizer; its groups and their decay know every block, in transformers' models as well.
+    """Return timm's optimizer, with layer-wise decay by blocks for transformers models as well.
 
     Raises:
-        InputError: if timm does not know it, or it refuses a value.
+        InputError: if timm does not know the optimizer, or it refuses a value.
     """
     from timm.optim import create_optimizer_v2
 

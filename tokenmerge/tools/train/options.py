@@ -1,4 +1,4 @@
-"""The flags of `tokenmerge train`, from the command line and from YAML files; named as timm's train.py names them."""
+"""Flags of `tokenmerge train`, from the command line and from YAML files, with the names of timm's train.py."""
 
 from __future__ import annotations
 
@@ -14,27 +14,27 @@ from tokenmerge.tools.settings import Setting, parse_setting
 
 
 def recipes() -> list[str]:
-    """Names of the recipes that ship with the package."""
+    """Return the names of the recipes that ship with the package, sorted."""
     folder = resources.files("tokenmerge.tools.train").joinpath("recipes")
     return sorted(entry.name.removesuffix(".yaml") for entry in folder.iterdir() if entry.name.endswith(".yaml"))
 
 
 def add_train_options(command: argparse.ArgumentParser) -> None:
-    """Everything but MODEL, merging and weights."""
+    """Add the flags of training: all except MODEL and the flags of merging and weights."""
     command.add_argument(
         "--config",
         "-c",
         metavar="FILE",
-        help=f"YAML file with values for these flags, or a recipe: {', '.join(recipes())}; flags given here win",
+        help=f"YAML file with values of these flags, or a recipe: {', '.join(recipes())}; flags on the command line override it",
     )
     command.add_argument(
         "--data",
         "--data-dir",
         type=Path,
         metavar="DIR",
-        help="folder with train/CLASS/FILE and val/CLASS/FILE: images, sounds or videos",
+        help="folder with images, sounds or videos as train/CLASS/FILE and val/CLASS/FILE",
     )
-    command.add_argument("--output", type=Path, metavar="DIR", help="the run's folder")
+    command.add_argument("--output", type=Path, metavar="DIR", help="folder to write the run to")
     for title, flags in _GROUPS.items():
         group = command.add_argument_group(title)
         for name, options in flags.items():
@@ -67,116 +67,174 @@ _COUNT, _FRACTION, _POSITIVE = _number(0, whole=True), _number(0, 1), _number(0)
 _ONE = _number(1, whole=True)
 _GROUPS: dict[str, dict[str, dict[str, Any]]] = {
     "merging": {
-        "r-warmup-epochs": {"type": _COUNT, "metavar": "N", "help": "epochs over which r grows from 0"},
+        "r-warmup-epochs": {"type": _COUNT, "metavar": "N", "help": "epochs over which r grows linearly from 0"},
         "r-milestones": {
             "type": _milestone,
             "nargs": "+",
             "metavar": "EPOCH=R",
-            "help": "another R from these epochs on",
+            "help": "change r to R from epoch EPOCH on",
         },
-        "eval-r": {"nargs": "+", "metavar": "R", "help": "evaluate at these R after every epoch (the training R)"},
-        "distill-weight": {"type": _FRACTION, "help": "share in the loss of the starting model, unmerged, as teacher"},
-        "distill-temp": {"type": _number(1e-3), "help": "temperature of its logits"},
+        "eval-r": {
+            "nargs": "+",
+            "metavar": "R",
+            "help": "values of r to evaluate after every epoch (default: the r of training)",
+        },
+        "distill-weight": {
+            "type": _FRACTION,
+            "help": "weight of distillation from the unmerged initial model in the loss",
+        },
+        "distill-temp": {"type": _number(1e-3), "help": "temperature of distillation"},
     },
     "data": {
-        "train-split": {"help": "folder of the training images in DIR"},
-        "val-split": {"help": "folder of the validation images in DIR; '' trains without"},
-        "batch-size": {"short": ("-b",), "type": _ONE, "help": "images per process and step"},
-        "workers": {"short": ("-j",), "type": _COUNT, "help": "processes that decode images, per process"},
-        "aa": {"metavar": "POLICY", "help": "automatic augmentation, such as rand-m9-mstd0.5-inc1"},
+        "train-split": {"help": "subfolder of DIR with the training images"},
+        "val-split": {"help": "subfolder of DIR with the validation images; '' trains without validation"},
+        "batch-size": {"short": ("-b",), "type": _ONE, "help": "images per process and forward pass"},
+        "workers": {"short": ("-j",), "type": _COUNT, "help": "data loader processes per training process"},
+        "aa": {"metavar": "POLICY", "help": "policy of automatic augmentation, such as rand-m9-mstd0.5-inc1"},
         "color-jitter": {"type": _POSITIVE, "help": "strength of colour jitter"},
         "reprob": {"type": _FRACTION, "help": "probability of random erasing"},
-        "hflip": {"type": _FRACTION, "help": "probability of flipping left and right"},
-        "vflip": {"type": _FRACTION, "help": "probability of flipping up and down"},
+        "hflip": {"type": _FRACTION, "help": "probability of a horizontal flip"},
+        "vflip": {"type": _FRACTION, "help": "probability of a vertical flip"},
         "train-crop-mode": {
             "choices": ("rrc", "rkrc", "rkrr"),
-            "help": "random resized crops, or the whole image resized (and padded) at its aspect ratio, centred or not",
+            "help": "random resized crop (rrc), or resize at the original aspect ratio with a centred or random crop (rkrc, rkrr)",
         },
-        "scale": {"type": _number(0), "nargs": 2, "help": "area of random crops"},
-        "ratio": {"type": _number(0), "nargs": 2, "help": "aspect ratio of random crops"},
-        "train-interpolation": {"help": "random, bilinear or bicubic"},
-        "sampling-rate": {"type": _ONE, "metavar": "N", "help": "of videos, steps from frame to frame"},
+        "scale": {
+            "type": _number(0),
+            "nargs": 2,
+            "help": "smallest and largest area of random crops, as fractions of the image",
+        },
+        "ratio": {"type": _number(0), "nargs": 2, "help": "smallest and largest aspect ratio of random crops"},
+        "train-interpolation": {"help": "interpolation of training images: random, bilinear or bicubic"},
+        "sampling-rate": {"type": _ONE, "metavar": "N", "help": "stride between the sampled frames of a video"},
         "roll": {
             "action": argparse.BooleanOptionalAction,
-            "help": "turn sounds around in time, and make them softer (AudioMAE)",
+            "help": "shift sounds cyclically in time, and scale their volume down, at random (AudioMAE)",
         },
-        "timem": {"type": _COUNT, "metavar": "FRAMES", "help": "widest mask over the frames of a sound (SpecAugment)"},
-        "freqm": {"type": _COUNT, "metavar": "BANDS", "help": "widest mask over its bands (SpecAugment)"},
-        "crop-pct": {"type": _FRACTION, "help": "centre crop of validation, kept with the model (the model's own)"},
-        "interpolation": {"help": "of validation, likewise"},
-        "mean": {"type": float, "nargs": 3, "metavar": "M", "help": "of the pixels' normalisation, likewise"},
-        "std": {"type": _number(1e-6), "nargs": 3, "metavar": "S", "help": "of the pixels' normalisation, likewise"},
-        "no-aug": {"action": argparse.BooleanOptionalAction, "help": "no augmentation at all"},
-        "aug-repeats": {"type": _ONE, "help": "augmented copies of an image in a batch"},
-        "mixup": {"type": _POSITIVE, "help": "alpha of mixup"},
-        "cutmix": {"type": _POSITIVE, "help": "alpha of cutmix"},
-        "mixup-prob": {"type": _FRACTION, "help": "probability of mixing a batch"},
-        "mixup-switch-prob": {"type": _FRACTION, "help": "probability of cutmix where both are on"},
-        "mixup-off-epoch": {"type": _COUNT, "metavar": "N", "help": "stop mixing at this epoch; 0 never"},
+        "timem": {
+            "type": _COUNT,
+            "metavar": "FRAMES",
+            "help": "largest width of the time mask, in frames (SpecAugment)",
+        },
+        "freqm": {
+            "type": _COUNT,
+            "metavar": "BANDS",
+            "help": "largest width of the frequency mask, in bands (SpecAugment)",
+        },
+        "crop-pct": {
+            "type": _FRACTION,
+            "help": "centre crop of validation, saved with the model (default: the model's own)",
+        },
+        "interpolation": {"help": "interpolation of validation, saved with the model (default: the model's own)"},
+        "mean": {
+            "type": float,
+            "nargs": 3,
+            "metavar": "M",
+            "help": "mean of each channel for normalization (default: the model's own)",
+        },
+        "std": {
+            "type": _number(1e-6),
+            "nargs": 3,
+            "metavar": "S",
+            "help": "standard deviation of each channel (default: the model's own)",
+        },
+        "no-aug": {"action": argparse.BooleanOptionalAction, "help": "turn all augmentation off"},
+        "aug-repeats": {"type": _ONE, "help": "augmented copies of each image (repeated augmentation)"},
+        "mixup": {"type": _POSITIVE, "help": "alpha of mixup; 0 turns it off"},
+        "cutmix": {"type": _POSITIVE, "help": "alpha of cutmix; 0 turns it off"},
+        "mixup-prob": {"type": _FRACTION, "help": "probability of applying mixup or cutmix to a batch"},
+        "mixup-switch-prob": {"type": _FRACTION, "help": "probability of cutmix instead of mixup if both are on"},
+        "mixup-off-epoch": {
+            "type": _COUNT,
+            "metavar": "N",
+            "help": "epoch from which mixup and cutmix are off; 0 keeps them on",
+        },
     },
     "optimisation": {
-        "epochs": {"type": _ONE, "metavar": "N", "help": "epochs"},
-        "opt": {"help": "timm's name of the optimizer"},
-        "lr": {"type": _POSITIVE, "help": "peak learning rate; by default --lr-base × global batch / --lr-base-size"},
-        "lr-base": {"type": _POSITIVE, "help": "learning rate at a global batch of --lr-base-size"},
-        "lr-base-size": {"type": _ONE, "help": "see --lr-base"},
+        "epochs": {"type": _ONE, "metavar": "N", "help": "number of epochs"},
+        "opt": {"help": "optimizer, by its name in timm"},
+        "lr": {"type": _POSITIVE, "help": "peak learning rate (default: --lr-base × global batch / --lr-base-size)"},
+        "lr-base": {"type": _POSITIVE, "help": "learning rate at a global batch size of --lr-base-size"},
+        "lr-base-size": {"type": _ONE, "help": "global batch size that --lr-base refers to"},
         "weight-decay": {"type": _POSITIVE, "help": "weight decay"},
-        "layer-decay": {"type": _FRACTION, "help": "factor of the learning rate from each block to the one before"},
-        "momentum": {"type": _FRACTION, "help": "momentum, for optimizers that have it"},
-        "clip-grad": {"type": _POSITIVE, "help": "largest norm of the gradient"},
+        "layer-decay": {
+            "type": _FRACTION,
+            "help": "layer-wise learning rate decay: factor from each block to the previous one",
+        },
+        "momentum": {"type": _FRACTION, "help": "momentum, for optimizers that use it"},
+        "clip-grad": {"type": _POSITIVE, "help": "norm that gradients are clipped to"},
         "sched": {
             "choices": ("cosine", "tanh", "step", "poly", "constant", "none"),
-            "help": "timm's schedule of learning rates",
+            "help": "learning rate schedule, by its name in timm",
         },
-        "warmup-epochs": {"type": _COUNT, "metavar": "N", "help": "epochs over which the learning rate grows"},
-        "warmup-lr": {"type": _POSITIVE, "help": "where it starts"},
-        "min-lr": {"type": _POSITIVE, "help": "where it ends"},
+        "warmup-epochs": {"type": _COUNT, "metavar": "N", "help": "epochs of learning rate warm-up"},
+        "warmup-lr": {"type": _POSITIVE, "help": "learning rate at the start of the warm-up"},
+        "min-lr": {"type": _POSITIVE, "help": "learning rate at the end of the schedule"},
         "smoothing": {"type": _FRACTION, "help": "label smoothing"},
-        "bce-loss": {"action": argparse.BooleanOptionalAction, "help": "binary cross-entropy instead of softmax"},
-        "drop": {"type": _FRACTION, "help": "dropout"},
-        "drop-path": {"type": _FRACTION, "help": "stochastic depth"},
-        "model-ema": {"action": argparse.BooleanOptionalAction, "help": "keep and evaluate a moving average"},
-        "model-ema-decay": {"type": _FRACTION, "help": "its decay"},
-        "model-ema-warmup": {"action": argparse.BooleanOptionalAction, "help": "let the decay grow"},
-        "grad-accum-steps": {"type": _ONE, "metavar": "N", "help": "steps per update of the weights"},
-        "seed": {"type": _COUNT, "help": "everything random is a function of it"},
+        "bce-loss": {
+            "action": argparse.BooleanOptionalAction,
+            "help": "use binary cross-entropy instead of softmax cross-entropy",
+        },
+        "drop": {"type": _FRACTION, "help": "dropout rate"},
+        "drop-path": {"type": _FRACTION, "help": "stochastic depth rate"},
+        "model-ema": {
+            "action": argparse.BooleanOptionalAction,
+            "help": "keep an exponential moving average of the weights, and evaluate it",
+        },
+        "model-ema-decay": {"type": _FRACTION, "help": "decay of the moving average"},
+        "model-ema-warmup": {
+            "action": argparse.BooleanOptionalAction,
+            "help": "increase the decay of the moving average from a low value at the start",
+        },
+        "grad-accum-steps": {
+            "type": _ONE,
+            "metavar": "N",
+            "help": "forward and backward passes per update of the weights",
+        },
+        "seed": {"type": _COUNT, "help": "random seed; runs with equal seeds and flags draw the same random numbers"},
     },
     "computing": {
-        "device": {"choices": ("auto", "cpu"), "help": "auto is a GPU per process if there is one"},
+        "device": {"choices": ("auto", "cpu"), "help": "auto uses one GPU per process if there are GPUs"},
         "fsdp": {
             "action": argparse.BooleanOptionalAction,
-            "help": "share weights and optimizer state among the processes (FSDP2), for models that one cannot hold",
+            "help": "shard weights and optimizer state over the processes (FSDP2), for models too large for one GPU",
         },
-        "amp": {"action": argparse.BooleanOptionalAction, "help": "mixed precision"},
-        "amp-dtype": {"choices": ("float16", "bfloat16"), "help": "its dtype"},
-        "grad-checkpointing": {"action": argparse.BooleanOptionalAction, "help": "less memory, more time"},
-        "compile": {"action": argparse.BooleanOptionalAction, "help": "torch.compile the model"},
-        "model-kwargs": {"nargs": "+", "metavar": "NAME=VALUE", "help": "further arguments of timm's model"},
+        "amp": {"action": argparse.BooleanOptionalAction, "help": "train in mixed precision"},
+        "amp-dtype": {"choices": ("float16", "bfloat16"), "help": "dtype of mixed precision"},
+        "grad-checkpointing": {
+            "action": argparse.BooleanOptionalAction,
+            "help": "recompute activations in the backward pass: less memory, more time",
+        },
+        "compile": {"action": argparse.BooleanOptionalAction, "help": "run torch.compile on the model"},
+        "model-kwargs": {"nargs": "+", "metavar": "NAME=VALUE", "help": "additional arguments of the timm model"},
     },
     "keeping": {
-        "resume": {"metavar": "auto|DIR", "help": "go on from the run's newest whole checkpoint, or from this one"},
+        "resume": {
+            "metavar": "auto|DIR",
+            "help": "resume from the newest complete checkpoint of the run (auto), or from checkpoint DIR",
+        },
         "recovery-interval": {
             "type": _COUNT,
             "metavar": "N",
-            "help": "updates between checkpoints inside an epoch; 0: none",
+            "help": "updates between checkpoints within an epoch; 0 writes none",
         },
-        "checkpoint-hist": {"type": _ONE, "metavar": "N", "help": "how many checkpoints are kept"},
+        "checkpoint-hist": {"type": _ONE, "metavar": "N", "help": "number of checkpoints to keep"},
         "log-interval": {"type": _ONE, "metavar": "N", "help": "updates between rows of metrics.jsonl"},
-        "tensorboard": {"action": argparse.BooleanOptionalAction, "help": "write TensorBoard's events as well"},
+        "tensorboard": {"action": argparse.BooleanOptionalAction, "help": "write TensorBoard event files as well"},
     },
 }
 
 
 def with_config(command: argparse.ArgumentParser, config: str, typed: list[str]) -> argparse.Namespace:
-    """The flags of a config file, then those that were typed, which win.
+    """Parse the flags of a config file and of the command line; the command line overrides the file.
 
     Args:
         command: parser of `tokenmerge train`.
-        config: file or recipe.
-        typed: what followed `train` on the command line.
+        config: path of a YAML file, or name of a recipe.
+        typed: the arguments after `train` on the command line.
 
     Raises:
-        InputError: if the file cannot be read, or holds what is no flag.
+        InputError: if the file cannot be read, or a name in it is not a flag.
     """
     known = {action.dest: action for action in command._actions if action.option_strings and action.dest != "help"}
     words: list[str] = []
@@ -187,12 +245,12 @@ def with_config(command: argparse.ArgumentParser, config: str, typed: list[str])
             hint = f"did you mean {near[0]}?" if near else "see tokenmerge train --help"
             raise InputError(f"{config!r} sets {str(name)!r}, which is no flag of train: {hint}")
         words += _words(action, value)
-    # the flag between them ends a list that the file may end with
+    # --config between the two ends a list that the last flag of the file may take
     return command.parse_args([*words, f"--config={config}", *typed])
 
 
 def _words(action: argparse.Action, value: Any) -> list[str]:
-    """A value of the file as it would be typed."""
+    """Return a value of the file as command-line arguments."""
     flag = action.option_strings[0]
     if isinstance(action, argparse.BooleanOptionalAction | argparse._StoreTrueAction):
         return [flag] if value else ([f"--no-{flag[2:]}"] if isinstance(action, argparse.BooleanOptionalAction) else [])
@@ -225,10 +283,10 @@ def _read(config: str) -> dict[str, Any]:
 
 
 def train_args(args: argparse.Namespace, setting: Setting, merging: dict[str, Any]) -> Any:
-    """What was given, as `TrainArgs`; everything else keeps its default.
+    """Return `TrainArgs` from the parsed flags; flags that were not given keep their defaults.
 
     Raises:
-        InputError: if data or output are missing.
+        InputError: if `--data` or `--output` is missing.
     """
     from tokenmerge.tools.train.args import TrainArgs
 
@@ -245,10 +303,10 @@ def train_args(args: argparse.Namespace, setting: Setting, merging: dict[str, An
 
 
 def model_kwargs(args: argparse.Namespace) -> dict[str, Any]:
-    """`--model-kwargs`, `--drop` and `--drop-path` as timm's models take them.
+    """Return `--model-kwargs`, `--drop` and `--drop-path` as keyword arguments of a timm model.
 
     Raises:
-        InputError: if one is not NAME=VALUE.
+        InputError: if an entry is not NAME=VALUE.
     """
     import yaml
 

@@ -1,4 +1,4 @@
-"""Progress bars of a run: epochs, and the updates of this one with loss, speed, time left and memory."""
+"""Progress bars of a run: epochs, and updates with loss, speed, remaining time and memory."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from tokenmerge.tools.report import Report
 
 
 class TrainProgress:
-    """A context manager; does nothing in other processes than the main one.
+    """Context manager that shows progress bars in the main process.
 
     Args:
-        report: where bars go: its standard error.
-        shown: whether this process shows any.
+        report: the report whose standard error shows the bars.
+        shown: whether this process shows bars.
     """
 
     def __init__(self, report: Report, shown: bool) -> None:
@@ -45,20 +45,20 @@ class TrainProgress:
         self._stack.close()
 
     def epoch(self, epoch: int, epochs: int, updates: int, start: int) -> None:
-        """A new epoch."""
+        """Start the bars of an epoch."""
         self._bars.update(self._epochs, completed=epoch, total=epochs)
         self._bars.reset(self._steps, description="updates", total=updates, completed=start, note="")
 
     def advance(self, loss: float, rate: float) -> None:
-        """An update is done."""
+        """Advance the bar by one update."""
         memory = f", {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB" if torch.cuda.is_available() else ""
         self._bars.update(self._steps, advance=1, note=f"loss {loss:.3f}, {rate:.0f} images/s{memory}")
 
     def evaluation(self, batches: int) -> None:
-        """The epoch is done, and is evaluated."""
+        """Finish the epoch, and start the bar of its evaluation."""
         self._bars.advance(self._epochs)
         self._bars.reset(self._steps, description="evaluating", total=batches, note="")
 
     def tick(self) -> None:
-        """A batch was evaluated."""
+        """Advance the bar by one evaluated batch."""
         self._bars.advance(self._steps)

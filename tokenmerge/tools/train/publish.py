@@ -1,4 +1,4 @@
-"""The trained model as a folder in timm's hub format, with how it was merged."""
+"""Saving of the trained model in timm's hub format or transformers' format, with its merge settings."""
 
 from __future__ import annotations
 
@@ -36,10 +36,10 @@ _ORIGIN = (
 def publish(
     model: nn.Module, state: dict[str, Tensor], base: ModelArgs, args: TrainArgs, images: ClassFolder, folder: Path
 ) -> None:
-    """Write `config.json` and `model.safetensors`, each at once, as the model's own library reads them.
+    """Write `config.json` and `model.safetensors`, each atomically, in the format of the model's own library.
 
-    `timm.create_model("local-dir:FOLDER", pretrained=True)` reads them without this library; `tokenmerge eval` finds in
-    them whether attention is to be proportional.
+    `timm.create_model("local-dir:FOLDER", pretrained=True)` loads a timm model without this library. The commands read from
+    the config whether to use proportional attention.
     """
     from safetensors.torch import save_file
 
@@ -49,10 +49,10 @@ def publish(
         "r": args.setting.label,
         "prop_attn": args.merging["prop_attn"],
     }
-    if get_entry(str(args.merging.get("matcher", "bipartite"))).learned:  # useless without it
+    if get_entry(str(args.merging.get("matcher", "bipartite"))).learned:  # its predictors work only with this matcher
         about |= {name: args.merging[name] for name in LEARNED if name in args.merging}
     state, predictors = split_state(model, {name: tensor.contiguous() for name, tensor in state.items()})
-    if predictors:  # beside the weights, because the model's own library knows nothing of them
+    if predictors:  # in a separate file, because the model's own library does not know them
         (folder / PREDICTORS).parent.mkdir(exist_ok=True)
         save_file(predictors, folder / PREDICTORS)
     if hasattr(model, "save_pretrained"):
@@ -71,21 +71,21 @@ def publish(
 def _publish_transformers(
     model: Any, state: dict[str, Tensor], images: ClassFolder, folder: Path, about: dict[str, Any]
 ) -> None:
-    """Write what `from_pretrained` reads."""
+    """Write the files that `from_pretrained` reads."""
     model.config.id2label = dict(enumerate(images.names))
     model.config.label2id = {name: index for index, name in enumerate(images.names)}
     beside = folder / ".new"
     model.save_pretrained(beside, state_dict=state)
     config = json.loads((beside / "config.json").read_text(encoding="utf-8"))
     (beside / "config.json").write_text(json.dumps({**config, KEY: about}, indent=2) + "\n", encoding="utf-8")
-    for path in sorted(beside.iterdir(), reverse=True):  # weights first
+    for path in sorted(beside.iterdir(), reverse=True):  # move the weights before the config
         os.replace(path, folder / path.name)
     beside.rmdir()
 
 
 def _source(base: ModelArgs) -> dict[str, Any]:
-    """Architecture and arguments: those the model was made with."""
-    # dropout is how it was trained, not what it is
+    """Return the architecture and arguments that the model was created with."""
+    # dropout belongs to the training, not to the architecture
     arguments = {
         name: value for name, value in base.model_kwargs.items() if name not in ("drop_rate", "drop_path_rate")
     }

@@ -1,4 +1,4 @@
-"""Put a training run together, start or resume it, keep its result."""
+"""`tokenmerge train`: build a run, start or resume it, and save its result."""
 
 from __future__ import annotations
 
@@ -46,24 +46,24 @@ _FREE = {
     "eval_r",
     "device",
 }
-"""Options that a resumed run may change: they do not change its weights."""
+"""Options that a resumed run may change, because they do not affect its weights."""
 
 
 def run_train(base: ModelArgs, args: TrainArgs, report: Report) -> int:
-    """Train, evaluate, write the run's folder.
+    """Train and evaluate a model, and write the folder of the run.
 
     Returns:
-        0, also after SIGTERM, when the state is saved.
+        0, also after SIGTERM, once the state is saved.
 
     Raises:
         InputError: if data, model or options do not fit, or the folder holds another run.
-        TrainingError: if the run cannot go on.
+        TrainingError: if the run cannot continue.
     """
     accelerator = make_accelerator(args)
     try:
         code = _run(base, args, report, accelerator)
     except BaseException:
-        accelerator.end_training()  # the others may not come to wait for
+        accelerator.end_training()  # without waiting, because the other processes may have failed
         raise
     _end(accelerator)
     return code
@@ -100,7 +100,7 @@ def _run(base: ModelArgs, args: TrainArgs, report: Report, accelerator: Any) -> 
 
 
 def _end(accelerator: Any) -> None:
-    """Free what holds the process group, then the group: freed at the interpreter's exit, gloo's threads may abort it."""
+    """Free all holders of the process group, then the group, because gloo's threads may abort the interpreter at exit."""
     accelerator.free_memory()
     accelerator._custom_objects.clear()
     gc.collect()
@@ -109,10 +109,10 @@ def _end(accelerator: Any) -> None:
 
 
 def make_accelerator(args: TrainArgs) -> Any:
-    """Accelerate's, for the processes that `accelerate launch` or torchrun started.
+    """Return the `Accelerator` for the processes that `accelerate launch` or torchrun started.
 
     Raises:
-        InputError: if Accelerate is not installed, or its launcher asks for sharding, or shards for what they cannot do.
+        InputError: if Accelerate is not installed, its launcher asks for sharding, or `--fsdp` does not support an option.
     """
     try:
         from accelerate import Accelerator
@@ -142,7 +142,7 @@ def make_accelerator(args: TrainArgs) -> Any:
 def build(
     base: ModelArgs, args: TrainArgs, accelerator: Any, checkpoints: Checkpoints, report: Report
 ) -> tuple[Loop, ClassFolder]:
-    """Model, data and optimizer, prepared; and the training images."""
+    """Return the training loop with prepared model, data and optimizer, and the training images."""
     rank, processes = accelerator.process_index, accelerator.num_processes
     seed_all(args.seed, "model")
     train_root = split_folder(args.data, args.train_split, "--train-split")
@@ -220,7 +220,7 @@ def _model_and_data(base: ModelArgs, args: TrainArgs, train_root: Path) -> tuple
 
 
 def _resume(loop: Loop, args: TrainArgs, about: dict[str, Any]) -> None:
-    """Load the latest state if asked to, and open the run's records."""
+    """Load the checkpoint to resume, if any, and open the records of the run."""
     main = loop.accelerator.is_main_process
     if main:
         args.output.mkdir(parents=True, exist_ok=True)
@@ -238,11 +238,11 @@ def _resume(loop: Loop, args: TrainArgs, about: dict[str, Any]) -> None:
 
 
 def _check_same_run(output: Path, about: dict[str, Any]) -> None:
-    """Raise if the folder's run was told something else that changes weights."""
+    """Raise if the run in the folder had other options that affect its weights."""
     try:
         before = json.loads((output / "run.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
-        return  # a checkpoint from elsewhere, or a record that is gone: there is nothing to compare with
+        return  # nothing to compare with: the checkpoint is from another folder, or run.json is gone
     now = json.loads(json.dumps(about))
     pairs = {
         name: (before.get("args", {}).get(name), value) for name, value in now["args"].items() if name not in _FREE

@@ -1,7 +1,7 @@
-"""FSDP2: every process keeps a share of weights, gradients and optimizer state, and gathers one block at a time.
+"""FSDP2: every process keeps a shard of weights, gradients and optimizer state, and gathers one block at a time.
 
-Accelerate starts the processes and reduces what they report, but its own FSDP2 needs GPUs; torch's `fully_shard` also
-runs with gloo on the CPU, where the tests can see that a sharded run learns what one process learns.
+Accelerate starts the processes and reduces their results, but its own FSDP2 needs GPUs. PyTorch's `fully_shard` also runs
+with gloo on the CPU, where tests compare a sharded run with a run of one process.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from tokenmerge.tools.train.args import TrainArgs
 
 
 def check_can_shard(args: TrainArgs, processes: int) -> None:
-    """Raise `InputError` if the run asks for what does not go with shards."""
+    """Raise `InputError` if an option of the run does not work with sharding."""
     if processes == 1:
         raise InputError(
             "--fsdp shares the model among processes, but there is one: launch with torchrun --nproc-per-node N -m -- "
@@ -34,12 +34,12 @@ def check_can_shard(args: TrainArgs, processes: int) -> None:
 
 
 def shard(model: nn.Module, device: str, processes: int) -> None:
-    """Share a patched model's weights among the processes: every block is one unit, all the rest another.
+    """Shard a patched model over the processes, with one unit per block and one for all other modules.
 
     Args:
-        model: patched; with the same weights in every process.
+        model: the patched model, with the same weights in every process.
         device: type of its device.
-        processes: how many there are.
+        processes: number of processes.
     """
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
@@ -52,7 +52,7 @@ def shard(model: nn.Module, device: str, processes: int) -> None:
 
 @contextlib.contextmanager
 def gathered(model: nn.Module) -> Iterator[None]:
-    """Every process has all the weights within it, so that each may run as many batches as it has; called by all."""
+    """Gather all weights in every process, so that processes may run different numbers of batches; all must call it."""
     from torch.distributed.fsdp import FSDPModule
 
     units = [module for module in model.modules() if isinstance(module, FSDPModule)]
@@ -63,13 +63,13 @@ def gathered(model: nn.Module) -> Iterator[None]:
         yield
     finally:
         for unit in units:
-            # torch's own default: the root's weights are needed first in the backward pass that follows
+            # the default of PyTorch: the root's weights are needed first in the next backward pass
             unit.set_reshard_after_forward(unit is not model, recurse=False)
             unit.reshard()
 
 
 def whole_state(model: nn.Module) -> dict[str, Tensor]:
-    """The model's state on the CPU, whole in the main process; called by all processes."""
+    """Return the full state dict on the CPU in the main process; all processes must call it."""
     if not is_sharded(model):
         return {name: tensor.detach().cpu() for name, tensor in model.state_dict().items()}
     from torch.distributed.checkpoint.state_dict import get_model_state_dict
@@ -78,30 +78,30 @@ def whole_state(model: nn.Module) -> dict[str, Tensor]:
 
 
 def whole_norm(norm: Any) -> float:
-    """A gradient's norm over all shards."""
+    """Return the norm of a gradient over all shards."""
     return float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
 
 
 class ShardedState:
-    """Weights and optimizer state of a sharded model as Accelerate's checkpoints take them: whole, from one process.
+    """Unsharded weights and optimizer state of a sharded model, for Accelerate's checkpoints.
 
     Args:
-        model: sharded.
-        optimizer: over its parameters.
+        model: the sharded model.
+        optimizer: the optimizer of its parameters.
     """
 
     def __init__(self, model: nn.Module, optimizer: Any) -> None:
         self.model, self.optimizer = model, optimizer
 
     def state_dict(self) -> dict[str, Any]:
-        """Both; called by all processes, empty in all but the main one."""
+        """Return both full states in the main process, empty in the others; all processes must call it."""
         from torch.distributed.checkpoint.state_dict import get_state_dict
 
         model, optimizer = get_state_dict(self.model, self.optimizer, options=_whole())
         return {"model": model, "optimizer": optimizer}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take each process's share of both."""
+        """Load this process's shards of both states."""
         from torch.distributed.checkpoint.state_dict import set_state_dict
 
         set_state_dict(

@@ -1,4 +1,4 @@
-"""Files -> what the model takes, augmented while training."""
+"""Transforms from decoded files to model inputs, with augmentation in training."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from tokenmerge.tools.videos import MEAN, STD, Clip, ClipAugmentation
 
 
 def check_flags(args: TrainArgs, medium: Medium) -> None:
-    """Raise `InputError` if a flag is given that this medium cannot obey."""
+    """Raise `InputError` if a flag is given that does not apply to this medium."""
     for_images, for_sounds, for_both = (
         ("aa", "interpolation"),
         ("roll", "timem", "freqm"),
@@ -34,7 +34,7 @@ def check_flags(args: TrainArgs, medium: Medium) -> None:
 
 
 def make_transform(model: Any, args: TrainArgs, medium: Medium, training: bool, shape: tuple[int, ...]) -> Any:
-    """The transform of one medium for the model.
+    """Return the transform of a medium for the model.
 
     Raises:
         InputError: if timm refuses an option.
@@ -45,14 +45,14 @@ def make_transform(model: Any, args: TrainArgs, medium: Medium, training: bool, 
 
 
 def _sound_transform(args: TrainArgs, training: bool, shape: tuple[int, ...]) -> Spectrogram:
-    """AudioMAE's features for the model, augmented while training."""
+    """Return the transform of sounds, with augmentation in training."""
     if not training or args.no_aug:
         return Spectrogram(shape)
     return Spectrogram(shape, SoundAugmentation(args.roll, args.timem, args.freqm))
 
 
 def _clip_transform(args: TrainArgs, training: bool, shape: tuple[int, ...]) -> Clip:
-    """Clips for the model, augmented while training."""
+    """Return the transform of videos, with augmentation in training."""
     augmentation = ClipAugmentation(args.scale, args.ratio, args.hflip, args.reprob) if training else None
     if args.no_aug:
         augmentation = None
@@ -60,7 +60,7 @@ def _clip_transform(args: TrainArgs, training: bool, shape: tuple[int, ...]) -> 
 
 
 def _image_transform(model: Any, args: TrainArgs, training: bool, shape: tuple[int, ...]) -> Any:
-    """timm's transform for the model.
+    """Return timm's transform of images for the model.
 
     Raises:
         InputError: if timm refuses an option.
@@ -79,7 +79,7 @@ def _image_transform(model: Any, args: TrainArgs, training: bool, shape: tuple[i
     try:
         transform = create_transform(**{**config, **extra})
         transform(Image.new("RGB", (shape[2], shape[1])))
-    except Exception as error:  # timm and torchvision check these values in many ways, or not at all
+    except Exception as error:  # timm and torchvision raise many exception types for invalid values
         raise InputError(
             f"the augmentation does not work ({type(error).__name__}: {error}): check --aa, --scale, --ratio, --reprob, "
             "--color-jitter, --train-interpolation and --interpolation"

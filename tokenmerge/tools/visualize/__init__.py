@@ -1,1 +1,1 @@
-"""`tokenmerge visualize`: which patches became one token, as pictures, films and pages."""
+"""`tokenmerge visualize`: show merged tokens as pictures, films and interactive pages."""

@@ -1,4 +1,4 @@
-"""Films: the frames as they are, and merged, side by side; a token keeps its colour over the frames."""
+"""Films of videos: original and merged frames side by side, with one colour per token in all frames."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from tokenmerge.tools.visualize.panels import painted, scale_of
 from tokenmerge.tracing import View
 from tokenmerge.tracing.sheet import contact_sheet, enlarged, to_image
 
-_CODECS = ("libx264", "mpeg4")  # the first that this PyAV has
+_CODECS = ("libx264", "mpeg4")  # in the order of preference
 
 
 def write_film(path: Path, shown: Sequence[Shown], looks: Sequence[Sequence[Look]], block: int, view: View) -> None:
-    """Write an .mp4 or a .gif: every input one after the other, with a column for each setting.
+    """Write an .mp4 or .gif that shows the inputs one after the other, with one column per setting.
 
     Raises:
         InputError: if PyAV is missing.
@@ -54,12 +54,12 @@ def _write_mp4(path: Path, frames: Sequence[Image.Image], rate: float) -> None:
     codec = next((name for name in _CODECS if name in av.codecs_available), None)
     if codec is None:
         raise OSError("this PyAV has no encoder for it; .gif needs none")
-    width, height = (side + side % 2 for side in frames[0].size)  # 4:2:0 has half as many colours along each axis
+    width, height = (side + side % 2 for side in frames[0].size)  # 4:2:0 subsampling needs even sides
     try:
         with av.open(str(path), "w") as container:
             stream: Any = container.add_stream(codec, rate=Fraction(rate).limit_denominator(1000))
             stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
-            stream.bit_rate = 8 * width * height  # enough that borders stay sharp
+            stream.bit_rate = 8 * width * height  # high enough for sharp borders
             for frame in frames:
                 padded = Image.new("RGB", (width, height), "white")
                 padded.paste(frame)

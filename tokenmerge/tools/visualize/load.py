@@ -1,4 +1,4 @@
-"""A file -> what a model is given, and what people see of it."""
+"""Loading of files as model inputs and as pixels to draw."""
 
 from __future__ import annotations
 
@@ -34,12 +34,12 @@ class Shown:
     """One input.
 
     Attributes:
-        name: of the file, without its folder.
+        name: name of the file without its folder.
         medium: images, sounds or videos.
-        batch: what the model is given, `[1, …]`.
-        pixels: what people see: `[3, H, W]`, of videos `[3, T, H, W]`, of sounds `[3, bands, frames]`, lowest band first; in
-            [0, 1], and exactly what the model sees.
-        rate: frames per second, of videos.
+        batch: model input, `[1, …]`.
+        pixels: the same input to draw, float32 in [0, 1]: `[3, H, W]`, for videos `[3, T, H, W]`, for sounds
+            `[3, bands, frames]` with the lowest band first.
+        rate: frames per second of videos.
     """
 
     name: str
@@ -49,25 +49,25 @@ class Shown:
     rate: float = 8.0
 
     def regions(self, trace: Trace, block: int | None) -> Tensor:
-        """The token of every pixel, after a block."""
+        """Return the token of every pixel after a block."""
         shape: Sequence[int] = self.pixels.shape[1:]
-        if self.medium is SOUNDS and self.batch.dim() == 4:  # timm's spectrograms have time first
+        if self.medium is SOUNDS and self.batch.dim() == 4:  # time is the first axis of timm's spectrograms
             return trace.regions((shape[1], shape[0]), block).T
         return trace.regions(shape, block)
 
 
 def medium_of_file(path: Path) -> Medium:
-    """By its name; images if it says nothing else."""
+    """Return the medium of a file by its suffix; images for unknown suffixes."""
     suffix = path.suffix.lower()
     return next((one for one in (SOUNDS, VIDEOS) if suffix in (one.suffixes or ())), IMAGES)
 
 
 class Loader:
-    """Makes inputs for one model, in the preprocessing that it is evaluated with.
+    """Loader of inputs for one model, with the preprocessing of its evaluation.
 
     Args:
-        model: any supported one.
-        sampling_rate: of videos, steps from frame to frame.
+        model: any supported model.
+        sampling_rate: stride between the sampled frames of a video.
 
     Raises:
         InputError: if the model takes several inputs.
@@ -86,7 +86,7 @@ class Loader:
 
     @property
     def medium(self) -> Medium:
-        """What the model takes."""
+        """Medium of the model's inputs."""
         if len(self.shape) == 4:
             return VIDEOS
         return SOUNDS if len(self.shape) == 2 or self.shape[0] == 1 else IMAGES
@@ -95,7 +95,7 @@ class Loader:
         """Read one file.
 
         Raises:
-            InputError: if it is not there, damaged, or not what the model takes.
+            InputError: if it is missing, damaged, or of another medium than the model takes.
         """
         found = medium_of_file(path)
         if not path.is_file():
@@ -111,12 +111,12 @@ class Loader:
                 return self.image(image, printable(path.name))
         except TokenMergeError:
             raise
-        except Exception as error:  # every decoder raises its own kinds
+        except Exception as error:  # every decoder raises its own exception types
             reason = str(error) or type(error).__name__
             raise InputError(f"{str(path)!r} cannot be read ({reason}): give a whole file of {found.name}") from None
 
     def image(self, image: Image.Image, name: str) -> Shown:
-        """An opened picture, turned as its camera says."""
+        """Preprocess an opened picture, rotated by its EXIF orientation."""
         colour: Image.Image = (ImageOps.exif_transpose(image) or image).convert("RGB")
         tensor: Tensor = self._image_transform(colour)
         return Shown(name, IMAGES, self._batch(tensor), self._pixels(tensor))
@@ -164,18 +164,18 @@ class Loader:
 
 
 def _normalisation(model: Any) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Mean and standard deviation of the pixels that a model is used to."""
+    """Return the mean and standard deviation of the model's normalization."""
     if hasattr(model, "pretrained_cfg") or hasattr(model, "weights"):
         config = preprocessing(model, {})
         return tuple(config["mean"]), tuple(config["std"])
     tower = getattr(model, "visual", model)
-    if hasattr(tower, "image_mean") and tower.image_mean is not None:  # open_clip's
+    if hasattr(tower, "image_mean") and tower.image_mean is not None:  # an open_clip model
         return tuple(tower.image_mean), tuple(tower.image_std)
     return _of_transformers(model) or (_IMAGENET if len(input_shape(model)) == 4 else (_HALF, _HALF))
 
 
 def _of_transformers(model: Any) -> tuple[tuple[float, ...], tuple[float, ...]] | None:
-    """What the image processor beside the weights says, or that of the model's kin."""
+    """Return the normalization in the image processor's config of the weights, or the usual one of the model type."""
     config = getattr(model, "config", None)
     file = Path(str(getattr(config, "_name_or_path", "")), "preprocessor_config.json")
     try:
@@ -189,6 +189,6 @@ def _of_transformers(model: Any) -> tuple[tuple[float, ...], tuple[float, ...]] 
 
 
 def mel_bands(count: int) -> list[float]:
-    """The middle of each band of Kaldi's log-mel spectrum of 20 to 8,000 Hz, in Hz."""
+    """Return the centre frequencies in Hz of the `count` bands of Kaldi's log-mel spectrum from 20 to 8,000 Hz."""
     low, high = (1127 * math.log1p(hertz / 700) for hertz in (20, 8000))
     return [700 * math.expm1((low + (high - low) * (i + 1) / (count + 1)) / 1127) for i in range(count)]

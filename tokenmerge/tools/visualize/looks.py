@@ -1,4 +1,4 @@
-"""One input through one setting: the trace, and what the model makes of it."""
+"""Traced passes: the merges and predictions of one input at one setting."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ from tokenmerge.tracing.trace import Trace
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Look:
-    """What was seen.
+    """Result of one traced pass.
 
     Attributes:
-        title: of the setting.
-        trace: of the pass.
-        top: the five likeliest classes and their probabilities; empty without a classifier.
-        gflops: of the pass, at the model's own input size.
-        class_token: whether attention in the trace is of a class token, or a mean.
+        title: title of the setting.
+        trace: trace of the pass.
+        top: the five most likely classes and their probabilities; empty without a classifier.
+        gflops: GFLOPs of the pass at the model's own input size.
+        class_token: whether the trace holds attention of the class token, and not a mean over all tokens.
     """
 
     title: str
@@ -41,15 +41,15 @@ class Look:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Merged:
-    """A copy of a model that merges as a setting says, and notes what it did.
+    """A patched copy of a model that traces its merges.
 
     Attributes:
-        title: of the setting.
-        model: the copy; it shares the weights.
-        handle: of its patch.
-        names: of its classes, if known.
-        classifies: whether its outputs are classes at all.
-        class_token: whether it has a class token, whose attention can be shown.
+        title: title of the setting.
+        model: the copy, which shares the weights.
+        handle: handle of the patch.
+        names: class names, if known.
+        classifies: whether the model is a classifier.
+        class_token: whether the model has a class token, whose attention can be shown.
     """
 
     title: str
@@ -61,12 +61,12 @@ class Merged:
 
     @functools.cached_property
     def gflops(self) -> float:
-        """Of a pass."""
+        """GFLOPs of one pass."""
         return self.handle.summary().flops_after / 1e9
 
     @torch.inference_mode()
     def look(self, shown: Shown) -> Look:
-        """One pass."""
+        """Run one pass on an input."""
         output = self.model(shown.batch)
         top = top_of(output, self.names) if self.classifies else ()
         return Look(self.title, self.handle.trace, top, self.gflops, self.class_token)
@@ -75,7 +75,7 @@ class Merged:
 def merged_copies(
     model: Any, settings: Sequence[Setting], fields: dict[str, Any], attention: bool = False
 ) -> list[Merged]:
-    """One for each setting.
+    """Return one patched copy for each setting.
 
     Raises:
         InputError: if two settings are the same.
@@ -93,13 +93,13 @@ def merged_copies(
 
 
 def classifies(model: Any) -> bool:
-    """Whether what the model gives are logits of classes."""
+    """Return whether the model is a classifier."""
     known = hasattr(model, "pretrained_cfg") or hasattr(model, "weights")
     return bool(num_classes(model)) if known else getattr(model, "classifier", None) is not None
 
 
 def class_names_of(model: Any) -> list[str] | None:
-    """`class_names`, for models that may have no classifier; ImageNet's in words."""
+    """Return the class names in words; `None` without a classifier or if they are unknown."""
     if not classifies(model):
         return None
     names = class_names(model)
@@ -109,14 +109,14 @@ def class_names_of(model: Any) -> list[str] | None:
         subset = infer_imagenet_subset(model)
         if names is None and subset is not None:
             return [str(one).split(",")[0] for one in ImageNetInfo(subset).label_descriptions()]
-        if names is not None and all(re.fullmatch(r"n\d{8}", name) for name in names):  # WordNet's numbers
+        if names is not None and all(re.fullmatch(r"n\d{8}", name) for name in names):  # WordNet ids
             words = ImageNetInfo("imagenet-12k")
             return [(words.label_name_to_description(name) or name).split(",")[0] for name in names]
     return names
 
 
 def top_of(output: Any, names: Sequence[str] | None) -> tuple[tuple[str, float], ...]:
-    """The five likeliest classes; nothing where the model gives no logits."""
+    """Return the five most likely classes and their probabilities; empty if the output has no logits."""
     logits = output if isinstance(output, Tensor) else getattr(output, "logits", None)
     if not isinstance(logits, Tensor) or logits.dim() != 2:
         return ()

@@ -1,4 +1,4 @@
-"""Flags of `tokenmerge visualize`, and of what else looks at models."""
+"""Flags of `tokenmerge visualize`."""
 
 from __future__ import annotations
 
@@ -10,10 +10,14 @@ from tokenmerge.tracing import VIEWS
 
 
 def add_visualize_options(command: argparse.ArgumentParser) -> None:
-    """All of them."""
+    """Add all flags of `tokenmerge visualize`."""
     add_model(command)
     command.add_argument(
-        "inputs", metavar="FILE", nargs="+", type=Path, help="pictures; videos or sounds, for models that take those"
+        "inputs",
+        metavar="FILE",
+        nargs="+",
+        type=Path,
+        help="pictures to show, or videos or sounds for models that take them",
     )
     add_merging(command, ["8"])
     add_weights(command)
@@ -21,14 +25,14 @@ def add_visualize_options(command: argparse.ArgumentParser) -> None:
         "--layer",
         default="all",
         metavar="all|last|N",
-        help="all: the input and four blocks up to the last; last; or after N blocks (%(default)s)",
+        help="blocks to show: all (the input and four blocks up to the last), last, or after N blocks (%(default)s)",
     )
     command.add_argument(
         "--view",
         choices=VIEWS,
         default="picture",
-        help="every token in its mean colour, the picture with outlines of the tokens, a heat map of their sizes, or a colour "
-        "for each token that stays the same from block to block (%(default)s)",
+        help="how tokens are drawn: in their mean colour, as outlines on the picture, as a heat map of their sizes, or in one "
+        "colour per token that stays the same in all blocks (%(default)s)",
     )
     command.add_argument(
         "--out",
@@ -37,6 +41,6 @@ def add_visualize_options(command: argparse.ArgumentParser) -> None:
         type=Path,
         default=Path("tokenmerge.png"),
         metavar="FILE",
-        help="a picture; .html is a page to explore; .mp4 or .gif is a film, of videos (%(default)s)",
+        help="file to write: a picture, an interactive page (.html), or a film of videos (.mp4, .gif) (%(default)s)",
     )
     add_sampling_rate(command)

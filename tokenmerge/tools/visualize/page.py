@@ -1,4 +1,4 @@
-"""The explorer: one self-contained page with everything about some images in it."""
+"""The interactive page: one self-contained HTML file with all data about some images."""
 
 from __future__ import annotations
 
@@ -20,17 +20,17 @@ from tokenmerge.tracing.regions import anchors
 from tokenmerge.tracing.sheet import to_image
 
 _GONE = 65535
-"""Stands for −1, a patch that was dropped."""
+"""Code of a dropped patch (−1 in plans), in unsigned 16-bit integers."""
 
 
 def write_page(path: Path, model: str, shown: Sequence[Shown], looks: Sequence[Sequence[Look]]) -> None:
-    """Write the page.
+    """Write the interactive page.
 
     Args:
-        path: of the file.
-        model: its name.
-        shown: images.
-        looks: of each image, the unmerged model first, then the settings.
+        path: file to write.
+        model: name of the model.
+        shown: the images.
+        looks: passes of each image: the unmerged model first, then the settings.
 
     Raises:
         InputError: if Jinja2 is missing, or the file cannot be written.
@@ -44,7 +44,7 @@ def write_page(path: Path, model: str, shown: Sequence[Shown], looks: Sequence[S
 
 
 def explorer_page(model: str, data: dict[str, Any], r: str = "") -> str:
-    """HTML of the explorer, with these images or, if `live`, without any yet, and settings to start with."""
+    """Return the HTML of the page with the images of `data`, none if it is `live`, and initial settings `r`."""
     heat = (table("cividis") * 255).round().to(torch.uint8)
     return render(
         "explorer.html.j2",
@@ -52,25 +52,24 @@ def explorer_page(model: str, data: dict[str, Any], r: str = "") -> str:
         live=data["live"],
         r=r,
         data=embedded({**data, "heat": _packed(heat)}),
-        about=about_this()
-        | ({"command": ""} if data["live"] else {}),  # visitors need not know the places of this machine
+        about=about_this() | ({"command": ""} if data["live"] else {}),  # visitors of a server must not see its paths
     )
 
 
 def image_data(shown: Shown, looks: Sequence[Look], speeds: Sequence[float | None] | None = None) -> dict[str, Any]:
-    """What the page must know of one image.
+    """Return the data of one image for the page.
 
     Args:
         shown: the image.
-        looks: of the unmerged model first, then of the settings.
-        speeds: speed-ups over the unmerged model, of the settings, where they were measured.
+        looks: passes of the unmerged model first, then of the settings.
+        speeds: measured speed-ups of the settings over the unmerged model, if any.
     """
     trace = looks[0].trace
     grid = trace.known_grid
     height, width = shown.pixels.shape[1:]
     file = io.BytesIO()
     to_image(shown.pixels).save(file, "PNG")
-    # what pixels add up to in each patch, and how many they are: tokens then have exactly their mean colour
+    # sums and counts of pixels in each patch, from which the page computes the exact mean colour of tokens
     cells = _cells(grid, height, width)
     count = torch.bincount(cells, minlength=grid[0] * grid[1])
     levels = (shown.pixels * 255).round().reshape(3, -1).double()
@@ -110,7 +109,7 @@ def _about(look: Look, speed: float | None) -> dict[str, Any]:
 
 
 def blocks_of(trace: Any) -> list[dict[str, Any]]:
-    """Per block: the token of each patch after it, by its first patch; what merged in it; what the class token saw."""
+    """Return for each block the token of each patch (named by its first patch), the merges, and the attention."""
     protected, found = trace.protected, []
     before = torch.arange(trace.tokens)
     for number, plan in enumerate(trace.plans):
@@ -124,7 +123,9 @@ def blocks_of(trace: Any) -> list[dict[str, Any]]:
             block |= _events(trace, number, before)
         attention = trace.attention[number] if number < len(trace.attention) else None
         if attention is not None:
-            seen = before if int(before.max()) + 1 == attention.shape[1] else after  # place="before" merges first
+            seen = (
+                before if int(before.max()) + 1 == attention.shape[1] else after
+            )  # place="before" merges before attention
             block["attention"] = _attention(attention[0].cpu(), seen, protected)
         found.append(block)
         before = after
@@ -132,7 +133,7 @@ def blocks_of(trace: Any) -> list[dict[str, Any]]:
 
 
 def _events(trace: Any, number: int, before: Tensor) -> dict[str, str]:
-    """What joined what in a block, both by their first patch; and how similar they were, in 1/10,000."""
+    """Return the merges of a block: sources and targets by their first patch, and similarities in units of 1/10,000."""
     plan, protected = trace.plans[number], trace.protected
     first = _first_patch(before, protected)
     source, target = plan.source[0].cpu(), plan.target[0].cpu()
@@ -147,7 +148,7 @@ def _events(trace: Any, number: int, before: Tensor) -> dict[str, str]:
 
 
 def _first_patch(source: Tensor, protected: int) -> Tensor:
-    """For each token the first patch that became it."""
+    """Return the first patch of each token."""
     first = torch.full((int(source.max()) + 1,), _GONE, dtype=torch.int64)
     patches = source[protected:]
     alive = patches >= 0
@@ -155,7 +156,7 @@ def _first_patch(source: Tensor, protected: int) -> Tensor:
 
 
 def _attention(attention: Tensor, before: Tensor, protected: int) -> str:
-    """Bytes: attention to each patch, its share of its token's; 255 is the most in this block."""
+    """Return the attention to each patch (its share of its token's) as bytes, where 255 is the maximum of the block."""
     patches = before[protected:]
     alive = patches >= 0
     share = attention / torch.bincount(before[before >= 0], minlength=len(attention)).clamp_min(1)

@@ -1,4 +1,4 @@
-"""One input after one block, painted: the part that pictures and films have in common."""
+"""Drawing of one input after one block, shared by pictures and films."""
 
 from __future__ import annotations
 
@@ -15,14 +15,15 @@ _WIDTH = 224
 
 
 def scale_of(shown: Shown) -> int:
-    """How many times a picture is enlarged."""
+    """Return the integer factor by which a picture is enlarged."""
     return max(1, round(_WIDTH / max(shown.pixels.shape[-2:])))
 
 
 def painted(shown: Shown, look: Look, block: int, view: View, scale: int = 1) -> Tensor:
-    """`[3, …, H·scale, W·scale]`: an input after a block; −1 is the input itself. Borders are one pixel wide.
+    """Return `[3, …, H·scale, W·scale]`: the tokens of an input after a block, with borders of one pixel.
 
-    Sizes have the same colours after all blocks: those of a patch, and of the largest token after the last block.
+    Block −1 is the input itself. The colour scale of sizes is the same for all blocks: it ends at the largest token after the
+    last block.
     """
     pixels = enlarged(shown.pixels, scale)
     if block < 0:

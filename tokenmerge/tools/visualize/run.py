@@ -1,4 +1,4 @@
-"""From files and settings to a picture, a film or a page."""
+"""`tokenmerge visualize`: draw merged tokens as a picture, a film or a page."""
 
 from __future__ import annotations
 
@@ -26,20 +26,20 @@ from tokenmerge.tracing.figure import plot_spectrograms, strip
 from tokenmerge.tracing.sheet import contact_sheet, to_image
 
 _FRAMES = 8
-"""How many frames of a video a picture shows."""
+"""Number of frames of a video in a picture."""
 _FILMS = (".mp4", ".gif")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class VisualizeArgs:
-    """What to show, and where.
+    """Inputs and output of a visualization.
 
     Attributes:
-        inputs: files.
-        out: file to write; its suffix says what: a picture, a film, or a page.
-        layer: "all", "last", or after how many blocks.
+        inputs: files to show.
+        out: file to write; its suffix selects a picture, a film or a page.
+        layer: "all", "last", or a number of blocks.
         view: one of `tokenmerge.tracing.VIEWS`.
-        sampling_rate: of videos, steps from frame to frame.
+        sampling_rate: stride between the sampled frames of a video.
     """
 
     inputs: Sequence[Path]
@@ -52,7 +52,7 @@ class VisualizeArgs:
 def run_visualize(
     args: ModelArgs, wanted: VisualizeArgs, settings: Sequence[Setting], fields: dict[str, Any], report: Report
 ) -> int:
-    """Draw, and say what was drawn; returns 0.
+    """Draw the inputs, print and write one row per input and setting, and return 0.
 
     Raises:
         InputError: if a file cannot be read or written.
@@ -98,7 +98,7 @@ def _checked_suffix(out: Path) -> str:
 
 
 def _blocks(layer: str, model: Any) -> list[int]:
-    """After which blocks, from 0; −1 is the input."""
+    """Return the indices of the blocks to show, where −1 is the input."""
     from tokenmerge.patching.target import find_target
 
     count = len(find_target(model).blocks)
@@ -126,7 +126,7 @@ def _draw(
 
 
 def sheet(shown: Sequence[Shown], looks: Sequence[Sequence[Look]], blocks: Sequence[int], view: View) -> Image.Image:
-    """One row for each input and setting (of a video, for some of its frames too), one column for each of `blocks`."""
+    """Draw one row per input and setting (and per selected frame of a video), and one column per block of `blocks`."""
     rows, names = [], []
     for each, of_input in zip(shown, looks, strict=True):
         for look in of_input:
