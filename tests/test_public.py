@@ -89,7 +89,7 @@ def test_shapes_use_the_legend() -> None:
             re.search(rf"^{re.escape(symbol)} +\S", inspect.cleandoc(legend), re.MULTILINE)
             or f"    {symbol} " in legend
         )
-    known = re.compile(r"(\d+|\*grid|h|w|t|height|width|[BNCHDLrMKP]|N'|N₀|H·D|\|A\||\|B\|)( (or|−) (\d+|[BNCHr]))*")
+    known = re.compile(r"(C'|\d+|\*grid|h|w|t|height|width|[BNCHDLrMKP]|N'|N₀|H·D|\|A\||\|B\|)( (or|−) (\d+|[BNCHr]))*")
     for name, thing in PUBLIC.items():
         for shape in SYMBOL.findall(documented(thing)):
             if shape.startswith("B, "):

@@ -103,7 +103,7 @@ def run_compare(args: ModelArgs, compare: CompareArgs, fields: dict[str, Any], r
 def _variants(
     model: Any, images: Images, compare: CompareArgs, fields: dict[str, Any], report: Report
 ) -> list[Variant]:
-    """Return all variants; the first one of each group is the baseline of the others."""
+    """Return all variants; the first variant of every group is the baseline of the others."""
     if compare.experiment is not None:
         return [
             make_variant(model, line.label, setting, {**fields, **line.fields})
