@@ -139,7 +139,7 @@ def test_dimensions_that_mean_nothing_are_refused(fields: dict[str, Any]) -> Non
 def test_dimensions_at_their_limits() -> None:
     """No head, no prefix, no MLP, an oblong image of a few patches."""
     cost = tokenmerge.vit_cost(
-        embed_dim=8, depth=1, img_size=[32, 48], num_classes=0, protected=0, mlp_ratio=0, in_chans=1
+        embed_dim=8, depth=1, img_size=(32, 48), num_classes=0, protected=0, mlp_ratio=0, in_chans=1
     )
     assert (cost.tokens, cost.protected, cost.head) == (6, 0, 0)
     assert cost.total() == 256 * 8 * 6 + 4 * 8 * 8 * 6 + 2 * 8 * 36
