@@ -144,7 +144,7 @@ def test_dimensions_at_their_limits() -> None:
     assert (cost.tokens, cost.protected, cost.head) == (6, 0, 0)
     assert cost.total() == 256 * 8 * 6 + 4 * 8 * 8 * 6 + 2 * 8 * 36
     assert tokenmerge.vit_cost(embed_dim=1, depth=1, img_size=1, patch_size=1).tokens == 2
-    assert cost.at(12).stem == 2 * cost.stem
+    assert (cost.at(12).tokens, cost.at(12).stem) == (12, 2 * cost.stem)
 
 
 def test_costs_cannot_be_changed() -> None:

@@ -16,6 +16,7 @@ from tests.helpers.tiny import images_for, tiny
 from tests.tools.test_export_table import COLUMNS, Several
 from tokenmerge.errors import ConfigError
 from tokenmerge.ops import basics, exported
+from tokenmerge.tools.export import SUFFIXES, ExportArgs, export_model
 from tokenmerge.tools.search.space import START, config_fields, full, suggest
 
 ANY = torch.export.Dim.DYNAMIC
@@ -189,3 +190,12 @@ def test_equal_patches_merge_as_in_the_model(tmp_path: Path) -> None:
     program = torch.export.export(model, (torch.randn(2, 3, 96, 96),), strict=False).module()
     for images in (torch.zeros(2, 3, 96, 96), torch.ones(2, 3, 96, 96).tril()):
         assert torch.equal(program(images), model(images))
+
+
+@pytest.mark.parametrize("format", ["onnx", "pt2"])
+def test_a_refusal_is_our_own_sentence(format: str, tmp_path: Path) -> None:
+    """Also where an exporter wraps it into an error of its own, with advice for its developers."""
+    model = tiny("deit_tiny_patch16_224", depth=1)
+    tokenmerge.patch(model, r=5, matcher="agglomerative")
+    with pytest.raises(ConfigError, match="runs in scipy"):
+        export_model(model, images_for(model), ExportArgs(format=format), tmp_path / f"model{SUFFIXES[format]}", {})

@@ -193,6 +193,8 @@ def export_model(model: nn.Module, images: Tensor, args: ExportArgs, path: Path,
                 f"{str(path)!r} cannot be written ({error.strerror or error}): choose another --output"
             ) from None
         except Exception as error:  # every exporter raises its own exception types
+            if (own := _own_error(error)) is not None:
+                raise own from None
             reason = next((line for line in str(error).splitlines() if line.strip()), "no reason given")
             raise InputError(
                 f"the model cannot be exported as {args.format} ({type(error).__name__}: {reason[:300]}): "
@@ -208,6 +210,13 @@ def export_model(model: nn.Module, images: Tensor, args: ExportArgs, path: Path,
         for part in folder.iterdir():
             part.unlink()
         folder.rmdir()
+
+
+def _own_error(error: BaseException | None) -> TokenMergeError | None:
+    """Return the error of this library that an exporter has wrapped in its own, or `None`."""
+    while error is not None and not isinstance(error, TokenMergeError):
+        error = error.__cause__ or error.__context__
+    return error
 
 
 def _verify(model: nn.Module, images: Tensor, args: ExportArgs, path: Path) -> float:
