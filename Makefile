@@ -38,7 +38,7 @@ test-fast: $(STAMP)
 
 # every kind of block and head runs with the oldest versions; all timm names, which differ only in their sizes, and tests that do not
 # depend on other libraries run with the newest versions only
-NEWEST_ONLY := test_layout test_config test_schedule tools/test_benchmarks tools/test_break_even tools/test_compare tools/test_docs tools/test_sounds \
+NEWEST_ONLY := test_layout test_public test_config test_schedule tools/test_benchmarks tools/test_break_even tools/test_compare tools/test_docs tools/test_sounds \
 	tools/test_videos tools/test_tools
 test-oldest: $(OLD)/.installed
 	OMP_NUM_THREADS=1 $(OLD)/bin/python -m pytest -n 2 --dist worksteal -m "not slow" \

@@ -20,7 +20,9 @@ def is_exporting() -> bool:
     In torch 2.11, Dynamo evaluates `torch.compiler.is_exporting()` as true whenever it compiles. The decorator makes
     Dynamo call this function instead of tracing it.
     """
-    return torch.compiler.is_exporting() or torch.onnx.is_in_onnx_export()
+    # the older ONNX exporter traces; asking it first would take a microsecond at every call
+    traced = torch._C._get_tracing_state() is not None and torch.onnx.is_in_onnx_export()
+    return torch.compiler.is_exporting() or traced
 
 
 # --- ranges of integers ------------------------------------------------------------------------------------
@@ -44,7 +46,7 @@ def counting(count: int, device: torch.device, step: int = 1) -> Tensor:
         step: difference between entries.
     """
     # arange with a step has a length that Dynamo cannot print if N is dynamic (a quotient of symbols)
-    if device.type != "cpu" or torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() or is_exporting():
+    if device.type != "cpu" or torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack():
         numbers = torch.arange(count, device=device)
         return numbers.mul_(step)
     return _made(count, step)
