@@ -79,8 +79,10 @@ benchmarks-gpu:
 	$(PYTHON) benchmarks/gpu.py
 	for script in attention ops models training scaling; do $(PYTHON) benchmarks/$$script.py --device cuda --dtype bfloat16 || exit 1; done
 
+# (a comma would end the argument of a call)
+comma := ,
 $(STAMP): pyproject.toml constraints.txt
-	$(call install,$(VENV),--constraint constraints.txt --editable ".[dev,dev-interop]")
+	$(call install,$(VENV),--constraint constraints.txt --editable ".[dev$(comma)dev-interop]")
 	touch $(STAMP)
 
 clean:
