@@ -72,11 +72,12 @@ class Summary:
         sizes = [self.input_size] if isinstance(self.input_size, int) else self.input_size
         return f"inputs of {'×'.join(map(str, sizes))}"
 
-    def _matching_in_words(self) -> str:
-        """Return the cost of matching, in words."""
+    @property
+    def matching_in_words(self) -> str:
+        """What the matching adds to the FLOPs, as a phrase."""
         if self.matching_flops is None:
-            return ", matching not counted"
-        return f", matching {100 * self.matching_flops / self.flops_after:.2g} % more" if self.matching_flops else ""
+            return "matching not counted"
+        return f"matching adds {100 * self.matching_flops / self.flops_after:.2g} %"
 
     def __str__(self) -> str:
         lines = [
@@ -88,7 +89,7 @@ class Summary:
             *textwrap.wrap(f"  attention form {self.attention}: {self.attention_reason}", 80, subsequent_indent="    "),
             *textwrap.wrap(f"  backend {self.backend}: {self.backend_reason}", 80, subsequent_indent="    "),
             f"  {self.flops_before / 1e9:.4g} -> {self.flops_after / 1e9:.4g} GFLOPs per image "
-            f"({100 / self.flops_ratio:.1f} %){self._matching_in_words()}",
+            f"({100 / self.flops_ratio:.1f} %); {self.matching_in_words}",
             "  block   tokens in   merged   tokens out   GFLOPs",
         ]
         for i, (asked, r) in enumerate(zip(self.requested, self.r, strict=True)):
