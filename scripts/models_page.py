@@ -61,7 +61,9 @@ to whoever patched it.
 
 **Positions.** `positions="mean"` (the default) puts a merged token at the size-weighted mean of its patches'
 coordinates, or gives it the mean relative bias of their pairs; `positions="destination"` takes those of the one token
-that the others joined. Prefix tokens have none. Matching compares keys before they are rotated.
+that the others joined. Prefix tokens have none. The mean over pairs costs time where attention has relative biases: BEiT-B/16 at 384
+pixels with `speedup=2` runs 1.55 times as fast with it and 1.74 times with `"destination"` (ViT-B/16, which has none, 1.90 times; two
+CPU cores, batch 2). Matching compares keys before they are rotated.
 
 **Padding.** Boolean or additive masks `[B, 1, 1 or N, N]` that mask padding are obeyed: padding has size 0, is merged
 with padding, and changes nothing. Any other mask is refused while tokens merge."""
