@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from tokenmerge.ops.basics import ascending_order, counting, either, marked, places_of
+from tokenmerge.ops.basics import ascending_order, counting, marked, places_of
 from tokenmerge.plan import DROPPED, MergePlan
 
 
@@ -52,7 +52,7 @@ def join_nearest(similarity: Tensor, source: Tensor, protected: int) -> MergePla
     """
     tokens = similarity.shape[1]
     rows = similarity.gather(1, source.unsqueeze(2).expand(-1, -1, tokens))
-    closed = either(marked(source, tokens), counting(tokens, source.device) < protected)
+    closed = torch.logical_or(marked(source, tokens), counting(tokens, source.device) < protected)
     return join(source, rows.masked_fill(closed.unsqueeze(1), -torch.inf).argmax(dim=2), tokens)
 
 

@@ -12,7 +12,7 @@ from tokenmerge.errors import InputError
 from tokenmerge.matching.joining import join, join_nearest, lowest
 from tokenmerge.matching.registry import needed, register_matcher
 from tokenmerge.matching.values import AtLeast, Within
-from tokenmerge.ops.basics import counting, descending_order, either, is_exporting, take_rows, unit
+from tokenmerge.ops.basics import counting, descending_order, is_exporting, take_rows, unit
 from tokenmerge.plan import MergePlan
 
 
@@ -21,8 +21,8 @@ def _similarities(metric: Tensor, protected: int) -> Tensor:
     x = unit(metric)
     similarity = x @ x.transpose(1, 2)
     position = counting(x.shape[1], x.device)
-    closed = either(position < protected, position == position.unsqueeze(1))
-    return similarity.masked_fill(either(closed, (position < protected).unsqueeze(1)), -torch.inf)
+    closed = torch.logical_or(position < protected, position == position.unsqueeze(1))
+    return similarity.masked_fill(torch.logical_or(closed, (position < protected).unsqueeze(1)), -torch.inf)
 
 
 @register_matcher("greedy", most="all but one")
@@ -59,13 +59,13 @@ def greedy_matching(metric: Tensor, r: int, protected: int = 0, size: Tensor | N
         is_staying, is_going = position == stays, position == goes
         mean = torch.where(is_staying.unsqueeze(2), merged, mean)
         weight = torch.where(is_staying, total, weight)
-        gone = either(gone, is_going)
+        gone = torch.logical_or(gone, is_going)
         into = torch.where(into == goes, stays, into)
         new = torch.nn.functional.cosine_similarity(mean, merged, dim=2, eps=1e-12)
-        new = new.masked_fill(either(either(gone, closed), is_staying), -torch.inf)
+        new = new.masked_fill(torch.logical_or(torch.logical_or(gone, closed), is_staying), -torch.inf)
         similarity = torch.where(is_staying.unsqueeze(2), new.unsqueeze(1), similarity)
         similarity = torch.where(is_staying.unsqueeze(1), new.unsqueeze(2), similarity)
-        similarity = similarity.masked_fill(either(is_going.unsqueeze(2), is_going.unsqueeze(1)), -torch.inf)
+        similarity = similarity.masked_fill(torch.logical_or(is_going.unsqueeze(2), is_going.unsqueeze(1)), -torch.inf)
     source = descending_order(gone.to(torch.int64))[:, :r]
     return join(source, into.gather(1, source), tokens)
 

@@ -12,7 +12,7 @@ from tokenmerge.matching.joining import drop, join, lowest, rest_of
 from tokenmerge.matching.partitions import shuffled
 from tokenmerge.matching.registry import needed, register_matcher
 from tokenmerge.matching.values import PerBlock, Within
-from tokenmerge.ops.basics import counting, either, first_reaching, marked
+from tokenmerge.ops.basics import counting, first_reaching, marked
 from tokenmerge.plan import MergePlan
 
 
@@ -140,7 +140,7 @@ def prune_then_merge(
     going = lowest(needed(attention, "attention", "diffrate"), r, protected)
     merged = going[:, count:]
     similarity = similarities(metric, metric).gather(1, merged.unsqueeze(2).expand(-1, -1, tokens))
-    closed = either(marked(going, tokens), counting(tokens, metric.device) < protected)
+    closed = torch.logical_or(marked(going, tokens), counting(tokens, metric.device) < protected)
     nearest = similarity.masked_fill(closed.unsqueeze(1), -torch.inf).argmax(dim=2)
     # `join` needs a partner for dropped tokens, too; their targets are then replaced by −1
     joined = torch.cat([rest_of(going, tokens)[:, -1:].expand(-1, count), nearest], dim=1)

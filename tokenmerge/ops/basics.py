@@ -171,11 +171,6 @@ def places_of(wanted: Tensor, among: Tensor, count: int) -> Tensor:
     return place.scatter_(1, among, counting(among.shape[1], among.device).expand_as(among)).gather(1, wanted)
 
 
-def either(first: Tensor, second: Tensor) -> Tensor:
-    """Return where one of two boolean tensors is true; exporters know this form better than `|`."""
-    return torch.logical_or(first, second)
-
-
 def first_reaching(ascending: Tensor, levels: Tensor) -> Tensor:
     """Return for each of `levels [M]` the position of the first of the `ascending [B, K]` numbers that reaches it, `[B, M]` int64."""
     if is_exporting():
