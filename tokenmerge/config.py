@@ -24,7 +24,7 @@ Partition = Literal["alternating", "sequential", "random", "checkerboard"]
 Combine = Literal["mean", "average", "max", "destination", "norm", "max_norm", "tofu"]
 Place = Literal["before", "between", "after"]
 AttentionForm = Literal["auto", "mask", "triton", "cudnn", "efficient", "math", "flex", "key_channel", "value_channel"]
-Backend = Literal["auto", "torch", "triton"]
+Backend = Literal["auto", "torch", "triton", "c"]
 
 
 PRESETS: Mapping[str, Mapping[str, Any]] = frozen(
@@ -178,7 +178,10 @@ class MergeConfig:
         "matching",
     )
     backend: Backend = setting(
-        "auto", "implementation of matching and merging; auto uses Triton kernels on a GPU", "running", by_matcher=True
+        "auto",
+        "implementation of matching and merging; auto uses Triton kernels on a GPU and functions in C on a CPU",
+        "running",
+        by_matcher=True,
     )
     trace: bool | Literal["attention", "rollout"] = setting(
         False,

@@ -43,7 +43,7 @@ def size_bias(size: Tensor | None, x: Tensor, prop_attn: bool = True, log_size: 
         return None
     dtype = attention_dtype(x)
     if prop_attn and log_size is not None and log_size.dtype == dtype:
-        return log_size[:, None, None, :]
+        return log_size.view(size.shape[0], 1, 1, size.shape[1])
     weight = size if prop_attn else (size > 0).to(size.dtype)
     log = weight.log()
     if dtype != log.dtype:

@@ -12,8 +12,9 @@ from tokenmerge.errors import ConfigError
 from tokenmerge.matching.distances import as_product
 from tokenmerge.matching.partitions import partition_order
 from tokenmerge.matching.registry import register_matcher
+from tokenmerge.ops import native
 from tokenmerge.ops.basics import ascending, counting, descending_order, no_autocast, sum_over_heads, take_rows, unit
-from tokenmerge.ops.choice import takes_triton
+from tokenmerge.ops.choice import takes_c, takes_triton
 from tokenmerge.plan import MergePlan
 
 _FEW = 2**13
@@ -47,7 +48,8 @@ def bipartite_matching(
             cosine similarity 0 with every token.
         r: tokens to merge away per image, cut to at most `(N − protected) // 2`.
         protected: number of leading tokens (class, distillation, register) that neither merge nor are merged into.
-        backend: "torch", "triton" (two fused kernels, four for long inputs), or "auto": Triton on a GPU it supports.
+        backend: "torch", "triton" (two fused kernels, four for long inputs), "c" (one function, for inference on a CPU), or
+            "auto": Triton on a GPU it supports, C on a CPU.
         distance: similarity measure (paper, table 1b); see `tokenmerge/matching/distances.py`.
         partition: how tokens are divided into A and B (paper, table 1e); see `tokenmerge/matching/partitions.py`.
         grid: patches along each axis, needed by `partition="checkerboard"` alone.
@@ -58,7 +60,7 @@ def bipartite_matching(
 
     Raises:
         InputError: if `metric` has another shape or is not floating point, or `r` or `protected` is negative.
-        ConfigError: if `backend="triton"` cannot run; the message lists the reasons.
+        ConfigError: if `backend="triton"` or `backend="c"` cannot run; the message lists the reasons.
 
     Example:
         >>> import torch, tokenmerge
@@ -79,14 +81,17 @@ def bipartite_matching(
 def _alternating(metric: Tensor, r: int, protected: int, backend: Backend, distance: Distance) -> MergePlan:
     """Match with the alternating partition: unprotected tokens at even positions form A, at odd positions B."""
     batch, tokens = metric.shape[0], metric.shape[-2]
-    if distance != "cosine" and backend == "triton":
+    if distance != "cosine" and backend in ("triton", "c"):
         raise ConfigError(
-            f"backend='triton' cannot run: its kernels compare by cosine, not by {distance!r}: use backend='auto'"
+            f"backend={backend!r} cannot run: its functions compare by cosine, not by {distance!r}: use backend='auto'"
         )
-    if distance == "cosine" and (metric.is_cuda or backend != "auto") and takes_triton(backend, metric, "match"):
-        from tokenmerge.ops import matching
+    if distance == "cosine" and backend != "torch":
+        if (metric.is_cuda or backend not in ("auto", "c")) and takes_triton(backend, metric, "match"):
+            from tokenmerge.ops import matching
 
-        return MergePlan(*matching.match(metric if metric.dim() == 4 else metric.unsqueeze(1), r, protected))
+            return MergePlan(*matching.match(metric if metric.dim() == 4 else metric.unsqueeze(1), r, protected))
+        if takes_c(backend, metric):
+            return MergePlan(*native.match(metric if metric.dim() == 4 else metric.unsqueeze(1), r, protected))
 
     first_a = protected + protected % 2
     first_b = protected + 1 - protected % 2

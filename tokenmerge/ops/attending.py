@@ -14,7 +14,8 @@ import triton.language as tl
 from torch import Tensor
 
 from tokenmerge.ops.attention_kernels import attention_kernel
-from tokenmerge.ops.launch import INTERPRETED, Launch, divisor, is_plain, one_program_per, operator, start_all
+from tokenmerge.ops.basics import is_plain
+from tokenmerge.ops.launch import INTERPRETED, Launch, divisor, one_program_per, operator, start_all
 
 _FACTORS = {
     torch.float16: tl.float16,

@@ -7,6 +7,7 @@ import functools
 
 import torch
 from torch import Tensor
+from torch.nn import Parameter
 
 from tokenmerge.ops import exported
 
@@ -23,6 +24,14 @@ def is_exporting() -> bool:
     # the older ONNX exporter traces; asking it first would take a microsecond at every call
     traced = torch._C._get_tracing_state() is not None and torch.onnx.is_in_onnx_export()
     return torch.compiler.is_exporting() or traced
+
+
+def is_plain(x: Tensor) -> bool:
+    """Return whether `x` is an ordinary tensor with memory whose operations are not being traced."""
+    if torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None:
+        return False
+    traced = torch._C._len_torch_dispatch_stack() or torch._C._functorch.is_functorch_wrapped_tensor(x)
+    return type(x) in (Tensor, Parameter) and not traced
 
 
 # --- ranges of integers ------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""Choice of the backend of an operation: Triton kernels where they can run, torch everywhere else."""
+"""Choice of the backend of an operation: Triton kernels on GPUs, functions in C on CPUs, torch everywhere else."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from torch import Tensor
 
 from tokenmerge.config import Backend
 from tokenmerge.errors import ConfigError
+from tokenmerge.ops import native
 from tokenmerge.ops.basics import is_exporting
 
 Operation = Literal["match", "merge", "attend"]
@@ -141,14 +142,15 @@ def takes_triton(backend: str, x: Tensor, operation: Operation = "merge") -> boo
     """Return whether an operation runs in Triton kernels.
 
     Args:
-        backend: "torch" never uses Triton; "auto" uses it on a GPU where it can run, and else warns once; "triton" requires it.
+        backend: "torch" and "c" never use Triton; "auto" uses it on a GPU where it can run, and else warns once; "triton"
+            requires it.
         x: the main input, as for `triton_refusals`.
         operation: the operation.
 
     Raises:
         ConfigError: if `backend="triton"` cannot run (the message lists the reasons), or the backend is unknown.
     """
-    if backend == "torch":
+    if backend in ("torch", "c"):
         return False
     if backend == "auto":
         # GPUs only: fused kernels save launches there, and the interpreter is for tests that request it
@@ -159,3 +161,34 @@ def takes_triton(backend: str, x: Tensor, operation: Operation = "merge") -> boo
     if reasons:
         raise ConfigError(f"backend='triton' cannot run: {'; '.join(reasons)}: use backend='auto'")
     return True
+
+
+def c_refusals(device: torch.device, dtype: torch.dtype) -> list[str]:
+    """Return the reasons why the functions in C cannot run on tokens of a device and dtype; empty if they can."""
+    if device.type != "cpu":
+        return [f"the tokens are on {device.type!r}, and the functions in C run on CPUs"]
+    reason = native.refusal() or native.dtype_refusal(dtype)
+    return [reason] if reason else []
+
+
+def takes_c(backend: str, x: Tensor) -> bool:
+    """Return whether an operation runs in C: for backends "auto" and "c", in plain eager code on a CPU.
+
+    Code that is traced or compiled uses torch even with "c", because only operators enter a graph.
+
+    Args:
+        backend: the backend.
+        x: the main input; only dtype, device and kind of tensor count.
+
+    Raises:
+        ConfigError: if `backend="c"` can never run on such tokens; the message lists the reasons.
+    """
+    if backend == "auto":
+        return native.fits(x)
+    if backend != "c":
+        return False
+    if native.fits(x):
+        return True
+    if not torch.compiler.is_compiling() and (reasons := c_refusals(x.device, x.dtype)):
+        raise ConfigError(f"backend='c' cannot run: {'; '.join(reasons)}: use backend='auto'")
+    return False

@@ -14,8 +14,9 @@ from torch import Tensor
 
 from tokenmerge.config import Backend
 from tokenmerge.errors import InputError
+from tokenmerge.ops import native
 from tokenmerge.ops.basics import add_rows, counting, largest_rows
-from tokenmerge.ops.choice import takes_triton
+from tokenmerge.ops.choice import takes_c, takes_triton
 
 Reduce = Literal["mean", "average", "max", "destination", "norm", "max_norm", "sum"]
 _TINY = 1e-12
@@ -104,24 +105,32 @@ def merge_rows(
         size: patches per token `[B, N]`, or `None` if all are 1.
         plan: the merge.
         reduce: how the members of a merged token are combined (see `combine`).
-        backend: "torch", "triton" (one fused kernel, "mean" only), or "auto": Triton on a GPU it supports.
-        log: dtype in which the next attention needs the logarithms of the new sizes; only the fused kernel writes them.
+        backend: "torch", "triton" (one fused kernel, "mean" only), "c" (one function, "mean" only, without gradients), or
+            "auto": Triton on a GPU it supports, C on a CPU.
+        log: dtype in which the next attention needs the logarithms of the new sizes; only fused kernels write them.
 
     Raises:
         InputError: if a shape or device does not fit the plan, or `reduce` is unknown.
-        ConfigError: if `backend="triton"` cannot run; the message lists the reasons.
+        ConfigError: if `backend="triton"` or `backend="c"` cannot run; the message lists the reasons.
     """
     batch, left = plan.kept.shape
     _check(x, size, plan.kept, left + plan.source.shape[1])
     plain = reduce == "mean" and not plan.drops and plan.weight is None and plan.gate is None
-    if plain and (x.is_cuda or backend != "auto") and takes_triton(backend, x):
+    if plain and (x.is_cuda or backend not in ("auto", "torch", "c")) and takes_triton(backend, x):
         from tokenmerge.ops import merging
 
         size = None if size is None else size.to(torch.float32)
         return Merged(*merging.merge(x, size, plan.kept, plan.source, plan.target, log))
+    if plain and takes_c(backend, x) and not learns(x, size):
+        return Merged(*native.merge(x, size, plan.kept, plan.source, plan.target, log))
     merged, sizes = combine(x, size, _members(plan), reduce)
     sizes = sizes.view(batch, left)
     return Merged(merged.view(batch, left, x.shape[2]), sizes if plan.gate is None else sizes * plan.gate)
+
+
+def learns(x: Tensor, size: Tensor | None) -> bool:
+    """Return whether merging must record a gradient for tokens or sizes."""
+    return torch.is_grad_enabled() and (x.requires_grad or (size is not None and size.requires_grad))
 
 
 def _check(x: Tensor, size: Tensor | None, kept: Tensor, tokens: int) -> None:

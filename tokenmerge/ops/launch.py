@@ -13,7 +13,8 @@ from typing import Any, TypeVar
 import torch
 import triton
 from torch import Tensor
-from torch.nn import Parameter
+
+from tokenmerge.ops.basics import is_plain
 
 INTERPRETED = bool(triton.knobs.runtime.interpret)
 """Whether the kernels run in Triton's interpreter (`TRITON_INTERPRET=1` at import): slowly, on any device."""
@@ -58,14 +59,6 @@ class Launch:
         The tensors may be on the "meta" device: only their dtypes and alignment count.
         """
         return self.kernel.warmup(*self.arguments, grid=(1,), **self.constants)
-
-
-def is_plain(x: Tensor) -> bool:
-    """Return whether `x` is an ordinary tensor with memory whose operations are not being traced."""
-    if torch.compiler.is_compiling():
-        return False
-    traced = torch._C._len_torch_dispatch_stack() or torch._C._functorch.is_functorch_wrapped_tensor(x)
-    return type(x) in (Tensor, Parameter) and not traced
 
 
 def start_all(launches: Iterable[Launch]) -> None:

@@ -15,7 +15,8 @@ import torch
 import triton
 from torch import Tensor
 
-from tokenmerge.ops.launch import Launch, divisor, is_plain, one_program_per, operator, start_all
+from tokenmerge.ops.basics import is_plain
+from tokenmerge.ops.launch import Launch, divisor, one_program_per, operator, start_all
 from tokenmerge.ops.match_kernels import match_kernel, rank_kernel, select_kernel, unit_keys_kernel
 
 LONGEST_RANKED = 128

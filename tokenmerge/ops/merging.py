@@ -8,7 +8,8 @@ import torch
 import triton
 from torch import Tensor
 
-from tokenmerge.ops.launch import Launch, is_plain, one_program_per, operator, start_all
+from tokenmerge.ops.basics import is_plain
+from tokenmerge.ops.launch import Launch, one_program_per, operator, start_all
 from tokenmerge.ops.merge_kernels import merge_gradient_kernel, merge_kernel
 
 _ROWS = 4  # with _CHANNELS and _WARPS: the fastest of 16 tile shapes on an H200

@@ -13,22 +13,16 @@ from torch.fx import Proxy
 from tokenmerge.attention.call import AttentionCall
 from tokenmerge.attention.forms import running_form
 from tokenmerge.attention.pairs import PairMap
-from tokenmerge.attention.tap import AttentionContext, Tap, attention_dtype, size_bias
+from tokenmerge.attention.tap import AttentionContext, Tap, size_bias
 from tokenmerge.errors import PatchError
-from tokenmerge.ops.basics import is_exporting, take_rows
-from tokenmerge.ops.combine import merge_rows
+from tokenmerge.ops.basics import is_exporting
 from tokenmerge.patching.begin import begin_pass, padding_in_pairs, with_positions
 from tokenmerge.patching.leaf import as_leaf
-from tokenmerge.patching.look import Look, kept_for_looking, look_at, mark_gradient, similarity_of
-from tokenmerge.patching.match import metric_from, tensors_for
+from tokenmerge.patching.look import Look, kept_for_looking, look_at, mark_gradient
+from tokenmerge.patching.merging import merge_tokens
 from tokenmerge.patching.record import BlockRecord, Settings
 from tokenmerge.patching.state import STATE, UNMERGED, Step, TokenState, attach, state_after_hooks, state_of
-from tokenmerge.plan import MergePlan
 from tokenmerge.schedule import max_merges
-
-_NEVER_MIXES = ("mean", "norm", "destination")
-"""Values of `combine` for which padding, whose size is 0, leaves the token that it merges with unchanged."""
-
 
 _INPUT = "_tokenmerge_input"
 """Name of the argument by which a block's `__call__` hands `forward` a weak reference to its input."""
@@ -72,15 +66,18 @@ class MergeBlock(OwnR):
         Forward pre-hooks may replace the input by a new tensor without the state: hooks of FSDP2 do, to learn when its
         gradient is ready, and hooks of device maps do, to move it.
         """
-        state = getattr(args[0], STATE, None) if args and not isinstance(args[0], Proxy) else None
-        if state is not None and state.merged is None:
-            kwargs[STATE] = state
-            if not torch.compiler.is_compiling():
-                kwargs[_INPUT] = weakref.ref(args[0])
-        elif args and isinstance(args[0], Tensor) and self._tokenmerge.index == 0 and not torch.compiler.is_compiling():
-            kwargs[_INPUT] = weakref.ref(args[0])  # gradient checkpointing passes this tensor again to recompute
-        if torch.is_grad_enabled() and args and isinstance(args[0], Tensor) and not torch.compiler.is_compiling():
-            _mark_unmerged(self._tokenmerge, args[0], state, kwargs)
+        x = args[0] if args else None
+        if isinstance(x, Tensor):
+            eager = not torch.compiler.is_compiling()
+            state = getattr(x, STATE, None)
+            if state is not None and state.merged is None:
+                kwargs[STATE] = state
+            if eager and (STATE in kwargs or self._tokenmerge.index == 0):
+                kwargs[_INPUT] = weakref.ref(
+                    x
+                )  # for block 0 as well: gradient checkpointing passes this tensor again to recompute
+            if eager and torch.is_grad_enabled():
+                _mark_unmerged(self._tokenmerge, x, state, kwargs)
         return super().__call__(*args, **kwargs)  # type: ignore[misc]  # nn.Module's
 
     def forward(self, x: Any, *args: Any, **kwargs: Any) -> Any:
@@ -100,16 +97,16 @@ class MergeBlock(OwnR):
 
         x_pre = x if config.metric == "x_pre" else None
         if r and config.place == "before":
-            x, state = _merge(self, x, x_pre, Tap(), r, state)
+            x, state = merge_tokens(self, x, x_pre, Tap(), r, state)
         x, tap, look = _attend(self, x, state, given)  # x + attention(norm1(x), log size)
         if r and config.place == "between":
-            x, state = _merge(self, x, x_pre, tap, r, state)  # [B, N − r, C]
+            x, state = merge_tokens(self, x, x_pre, tap, r, state)  # [B, N − r, C]
         if config.place != "after":
             tap = Tap()  # its views of Q, K and V would otherwise stay in memory during the MLP
         if family.mlp is not None:
             x = family.mlp(self, x)  # x + mlp(norm2(x))
         if r and config.place == "after":
-            x, state = _merge(self, x, x_pre, tap, r, state)
+            x, state = merge_tokens(self, x, x_pre, tap, r, state)
         return _leave(self, x, state, look, merged=r > 0)
 
     def _get_name(self) -> str:
@@ -162,7 +159,7 @@ def _arrive(
         _check_first_time(record, state)
         return None, {}
     settings = record.model.settings if state is None else state.run.settings
-    given = {**dict(zip(family.arguments, args, strict=False)), **kwargs}
+    given = {**dict(zip(family.arguments, args, strict=False)), **kwargs} if args or kwargs else {}
     if not settings.merges and (not settings.traces or (family.mask and given.get(family.mask) is not None)):
         if record.index == 0 and record.model.latest is not None:
             record.model.latest = None  # a trace must not show an older pass in place of this one
@@ -270,80 +267,6 @@ def _table(record: BlockRecord, state: TokenState, upstream: Any) -> Any:
             f"block {record.index} was given rotary positions, but the model had none when it was patched: patch it again"
         )
     return record.rotary.table(state.positions[:, state.run.settings.protected :], upstream)
-
-
-# --- matching and merging ----------------------------------------------------------------------------------
-
-
-def _merge(
-    block: Any, x: Tensor, x_pre: Tensor | None, tap: Tap, r: int, state: TokenState
-) -> tuple[Tensor, TokenState]:
-    """Merge r tokens per image by the matcher's plan; return the tokens `[B, N − r, C]` and their state."""
-    record: BlockRecord = block._tokenmerge
-    run, settings = state.run, state.run.settings
-    config = settings.config
-    metric = metric_from(block, x, x_pre, tap, state) if settings.other_metric else _keys(block, tap, state)
-    plan = _plan(block, metric, x, tap, r, state)
-    if config.order == "spatial":
-        plan = plan.in_order()
-    reduce = config.combine
-    if reduce == "tofu":  # early blocks are far from linear, so averaging tokens does not average their outputs
-        reduce = "destination" if record.index < settings.layers // 2 else "max_norm"
-    if run.padded and reduce not in _NEVER_MIXES:
-        raise PatchError(
-            f"combine={reduce!r} would mix padding into the tokens of block {record.index}: use combine='mean' for padded "
-            "inputs, or run them without padding"
-        )
-    positions = state.positions
-    if positions is not None and config.positions == "mean":
-        positions = merge_rows(positions, state.size, plan, backend=config.backend).x
-    elif positions is not None:
-        positions = take_rows(positions, plan.kept)
-    log = attention_dtype(x) if settings.prop_attn else None
-    merged = merge_rows(x, state.size, plan, reduce, config.backend, log)
-    steps = state.steps
-    if settings.keep_plans or run.full or run.padded:
-        steps = (*steps, Step(plan, similarity=similarity_of(metric, plan) if settings.traces else None))
-    return merged.x, TokenState(run, merged.size, steps, positions, None, merged.log_size, state.rollout)
-
-
-def _keys(block: Any, tap: Tap, state: TokenState) -> Tensor:
-    """Return the paper's metric: K averaged over heads `[B, N, D]`, or `[B, H, N, D]` for matchers that average heads."""
-    record: BlockRecord = block._tokenmerge
-    family, keys, metric = record.family, tap.keys, None
-    if family.keys_at_call and tap.inside is not None:
-        keys = (tap.inside[1],)
-    if not keys:
-        raise PatchError(
-            f"block {record.index} noted no keys, so the module that gives them was replaced since the model was patched: "
-            "unpatch before changing modules, and patch again"
-        )
-    if "backend" in state.run.settings.entry.offered and not state.run.padded and family.per_head is not None:
-        metric = family.per_head(block, keys)
-    metric = family.metric(block, keys) if metric is None else metric
-    return metric if not state.run.padded else metric_from(block, metric, metric, tap, state)
-
-
-def _plan(block: Any, metric: Tensor, x: Tensor, tap: Tap, r: int, state: TokenState) -> MergePlan:
-    """Return the matcher's plan, after checking that it has the shapes that all later steps rely on."""
-    record: BlockRecord = block._tokenmerge
-    settings: Settings = state.run.settings
-    entry, offered = settings.entry, dict(settings.offered)
-    if "layer" in entry.offered:
-        offered["layer"] = record.index
-    if "grid" in entry.offered:
-        offered["grid"] = state.run.grid
-    if settings.tensors:
-        offered.update(tensors_for(block, x, tap, state))
-    plan: MergePlan = entry.matcher(metric, r, settings.protected, **offered)
-    (batch, left), gone = plan.kept.shape, plan.source.shape[1]
-    fits = batch == x.shape[0] and left + gone == x.shape[1]
-    if not fits or (gone != r and not (entry.adaptive or (entry.learned and gone == 0))):
-        raise PatchError(
-            f"matcher {entry.name!r} merged {gone} of {left + gone} tokens in {batch} images, but block {record.index} asked for "
-            f"{r} of {x.shape[1]} in {x.shape[0]}: it must merge exactly r, or r must be smaller"
-        )
-    return plan
 
 
 # --- leaving -----------------------------------------------------------------------------------------------

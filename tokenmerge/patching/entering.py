@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import sys
 import threading
 import weakref
 from typing import Any
@@ -42,11 +43,16 @@ def enter_root(module: Any, args: tuple[Any, ...] = ()) -> None:
         PatchError: if `r` was set on the model, or modules were added, exchanged or removed.
     """
     record: ModelRecord = getattr(module, RECORD)
-    check_blocks(record, record.settings.layers, module)
-    check_around(record, module)
     if torch.compiler.is_compiling():  # Dynamo cannot read weak references
+        check_blocks(record, record.settings.layers, module)
+        check_around(record, module)
         _entered.inside = True
         return
+    if record.number in _entered.numbers and _called_by_itself(module):
+        _entered.numbers = (*_entered.numbers, record.number)
+        return
+    check_blocks(record, record.settings.layers, module)
+    check_around(record, module)
     record.root = record.root or weakref.ref(module)
     count_again(record, module)
     forget_grid(record)
@@ -58,6 +64,20 @@ def enter_root(module: Any, args: tuple[Any, ...] = ()) -> None:
                 "tokenmerge.handle_of(model).update(r=…)"
             )
     _entered.numbers, _entered.inside = (*_entered.numbers, record.number), True
+
+
+def _called_by_itself(module: Any) -> bool:
+    """Return whether the model's `__call__`, whose hook made the checks, is running and has called the present method.
+
+    The frames are, from here outwards: `enter_root`, the mix-in's method, upstream's `forward`, and torch's code of `__call__`.
+    """
+    frame = sys._getframe(3)
+    if frame.f_back is None or frame.f_back.f_code.co_filename != _CALLING:
+        return False
+    return frame.f_code.co_name == "forward" and frame.f_locals.get("self") is module
+
+
+_CALLING = nn.Module._call_impl.__code__.co_filename
 
 
 def leave_root(module: Any, args: tuple[Any, ...] = (), output: Any = None) -> None:

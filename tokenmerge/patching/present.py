@@ -36,16 +36,25 @@ def check_inside(family: BlockFamily, block: Any, index: int) -> None:
         PatchError: if a part was exchanged or wrapped since.
     """
     try:
-        missing = (
-            any(not has_hook(module, family.tap) for module in family.keys(block))
-            or any(not has_hook(module, hook) for module, hook in family.hooks(block))
-            or any(not has_hook(module, hook) for module, hook in family.answers(block))
-            or any(not isinstance(_compiled(module), mixin) for module, mixin in family.mixins(block))
-        )
+        present = _all_present(family, block)
     except AttributeError:  # the parent of a part was exchanged, and the new one lacks the part
-        missing = True
-    if missing:
+        present = False
+    if not present:
         raise PatchError(
             f"a module inside the attention of block {index} was exchanged or wrapped since the model was patched, and merging does "
             "not reach the new one: unpatch before changing modules (adapters, layers), and patch again"
         )
+
+
+def _all_present(family: BlockFamily, block: Any) -> bool:
+    # plain loops: this runs for every block in every pass, and a generator for each question takes longer than the question
+    for module in family.keys(block):
+        if not has_hook(module, family.tap):
+            return False
+    for module, hook in family.hooks(block):
+        if not has_hook(module, hook):
+            return False
+    for module, hook in family.answers(block):
+        if not has_hook(module, hook):
+            return False
+    return all(isinstance(_compiled(module), mixin) for module, mixin in family.mixins(block))

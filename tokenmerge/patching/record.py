@@ -69,6 +69,7 @@ class Settings:
         full_output: whether unmerged tokens leave the last block.
         merged_states: whether collected hidden states stay merged.
         keep_plans: whether plans travel with the tokens.
+        one_call: whether the backend and the settings of matching let one function in C match and merge, where it can run.
         traces: whether forward passes are traced.
         looks: whether a trace includes attention.
         schedule: requested r per block; `None` if it depends on the number of tokens.
@@ -90,6 +91,7 @@ class Settings:
     full_output: bool
     merged_states: bool
     keep_plans: bool
+    one_call: bool
     traces: bool = dataclasses.field(init=False)
     looks: bool = dataclasses.field(init=False)
     schedule: Schedule | None = dataclasses.field(init=False)

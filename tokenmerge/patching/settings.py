@@ -9,7 +9,7 @@ from tokenmerge.config import MergeConfig
 from tokenmerge.errors import ConfigError
 from tokenmerge.matching import entry_for
 from tokenmerge.ops.basics import autocast_dtype
-from tokenmerge.ops.choice import faults, triton_refusals
+from tokenmerge.ops.choice import c_refusals, faults, triton_refusals
 from tokenmerge.patching.check import attention_choice, reaches_sdpa
 from tokenmerge.patching.match import TENSORS, check_matching, cost_of, looks_inside, offered_by, other_metric
 from tokenmerge.patching.record import Settings, resolved_schedule
@@ -74,6 +74,7 @@ def settings_for(target: Target, config: MergeConfig, misreaders: tuple[str, ...
         full_output=output == "full",
         merged_states=bool(family.collectors(model)) and output != "full",
         keep_plans=config.traces or needs_plans or output == "full",
+        one_call=config.backend in ("auto", "c") and not config.changed("matching"),
     )
 
 
@@ -86,15 +87,21 @@ def matching_in_words(config: MergeConfig) -> str:
 
 
 def backend_choice(target: Target, config: MergeConfig) -> Choice:
-    """Return the backend of matching and merging, "triton" or "torch", in the current state of the model, and the reason."""
+    """Return the backend of matching and merging, "triton", "c" or "torch", in the current state of the model, and the reason."""
     if config.backend == "torch":
         return Choice("torch", "as the config asks")
     tokens = next(target.model.parameters())
-    if config.backend == "auto" and not tokens.is_cuda:
-        return Choice("torch", f"the model is on {tokens.device.type!r}, and the kernels need a CUDA device")
     dtype = autocast_dtype(tokens.device.type) or tokens.dtype
+    if config.backend == "c" or (config.backend == "auto" and not tokens.is_cuda):
+        return _choice_of(
+            "c", c_refusals(tokens.device, dtype), config, "functions in C; code that is compiled uses torch"
+        )
     like = torch.empty(0, 1, 0, 64, dtype=dtype, device="meta" if tokens.is_meta else tokens.device)
     reasons = [*triton_refusals(like, "match"), *triton_refusals(like.flatten(1, 2), "merge"), *faults(dtype)]
+    return _choice_of("triton", reasons, config, "kernels")
+
+
+def _choice_of(backend: str, reasons: list[str], config: MergeConfig, how: str) -> Choice:
     if reasons:
         return Choice("torch", "; ".join(dict.fromkeys(reasons)))
     parts = [
@@ -102,7 +109,6 @@ def backend_choice(target: Target, config: MergeConfig) -> Choice:
         *(["merging"] if config.combine == "mean" else []),
     ]
     if not parts:
-        return Choice(
-            "torch", f"there is no kernel for matcher {entry_for(config).name!r} with combine={config.combine!r}"
-        )
-    return Choice("triton", f"{' and '.join(parts)} by kernels")
+        matcher = entry_for(config).name
+        return Choice("torch", f"there is no kernel for matcher {matcher!r} with combine={config.combine!r}")
+    return Choice(backend, f"{' and '.join(parts)} by {how}")

@@ -24,7 +24,7 @@ class Summary:
         prop_attn: whether attention is proportional.
         attention: form in which attention takes the sizes (see `MergeConfig.attention`).
         attention_reason: the reason for that form, in words.
-        backend: backend of matching and merging: "triton" or "torch".
+        backend: backend of matching and merging: "triton", "c" or "torch".
         backend_reason: the reason for that backend, in words.
         matcher: name of the matcher.
         adaptive: whether the number of tokens left depends on the images, so that r and all counts are averages.
