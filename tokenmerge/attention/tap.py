@@ -66,6 +66,9 @@ class AttentionContext:
     positions: Tensor | None = None
 
 
+_NOTHING = AttentionContext()
+
+
 class _Current(threading.local):
     """Thread-local holder of the open tap, so that several threads can run one model."""
 
@@ -91,10 +94,14 @@ class Tap:
     """
 
     def __init__(self, context: AttentionContext | None = None) -> None:
-        self.context = AttentionContext() if context is None else context
+        self.context = _NOTHING if context is None else context
         self.keys: tuple[Tensor, ...] = ()
         self.inside: tuple[Tensor, Tensor, Tensor, float] | None = None
         self._before: Tap | None = None
+
+    def forget(self) -> None:
+        """Let go of all tensors."""
+        self.context, self.keys, self.inside = _NOTHING, (), None
 
     def __enter__(self) -> Tap:
         self._before, _current.tap = _current.tap, self
@@ -112,7 +119,7 @@ def open_tap() -> Tap | None:
 def context() -> AttentionContext:
     """Return the context of the running block for hooks inside its attention; an empty one outside of a block."""
     tap = _current.tap
-    return AttentionContext() if tap is None else tap.context
+    return _NOTHING if tap is None else tap.context
 
 
 def class_attention(query: Tensor, key: Tensor, scale: float, size: Tensor | None, class_token: bool) -> Tensor:

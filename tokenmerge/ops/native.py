@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import struct
 import threading
 from typing import Any
 
@@ -23,6 +24,9 @@ from tokenmerge.schedule import max_merges
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _PER_THREAD = 2**18
 """Multiply-adds, or bytes, from which a second thread is worth its start."""
+
+_PACK = struct.Struct("=27qd").pack
+"""The arguments of `tokenmerge_match_and_merge`, `Both` in ops/c/merge.c."""
 
 Plan = tuple[Tensor, Tensor, Tensor]
 
@@ -45,10 +49,7 @@ def _functions() -> Any:
         *(pointer, *[count] * 6, pointer, count, count),
         *(*[pointer] * 6, count, ctypes.c_float, count),
     ]
-    found.tokenmerge_match_and_merge.argtypes = [
-        *(pointer, *[count] * 10, *[pointer] * 4, count),
-        *(pointer, *[count] * 4, *[pointer] * 4, count, ctypes.c_float, count),
-    ]
+    found.tokenmerge_match_and_merge.argtypes = [ctypes.c_char_p]
     found.tokenmerge_match.restype = found.tokenmerge_match_and_merge.restype = None
     found.tokenmerge_merge.restype = count
     return found
@@ -74,28 +75,30 @@ def knows(dtype: torch.dtype) -> bool:
     return refusal() is None and dtype_refusal(dtype) is None
 
 
-def _threads(work: int) -> int:
-    return 1 if work < 2 * _PER_THREAD else min(torch.get_num_threads(), work // _PER_THREAD)
-
-
 def fits_both(keys: Tensor, x: Tensor, size: Tensor | None, r: int, protected: int) -> bool:
     """Return whether `match_and_merge` can run; where it cannot, the usual way raises the errors.
 
     Args:
         keys: `[B, H, N, D]`.
         x: tokens `[B, N, C]`.
-        size: patches per token `[B, N]`, or `None`.
+        size: patches per token `[B, N]` float32 on the device of the tokens, or `None`.
         r: tokens to merge away.
         protected: leading tokens that never merge.
     """
-    if not fits(keys) or keys.dim() != 4 or not x.is_cpu or not knows(x.dtype):
+    if x.dim() != 3 or keys.dim() != 4:
         return False
-    batch, _, tokens, _ = keys.shape
-    if x.shape[:2] != (batch, tokens) or r > (tokens - protected) // 2:
+    (batch, tokens, _), of_keys = x.shape, keys.shape
+    if of_keys[0] != batch or of_keys[2] != tokens or r > (tokens - protected) // 2:
         return False
-    sized = size is None or (size.shape == (batch, tokens) and size.dtype == torch.float32 and size.is_cpu)
-    learns = x.requires_grad or (size is not None and size.requires_grad)
-    return sized and not (learns and torch.is_grad_enabled())
+    if size is not None and size.shape != (batch, tokens):
+        return False
+    if torch.is_grad_enabled() and (x.requires_grad or (size is not None and size.requires_grad)):
+        return False
+    return fits(keys) and x.is_cpu and knows(x.dtype)
+
+
+def _threads(work: int) -> int:
+    return 1 if work < 2 * _PER_THREAD else min(torch.get_num_threads(), work // _PER_THREAD)
 
 
 class _Scratch(threading.local):
@@ -213,14 +216,15 @@ def match_and_merge(
     out = torch.empty(batch, left, channels, dtype=x.dtype, device="cpu")
     sizes = torch.empty(batch, left, dtype=torch.float32, device="cpu")
     logs = torch.empty(batch, left, dtype=log, device="cpu") if log in _DTYPES else None
-    _functions().tokenmerge_match_and_merge(
+    # packed, because ctypes takes longer to convert an argument than struct takes to pack a number
+    _functions().tokenmerge_match_and_merge(_PACK(
         keys.data_ptr(), _DTYPES[keys.dtype], batch, heads, tokens, dim, key_image, key_head, key_token, r, protected,
         kept.data_ptr(), source.data_ptr(), target.data_ptr(), _scratch.of(batch * _floats(tokens, dim, protected)).data_ptr(),
         _threads(batch * tokens * tokens * dim // 4), x.data_ptr(), _DTYPES[x.dtype], channels, per_image, per_token,
-        None if size is None else size.data_ptr(), out.data_ptr(), sizes.data_ptr(), None if logs is None else logs.data_ptr(),
-        0 if logs is None else _DTYPES[logs.dtype], 0.0 if logs is None else _least(logs.dtype),
-        _threads(batch * left * channels),
-    )  # fmt: skip
+        0 if size is None else size.data_ptr(), out.data_ptr(), sizes.data_ptr(), 0 if logs is None else logs.data_ptr(),
+        0 if logs is None else _DTYPES[logs.dtype], _threads(batch * left * channels),
+        0.0 if logs is None else _least(logs.dtype),
+    ))  # fmt: skip
     return (kept, source, target), (out, sizes, logs)
 
 

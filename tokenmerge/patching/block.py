@@ -102,7 +102,7 @@ class MergeBlock(OwnR):
         if r and config.place == "between":
             x, state = merge_tokens(self, x, x_pre, tap, r, state)  # [B, N − r, C]
         if config.place != "after":
-            tap = Tap()  # its views of Q, K and V would otherwise stay in memory during the MLP
+            tap.forget()  # its views of Q, K and V would otherwise stay in memory during the MLP
         if family.mlp is not None:
             x = family.mlp(self, x)  # x + mlp(norm2(x))
         if r and config.place == "after":

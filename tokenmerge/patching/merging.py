@@ -33,6 +33,8 @@ def merge_tokens(
     merged: Merged | None = None
     if settings.one_call and not run.padded and native.fits_both(metric, x, state.size, r, settings.protected):
         found, made = native.match_and_merge(metric, x, state.size, r, settings.protected, log)
+        if state.positions is None and not (settings.keep_plans or run.full):  # the usual case: nobody reads the plan
+            return made[0], TokenState(run, made[1], state.steps, None, None, made[2], state.rollout)
         plan, merged = MergePlan(*found), Merged(*made)
     else:
         plan = _plan(block, metric, x, tap, r, state)

@@ -39,18 +39,12 @@ static i64 scratch_floats(i64 count_a, i64 tiles_b, i64 padded, i64 tokens) {
 }
 
 /* Sum the keys of one token over the heads, and divide the sum by its norm. */
-static int unit_key(const Job *job, i64 image, i64 token, float *sum, float *row) {
+static int unit_key(const Job *job, i64 image, i64 token, float *sum) {
     const char *first = job->keys + width_of(job->dtype) * (size_t)(image * job->per_image + token * job->per_token);
     read_row(first, job->dtype, job->dim, sum);
     for (i64 head = 1; head < job->heads; head++) {
         const char *at = first + width_of(job->dtype) * (size_t)(head * job->per_head);
-        if (job->dtype == FLOAT32) {
-            const float *more = (const float *)at;
-            for (i64 d = 0; d < job->dim; d++) sum[d] += more[d];
-        } else {
-            read_row(at, job->dtype, job->dim, row);
-            for (i64 d = 0; d < job->dim; d++) sum[d] += row[d];
-        }
+        add_row(at, job->dtype, job->dim, sum);
     }
     for (i64 d = job->dim; d < job->padded; d++) sum[d] = 0;
     f16x squares = {0};
@@ -70,11 +64,11 @@ static int unit_key(const Job *job, i64 image, i64 token, float *sum, float *row
     return broken;
 }
 
-static void unit_keys(const Job *job, i64 image, i64 from, i64 to, float *sum, float *row) {
+static void unit_keys(const Job *job, i64 image, i64 from, i64 to, float *sum) {
     float *a = unit_a(job, image), *b = unit_b(job, image);
     int32_t *broken = broken_of(job, image);
     for (i64 token = from; token < to; token++) {
-        broken[token] = unit_key(job, image, token, sum, row);
+        broken[token] = unit_key(job, image, token, sum);
         if ((token - job->first_a) % 2 == 0) {
             memcpy(a + (token - job->first_a) / 2 * job->padded, sum, 4 * (size_t)job->padded);
         } else {
@@ -197,12 +191,12 @@ void tokenmerge_match(const void *keys, i64 dtype, i64 batch, i64 heads, i64 tok
     (void)threads; /* without OpenMP */
 #pragma omp parallel num_threads((int)threads) if (threads > 1)
     {
-        float *row = malloc(8 * (size_t)job.padded);
+        float *row = malloc(4 * (size_t)job.padded);
 #pragma omp for schedule(static)
         for (i64 task = 0; task < batch * chunks; task++) {
             i64 from = task % chunks * 32, to = from + 32 < tokens ? from + 32 : tokens;
             i64 first = job.first_a < job.first_b ? job.first_a : job.first_b;
-            unit_keys(&job, task / chunks, from > first ? from : first, to, row, row + job.padded);
+            unit_keys(&job, task / chunks, from > first ? from : first, to, row);
         }
         free(row);
 #pragma omp for schedule(static)

@@ -127,14 +127,33 @@ i64 tokenmerge_merge(const void *x, i64 dtype, i64 batch, i64 tokens, i64 channe
     return 1;
 }
 
+/* The arguments of both functions, each as 8 bytes. */
+typedef struct {
+    const void *keys;
+    i64 keys_dtype, batch, heads, tokens, dim, keys_per_image, keys_per_head, keys_per_token, r, is_protected;
+    i64 *kept, *source, *target;
+    float *scratch;
+    i64 match_threads;
+    const void *x;
+    i64 dtype, channels, per_image, per_token;
+    const float *size;
+    void *out;
+    float *out_size;
+    void *out_log;
+    i64 log_dtype, merge_threads;
+    double log_least;
+} Both;
+
 /* Match and merge in one call, which saves a block the preparation of a second one. */
-void tokenmerge_match_and_merge(const void *keys, i64 keys_dtype, i64 batch, i64 heads, i64 tokens, i64 dim, i64 keys_per_image,
-                                i64 keys_per_head, i64 keys_per_token, i64 r, i64 is_protected, i64 *kept, i64 *source,
-                                i64 *target, float *scratch, i64 match_threads, const void *x, i64 dtype, i64 channels,
-                                i64 per_image, i64 per_token, const float *size, void *out, float *out_size, void *out_log,
-                                i64 log_dtype, float log_least, i64 merge_threads) {
-    tokenmerge_match(keys, keys_dtype, batch, heads, tokens, dim, keys_per_image, keys_per_head, keys_per_token, r,
-                     is_protected, kept, source, target, scratch, match_threads);
-    tokenmerge_merge(x, dtype, batch, tokens, channels, per_image, per_token, size, tokens - r, r, kept, source, target, out,
-                     out_size, out_log, log_dtype, log_least, merge_threads);
+void tokenmerge_match_and_merge(const char *packed) {
+    Both both;
+    memcpy(&both, packed, sizeof both);
+    tokenmerge_match(both.keys, both.keys_dtype, both.batch, both.heads, both.tokens, both.dim, both.keys_per_image,
+                     both.keys_per_head, both.keys_per_token, both.r, both.is_protected, both.kept, both.source, both.target,
+                     both.scratch, both.match_threads);
+    tokenmerge_merge(both.x, both.dtype, both.batch, both.tokens, both.channels, both.per_image, both.per_token, both.size,
+                     both.tokens - both.r, both.r, both.kept, both.source, both.target, both.out, both.out_size, both.out_log,
+                     both.log_dtype, (float)both.log_least, both.merge_threads);
 }
+
+_Static_assert(sizeof(Both) == 28 * 8, "ops/native.py packs 28 numbers of 8 bytes");

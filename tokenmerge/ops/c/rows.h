@@ -43,6 +43,22 @@ static inline void read_row(const void *row, int dtype, i64 count, float *out) {
     }
 }
 
+/* Add `count` numbers to float32 sums. */
+static inline void add_row(const void *row, int dtype, i64 count, float *sum) {
+    if (dtype == FLOAT32) {
+        const float *from = row;
+        for (i64 c = 0; c < count; c++) sum[c] += from[c];
+    } else if (dtype == BFLOAT16) {
+        const uint16_t *from = row;
+        for (i64 c = 0; c < count; c++) sum[c] += from_bfloat16(from[c]);
+    } else {
+#ifdef __FLT16_MANT_DIG__
+        const _Float16 *from = row;
+        for (i64 c = 0; c < count; c++) sum[c] += (float)from[c];
+#endif
+    }
+}
+
 /* Write `count` float32 numbers, rounded to the dtype. */
 static inline void write_row(const float *row, int dtype, i64 count, void *out) {
     if (dtype == FLOAT32) {
