@@ -31,6 +31,11 @@ CPU_MODELS = (  # model, image size, r, batch of the table in README.md
     ("vit_base_patch16_384", 384, 45, 2),
     ("vit_large_patch16_224", 512, 40, 1),
 )
+SMALL_BATCHES = (  # the same, and the dtype: one image at a time, and half precision
+    ("deit_tiny_patch16_224", 224, 13, 1, "float32"),
+    ("vit_small_patch16_224", 224, 13, 1, "bfloat16"),
+    ("vit_base_patch16_224", 224, 16, 4, "bfloat16"),
+)
 GPU_MODELS = (  # model, image size, the r of the paper
     ("vit_small_patch16_224", 224, 13),
     ("vit_base_patch16_224", 224, 16),

@@ -1,10 +1,11 @@
-"""Measure the cost of merging beyond dropping tokens, on the five models of the table in README.md.
+"""Measure the cost of merging beyond dropping tokens, on the models of the table in README.md.
 
     python benchmarks/overhead.py [--rounds 7] [--processes 5] [--only deit_tiny]
     python benchmarks/overhead.py --against COMMIT   # merged models of this tree against those of COMMIT
 
-Appends one row per model to benchmarks/results.csv and prints the table. Each model runs in turns with its
-unmerged version and with a version that slices off as many tokens; ratios are medians over paired rounds.
+Appends one row per model to benchmarks/results.csv and prints the table: five models in float32, whose average is printed, and three
+small batches, two of them in bfloat16, where the processor multiplies it. Each model runs in turns with its unmerged version and with
+a version that slices off as many tokens; ratios are medians over paired rounds.
 Memory placement shifts the ratios of small models by about five percent for the lifetime of a process, regardless of the number
 of rounds. Therefore each model is measured in several processes, and the process of median overhead counts.
 """
@@ -19,10 +20,12 @@ import statistics
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from common import CPU_MODELS, append, where
+import torch
+from common import CPU_MODELS, SMALL_BATCHES, append, where
 
 from tokenmerge.tools.bench import BenchArgs, measure
 from tokenmerge.tools.models import ModelArgs
@@ -47,10 +50,35 @@ def in_processes(count: int, model: ModelArgs, bench: BenchArgs, r: int) -> tupl
     return runs[overheads.index(statistics.median_low(overheads))], sorted(overheads)
 
 
+Job = tuple[str, int | None, int, int, str]
+"""Model, image size, r, batch and dtype."""
+
+
+def jobs(args: argparse.Namespace) -> Iterator[Job]:
+    """Yield the models to measure."""
+    if args.video:
+        yield (*VIDEO, args.dtype)
+        return
+    if not args.latency:
+        yield from ((*job, args.dtype) for job in CPU_MODELS if args.only in job[0])
+    if args.latency or (args.dtype == "float32" and args.device == "cpu" and not args.compile):
+        yield from (job for job in SMALL_BATCHES if args.only in job[0] and _multiplies(job[-1]))
+
+
+def _multiplies(dtype: str) -> bool:
+    """Return whether the processor has instructions for a dtype."""
+    return dtype == "float32" or bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+
+
+def short(name: str, size: int | None) -> str:
+    """Return the name of a model for a table, such as "vit_base@384"."""
+    return name.partition("_patch")[0] + (f"@{size}" if size else "")
+
+
 class Turn:
     """A process of `turns.py` that runs tokenmerge from one source tree."""
 
-    def __init__(self, tree: Path, job: tuple[str, int, int, int]) -> None:
+    def __init__(self, tree: Path, job: Job) -> None:
         command = [sys.executable, str(HERE / "turns.py"), *(str(word) for word in job)]
         environment = {**os.environ, "PYTHONPATH": str(tree)}
         self.process = subprocess.Popen(
@@ -80,7 +108,7 @@ class Turn:
         self.process.wait()
 
 
-def one_pair(now: Path, then: Path, job: tuple[str, int, int, int], rounds: int, now_first: bool) -> float:
+def one_pair(now: Path, then: Path, job: Job, rounds: int, now_first: bool) -> float:
     """Return the median ratio of the times of the merged models of this tree and of the other, in two processes.
 
     The processes start in varying order, because the order affects memory placement: a tree compared with itself gave 1.03 and
@@ -107,28 +135,20 @@ def against(commit: str, args: argparse.Namespace, report: Report) -> None:
         then = Path(folder).resolve() / "then"
         subprocess.run(["git", "worktree", "add", "--detach", "--quiet", str(then), commit], cwd=root, check=True)
         try:
-            for job in CPU_MODELS:
-                if args.only in job[0]:
-                    pairs = [one_pair(root, then, job, args.rounds, bool(turn % 2)) for turn in range(args.processes)]
-                    table.append((f"{job[0]}@{job[1]}", str(job[2]), str(job[3]), statistics.median(pairs)))
-                    report.say(
-                        f"{table[-1][0]} {table[-1][-1]:.3f} of " + " ".join(f"{one:.3f}" for one in sorted(pairs))
-                    )
-                    row = {
-                        "model": job[0],
-                        "img_size": job[1],
-                        "r": job[2],
-                        "batch_size": job[3],
-                        "variant": f"over {commit}",
-                    }
-                    append([{**where("against", "cpu"), **row, "rounds": args.rounds, "overhead": table[-1][-1]}])
+            for job in jobs(args):
+                pairs = [one_pair(root, then, job, args.rounds, bool(turn % 2)) for turn in range(args.processes)]
+                table.append((short(job[0], job[1]), str(job[2]), str(job[3]), job[4], statistics.median(pairs)))
+                report.say(f"{table[-1][0]} {table[-1][-1]:.3f} of " + " ".join(f"{one:.3f}" for one in sorted(pairs)))
+                names = ("model", "img_size", "r", "batch_size", "dtype")
+                row = {**dict(zip(names, job, strict=True)), "variant": f"over {commit}"}
+                append([{**where("against", "cpu"), **row, "rounds": args.rounds, "overhead": table[-1][-1]}])
         finally:
             subprocess.run(["git", "worktree", "remove", "--force", str(then)], cwd=root, check=True)
     if not table:
         raise SystemExit(f"no model's name contains {args.only!r}")
-    cells = [[*row[:3], f"{row[3]:.3f}"] for row in table]
-    report.table(f"merged, now over {commit}", ("model", "r", "batch", "time ratio"), cells)
-    report.say(f"mean ratio {statistics.mean(row[3] for row in table):.3f}, at most {max(row[3] for row in table):.3f}")
+    cells = [[*row[:4], f"{row[4]:.3f}"] for row in table]
+    report.table(f"merged, now over {commit}", ("model", "r", "batch", "dtype", "time ratio"), cells)
+    report.say(f"mean ratio {statistics.mean(row[4] for row in table):.3f}, at most {max(row[4] for row in table):.3f}")
 
 
 def main() -> None:
@@ -137,6 +157,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--processes", type=int, default=5)
     parser.add_argument("--only", default="", help="measure only models whose name contains this text")
+    parser.add_argument("--latency", action="store_true", help="measure the small batches alone")
     parser.add_argument("--video", action="store_true", help="measure VideoMAE-L instead of the five models")
     parser.add_argument(
         "--statistic",
@@ -155,26 +176,40 @@ def main() -> None:
         return
     common = where("overhead", args.device)
     table = []
-    for name, size, r, batch in (VIDEO,) if args.video else CPU_MODELS:
-        if args.only not in name:
-            continue
-        model = ModelArgs(model=name, img_size=size, device=args.device, dtype=args.dtype)
+    usual: list[float] = []
+    for job in jobs(args):
+        name, size, r, batch, dtype = job
+        rounds = args.rounds * (8 if job in SMALL_BATCHES and batch == 1 else 1)  # short passes vary more
+        model = ModelArgs(model=name, img_size=size, device=args.device, dtype=dtype)
         bench = BenchArgs(
-            batch_size=batch, warmup=2, rounds=args.rounds, statistic=args.statistic, compile=args.compile
+            batch_size=batch,
+            warmup=2,
+            rounds=rounds,
+            statistic=args.statistic,
+            compile=args.compile,
         )
         rows, overheads = in_processes(args.processes, model, bench, r)
         append([{**common, **row} for row in rows])
         merged = rows[-1]
         columns = ("speedup", "flops_ratio", "realised", "overhead")
         table.append(
-            [f"{name}@{size}" if size else name, str(r), str(batch), *(f"{merged[column]:.2f}" for column in columns)]
+            [
+                f"{name}@{size}" if size else name,
+                str(r),
+                str(batch),
+                dtype,
+                *(f"{merged[column]:.3f}" for column in columns),
+            ]
         )
+        if job not in SMALL_BATCHES:
+            usual.append(float(merged["overhead"]))
         report.say(" ".join(table[-1]) + " of " + " ".join(f"{one:.3f}" for one in overheads))
     if not table:
         raise SystemExit(f"no model's name contains {args.only!r}")
-    average = sum(float(row[-1]) for row in table) / len(table)
-    report.table("overhead", ("model", "r", "batch", "speed-up", "FLOPs/", "realised", "overhead"), table)
-    report.say(f"overhead on average {average:.3f}, at most {max(float(row[-1]) for row in table):.2f}")
+    report.table("overhead", ("model", "r", "batch", "dtype", "speed-up", "FLOPs/", "realised", "overhead"), table)
+    report.say(
+        f"overhead on average {statistics.mean(usual):.3f} without the small batches, at most {max(float(row[-1]) for row in table):.3f}"
+    )
 
 
 if __name__ == "__main__":

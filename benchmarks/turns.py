@@ -16,12 +16,13 @@ import tokenmerge
 
 
 def main() -> None:
-    """Run `turns.py NAME SIZE R BATCH`."""
-    name, size, r, batch = sys.argv[1], *(int(word) for word in sys.argv[2:])
+    """Run `turns.py NAME SIZE R BATCH DTYPE`."""
+    name, size, r, batch = sys.argv[1], *(int(word) for word in sys.argv[2:5])
+    dtype = getattr(torch, sys.argv[5])
     torch.manual_seed(0)
-    model = timm.create_model(name, img_size=size).eval()
+    model = timm.create_model(name, img_size=size).eval().to(dtype)
     tokenmerge.patch(model, r=r)
-    images = torch.randn(batch, 3, size, size)
+    images = torch.randn(batch, 3, size, size).to(dtype)
     print(tokenmerge.__file__, flush=True)
     with torch.inference_mode():
         for _ in sys.stdin:

@@ -92,6 +92,7 @@ def run(script: str, *options: str, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_every_script_runs(results: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     """As a person runs them, but on small work; and the figures can be drawn from what they wrote."""
     monkeypatch.setattr(common, "CPU_MODELS", (("deit_tiny_patch16_224", 64, 2, 2),))
+    monkeypatch.setattr(common, "SMALL_BATCHES", (("deit_tiny_patch16_224", 64, 2, 1, "bfloat16"),))
     run("overhead.py", "--rounds", "2", "--processes", "2", monkeypatch=monkeypatch)
     variants = ("dense", "straightforward", "sliced", "merged")
     run("models.py", "--rounds", "2", "--variants", *variants, monkeypatch=monkeypatch)
@@ -230,6 +231,7 @@ def test_two_trees_take_turns(
     if not (FOLDER.parent / ".git").exists():
         pytest.skip("needs the repository's history")
     monkeypatch.setattr(common, "CPU_MODELS", (("deit_tiny_patch16_224", 64, 2, 2),))
+    monkeypatch.setattr(common, "SMALL_BATCHES", ())
     run("overhead.py", "--against", "HEAD", "--rounds", "3", "--processes", "1", monkeypatch=monkeypatch)
     assert "mean ratio" in capsys.readouterr().out
     assert [row["variant"] for row in read(results)] == ["over HEAD"]
