@@ -1,7 +1,7 @@
 """Run all GPU benchmarks and GPU checks within 300 seconds.
 
     python benchmarks/gpu.py                        # all steps, the most important first
-    python benchmarks/gpu.py --steps ops families   # selected steps, or the optional ones: families, compile-graphs
+    python benchmarks/gpu.py --steps ops families   # selected steps, or the optional ones: families, compile-graphs, graphed
     python benchmarks/gpu.py --rehearse             # the same steps with small inputs on a CPU, in under a minute
     python benchmarks/gpu.py --into-results FOLDER  # append the rows of an earlier run to results.csv
 

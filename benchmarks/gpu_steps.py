@@ -26,6 +26,7 @@ if "--rehearse" in sys.argv:
 
 import torch
 from common import where
+from gpu_graphs import graphed
 from torch import Tensor
 
 import tokenmerge
@@ -165,8 +166,8 @@ def ops(bench: Bench) -> None:
         match = max(3 * batch * (tokens / 2) ** 2 * dim / rate, 4 * batch * tokens * width / bandwidth)
         merge = (2 * tokens - r) * batch * channels * x.element_size() / bandwidth
         floors = {"unit keys": unit, "unit keys and match": unit + match, "matching": unit + match, "merge": merge}
-        graphed = {name: captured(call, bench) for name, call in calls.items()}
-        for name, seconds in zip(calls, bench.times(list(graphed.values()), 30), strict=True):
+        replayed = {name: captured(call, bench) for name, call in calls.items()}
+        for name, seconds in zip(calls, bench.times(list(replayed.values()), 30), strict=True):
             floor = floors.get(name, floors["matching" if "matching" in name else "merge"])
             shape = {"batch_size": batch, "tokens": tokens, "heads": heads, "head_dim": dim, "r": r}
             bench.note(what="op", op=name, **shape, ms=1e3 * seconds, floor_ms=1e3 * floor, over_floor=seconds / floor)
@@ -357,6 +358,7 @@ STEPS: dict[str, tuple[Callable[[Bench], None], int]] = {
 FURTHER: dict[str, tuple[Callable[[Bench], None], int]] = {
     "families": (families, 100),
     "compile-graphs": (compiled_graphs, 110),
+    "graphed": (graphed, 60),
 }
 """Those that are run when they are asked for."""
 

@@ -39,7 +39,7 @@ from tokenmerge.errors import (
 from tokenmerge.flops import BlockCost, ModelCost, vit_cost
 from tokenmerge.matching import Matcher, bipartite_matching, register_matcher
 from tokenmerge.methods import Method, get_method, method_names, register_method
-from tokenmerge.patching import Handle, Summary, handle_of, is_patched, model_cost, patch, patched, unpatch
+from tokenmerge.patching import Handle, Summary, Tuning, handle_of, is_patched, model_cost, patch, patched, unpatch
 from tokenmerge.patching.calibrate import calibrate, diffrate_schedule
 from tokenmerge.patching.state import carry, token_sizes
 from tokenmerge.plan import MergePlan
@@ -62,6 +62,7 @@ __all__ = [
     "Summary",
     "TokenMergeError",
     "Trace",
+    "Tuning",
     "UnknownFieldError",
     "UnsupportedModelError",
     "__version__",

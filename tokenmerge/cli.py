@@ -25,6 +25,7 @@ from tokenmerge.flags import (
     add_prop_attn,
     add_running,
     add_sampling_rate,
+    add_tuning,
     add_weights,
     between,
     count,
@@ -117,6 +118,7 @@ def make_parser() -> argparse.ArgumentParser:
     add_model(bench)
     add_merging(bench, None, required=False)
     add_running(bench, batch_size=8)
+    add_tuning(bench, "passes of the model")
     bench.add_argument(
         "--num-warm-iter", type=count(0), default=3, metavar="N", help="warm-up passes before measuring (%(default)s)"
     )
@@ -130,7 +132,6 @@ def make_parser() -> argparse.ArgumentParser:
         help="statistic of the measured times; min is steadier on shared machines (%(default)s)",
     )
     bench.add_argument("--compile", action="store_true", help="run torch.compile on the unmerged and the merged models")
-
     bench.add_argument(
         "--break-even",
         action="store_true",
@@ -153,6 +154,12 @@ def make_parser() -> argparse.ArgumentParser:
     export.add_argument(
         "--batch-size", "-b", type=count(1), metavar="N", help="the only batch size to support (default: any)"
     )
+    export.add_argument(
+        "--tune-schedule",
+        action="store_true",
+        help="measure the written file against one without merging, and against ones that merge as many tokens in every 2nd, 3rd or 4th block; "
+        "keep the fastest",
+    )
     export.add_argument("--opset", type=count(18), default=18, help="ONNX opset version (%(default)s)")
     export.add_argument("--no-verify", action="store_true", help="do not run the file to compare it with the model")
 
@@ -161,6 +168,7 @@ def make_parser() -> argparse.ArgumentParser:
     add_data(evaluate, "images, sounds or videos", " files")
     add_merging(evaluate, None)
     add_running(evaluate, batch_size=64)
+    add_tuning(evaluate, "passes of the first batch")
     evaluate.add_argument(
         "--class-map", metavar="FILE", help="file of class names in the order of the model's outputs, one per line"
     )
@@ -281,6 +289,7 @@ def _inspect(args: argparse.Namespace) -> int:
 def _bench(args: argparse.Namespace) -> int:
     report, settings, fields = _prepare(args)
     from tokenmerge.tools.bench import BenchArgs, run_bench
+    from tokenmerge.tools.tuning import tune_args
 
     bench = BenchArgs(
         batch_size=args.batch_size,
@@ -288,6 +297,7 @@ def _bench(args: argparse.Namespace) -> int:
         rounds=args.num_bench_iter,
         statistic=args.statistic,
         compile=args.compile,
+        tuning=tune_args(args),
     )
     if args.break_even:
         from tokenmerge.tools.break_even import run_break_even
@@ -310,6 +320,7 @@ def _export(args: argparse.Namespace) -> int:
         batch_size=args.batch_size,
         opset=args.opset,
         verify=not args.no_verify,
+        tune_schedule=args.tune_schedule,
     )
     return run_export(_model_args(args), export, settings[0], fields, report)
 
@@ -369,6 +380,7 @@ def _search(args: argparse.Namespace) -> int:
 def _eval(args: argparse.Namespace) -> int:
     report, settings, fields = _prepare(args)
     from tokenmerge.tools.evaluate import EvalArgs, run_eval
+    from tokenmerge.tools.tuning import tune_args
 
     names = ("crop_pct", "crop_mode", "interpolation", "mean", "std")
     evaluation = EvalArgs(
@@ -379,6 +391,7 @@ def _eval(args: argparse.Namespace) -> int:
         preprocessing={name: getattr(args, name) for name in names if getattr(args, name) is not None},
         sampling_rate=args.sampling_rate,
         strict=args.strict,
+        tuning=tune_args(args),
     )
     return run_eval(_model_args(args), evaluation, settings, fields, report)
 

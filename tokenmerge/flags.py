@@ -120,6 +120,32 @@ def add_matcher(command: argparse.ArgumentParser, backend: bool = True) -> None:
             command.add_argument(f"--{name}", choices=choices_of(name), default=field.default, help=text)
 
 
+def add_tuning(command: argparse.ArgumentParser, measures: str) -> None:
+    """Add `--tune`, `--tune-schedule` and `--tuning`.
+
+    Args:
+        command: the command.
+        measures: the measured passes, for the help text.
+    """
+    command.add_argument(
+        "--tune",
+        action="store_true",
+        help=f"first choose the implementation of attention and the backend that are fastest here, by measuring {measures}",
+    )
+    command.add_argument(
+        "--tune-schedule",
+        action="store_true",
+        help="also choose where to merge as many tokens (every block, or every 2nd, 3rd or 4th), and not to merge if that is not "
+        "at least 2 %% faster than the unmerged model",
+    )
+    command.add_argument(
+        "--tuning",
+        type=Path,
+        metavar="FILE",
+        help="record of the tuning: used instead of measuring if the file exists, and written otherwise",
+    )
+
+
 def add_data(command: argparse.ArgumentParser, holds: str = "images", decodes: str = " files") -> None:
     """Add `--data` and `--workers`."""
     command.add_argument(

@@ -20,7 +20,7 @@ from tokenmerge.attention.call import AttentionCall
 from tokenmerge.attention.forms import FORMS, choose_form
 from tokenmerge.attention.tap import Tap, open_tap, size_bias
 from tokenmerge.errors import ConfigError, InputError
-from tokenmerge.ops.timing import Spread, take_turns
+from tokenmerge.ops.timing import take_turns
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 EVERY = pytest.mark.parametrize("form", [form for form in FORMS if form not in ("auto", "mask")])
@@ -238,7 +238,8 @@ def test_attention_that_has_no_choice() -> None:
 
 def test_tuning_times_passes_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     """What checks whether a form can run, and what switches to it, is done outside of what is timed."""
-    from tokenmerge.patching import check, tune
+    from tokenmerge.patching import check
+    from tokenmerge.patching.tuning import measure
 
     model = tiny("deit_tiny_patch16_224")
     handle = tokenmerge.patch(model, r=5)
@@ -252,18 +253,16 @@ def test_tuning_times_passes_alone(monkeypatch: pytest.MonkeyPatch) -> None:
 
     def watched(calls: Any, *args: Any, **options: Any) -> Any:
         events.append("start")
-        return take_turns(calls, *args, **options)
+        found = take_turns(calls, *args, **options)
+        events.append("end")
+        return found
 
-    monkeypatch.setattr(tune, "take_turns", watched)
-    started: list[int] = []
-
-    def ended(*args: Any) -> Any:
-        started.append(len(events))
-        return Spread.of(*args)
-
-    monkeypatch.setattr(tune, "Spread", type("Spread", (), {"of": staticmethod(ended)}))
+    monkeypatch.setattr(measure, "take_turns", watched)
     handle.tune(images_for(model), rounds=2)
-    assert "check" not in events[events.index("start") : started[0]]
+    assert events.count("start") == 2  # forms of attention, then backends
+    while "start" in events:
+        assert "check" not in events[events.index("start") : events.index("end")]
+        events = events[events.index("end") + 1 :]
 
 
 def test_tuning_measures_and_chooses() -> None:
@@ -271,12 +270,13 @@ def test_tuning_measures_and_chooses() -> None:
     images = images_for(model)
     handle = tokenmerge.patch(model, r=5)
     wanted = model(images)
-    seconds = handle.tune(images, rounds=2)
+    tuning = handle.tune(images, rounds=2)
+    ran = {one.choice for one in tuning.tried if one.what == "attention" and one.seconds is not None}
     if DEVICE == "cpu":
-        assert set(seconds) == {"mask", "triton", "math", "key_channel", "value_channel"}  # Triton's in its interpreter
-    assert handle.config.attention == min(seconds, key=lambda form: seconds[form])
+        assert ran == {"mask", "triton", "math", "key_channel", "value_channel"}  # Triton's in its interpreter
+    assert handle.config.attention == tuning.chosen["attention"]
     torch.testing.assert_close(model(images), wanted, atol=2e-5, rtol=2e-5)
-    assert set(handle.tune(images, forms=["math"], rounds=1)) == {"math"}
+    assert handle.tune(images, forms=["math"], rounds=1).chosen["attention"] == "math"
     assert handle.config.attention == "math"
     for rounds, forms in ((0, None), (1, [])):
         with pytest.raises(InputError):

@@ -54,6 +54,19 @@ def test_the_path_that_a_gpu_takes(request: pytest.FixtureRequest) -> None:
     assert "a traced graph: 4 Triton kernels, 0 closed operators, 0 warnings" in lines
 
 
+@pytest.mark.slow
+def test_passes_can_be_captured_as_graphs() -> None:
+    """What PyTorch would capture reads and copies nothing, writes to no input, and uses nothing made before."""
+    done = without_interpreter("-m", "tests.helpers.fake_graphs")
+    print(done.stdout)
+    assert done.returncode == 0, done.stdout + done.stderr
+    lines = done.stdout.splitlines()
+    assert any(line.endswith(" graphs, 0 wrong") and int(line.split()[0]) >= 15 for line in lines)
+    assert "of 4 planted faults 4 are found" in lines
+    assert any("refuses the model itself: Modules must not have hooks" in line for line in lines)
+    assert any("takes a module around it" in line for line in lines)
+
+
 def test_a_kernel_starts_on_the_device_of_its_tensors(monkeypatch: pytest.MonkeyPatch) -> None:
     """Not on the current one; and all its programs lie along x, where a grid may be long."""
     from tokenmerge.ops import launch, matching

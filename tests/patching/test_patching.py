@@ -299,7 +299,7 @@ def test_the_check_sees_a_lost_bias_in_every_precision(case: str, monkeypatch: p
 def test_a_patch_that_fails_half_way_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     model = tiny("vit_tiny_patch16_224")
     anatomy = [(type(m), sorted(vars(m)), len(m._forward_hooks)) for m in model.modules()]
-    module = sys.modules["tokenmerge.patching.handle"]
+    module = sys.modules["tokenmerge.patching.apply"]
 
     def fails_half_way(target: Any, record: Any) -> None:
         tokenmerge.patching.install.install(target, record)

@@ -11,8 +11,10 @@ import pytest
 from tests.helpers.tiny import tiny
 from tokenmerge.cli import main
 from tokenmerge.ops.timing import Spread
+from tokenmerge.patching.tuning.measure import pays
+from tokenmerge.patching.tuning.schedules import spaced
 from tokenmerge.tools import break_even
-from tokenmerge.tools.break_even import batches_up_to, ladder, pays, sparse
+from tokenmerge.tools.break_even import batches_up_to, ladder
 
 
 def test_what_is_tried() -> None:
@@ -25,10 +27,14 @@ def test_what_is_tried() -> None:
 
 @pytest.mark.parametrize("schedule", [(8,) * 12, (5, 4, 3, 2), (7,), (1, 0, 0, 3, 9)])
 def test_fewer_blocks_merge_as_many_tokens(schedule: tuple[int, ...]) -> None:
-    fewer = sparse(schedule)
-    assert len(fewer) == len(schedule)
-    assert sum(fewer) == sum(schedule)
-    assert not any(fewer[i] for i in range(len(fewer)) if i % 3)
+    for late in (False, True):
+        fewer = spaced(schedule, 3, late)
+        assert len(fewer) == len(schedule)
+        assert sum(fewer) == sum(schedule)
+        last = len(schedule) - 1
+        assert not any(fewer[i] for i in range(len(fewer)) if (i % 3 if not late else i % 3 != 2 and i != last))
+        merged = [sum(fewer[:i]) - sum(schedule[:i]) for i in range(len(fewer) + 1)]
+        assert all(one <= 0 for one in merged) if late else all(one >= 0 for one in merged)
 
 
 def test_when_merging_pays() -> None:
@@ -73,7 +79,7 @@ def test_the_smallest_r_that_pays(
     assert [(row["batch_size"], row["r"], row["pays"]) for row in rows] == [
         (1, 1, False),
         (1, 2, False),
-        (1, "6,0,0,6,0,0,3,0,0,0,0,0", False),  # 17 tokens: r = 2 until one is left to merge
+        (1, "0,0,6,0,0,6,0,0,3,0,0,0", False),  # 17 tokens: r = 2 until one is left to merge
         (2, 1, False),
         (2, 2, True),
     ]

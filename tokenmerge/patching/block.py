@@ -68,14 +68,14 @@ class MergeBlock(OwnR):
         """
         x = args[0] if args else None
         if isinstance(x, Tensor):
-            eager = not torch.compiler.is_compiling()
             state = getattr(x, STATE, None)
+            if state is None and self._tokenmerge.model.settings.idle and not torch.is_grad_enabled():
+                return super().__call__(*args, **kwargs)  # type: ignore[misc]  # nothing merges, and nothing is recomputed
+            eager = not torch.compiler.is_compiling()
             if state is not None and state.merged is None:
                 kwargs[STATE] = state
             if eager and (STATE in kwargs or self._tokenmerge.index == 0):
-                kwargs[_INPUT] = weakref.ref(
-                    x
-                )  # for block 0 as well: gradient checkpointing passes this tensor again to recompute
+                kwargs[_INPUT] = weakref.ref(x)  # in block 0, too: gradient checkpointing passes it again to recompute
             if eager and torch.is_grad_enabled():
                 _mark_unmerged(self._tokenmerge, x, state, kwargs)
         return super().__call__(*args, **kwargs)  # type: ignore[misc]  # nn.Module's
@@ -88,6 +88,9 @@ class MergeBlock(OwnR):
         """
         if isinstance(x, Proxy) and self._tokenmerge.model.settings.merges:
             return as_leaf(self, x, *args, **kwargs)
+        idle = isinstance(x, Tensor) and self._tokenmerge.model.settings.idle and not torch.is_grad_enabled()
+        if idle and getattr(x, STATE, None) is None and STATE not in kwargs and _INPUT not in kwargs:
+            return super().forward(x, *args, **kwargs)  # type: ignore[misc]
         state, given = _arrive(self, x, args, kwargs)
         if state is None:  # no block merges, so upstream's own forward runs and may get any argument
             return super().forward(x, *args, **kwargs)  # type: ignore[misc]  # upstream's block comes next

@@ -14,7 +14,7 @@ from torch import nn
 from tokenmerge.config import FIELDS, MergeConfig
 from tokenmerge.errors import ConfigError, InputError
 from tokenmerge.matching.informed import collecting_edges
-from tokenmerge.patching.handle import patched
+from tokenmerge.patching.apply import patched
 
 
 @torch.inference_mode()

@@ -1,24 +1,24 @@
-"""Patching and unpatching of models, and `Handle`, the controls of a patched model."""
+"""`Handle`, the controls of a patched model."""
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
+import os
 import threading
-import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
+import torch
 from torch import nn
 
 from tokenmerge.config import FIELDS, MergeConfig
 from tokenmerge.errors import InputError, PatchError
 from tokenmerge.patching.added import matching_flops
-from tokenmerge.patching.check import attention_choice, check_block, check_rotary
+from tokenmerge.patching.check import attention_choice
 from tokenmerge.patching.entering import check_blocks, count_again
-from tokenmerge.patching.install import install, remove_hooks, restore
+from tokenmerge.patching.install import remove_hooks, restore
 from tokenmerge.patching.match import cost_of
-from tokenmerge.patching.record import RECORD, ModelRecord, record_of
+from tokenmerge.patching.record import RECORD, ModelRecord
 from tokenmerge.patching.running import is_running
 from tokenmerge.patching.settings import backend_choice, matching_in_words, settings_for
 from tokenmerge.patching.summary import Summary, summarize
@@ -27,16 +27,15 @@ from tokenmerge.patching.target import (
     Target,
     check_is_module,
     find_target,
-    misread_by,
     patch_of,
     patched_inside,
-    refuse_if_patched,
 )
-from tokenmerge.patching.tune import measure_forms
+from tokenmerge.patching.tuning.record import Tuning
+from tokenmerge.patching.tuning.run import Tuner, Wishes, describe, loaded
 from tokenmerge.schedule import Schedule
 from tokenmerge.tracing.trace import Trace
 
-_turns = threading.RLock()
+turns = threading.RLock()
 """Lock under which patching, updating and unpatching run one at a time in a process; forward passes never wait for it."""
 
 
@@ -111,43 +110,66 @@ class Handle:
             >>> handle.schedule
             (4, 4)
         """
-        with _turns:
+        with turns:
             model, record = self._live()
             config = MergeConfig.create(record.settings.config if config is None else config, **fields)
             check_blocks(record, record.settings.layers, model)
             record.settings = settings_for(_target(model, record), config, record.readers)
-            record.latest = None
+            record.latest = record.tuned = None
 
     def tune(
-        self, *inputs: Any, forms: Sequence[str] | None = None, rounds: int = 7, **options: Any
-    ) -> dict[str, float]:
-        """Measure every form of attention on these inputs, and use the fastest one from now on.
+        self,
+        *inputs: Any,
+        schedule: bool = False,
+        judge: Any = None,
+        load: Tuning | str | os.PathLike[str] | None = None,
+        forms: Sequence[str] | None = None,
+        backends: Sequence[str] | None = None,
+        rounds: int = 7,
+        call: Callable[..., Any] | None = None,
+        **options: Any,
+    ) -> Tuning:
+        """Measure on these inputs which form of attention and which backend is fastest, and use them from now on.
 
-        All forms compute the same result, and device, shape and dtype decide which is fastest, so pass inputs like those
-        of later passes. Tune a model before compiling it.
+        Neither changes the result. With `schedule=True`, also choose where to merge as many tokens (in every block as asked, or
+        in every 2nd, 3rd or 4th), and whether: a model that is not at least 2 % faster than unmerged gets r=0. Without a judge,
+        no block gets fewer tokens than was asked for. The choice holds for inputs of this shape; `update` ends it.
 
         Args:
-            *inputs: positional arguments of a forward pass.
+            *inputs: positional arguments of a forward pass, of the shape, dtype and device of later ones.
+            schedule: whether to choose a schedule.
+            judge: images, a pair of images and labels `[B]` int64, or several of these: a schedule is chosen only if it moves the
+                predictions on them no more than the asked one does, by KL divergence and by correct labels.
+            load: a `Tuning`, or the path of a saved one, to use without measuring, as other processes do.
             forms: values of `MergeConfig.attention` to measure; `None` measures all that can run here.
-            rounds: measured passes per form.
+            backends: values of `MergeConfig.backend` to measure; `None` measures all that can run here.
+            rounds: rounds in which all alternatives take turns.
+            call: function that is timed in place of the model, such as a compiled version of it.
             **options: keyword arguments of a forward pass.
 
         Returns:
-            Median seconds per forward pass, by form.
+            The record: what was tried, times, device, versions, and what was chosen.
 
         Raises:
-            ConfigError: if one of the given `forms` cannot run here.
-            InputError: if `forms` is empty, or `rounds` is not positive.
+            ConfigError: if one of the given `forms` or `backends` cannot run here.
+            InputError: if the model merges nothing, an argument is invalid, or `load` is of another model, setting or input.
         """
-        with _turns:
+        wishes = Wishes(schedule, judge, forms, backends, rounds, call)
+        wishes.check()
+        with turns:
             model, record = self._live()
             target, before = _target(model, record), record.settings
-            try:
-                seconds = measure_forms(target, record, inputs, options, forms, rounds)
-            finally:
-                record.settings = before
-            self.update(attention=min(seconds, key=lambda form: seconds[form]))
-            return seconds
+            if load is not None:
+                tuning = loaded(target, record, load, describe(inputs, options), schedule)
+            else:
+                try:
+                    with torch.inference_mode():
+                        tuning = Tuner(target, record, wishes, inputs, options).tune()
+                finally:
+                    record.settings = before
+            self.update(**tuning.chosen)
+            record.tuned = tuning
+            return tuning
 
     def remove(self) -> None:
         """Restore the model to its exact state before patching.
@@ -157,9 +179,9 @@ class Handle:
         Raises:
             PatchError: if this handle's patch is gone already, or a forward pass of the model is running.
         """
-        with _turns:
+        with turns:
             model, record = self._live()
-            _take_off(model, record)
+            take_off(model, record)
 
     def summary(self, input_size: int | Sequence[int] | None = None) -> Summary:
         """Return the blocks patched, r and tokens per block, and FLOPs with and without merging; `print` shows a table.
@@ -195,6 +217,7 @@ class Handle:
             cost=cost,
             matching=matching_flops(target, settings, cost.counts(schedule), grid),
             input_size=input_size,
+            tuned=None if record.tuned is None else record.tuned.words,
         )
 
     def output_tokens(self, layer: int = -1, input_size: int | Sequence[int] | None = None) -> int:
@@ -253,74 +276,7 @@ def _target(model: nn.Module, record: ModelRecord) -> Target:
     return dataclasses.replace(find_target(model), around=record.around)
 
 
-def patch(model: nn.Module, config: MergeConfig | None = None, **fields: Any) -> Handle:
-    """Make a Vision Transformer merge similar tokens, in place, and return its handle (arXiv 2210.09461).
-
-    Weights, `state_dict` keys and output shapes stay; only `forward_features` returns fewer tokens. Errors change nothing.
-
-    Args:
-        model: a supported model, or a module that contains exactly one.
-        config: settings; `fields` replace single ones of them.
-        **fields: fields of `MergeConfig`, such as `r=8` or `flops=0.5`.
-
-    Raises:
-        UnsupportedModelError: if the patched model would compute something else; the message lists the reasons.
-        PatchError: if the model, or a part of it, is already patched.
-        ConfigError: if a value is invalid, or no schedule is given.
-        UnknownFieldError: (a TypeError) if a keyword is not a field of `MergeConfig`.
-
-    Example:
-        >>> import timm, torch, tokenmerge
-        >>> model = timm.create_model("deit_tiny_patch16_224", depth=2, img_size=96).eval()
-        >>> handle = tokenmerge.patch(model, r=8)
-        >>> model.forward_features(torch.zeros(1, 3, 96, 96)).shape  # 37 tokens, minus 8 in each of 2 blocks
-        torch.Size([1, 21, 192])
-    """
-    config = MergeConfig.create(config, **fields)
-    check_is_module(model)
-    with _turns:
-        refuse_if_patched(model)
-        target = find_target(model)
-        misreaders = misread_by(model, target)
-        record = ModelRecord(target.family, settings_for(target, config, misreaders), misreaders, model)
-        record.own_r = ("r" in vars(target.model), "r" in vars(model))
-        block, row = target.blocks[0]
-        check_block(row, block, target.channels, "block 0", target.family.library)
-        check_rotary(target)
-        try:
-            install(target, record)
-            record.root = weakref.ref(target.model)
-            record.around = target.around
-            count_again(record, target.model)
-        except BaseException:
-            restore(target.model)
-            raise
-    return Handle(target.model, record)
-
-
-def unpatch(model: nn.Module) -> None:
-    """Restore every patched model in `model` to its exact state before patching.
-
-    Raises:
-        PatchError: if `model` contains no patched model, or a forward pass of one is running.
-    """
-    check_is_module(model)
-    with _turns:
-        found = patched_inside(model)
-        if not found and any(record_of(module) is not None for module in model.modules()):
-            restore(model)  # blocks of a patched model that were put into this one
-            return
-        if not found:
-            raise PatchError(
-                f"{type(model).__name__} is not patched, so there is nothing to undo: check tokenmerge.is_patched(model)"
-            )
-        for _, module in found:
-            record = patch_of(module)
-            assert record is not None
-            _take_off(module, record)
-
-
-def _take_off(model: nn.Module, record: ModelRecord) -> None:
+def take_off(model: nn.Module, record: ModelRecord) -> None:
     """Restore a model, unless a merging pass is running, whose tokens the restored blocks would misread."""
     before = record.settings  # with r=0, no new pass can begin to merge between the check below and the end
     record.settings = dataclasses.replace(before, config=MergeConfig.create(before.config, r=0, trace=False))
@@ -335,48 +291,6 @@ def _take_off(model: nn.Module, record: ModelRecord) -> None:
             vars(embedding).pop(RECORD, None)
             remove_hooks(embedding)
     restore(model)
-
-
-@contextlib.contextmanager
-def patched(model: nn.Module, config: MergeConfig | None = None, **fields: Any) -> Iterator[Handle]:
-    """Patch a model within a `with` block, as `patch` does, and unpatch it at the end, also after an error.
-
-    With gradient checkpointing, call `backward` within the block: it runs the blocks again, which must still be patched.
-
-    Args:
-        model: a supported model, or a module that contains exactly one.
-        config: settings; keywords override single fields of it.
-        **fields: fields of `MergeConfig`.
-
-    Yields:
-        The handle. The errors are those of `patch`.
-
-    Example:
-        >>> import timm, tokenmerge
-        >>> with tokenmerge.patched(timm.create_model("test_vit"), r=8) as handle:
-        ...     handle.output_tokens()
-        53
-    """
-    handle = patch(model, config, **fields)
-    try:
-        yield handle
-    except BaseException:
-        with contextlib.suppress(PatchError):  # it must not hide the user's own error
-            _remove_if_live(handle)
-        raise
-    _remove_if_live(handle)
-
-
-def _remove_if_live(handle: Handle) -> None:
-    with _turns:
-        if patch_of(handle._model) is handle._record:
-            handle.remove()
-
-
-def is_patched(model: nn.Module) -> bool:
-    """Return whether `model` is a patched model or contains one."""
-    check_is_module(model)
-    return bool(patched_inside(model))
 
 
 def handle_of(model: nn.Module) -> Handle:

@@ -74,6 +74,7 @@ class Settings:
         looks: whether a trace includes attention.
         schedule: requested r per block; `None` if it depends on the number of tokens.
         merges: whether any block may merge tokens.
+        idle: whether passes run upstream's code alone: nothing merges, and nothing is traced.
         number: identifier of these settings for traced code.
     """
 
@@ -96,6 +97,7 @@ class Settings:
     looks: bool = dataclasses.field(init=False)
     schedule: Schedule | None = dataclasses.field(init=False)
     merges: bool = dataclasses.field(init=False)
+    idle: bool = dataclasses.field(init=False)
     number: int = dataclasses.field(init=False)
 
     def __post_init__(self) -> None:
@@ -106,6 +108,7 @@ class Settings:
         object.__setattr__(self, "looks", self.config.looks)
         object.__setattr__(self, "schedule", schedule)
         object.__setattr__(self, "merges", not nothing)
+        object.__setattr__(self, "idle", nothing and not self.config.traces)
         object.__setattr__(self, "number", next(_numbers))
         _living[self.number] = self
 
@@ -166,6 +169,7 @@ class ModelRecord:
             the model.
         root: weak reference to the model, once it is known.
         ends: fingerprint that shows whether the model's own parts were exchanged since its cost was counted.
+        tuned: record of the tuning whose choice is in force, or `None`.
         around: multiply-adds of the classifier that surrounded the model when it was patched.
         number: identifier of the model for traced code.
     """
@@ -181,6 +185,7 @@ class ModelRecord:
         self.embed: str | None = None
         self.embeddings: tuple[Any, ...] = ()
         self.root: Any = None
+        self.tuned: Any = None
         self.around: Ends = NO_ENDS
         self.number = next(_numbers)
 

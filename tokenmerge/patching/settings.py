@@ -74,7 +74,7 @@ def settings_for(target: Target, config: MergeConfig, misreaders: tuple[str, ...
         full_output=output == "full",
         merged_states=bool(family.collectors(model)) and output != "full",
         keep_plans=config.traces or needs_plans or output == "full",
-        one_call=config.backend in ("auto", "c") and not config.changed("matching"),
+        one_call=config.backend in ("auto", "c") and config.order == "partition" and not config.changed("matching"),
     )
 
 

@@ -37,6 +37,7 @@ class Summary:
         block_flops: multiply-adds of each block with merging.
         matching_flops: multiply-adds per image of merging itself (metric and matching), which by convention no other figure
             here includes; `None` if they cannot be counted, because blocks are sharded or a predictor is not trained yet.
+        tuned: what a tuning chose, for which inputs, as a sentence; `None` if none is in force.
     """
 
     model: str
@@ -58,6 +59,7 @@ class Summary:
     flops_after: int
     block_flops: tuple[int, ...]
     matching_flops: int | None = None
+    tuned: str | None = None
 
     @property
     def flops_ratio(self) -> float:
@@ -88,6 +90,7 @@ class Summary:
             *(["  r is what merges on average: the matcher goes by what is in the images"] if self.adaptive else []),
             *textwrap.wrap(f"  attention form {self.attention}: {self.attention_reason}", 80, subsequent_indent="    "),
             *textwrap.wrap(f"  backend {self.backend}: {self.backend_reason}", 80, subsequent_indent="    "),
+            *(textwrap.wrap(f"  {self.tuned}", 80, subsequent_indent="    ") if self.tuned else []),
             f"  {self.flops_before / 1e9:.4g} -> {self.flops_after / 1e9:.4g} GFLOPs per image "
             f"({100 / self.flops_ratio:.1f} %); {self.matching_in_words}",
             "  block   tokens in   merged   tokens out   GFLOPs",
@@ -112,6 +115,7 @@ def summarize(
     cost: ModelCost,
     matching: tuple[int, ...] | None,
     input_size: int | Sequence[int] | None,
+    tuned: str | None = None,
 ) -> Summary:
     """Return the summary of a model.
 
@@ -126,6 +130,7 @@ def summarize(
         cost: cost of the model for the number of tokens that the summary is for.
         matching: multiply-adds of merging in each block, or `None`.
         input_size: input size for which the summary holds.
+        tuned: what a tuning chose, in words.
     """
     return Summary(
         model=model,
@@ -147,4 +152,5 @@ def summarize(
         flops_after=cost.total(schedule),
         block_flops=cost.per_block(schedule),
         matching_flops=None if matching is None else sum(matching),
+        tuned=tuned,
     )

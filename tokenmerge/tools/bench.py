@@ -23,6 +23,7 @@ from tokenmerge.tools.pages.figures import lines
 from tokenmerge.tools.report import Report, Row
 from tokenmerge.tools.settings import Setting
 from tokenmerge.tools.trained import as_trained
+from tokenmerge.tools.tuning import NO_TUNING, TuneArgs, tune
 from tokenmerge.tools.variants import share_weights, sliced
 
 Forward = Callable[[Tensor], Any]
@@ -38,6 +39,7 @@ class BenchArgs:
         rounds: measured passes of each model; the models take turns in every round.
         statistic: how speed-up and overhead are computed: "median" of the ratios of paired rounds, or ratio of minima ("min").
         compile: whether to `torch.compile` every model.
+        tuning: what to tune before measuring.
     """
 
     batch_size: int = 8
@@ -45,6 +47,7 @@ class BenchArgs:
     rounds: int = 15
     statistic: str = "median"
     compile: bool = False
+    tuning: TuneArgs = NO_TUNING
 
 
 def passes(forwards: Sequence[Forward], images: Tensor) -> list[Call]:
@@ -74,14 +77,23 @@ def prepare(module: Any, compiled: bool) -> Forward:
     return forward
 
 
-def _variants(model: Any, settings: Sequence[Setting], fields: dict[str, Any], compiled: bool) -> list[_Variant]:
+def _variants(
+    model: Any,
+    settings: Sequence[Setting],
+    fields: dict[str, Any],
+    bench: BenchArgs,
+    images: Tensor,
+    report: Report,
+) -> list[_Variant]:
     """Return the unmerged model first, then one variant per setting that merges."""
+    compiled = bench.compile
     variants = [_Variant(Setting(0, {"r": 0}), None, prepare(model, compiled), None)]
     for setting in settings:
         if setting.is_baseline:
             continue
         copy = share_weights(model)
         handle = patch(copy, setting.config(**fields))
+        tune(copy, handle, images, bench.tuning, setting.title, report.say)
         yardstick = sliced(model, handle.schedule)
         forward = None if yardstick is None else prepare(yardstick, compiled)
         variants.append(_Variant(setting, handle.summary(), prepare(copy, compiled), forward))
@@ -100,7 +112,7 @@ def measure(
     model = load_model(args)
     images = torch.randn(bench.batch_size, *input_shape(model), generator=torch.Generator().manual_seed(0))
     images = place(images, args.device, args.dtype, args.channels_last)
-    variants = _variants(model, settings, fields, bench.compile)
+    variants = _variants(model, settings, fields, bench, images, report)
     forwards = [f for v in variants for f in (v.merged, v.yardstick) if f is not None]
     if bench.compile:
         compile_now(forwards, images)
@@ -146,6 +158,7 @@ def run_bench(
     args: ModelArgs, bench: BenchArgs, settings: Sequence[Setting], fields: dict[str, Any], report: Report
 ) -> int:
     """Measure a model, print and write one row for the unmerged model and one per r, and return 0."""
+    bench.tuning.check(settings, bench.compile)
     fields = as_trained(args, fields)
     rows = measure(args, bench, settings, fields, report)
     _print(report, args, bench, rows)
@@ -190,6 +203,8 @@ def _row(
         "ms_p50": 1e3 * spread.p50,
         "ms_p80": 1e3 * spread.p80,
         "images_per_second": 1e3 * bench.batch_size / ms,
+        "schedule": None if variant.summary is None else list(variant.summary.r),
+        "tuned": None if variant.summary is None else variant.summary.tuned,
         "speedup": speedup,
         "flops_ratio": flops_ratio,
         "realised": speedup / flops_ratio,

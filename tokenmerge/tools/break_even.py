@@ -2,7 +2,7 @@
 
 For each batch size, the unmerged model and one merged copy per r take turns. A setting pays if the median speed-up over the
 paired rounds is at least 1.02 and the merged model is faster in four of five rounds. If no setting pays, the merges of three
-blocks are also tried in every third block, which runs matching a third as often.
+blocks are also tried in every third block, the last of the three, which runs matching a third as often.
 """
 
 from __future__ import annotations
@@ -18,22 +18,19 @@ from tokenmerge.errors import InputError
 from tokenmerge.ops.timing import Spread, take_turns
 from tokenmerge.patching import patch
 from tokenmerge.patching.target import find_target
-from tokenmerge.schedule import Schedule, max_merges
+from tokenmerge.patching.tuning.measure import GAIN, pays
+from tokenmerge.patching.tuning.schedules import spaced
+from tokenmerge.schedule import max_merges
 from tokenmerge.tools.bench import BenchArgs, compile_now, passes, prepare
 from tokenmerge.tools.device import place
 from tokenmerge.tools.models import ModelArgs, input_shape, load_model
 from tokenmerge.tools.report import Report, Row
 from tokenmerge.tools.settings import Setting
 from tokenmerge.tools.trained import as_trained
+from tokenmerge.tools.tuning import tune
 from tokenmerge.tools.variants import share_weights
 
-_GAIN = 1.02
 _SPARSE = 3
-
-
-def pays(gain: Spread) -> bool:
-    """Return whether a setting pays, from the speed-ups of the paired rounds."""
-    return gain.p50 >= _GAIN and gain.p20 > 1.0
 
 
 def batches_up_to(largest: int) -> list[int]:
@@ -48,12 +45,6 @@ def ladder(model: Any) -> list[Setting]:
     tokens, protected = target.family.tokens(target.model), target.family.protected(target.model)
     most = max(1, max_merges(tokens, protected) * 2 // len(target.blocks))
     return [Setting(r, {"r": r}) for r in (2**i for i in range(most.bit_length())) if r <= most]
-
-
-def sparse(schedule: Schedule) -> list[int]:
-    """Return a schedule that merges in every third block the tokens of three blocks of `schedule`."""
-    total = [sum(schedule[i : i + _SPARSE]) for i in range(0, len(schedule), _SPARSE)]
-    return [total[i // _SPARSE] if i % _SPARSE == 0 else 0 for i in range(len(schedule))]
 
 
 def run_break_even(
@@ -76,11 +67,16 @@ def run_break_even(
             "--break-even was given r=0 alone, which is the unmerged model: give other r, or none for a ladder"
         )
     wanted = wanted or ladder(model)
+    bench.tuning.check(wanted, bench.compile)
+    if bench.tuning.schedule or bench.tuning.file is not None:
+        raise InputError(
+            "--break-even compares schedules at several batch sizes itself, but --tune-schedule or --tuning was given: give --tune alone"
+        )
     rows: list[Row] = []
     with report.progress() as progress:
         task = progress.add_task("batch sizes", total=len(batches_up_to(bench.batch_size)))
         for batch in batches_up_to(bench.batch_size):
-            rows += _measure(model, args, bench, batch, wanted, fields)
+            rows += _measure(model, args, bench, batch, wanted, fields, report)
             progress.advance(task)
     _print(report, args, bench, rows)
     report.write(rows)
@@ -88,16 +84,22 @@ def run_break_even(
 
 
 def _measure(
-    model: Any, args: ModelArgs, bench: BenchArgs, batch: int, settings: Sequence[Setting], fields: dict[str, Any]
+    model: Any,
+    args: ModelArgs,
+    bench: BenchArgs,
+    batch: int,
+    settings: Sequence[Setting],
+    fields: dict[str, Any],
+    report: Report,
 ) -> list[Row]:
     images = torch.randn(batch, *input_shape(model), generator=torch.Generator().manual_seed(0))
     images = place(images, args.device, args.dtype, args.channels_last)
-    rows = _turns(model, args, bench, images, [(s, s.config(**fields)) for s in settings])
+    rows = _turns(model, args, bench, images, [(s, s.config(**fields)) for s in settings], report)
     rows.sort(key=lambda row: (sum(row["schedule"]), row["schedule"]))
     if not any(row["pays"] for row in rows):
-        schedule = sparse(rows[-1]["schedule"])
+        schedule = list(spaced(tuple(rows[-1]["schedule"]), _SPARSE, late=True))
         setting = Setting(",".join(map(str, schedule)), {"r": schedule})
-        rows += _turns(model, args, bench, images, [(setting, setting.config(**fields))], sparse=True)
+        rows += _turns(model, args, bench, images, [(setting, setting.config(**fields))], report, sparse=True)
     return rows
 
 
@@ -107,10 +109,14 @@ def _turns(
     bench: BenchArgs,
     images: torch.Tensor,
     configs: Sequence[tuple[Setting, MergeConfig]],
+    report: Report,
     sparse: bool = False,
 ) -> list[Row]:
     copies = [share_weights(model) for _ in configs]
-    summaries = [patch(copy, config).summary() for copy, (_, config) in zip(copies, configs, strict=True)]
+    handles = [patch(copy, config) for copy, (_, config) in zip(copies, configs, strict=True)]
+    for copy, handle, (setting, _) in zip(copies, handles, configs, strict=True):
+        tune(copy, handle, images, bench.tuning, f"batch {images.shape[0]}, {setting.title}", report.say)
+    summaries = [handle.summary() for handle in handles]
     forwards = [prepare(one, bench.compile) for one in (model, *copies)]
     if bench.compile:
         compile_now(forwards, images)
@@ -168,13 +174,15 @@ def _print(report: Report, args: ModelArgs, bench: BenchArgs, rows: Sequence[Row
         table,
     )
     tried = ", ".join(dict.fromkeys(_short(row) for row in rows))
-    report.say(f"tried r: {tried}; {bench.rounds} interleaved rounds; pays = 2 % faster, and faster in 4 rounds of 5")
+    report.say(
+        f"tried r: {tried}; {bench.rounds} interleaved rounds; pays = {GAIN:g}x as fast, and faster in 4 rounds of 5"
+    )
     for line in _advice(bench, by_batch):
         report.say(line, style="bold yellow")
 
 
 def _short(row: Row) -> str:
-    return f"{row['schedule'][0]} every {_SPARSE}rd block" if row["sparse"] else str(row["r"])
+    return f"{max(row['schedule'])} every {_SPARSE}rd block" if row["sparse"] else str(row["r"])
 
 
 def _advice(bench: BenchArgs, by_batch: dict[int, list[Row]]) -> list[str]:

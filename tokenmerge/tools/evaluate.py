@@ -19,7 +19,7 @@ from torch import Tensor
 
 from tokenmerge.errors import InputError
 from tokenmerge.ops.timing import synchronize
-from tokenmerge.patching import model_cost, patch
+from tokenmerge.patching import Handle, model_cost, patch
 from tokenmerge.tools.device import place
 from tokenmerge.tools.folders import ClassFolder, batches
 from tokenmerge.tools.inputs import class_names, classifier_input, logits_of, num_classes, preprocessing
@@ -31,6 +31,7 @@ from tokenmerge.tools.report import Report, Row
 from tokenmerge.tools.settings import Setting
 from tokenmerge.tools.sounds import Spectrogram
 from tokenmerge.tools.trained import as_trained
+from tokenmerge.tools.tuning import NO_TUNING, TuneArgs, tune
 from tokenmerge.tools.variants import share_weights
 from tokenmerge.tools.videos import Clip
 
@@ -48,6 +49,7 @@ class EvalArgs:
             (crop_pct, crop_mode, interpolation, mean, std).
         sampling_rate: stride between the sampled frames of a video.
         strict: whether unreadable files make the exit code 1.
+        tuning: what to tune on the first batch.
     """
 
     data: Path
@@ -57,6 +59,7 @@ class EvalArgs:
     preprocessing: dict[str, Any] = dataclasses.field(default_factory=dict)
     sampling_rate: int = 4
     strict: bool = False
+    tuning: TuneArgs = NO_TUNING
 
 
 @dataclasses.dataclass
@@ -67,6 +70,7 @@ class Score:
         setting: the schedule.
         forward: the model at this setting.
         gflops: GFLOPs per image.
+        handle: handle of the model; `None` without merging.
         top1: number of images whose most likely class is the label.
         top5: number of images whose five most likely classes contain the label.
         images: number of images evaluated.
@@ -76,6 +80,7 @@ class Score:
     setting: Setting
     forward: Callable[[Tensor], Tensor]
     gflops: float
+    handle: Handle | None = None
     top1: int = 0
     top5: int = 0
     images: int = 0
@@ -108,6 +113,7 @@ class Score:
             "top5": 100 * self.top5 / self.images,
             "images_per_second": self.images / self.seconds,
             "gflops": self.gflops,
+            "tuned": None if self.handle is None else self.handle.summary().tuned,
             "images": self.images,
             "skipped": skipped,
         }
@@ -134,8 +140,23 @@ def scores(model: Any, settings: Sequence[Setting], fields: dict[str, Any]) -> l
         else:
             copy = share_weights(model)
             handle = patch(copy, setting.config(**fields))
-            result.append(Score(setting, copy, handle.summary().flops_after / 1e9))
+            result.append(Score(setting, copy, handle.summary().flops_after / 1e9, handle))
     return result
+
+
+def _tune(running: Sequence[Score], images: Tensor, wanted: TuneArgs, processes: Processes, report: Report) -> None:
+    """Tune every setting that merges on the first batch; several processes must share one record, to do the same."""
+    shared = wanted.file is not None and wanted.file.is_file()
+    if wanted.asked and processes.count > 1 and not shared:
+        raise InputError(
+            f"{processes.count} processes were started, and each would tune for itself, but they must do the same: tune in one process "
+            "with --tuning FILE, then give that file to all"
+        )
+    for score in running:
+        if score.handle is not None and wanted.asked:
+            say = report.say if processes.is_main else (lambda text: None)
+            tune(score.forward, score.handle, images, wanted, score.setting.title, say)
+            score.gflops = score.handle.summary().flops_after / 1e9
 
 
 def make_dataset(model: Any, args: EvalArgs, medium: Medium) -> ClassFolder:
@@ -181,6 +202,7 @@ def run_eval(
     Raises:
         InputError: if the data or the model cannot be read, or no image can be read.
     """
+    evaluation.tuning.check(settings)
     processes = launched(args.device)
     try:
         return _run(args, evaluation, settings, as_trained(args, fields), report, processes)
@@ -213,6 +235,8 @@ def _run(
             skipped += batch.skipped
             if len(batch.labels):
                 images = place(batch.images, args.device, args.dtype, args.channels_last)
+                if number == 0:
+                    _tune(running, images, evaluation.tuning, processes, report)
                 add_in_turns(running, images, batch.labels.to(args.device), number)
             if progress and task is not None:
                 progress.advance(task, (len(batch.labels) + len(batch.skipped)) * processes.count)

@@ -32,6 +32,7 @@ from tokenmerge.tools.models import ModelArgs, input_shape, load_model
 from tokenmerge.tools.report import Report, Row
 from tokenmerge.tools.settings import Setting
 from tokenmerge.tools.trained import as_trained
+from tokenmerge.tools.tune_file import tune_file
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,6 +65,7 @@ class ExportArgs:
         batch_size: the only batch size that the file accepts; `None` accepts any.
         opset: ONNX operator set, at least 18.
         verify: whether to run the file and compare its outputs with the model before it gets its final name.
+        tune_schedule: whether to measure files with other schedules and without merging first, and to keep the fastest one.
     """
 
     format: str = "onnx"
@@ -71,6 +73,7 @@ class ExportArgs:
     batch_size: int | None = None
     opset: int = 18
     verify: bool = True
+    tune_schedule: bool = False
 
 
 @contextlib.contextmanager
@@ -287,6 +290,21 @@ def run_export(args: ModelArgs, export: ExportArgs, setting: Setting, fields: di
     handle = None if setting.is_baseline else patch(model, config)
     images = torch.zeros(export.batch_size or 2, *shape)
     images = place(images, args.device, args.dtype, args.channels_last)
+    tuned = None
+    if export.tune_schedule:
+        if handle is None:
+            raise InputError(
+                "--tune-schedule was given with r=0, which merges nothing: give another r, or leave it out"
+            )
+        unverified = dataclasses.replace(export, verify=False)
+
+        def write(file: Path) -> None:
+            export_model(model, images, unverified, file, {})
+
+        batch = images[: export.batch_size or 1]
+        tuned = tune_file(model, handle, batch, path.suffix, write, _RUNNERS[export.format])
+        config = handle.config
+        report.say(tuned)
     about = {
         "model": args.model,
         "config": json.loads(config.to_json()),
@@ -304,6 +322,7 @@ def run_export(args: ModelArgs, export: ExportArgs, setting: Setting, fields: di
         "file": str(path),
         "bytes": written.bytes,
         "difference": written.difference,
+        "tuned": tuned,
         "flops_ratio": 1.0 if handle is None else handle.summary().flops_ratio,
         "seconds": time.perf_counter() - start,
     }

@@ -201,18 +201,21 @@ class Space:
         layers: number of blocks.
         attention: whether matchers can read the class token's attention.
         flops: factor of FLOPs reduction at which a constant r reaches the target speed-up.
+        running: the form of attention and the backend that are fastest here, as fields of `MergeConfig`.
     """
 
     cost: ModelCost
     layers: int
     attention: bool
     flops: float
+    running: dict[str, Any]
 
     def config(self, parameters: Any) -> MergeConfig:
         """Return the config that parameters describe."""
         cost = self.cost
         return MergeConfig.create(
-            **config_fields(parameters, self.flops, self.layers, cost.tokens, cost.protected, cost.fraction)
+            **config_fields(parameters, self.flops, self.layers, cost.tokens, cost.protected, cost.fraction),
+            **self.running,
         )
 
 
@@ -225,6 +228,10 @@ def _space(study: Any, judge: Judge, search: SearchArgs) -> Space:
     except TokenMergeError:  # the class token's attention is not available
         attention = False
 
+    # measured once for all workers of a study: what runs differently would be compared, and not what merges differently
+    if "running" not in study.user_attrs:
+        study.set_user_attr("running", _running(judge, search))
+
     # small models and batches need a larger reduction than the speed-up; all workers of a study must share it
     flops = study.user_attrs.get("flops_speedup")
     if flops is None:
@@ -234,7 +241,18 @@ def _space(study: Any, judge: Judge, search: SearchArgs) -> Space:
         except ConfigError:  # no constant r is fast enough, but another setting may be
             flops = search.speedup
         study.set_user_attr("flops_speedup", flops)
-    return Space(cost, layers, attention, flops)
+    return Space(cost, layers, attention, flops, study.user_attrs["running"])
+
+
+def _running(judge: Judge, search: SearchArgs) -> dict[str, Any]:
+    """Return the form of attention and the backend that are fastest for the paper's matching at the target speed-up by FLOPs."""
+    try:
+        judge.handle.update(MergeConfig(speedup=search.speedup))
+    except ConfigError:  # no schedule reaches it
+        judge.handle.update(MergeConfig(r=1))
+    chosen = judge.handle.tune(judge.timed, rounds=max(7, search.rounds), call=judge.copy).chosen
+    # any other backend than torch cannot run every matcher; "auto" takes it where it can
+    return {"attention": chosen["attention"], **({"backend": "torch"} if chosen["backend"] == "torch" else {})}
 
 
 def _optimize(study: Any, judge: Judge, space: Space, search: SearchArgs, report: Report) -> None:
@@ -308,6 +326,7 @@ def _best(study: Any, judge: Judge, search: SearchArgs, attention: bool, report:
     if attention:
         constants["a constant r, preset='accurate'"] = dict(PRESETS["accurate"])
     for name, fields in constants.items():
+        fields = {**study.user_attrs["running"], **fields}
         try:
             r, speed = r_for_speedup(judge.model, judge.timed, fields, search.speedup, max(9, search.rounds))
         except ConfigError:
@@ -330,8 +349,9 @@ def _check(
 ) -> list[Row]:
     """Compare the result with a constant r of equal measured speed on held-out images, and write the files."""
     model = judge.model
-    r, plain_speed = r_for_speedup(model, judge.timed, {}, best, max(9, search.rounds))
-    settings = {"found": (best, speed), "constant r": (MergeConfig(r=r), plain_speed)}
+    running = study.user_attrs["running"]
+    r, plain_speed = r_for_speedup(model, judge.timed, running, best, max(9, search.rounds))
+    settings = {"found": (best, speed), "constant r": (MergeConfig(r=r, **running), plain_speed)}
     check = Judge(model, others, judge.timed, search.rounds)
     scores = {name: check.scores(config) for name, (config, _) in settings.items()}
     unmerged = check.unmerged
