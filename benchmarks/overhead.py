@@ -194,7 +194,7 @@ def main() -> None:
         columns = ("speedup", "flops_ratio", "realised", "overhead")
         table.append(
             [
-                f"{name}@{size}" if size else name,
+                short(name, size),
                 str(r),
                 str(batch),
                 dtype,

@@ -273,7 +273,7 @@ def test_tuning_measures_and_chooses() -> None:
     tuning = handle.tune(images, rounds=2)
     ran = {one.choice for one in tuning.tried if one.what == "attention" and one.seconds is not None}
     if DEVICE == "cpu":
-        assert ran == {"mask", "triton", "math", "key_channel", "value_channel"}  # Triton's in its interpreter
+        assert ran == {"mask", "math", "key_channel", "value_channel"}  # Triton's interpreter is not measured
     assert handle.config.attention == tuning.chosen["attention"]
     torch.testing.assert_close(model(images), wanted, atol=2e-5, rtol=2e-5)
     assert handle.tune(images, forms=["math"], rounds=1).chosen["attention"] == "math"

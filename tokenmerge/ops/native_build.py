@@ -124,7 +124,7 @@ def library() -> Any:
         return "the functions in C are not compiled on Windows"
     command = compiler()
     if command is None:
-        return "no C compiler was found (set CC, or pip install ziglang)"
+        return "no C compiler was found (set CC, or pip install 'tokenmerge[c]')"
     reason = ""
     for flags in (("-march=native", "-fopenmp"), ("-march=native",), ()):
         try:

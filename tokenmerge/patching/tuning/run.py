@@ -19,6 +19,7 @@ from tokenmerge.config import FIELDS, Backend, MergeConfig
 from tokenmerge.errors import ConfigError, InputError
 from tokenmerge.flops import ModelCost
 from tokenmerge.frozen import frozen
+from tokenmerge.ops.choice import interpreted
 from tokenmerge.ops.timing import Spread
 from tokenmerge.patching.check import attention_choice
 from tokenmerge.patching.record import ModelRecord, Settings
@@ -159,6 +160,9 @@ class Tuner:
         """Measure the choices of a field that can run, and keep the fastest one; the present one stays if none is faster."""
         able: dict[str, Settings] = {}
         for choice in choices:
+            if wanted is None and choice == "triton" and interpreted():
+                self.tried.append(Tried(what=what, choice=choice, reason="Triton runs in its interpreter here"))
+                continue
             try:
                 settings = self._settings(MergeConfig.create(self.config, **{what: choice}))
                 self._use(settings)
