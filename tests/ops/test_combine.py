@@ -11,6 +11,7 @@ from torch import Tensor
 
 from tests.helpers.plans import drawn
 from tokenmerge import InputError, MergePlan, bipartite_matching
+from tokenmerge.ops import basics
 from tokenmerge.ops.combine import Reduce, combine, merge_rows
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -175,3 +176,13 @@ def test_weights_of_tokens_that_are_dropped_count_for_nothing(reduce: Reduce) ->
     if reduce == "mean":
         share = weight[0, [0, 2, 5]] / weight[0, [0, 2, 5]].sum()
         torch.testing.assert_close(found[0][0, 0], (share.unsqueeze(1) * x[0, [0, 2, 5]]).sum(dim=0))
+
+
+def test_a_default_device_does_not_reach_what_is_kept() -> None:
+    """Ranges of integers are kept for later calls; one that was made on "meta" broke all of them."""
+    basics._made.cache_clear()
+    keys = torch.randn(1, 23, 4)
+    with torch.device("meta"):
+        bipartite_matching(keys, 5, backend="torch")
+    assert bipartite_matching(keys, 5, backend="torch").kept.device.type == "cpu"
+    basics._made.cache_clear()

@@ -8,6 +8,7 @@ import stat
 import subprocess
 import sys
 import threading
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -235,6 +236,53 @@ def test_a_plan_of_unequal_parts_is_refused() -> None:
         MergePlan(plan.kept, plan.source, plan.target[:, :1]).merge(torch.randn(2, 10, 4), backend="c")
 
 
+@needs_c
+def test_memory_of_large_batches_lives_as_long_as_the_call() -> None:
+    """More scratch memory than is kept between calls; it was freed before the call once."""
+    keys, x = torch.randn(70, 3, 197, 64), torch.randn(70, 197, 8)
+    assert keys.shape[0] * native._floats(197, 64, 1) > native._KEPT
+    plan, merged = native.match_and_merge(keys, x, None, 11, 1, torch.float32)
+    wanted = bipartite_matching(keys, 11, 1, backend="torch")
+    assert torch.equal(plan[0], wanted.kept)
+    assert torch.equal(merged[0], wanted.merge(x, backend="torch")[0])
+
+
+@needs_c
+def test_a_compiler_without_float16_leaves_it_to_torch(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setenv("CC", "cc -U__FLT16_MANT_DIG__")
+    _fresh(monkeypatch)
+    assert not native._functions().tokenmerge_has_float16()
+    plan, size = drawn_plan(2, 40, 9, False), torch.randint(1, 3, (2, 40)).float()
+    assert merge_rows(torch.randn(2, 40, 8), size, plan, backend="c", log=torch.float16).log_size is None
+    assert merge_rows(torch.randn(2, 40, 8).half(), size, plan).x.isfinite().all()
+    with pytest.raises(ConfigError, match="knows no float16"):
+        plan.merge(torch.randn(2, 40, 8).half(), backend="c")
+    model = tiny("vit_tiny_patch16_224")
+    images = images_for(model)
+    with tokenmerge.patched(model, r=5), torch.inference_mode(), torch.autocast("cpu", torch.float16):
+        assert model(images).isfinite().all()
+
+
+@needs_c
+def test_lazily_negated_tensors_are_read_as_negative() -> None:
+    plan, x, size = drawn_plan(2, 33, 9, False), torch.randn(2, 33, 8), torch.rand(2, 33)
+    negated = torch._neg_view(x)
+    assert torch.equal(plan.merge(negated)[0], plan.merge(-x, backend="torch")[0])
+    merged = merge_rows(x, torch._neg_view(-size), plan, backend="c")
+    assert torch.equal(merged.x, merge_rows(x, size, plan, backend="torch").x)
+    assert same(bipartite_matching(torch._neg_view(x), 9), bipartite_matching(-x, 9))
+
+
+@needs_c
+@pytest.mark.parametrize("which", FIELDS)
+def test_a_plan_of_fractions_is_refused(which: str) -> None:
+    plan = drawn_plan(2, 10, 3, False)
+    parts = {name: getattr(plan, name) for name in FIELDS}
+    with pytest.raises(InputError, match=r"torch.float32 on 'cpu', but int64"):
+        MergePlan(**{**parts, which: parts[which].float()}).merge(torch.randn(2, 10, 4), backend="c")
+
+
 # --- where the functions do not run ------------------------------------------------------------------------
 
 
@@ -365,6 +413,13 @@ def test_other_tokens_take_the_way_of_torch(noted: list[str]) -> None:
 # --- compilation -------------------------------------------------------------------------------------------
 
 
+@pytest.fixture(autouse=True)
+def _folders() -> Iterator[None]:
+    native_build._own_folder.cache_clear()
+    yield
+    native_build._own_folder.cache_clear()
+
+
 def _fresh(monkeypatch: pytest.MonkeyPatch) -> None:
     for function in (native_build.library, native.refusal, native.knows, native._functions):
         monkeypatch.setattr(sys.modules[function.__module__], function.__name__, function.__wrapped__)
@@ -383,7 +438,7 @@ def test_without_a_compiler_torch_runs_and_the_summary_says_so(monkeypatch: pyte
 
 
 @needs_c
-@pytest.mark.parametrize("compiler", ["false", "true", "sleep 1000"])
+@pytest.mark.parametrize("compiler", ["false", "true", "sleep 1000", "sh -c printf\\ '\\377'>&2;false"])
 def test_a_broken_compiler_is_said(compiler: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("CC", compiler)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
@@ -418,6 +473,27 @@ def test_a_folder_that_others_can_write_is_refused(monkeypatch: pytest.MonkeyPat
     (tmp_path / "tokenmerge").mkdir()
     (tmp_path / "tokenmerge").chmod(0o777)
     assert "other users" in native_build.library.__wrapped__()
+
+
+@needs_c
+def test_without_a_home_nothing_stays_behind(tmp_path: Path) -> None:
+    code = "from tokenmerge.ops import native; print(native.refusal())"
+    environment = {**os.environ, "XDG_CACHE_HOME": "/proc/nowhere", "TMPDIR": str(tmp_path)}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "None"
+    assert not list(tmp_path.glob("tokenmerge-*"))
+
+
+@needs_c
+def test_an_empty_library_is_compiled_again(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert not isinstance(native_build.library.__wrapped__(), str)
+    (library,) = (tmp_path / "tokenmerge").glob("*.so")
+    size = library.stat().st_size
+    library.unlink()  # the loaded file must not be cut off
+    library.touch()
+    assert not isinstance(native_build.library.__wrapped__(), str)
+    assert library.stat().st_size == size
 
 
 @needs_c

@@ -187,6 +187,10 @@ def test_given_choices_must_run() -> None:
         {"schedule": True, "judge": []},
         {"schedule": True, "judge": 3},
         {"schedule": True, "judge": "images"},
+        {"schedule": True, "judge": torch.zeros(0, 3, 96, 96)},
+        {"schedule": True, "judge": (torch.zeros(2, 3, 96, 96), torch.tensor([1]))},
+        {"schedule": True, "judge": (torch.zeros(2, 3, 96, 96), torch.tensor([[1], [2]]))},
+        {"schedule": True, "judge": [[[[torch.zeros(2, 3, 96, 96)]]]]},
     ],
 )
 def test_bad_wishes_change_nothing(wrong: dict[str, Any]) -> None:
@@ -382,6 +386,7 @@ def test_a_record_of_something_else_is_refused(tmp_path: Path) -> None:
     tuning.save(path)
     handle.update(r=5, attention="auto", backend="auto")
     assert handle.tune(load=path) == tuning  # without inputs there is nothing to compare
+    assert handle.tune(load=path) == tuning  # once more changes nothing
     assert handle.summary().tuned == tuning.words
     with pytest.raises(InputError, match=r"is for inputs .*\[2, 3, 96, 96\].*but .*\[1, 3, 96, 96\]"):
         handle.tune(images[:1], load=path)
@@ -392,9 +397,30 @@ def test_a_record_of_something_else_is_refused(tmp_path: Path) -> None:
     handle.update(r=5)
     with pytest.raises(InputError, match="chose no schedule"):
         handle.tune(images, load=path, schedule=True)
-    other = tokenmerge.patch(tiny("deit_tiny_patch16_224", depth=2), r=5)
-    with pytest.raises(InputError, match="is for blocks 3, but 2"):
-        other.tune(images, load=path)
+    for fields, said in (
+        ({"depth": 2}, "is for blocks 3, but 2"),
+        ({"embed_dim": 96}, "is for flops"),
+        ({"patch_size": 8}, "is for flops"),
+    ):
+        other = tokenmerge.patch(tiny("deit_tiny_patch16_224", **fields), r=5)
+        with pytest.raises(InputError, match=said):
+            other.tune(images, load=path)
+    half = tokenmerge.patch(tiny("deit_tiny_patch16_224").bfloat16(), r=5)
+    with pytest.raises(InputError, match=r"is for dtype torch.float32, but torch.bfloat16"):
+        half.tune(load=path)
+    with pytest.raises(InputError, match="forms was given with load"):
+        handle.tune(load=path, forms=["mask"])
+
+
+def test_a_backend_that_does_not_run_is_refused_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    from tokenmerge.patching.tuning import run as tuner
+
+    _, handle, tuning, images = tuned()
+    handle.update(attention="auto", backend="auto")
+    monkeypatch.setattr(tuner, "backend_refusals", lambda backend, target: ["no C compiler was found"])
+    with pytest.raises(ConfigError, match=r"chose backend 'torch', which does not run here \(no C compiler"):
+        handle.tune(images, load=tuning)
+    assert handle.config.backend == "auto"
 
 
 def test_other_hardware_is_a_warning() -> None:
@@ -422,6 +448,18 @@ def test_other_settings_may_run_differently(tmp_path: Path) -> None:
         lambda found: found.update(more=1),
         lambda found: found.update(chosen={"matcher": "kmeans"}),
         lambda found: found.update(chosen=[]),
+        lambda found: found["chosen"].update(r=0),
+        lambda found: found["chosen"].update(r=10**9),
+        lambda found: found["chosen"].update(keep=0.5),
+        lambda found: found["chosen"].update(attention="flex"),
+        lambda found: found.update(tried=[]),
+        lambda found: found.update(rounds=0),
+        lambda found: found.update(tokens=-1),
+        lambda found: found["tried"][0].update(r=[float("inf")]),
+        lambda found: found["tried"][0].update(r="123"),
+        lambda found: found["tried"][0].update(choice=3),
+        lambda found: found["tried"][0].update(moved=True),
+        lambda found: found["tried"][0].update(moved=10**400),
         lambda found: found.update(inputs=[1]),
         lambda found: found.update(versions={}),
         lambda found: found.update(blocks="3"),
@@ -432,6 +470,7 @@ def test_other_settings_may_run_differently(tmp_path: Path) -> None:
         lambda found: found["tried"][-1].update(flops_ratio="much"),
         lambda found: found.pop("tokenmerge_tuning"),
         lambda found: found.update(tokenmerge_tuning=2),
+        lambda found: found.update(tokenmerge_tuning=True),
     ],
 )
 def test_damaged_records_are_refused(change: Any) -> None:
@@ -447,12 +486,16 @@ def test_other_texts_are_no_records(text: str, tmp_path: Path) -> None:
     with pytest.raises(InputError, match="a record of a tuning"):
         Tuning.from_json(text)
     (tmp_path / "file").write_bytes(b"\xff\xfe\x00")
-    for path in (tmp_path / "file", tmp_path / "none", tmp_path):
+    for unread in (tmp_path / "file", tmp_path / "none", tmp_path):
+        with pytest.raises(InputError, match="cannot be read"):
+            Tuning.load(unread)
+    _, _, tuning, _ = tuned()
+    wrong: tuple[Any, ...] = (tmp_path, "a\0b", None, tmp_path / ("x" * 300))
+    for path in wrong:
+        with pytest.raises(InputError, match="cannot be written"):
+            tuning.save(path)
         with pytest.raises(InputError, match="cannot be read"):
             Tuning.load(path)
-    _, _, tuning, _ = tuned()
-    with pytest.raises(InputError, match="cannot be written"):
-        tuning.save(tmp_path)
 
 
 def test_copies_are_tuned_and_removed_ones_are_not() -> None:
@@ -462,3 +505,13 @@ def test_copies_are_tuned_and_removed_ones_are_not() -> None:
     handle.remove()
     with pytest.raises(PatchError):
         handle.tune(images)
+
+
+def test_a_schedule_in_force_loads_again(made_up: Any) -> None:
+    made_up(lambda s: 1.0 + 0.1 * s.merges)
+    _, handle, tuning, images = tuned(schedule=True)
+    assert handle.schedule == (0, 0, 0)
+    assert handle.tune(images, load=tuning, schedule=True) is tuning
+    handle.update(r=0)
+    with pytest.raises(InputError, match="is for config"):
+        handle.tune(images, load=tuning)

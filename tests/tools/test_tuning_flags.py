@@ -27,8 +27,9 @@ def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
 
     def check(self: Any) -> None:
         object.__setattr__(self, "rounds", 1)
-        object.__setattr__(self, "forms", ["mask"])
-        object.__setattr__(self, "backends", ["torch"])
+        if self.load is None:
+            object.__setattr__(self, "forms", ["mask"])
+            object.__setattr__(self, "backends", ["torch"])
         own(self)
 
     monkeypatch.setattr(run.Wishes, "check", check)

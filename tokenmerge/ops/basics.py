@@ -40,7 +40,7 @@ def is_plain(x: Tensor) -> bool:
 @functools.lru_cache(maxsize=512)
 def _made(count: int, step: int) -> Tensor:
     with torch.inference_mode(False):  # an inference tensor could not be saved for backward later
-        return torch.arange(count).mul_(step)
+        return torch.arange(count, device="cpu").mul_(step)  # whatever the default device is
 
 
 def counting(count: int, device: torch.device, step: int = 1) -> Tensor:

@@ -66,7 +66,8 @@ def dtype_refusal(dtype: torch.dtype) -> str | None:
 
 def fits(x: Tensor) -> bool:
     """Return whether the functions can run on a tensor right now: plain eager code on a CPU, and a dtype they know."""
-    return x.is_cpu and is_plain(x) and forward_ad._current_level < 0 and x.numel() > 0 and knows(x.dtype)
+    plain = x.is_cpu and is_plain(x) and not x.is_neg() and forward_ad._current_level < 0
+    return plain and x.numel() > 0 and knows(x.dtype)
 
 
 @functools.cache
@@ -94,7 +95,7 @@ def fits_both(keys: Tensor, x: Tensor, size: Tensor | None, r: int, protected: i
         return False
     if torch.is_grad_enabled() and (x.requires_grad or (size is not None and size.requires_grad)):
         return False
-    return fits(keys) and x.is_cpu and knows(x.dtype)
+    return fits(keys) and x.is_cpu and not x.is_neg() and knows(x.dtype)
 
 
 def _threads(work: int) -> int:
@@ -182,11 +183,11 @@ def merge(
             f"a plan holds kept {tuple(kept.shape)}, source {tuple(source.shape)} and target {tuple(target.shape)}, but [B, N'], "
             f"[B, r] and [B, r] with B={batch} were expected: make plans with a matcher or MergePlan.from_assign"
         )
-    kept, source, target = _dense(kept), _dense(source), _dense(target)
-    size = None if size is None else _dense(size.to(torch.float32))
+    kept, source, target = (_indices(part) for part in (kept, source, target))
+    size = None if size is None else size.to(torch.float32).resolve_neg().contiguous()
     out = torch.empty(batch, left, channels, dtype=x.dtype, device="cpu")
     sizes = torch.empty(batch, left, dtype=torch.float32, device="cpu")
-    logs = torch.empty(batch, left, dtype=log, device="cpu") if log in _DTYPES else None
+    logs = torch.empty(batch, left, dtype=log, device="cpu") if log is not None and knows(log) else None
     done = _functions().tokenmerge_merge(
         x.data_ptr(), _DTYPES[x.dtype], batch, tokens, channels, per_image, per_token,
         None if size is None else size.data_ptr(), left, r, kept.data_ptr(), source.data_ptr(), target.data_ptr(),
@@ -215,11 +216,12 @@ def match_and_merge(
     target = torch.empty(batch, r, dtype=torch.int64, device="cpu")
     out = torch.empty(batch, left, channels, dtype=x.dtype, device="cpu")
     sizes = torch.empty(batch, left, dtype=torch.float32, device="cpu")
-    logs = torch.empty(batch, left, dtype=log, device="cpu") if log in _DTYPES else None
+    logs = torch.empty(batch, left, dtype=log, device="cpu") if log is not None and knows(log) else None
+    scratch = _scratch.of(batch * _floats(tokens, dim, protected))  # a name keeps the memory until the call has ended
     # packed, because ctypes takes longer to convert an argument than struct takes to pack a number
     _functions().tokenmerge_match_and_merge(_PACK(
         keys.data_ptr(), _DTYPES[keys.dtype], batch, heads, tokens, dim, key_image, key_head, key_token, r, protected,
-        kept.data_ptr(), source.data_ptr(), target.data_ptr(), _scratch.of(batch * _floats(tokens, dim, protected)).data_ptr(),
+        kept.data_ptr(), source.data_ptr(), target.data_ptr(), scratch.data_ptr(),
         _threads(batch * tokens * tokens * dim // 4), x.data_ptr(), _DTYPES[x.dtype], channels, per_image, per_token,
         0 if size is None else size.data_ptr(), out.data_ptr(), sizes.data_ptr(), 0 if logs is None else logs.data_ptr(),
         0 if logs is None else _DTYPES[logs.dtype], _threads(batch * left * channels),
@@ -228,9 +230,14 @@ def match_and_merge(
     return (kept, source, target), (out, sizes, logs)
 
 
-def _dense(x: Tensor) -> Tensor:
-    x = x.to(torch.int64) if not x.is_floating_point() else x
-    return x if x.is_contiguous() else x.contiguous()
+def _indices(part: Tensor) -> Tensor:
+    """Return a part of a plan as C reads it."""
+    if part.is_floating_point() or part.is_complex() or part.dtype == torch.bool or not part.is_cpu:
+        raise InputError(
+            f"a plan holds {part.dtype} on {str(part.device)!r}, but int64 on the device of the tokens was expected: make plans with "
+            "a matcher or MergePlan.from_assign"
+        )
+    return part.to(torch.int64).contiguous()
 
 
 @functools.cache

@@ -7,6 +7,7 @@ processor may not run on another that shares the folder.
 
 from __future__ import annotations
 
+import atexit
 import ctypes
 import functools
 import hashlib
@@ -58,6 +59,7 @@ def _processor() -> str:
     return platform.machine() + "".join(sorted({line for line in lines if line.startswith(kinds)}))
 
 
+@functools.cache
 def _own_folder() -> Path:
     """Return a folder for compiled code that no other user can write to.
 
@@ -70,15 +72,22 @@ def _own_folder() -> Path:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         found = folder.stat()
     except OSError:
-        return Path(tempfile.mkdtemp(prefix="tokenmerge-"))  # no home that can be written: compiled in every process
+        return _temporary_folder()  # no home that can be written: compiled in every process
     if hasattr(os, "getuid") and (found.st_uid != os.getuid() or found.st_mode & (stat.S_IWGRP | stat.S_IWOTH)):
         raise BuildError(f"{folder} belongs to, or can be written by, other users")
-    return folder if os.access(folder, os.W_OK) else Path(tempfile.mkdtemp(prefix="tokenmerge-"))
+    return folder if os.access(folder, os.W_OK) else _temporary_folder()
+
+
+def _temporary_folder() -> Path:
+    """Return a folder that is removed when the process ends."""
+    folder = Path(tempfile.mkdtemp(prefix="tokenmerge-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return folder
 
 
 def _run(command: list[str]) -> None:
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=_SECONDS, check=False)
+        done = subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=_SECONDS, check=False)
     except (OSError, subprocess.TimeoutExpired) as error:
         raise BuildError(f"{command[0]} did not run ({type(error).__name__})") from None
     if done.returncode:
@@ -98,6 +107,10 @@ def _compile(command: list[str], flags: tuple[str, ...], library: Path) -> None:
         made = Path(folder) / library.name
         # linked without -fopenmp: GOMP_parallel is then PyTorch's, whose threads would compete with those of a second library
         _run([*command, "-shared", *objects, "-o", str(made), "-lm"])
+        if not made.is_file():
+            raise BuildError(f"{command[0]} wrote no library")
+        with made.open("rb") as file:
+            os.fsync(file.fileno())  # before the name exists, so that a crash leaves no half of it
         made.replace(library)
 
 
@@ -109,7 +122,7 @@ def _loaded(command: list[str], flags: tuple[str, ...]) -> ctypes.CDLL:
     if (found := shutil.which(command[0])) is not None:
         digest.update(str(os.stat(found).st_mtime_ns).encode())
     library = _own_folder() / f"{digest.hexdigest()[:32]}.so"
-    if not library.is_file():
+    if not library.is_file() or not library.stat().st_size:
         _compile(command, flags, library)
     try:
         return ctypes.CDLL(str(library), mode=os.RTLD_NOW)  # a missing OpenMP is known now and not at the first call

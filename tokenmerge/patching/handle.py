@@ -154,7 +154,7 @@ class Handle:
             ConfigError: if one of the given `forms` or `backends` cannot run here.
             InputError: if the model merges nothing, an argument is invalid, or `load` is of another model, setting or input.
         """
-        wishes = Wishes(schedule, judge, forms, backends, rounds, call)
+        wishes = Wishes(schedule, judge, forms, backends, rounds, call, load)
         wishes.check()
         with turns:
             model, record = self._live()

@@ -91,17 +91,25 @@ def backend_choice(target: Target, config: MergeConfig) -> Choice:
     if config.backend == "torch":
         return Choice("torch", "as the config asks")
     tokens = next(target.model.parameters())
-    dtype = autocast_dtype(tokens.device.type) or tokens.dtype
     if config.backend == "c" or (config.backend == "auto" and not tokens.is_cuda):
-        return _choice_of(
-            "c", c_refusals(tokens.device, dtype), config, "functions in C; code that is compiled uses torch"
-        )
+        return _choice_of("c", target, config, "functions in C; code that is compiled uses torch")
+    return _choice_of("triton", target, config, "kernels")
+
+
+def backend_refusals(backend: str, target: Target) -> list[str]:
+    """Return the reasons why a backend cannot run on a model in its current state; empty if it can."""
+    tokens = next(target.model.parameters())
+    dtype = autocast_dtype(tokens.device.type) or tokens.dtype
+    if backend == "c":
+        return c_refusals(tokens.device, dtype)
+    if backend != "triton":
+        return []
     like = torch.empty(0, 1, 0, 64, dtype=dtype, device="meta" if tokens.is_meta else tokens.device)
-    reasons = [*triton_refusals(like, "match"), *triton_refusals(like.flatten(1, 2), "merge"), *faults(dtype)]
-    return _choice_of("triton", reasons, config, "kernels")
+    return [*triton_refusals(like, "match"), *triton_refusals(like.flatten(1, 2), "merge"), *faults(dtype)]
 
 
-def _choice_of(backend: str, reasons: list[str], config: MergeConfig, how: str) -> Choice:
+def _choice_of(backend: str, target: Target, config: MergeConfig, how: str) -> Choice:
+    reasons = backend_refusals(backend, target)
     if reasons:
         return Choice("torch", "; ".join(dict.fromkeys(reasons)))
     parts = [

@@ -290,7 +290,7 @@ def run_export(args: ModelArgs, export: ExportArgs, setting: Setting, fields: di
     handle = None if setting.is_baseline else patch(model, config)
     images = torch.zeros(export.batch_size or 2, *shape)
     images = place(images, args.device, args.dtype, args.channels_last)
-    tuned = None
+    tuned, asked = None, config
     if export.tune_schedule:
         if handle is None:
             raise InputError(
@@ -316,7 +316,7 @@ def run_export(args: ModelArgs, export: ExportArgs, setting: Setting, fields: di
     written = export_model(model, images, export, path, about)
     row: Row = {
         **about,
-        "r": setting.label,
+        "r": setting.label if tuned is None or handle is None or handle.config == asked else handle.config.r,
         "format": export.format,
         "opset": export.opset if export.format == "onnx" else None,
         "file": str(path),

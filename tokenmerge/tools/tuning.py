@@ -40,12 +40,19 @@ class TuneArgs:
             raise InputError(
                 f"--tuning {str(self.file)!r} holds one tuning, but {len(merging)} settings of --r merge: give one of them, or no --tuning"
             )
-        if self.file is not None and (self.file.is_dir() or not self.file.resolve().parent.is_dir()):
+        if self.file is not None and not _can_be_file(self.file):
             raise InputError(f"--tuning {str(self.file)!r} cannot be written: give a file in a folder that exists")
         if self.asked and compiled:
             raise InputError(
                 "--tune measures models that are not compiled, but --compile was given: leave one of them out"
             )
+
+
+def _can_be_file(path: Path) -> bool:
+    try:
+        return not path.is_dir() and path.resolve().parent.is_dir()
+    except (OSError, ValueError):  # a name that is too long
+        return False
 
 
 NO_TUNING = TuneArgs()
@@ -73,7 +80,9 @@ def tune(
         return None
     known = wanted.file is not None and wanted.file.is_file()
     # more rounds than by default: what a command prints should not change from run to run
-    found = handle.tune(images, schedule=wanted.schedule, load=wanted.file if known else None, rounds=11, call=model)
+    found = handle.tune(
+        images, schedule=wanted.schedule, load=wanted.file if known else None, rounds=11, call=None if known else model
+    )
     if wanted.file is not None and not known:
         found.save(wanted.file)
     where = f", from {wanted.file}" if known else f", written to {wanted.file}" if wanted.file is not None else ""

@@ -39,6 +39,8 @@ static inline void read_row(const void *row, int dtype, i64 count, float *out) {
 #ifdef __FLT16_MANT_DIG__
         const _Float16 *from = row;
         for (i64 c = 0; c < count; c++) out[c] = (float)from[c];
+#else
+        abort(); /* `tokenmerge_has_float16` was not asked */
 #endif
     }
 }
@@ -55,6 +57,8 @@ static inline void add_row(const void *row, int dtype, i64 count, float *sum) {
 #ifdef __FLT16_MANT_DIG__
         const _Float16 *from = row;
         for (i64 c = 0; c < count; c++) sum[c] += (float)from[c];
+#else
+        abort(); /* `tokenmerge_has_float16` was not asked */
 #endif
     }
 }
@@ -70,6 +74,8 @@ static inline void write_row(const float *row, int dtype, i64 count, void *out) 
 #ifdef __FLT16_MANT_DIG__
         _Float16 *to = out;
         for (i64 c = 0; c < count; c++) to[c] = (_Float16)row[c];
+#else
+        abort(); /* `tokenmerge_has_float16` was not asked */
 #endif
     }
 }

@@ -58,6 +58,13 @@ class Judge:
         if not self.batches:
             raise InputError("judge holds no images, but predictions must be judged on some: give a batch of images")
         self._reference = [self._logits(images) for images, _ in self.batches]
+        for (_, labels), logits in zip(self.batches, self._reference, strict=True):
+            if len(logits) == 0 or (labels is not None and labels.shape != logits.shape[:1]):
+                shape = None if labels is None else tuple(labels.shape)
+                raise InputError(
+                    f"judge holds a batch of {len(logits)} images with labels of shape {shape}, but at least one image, and one label "
+                    "for each, were expected"
+                )
 
     def _logits(self, images: Any) -> Tensor:
         output = self.predict(images)
@@ -83,14 +90,14 @@ class Judge:
         return Verdict(moved / images, correct if labelled else None)
 
 
-def _batches(given: Any) -> Iterable[tuple[Any, Tensor | None]]:
+def _batches(given: Any, depth: int = 0) -> Iterable[tuple[Any, Tensor | None]]:
     if isinstance(given, tuple | list) and len(given) == 2 and _are_labels(given[1]):
         yield given[0], given[1]
     elif isinstance(given, Tensor) or hasattr(given, "keys"):
         yield given, None
-    elif isinstance(given, Iterable) and not isinstance(given, str | bytes):
+    elif isinstance(given, Iterable) and not isinstance(given, str | bytes) and depth < 2:
         for one in given:
-            yield from _batches(one)
+            yield from _batches(one, depth + 1)
     else:
         raise InputError(
             f"judge={given!r:.60} is of type {type(given).__name__}, but images, a pair of images and labels, or several of these were "
@@ -99,4 +106,4 @@ def _batches(given: Any) -> Iterable[tuple[Any, Tensor | None]]:
 
 
 def _are_labels(given: Any) -> bool:
-    return isinstance(given, Tensor) and given.dim() == 1 and not (given.is_floating_point() or given.is_complex())
+    return isinstance(given, Tensor) and given.dim() <= 2 and not (given.is_floating_point() or given.is_complex())

@@ -93,7 +93,7 @@ def in_words(name: str, gain: Spread, schedule: Schedule, asked: Schedule, cost:
         cost: the model, for this number of tokens.
     """
     if name == NONE:
-        return f"no merging, because nothing was {GAIN:g}x as fast as that (the best was {gain.p50:.2f}x)"
+        return f"no merging, because nothing was {GAIN:g}x as fast as that in two measurements (at most {gain.p50:.2f}x in the first)"
     speed = f"{gain.p50:.2f}x as fast as unmerged ({gain.p20:.2f} to {gain.p80:.2f})"
     ratio, before = (cost.total() / cost.total(one) for one in (schedule, asked))
     return f"merging {name}, {speed}, FLOPs ÷ {ratio:.2f}" + ("" if name == ASKED else f" instead of ÷ {before:.2f}")

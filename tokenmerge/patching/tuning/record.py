@@ -13,14 +13,16 @@ from typing import Any, Literal, get_args
 
 import torch
 
-from tokenmerge.config import FIELDS, SCHEDULE_FIELDS
 from tokenmerge.errors import InputError, shown
 from tokenmerge.frozen import frozen, thawed
 from tokenmerge.ops.timing import Spread
+from tokenmerge.schedule import is_count
 
 What = Literal["attention", "backend", "schedule"]
 _FORMAT = "tokenmerge_tuning"
 _VERSION = 1
+_MOST = 1e15
+"""Largest number in a record; one of more digits than a float has would fail when it is printed."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -61,6 +63,8 @@ class Tuning:
         config: the settings before tuning that differ from the defaults, without those of group "running".
         inputs: shape and dtype of each input tensor, such as `("[1, 3, 224, 224] torch.float32",)`.
         tokens: tokens per image that entered the first block.
+        flops: multiply-adds per image without merging, by which models of one class are told apart.
+        dtype: dtype of the model's parameters.
         device: device type, such as "cpu".
         processor: name of the processor or GPU.
         threads: threads that PyTorch used on the CPU.
@@ -86,6 +90,8 @@ class Tuning:
     config: Mapping[str, Any]
     inputs: tuple[str, ...]
     tokens: int
+    flops: int
+    dtype: str
     device: str
     processor: str
     threads: int
@@ -111,12 +117,14 @@ class Tuning:
             found = json.loads(text)
         except (ValueError, RecursionError, TypeError) as error:
             raise InputError(f"a record of a tuning was expected, but the text is no JSON ({error!s:.80})") from None
-        if not isinstance(found, dict) or found.pop(_FORMAT, None) != _VERSION:
+        version = found.pop(_FORMAT, None) if isinstance(found, dict) else None
+        if type(version) is not int or version != _VERSION:
             raise InputError(
                 f"a record of a tuning was expected, but {_FORMAT!r}: {_VERSION} is missing: give a file that Tuning.save wrote"
             )
         _check_fields(found)
         tried = tuple(_tried(one) for one in found["tried"])
+        _check_chosen(found["chosen"], tried)
         values = {**found, "inputs": tuple(found["inputs"]), "tried": tried}
         for name in ("config", "versions", "chosen"):
             values[name] = frozen(found[name])
@@ -130,8 +138,9 @@ class Tuning:
         """
         try:
             Path(path).write_text(self.to_json() + "\n", encoding="utf-8")
-        except OSError as error:
-            raise InputError(f"{os.fspath(path)!r} cannot be written ({error.strerror}): choose another file") from None
+        except (OSError, ValueError, TypeError) as error:
+            reason = getattr(error, "strerror", None) or "it is no path"
+            raise InputError(f"{shown(path)} cannot be written ({reason}): choose another file") from None
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Tuning:
@@ -142,9 +151,9 @@ class Tuning:
         """
         try:
             text = Path(path).read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            reason = getattr(error, "strerror", None) or "it is no text"
-            raise InputError(f"the tuning {os.fspath(path)!r} cannot be read ({reason}): check the path") from None
+        except (OSError, ValueError, TypeError) as error:  # UnicodeDecodeError is a ValueError
+            reason = getattr(error, "strerror", None) or "it is no text file"
+            raise InputError(f"the tuning {shown(path)} cannot be read ({reason}): check the path") from None
         return cls.from_json(text)
 
     def __str__(self) -> str:
@@ -166,8 +175,8 @@ class Tuning:
 
 
 _TYPES: dict[str, type] = {
-    **dict.fromkeys(("model", "device", "processor", "words"), str),
-    **dict.fromkeys(("blocks", "tokens", "threads", "rounds"), int),
+    **dict.fromkeys(("model", "dtype", "device", "processor", "words"), str),
+    **dict.fromkeys(("blocks", "tokens", "flops", "threads", "rounds"), int),
     **dict.fromkeys(("config", "versions", "chosen"), dict),
     **dict.fromkeys(("inputs", "tried"), list),
 }
@@ -183,17 +192,40 @@ def _check_fields(found: dict[str, Any]) -> None:
                 f"a record of a tuning has {name!r} {given}, but {wanted.__name__ if wanted else 'no such field'} was expected: "
                 "give a file that Tuning.save wrote"
             )
-    allowed = {*SCHEDULE_FIELDS, *(name for name, field in FIELDS.items() if field.metadata["group"] == "running")}
-    strange = sorted(set(found["chosen"]) - allowed)
     texts = [*found["inputs"], *found["versions"].values()]
+    counts = [value for name, value in found.items() if _TYPES[name] is int]
     if (
-        strange
-        or not all(isinstance(text, str) for text in texts)
+        not all(isinstance(text, str) for text in texts)
         or not {"torch", "tokenmerge"} <= set(found["versions"])
+        or min(counts) < 1
     ):
         raise InputError(
-            f"a record of a tuning sets {shown(strange or found['chosen'])} for inputs {shown(found['inputs'])}, but attention, "
-            "backend and a schedule, shapes and versions were expected: give a file that Tuning.save wrote"
+            f"a record of a tuning is for inputs {shown(found['inputs'])}, versions {shown(found['versions'])} and counts {counts}, but "
+            "texts and positive numbers were expected: give a file that Tuning.save wrote"
+        )
+
+
+def _check_chosen(chosen: dict[str, Any], tried: tuple[Tried, ...]) -> None:
+    """Raise `InputError` unless everything that a record sets is among what it tried."""
+    named = {(one.what, one.choice) for one in tried if one.seconds is not None}
+    schedules = [one.r for one in tried if one.what == "schedule" and one.r is not None]
+    r = chosen.get("r")
+    as_tuple = (
+        tuple(r)
+        if isinstance(r, list)
+        else (0,) * len(schedules[0])
+        if schedules and type(r) is int and r == 0
+        else None
+    )
+    known = {"attention", "backend"} <= set(chosen) <= {"attention", "backend", "r"}
+    if (
+        not known
+        or not all((name, chosen[name]) in named for name in ("attention", "backend"))
+        or ("r" in chosen and as_tuple not in schedules)
+    ):
+        raise InputError(
+            f"a record of a tuning sets {shown(chosen)}, but an attention, a backend and perhaps an r among those that it tried were "
+            "expected: give a file that Tuning.save wrote"
         )
 
 
@@ -206,17 +238,24 @@ def _plain(value: Any) -> Any:
 
 
 def _tried(given: Any) -> Tried:
-    names = {field.name for field in dataclasses.fields(Tried)}
     try:
-        spreads = {name: None if given[name] is None else Spread(**given[name]) for name in ("seconds", "speedup")}
-        r = None if given["r"] is None else tuple(int(one) for one in given["r"])
-        numbers = [one for spread in spreads.values() if spread is not None for one in dataclasses.astuple(spread)]
-        numbers += [given[name] for name in ("flops_ratio", "moved", "correct") if given[name] is not None]
-        known = set(given) == names and given["what"] in get_args(What)
-        if not known or not all(isinstance(one, int | float) for one in numbers):
+        names = {field.name for field in dataclasses.fields(Tried)}
+        if set(given) != names or given["what"] not in get_args(What):
             raise TypeError
-        return Tried(**{**given, **spreads, "r": r})
-    except (KeyError, TypeError, ValueError):
+        if not isinstance(given["choice"], str) or not isinstance(given["reason"], str):
+            raise TypeError
+        r, correct = given["r"], given["correct"]
+        if not (r is None or (isinstance(r, list) and all(is_count(one) for one in r))) or not (
+            correct is None or is_count(correct)
+        ):
+            raise TypeError
+        spreads = {name: None if given[name] is None else Spread(**given[name]) for name in ("seconds", "speedup")}
+        numbers = [one for spread in spreads.values() if spread is not None for one in dataclasses.astuple(spread)]
+        numbers += [given[name] for name in ("flops_ratio", "moved") if given[name] is not None]
+        if any(isinstance(one, bool) or not isinstance(one, int | float) or abs(one) > _MOST for one in numbers):
+            raise TypeError
+        return Tried(**{**given, **spreads, "r": None if r is None else tuple(r)})
+    except (KeyError, TypeError, ValueError, OverflowError, AttributeError):
         raise InputError(
             f"a record of a tuning tried {shown(given)}, but the fields of Tried were expected: give a file that Tuning.save wrote"
         ) from None

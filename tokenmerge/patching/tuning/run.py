@@ -23,7 +23,7 @@ from tokenmerge.ops.choice import interpreted
 from tokenmerge.ops.timing import Spread
 from tokenmerge.patching.check import attention_choice
 from tokenmerge.patching.record import ModelRecord, Settings
-from tokenmerge.patching.settings import backend_choice, settings_for
+from tokenmerge.patching.settings import backend_choice, backend_refusals, settings_for
 from tokenmerge.patching.swap import original_class
 from tokenmerge.patching.target import Target
 from tokenmerge.patching.tuning.judge import Judge, Verdict
@@ -44,6 +44,7 @@ class Wishes:
         backends: backends to measure; `None` measures all that run.
         rounds: rounds in which the alternatives take turns.
         call: function that is timed in place of the model; `None` calls the model.
+        load: a saved tuning to use instead; `None` measures.
     """
 
     schedule: bool = False
@@ -52,6 +53,7 @@ class Wishes:
     backends: Sequence[str] | None = None
     rounds: int = 7
     call: Callable[..., Any] | None = None
+    load: Any = None
 
     def check(self) -> None:
         """Raise `InputError` if a wish cannot be granted."""
@@ -64,6 +66,11 @@ class Wishes:
         if not isinstance(self.schedule, bool) or (self.call is not None and not callable(self.call)):
             raise InputError(
                 f"schedule={self.schedule!r:.60} and call={self.call!r:.60}, but true or false, and a function, were expected"
+            )
+        given = [name for name in ("judge", "forms", "backends", "call") if getattr(self, name) is not None]
+        if self.load is not None and given:
+            raise InputError(
+                f"{given[0]} was given with load, but a saved tuning is used without measuring: give one of them"
             )
         if self.judge is not None and not self.schedule:
             raise InputError("judge was given without schedule=True, but only schedules change predictions: give both")
@@ -106,6 +113,8 @@ class Tuner:
             config=frozen(self.base),
             inputs=described,
             tokens=tokens,
+            flops=self.record.settings.cost.at(tokens).total(),
+            dtype=str(next(self.target.model.parameters()).dtype),
             device=self.device.type,
             processor=processor_of(self.device),
             threads=torch.get_num_threads(),
@@ -306,22 +315,32 @@ def loaded(target: Target, record: ModelRecord, given: Any, inputs: tuple[str, .
     if not isinstance(given, Tuning | str | os.PathLike):
         raise InputError(f"load={given!r:.60}, but a Tuning or the path of a saved one was expected: give one")
     tuning = given if isinstance(given, Tuning) else Tuning.load(given)
-    device = next(target.model.parameters()).device
+    parameter = next(target.model.parameters())
+    device = parameter.device
     own: dict[str, Any] = {
         "model": original_class(target.model).__name__,
         "blocks": record.settings.layers,
         "config": base_of(record.settings.config),
         "device": device.type,
+        "dtype": str(parameter.dtype),
+        "flops": record.settings.cost.at(tuning.tokens).total(),
         **({"inputs": inputs} if inputs else {}),
     }
     for name, value in own.items():
         known = getattr(tuning, name)
-        if known != value:
+        in_force = name == "config" and record.tuned == tuning  # it has changed the settings itself
+        if known != value and not in_force:
+            words = [", ".join(one) if isinstance(one, tuple) else str(one) for one in (known, value)]
             raise InputError(
-                f"the tuning is for {name} {known!s:.200}, but {value!s:.200} was found here: tune anew, or load another"
+                f"the tuning is for {name} {words[0]:.200}, but {words[1]:.200} was found here: tune anew, or load another"
             )
     if schedule and not any(one.what == "schedule" for one in tuning.tried):
         raise InputError("the tuning chose no schedule, but schedule=True was asked for: tune anew with schedule=True")
+    backend = tuning.chosen["backend"]
+    if reasons := backend_refusals(backend, target):
+        raise ConfigError(
+            f"the tuning chose backend {backend!r}, which does not run here ({'; '.join(reasons)}): tune anew"
+        )
     here = {"processor": processor_of(device), "threads": torch.get_num_threads(), "versions": versions()}
     other = [f"{name} {getattr(tuning, name)}" for name, value in here.items() if getattr(tuning, name) != value]
     if other:
