@@ -425,6 +425,7 @@ def _fresh(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(sys.modules[function.__module__], function.__name__, function.__wrapped__)
 
 
+@pytest.mark.skipif("TOKENMERGE_TESTS_WITHOUT_C" in os.environ, reason="the compiler is not looked for in this run")
 def test_without_a_compiler_torch_runs_and_the_summary_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
     _fresh(monkeypatch)
     monkeypatch.setenv("CC", "/nowhere/cc")
