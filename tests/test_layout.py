@@ -16,6 +16,7 @@ import tokenmerge
 from tests.helpers.tiny import images_for, tiny
 from tests.helpers.towers import BY_NAME
 from tokenmerge.config import CHOICES, FIELDS, choices_of, help_of
+from tokenmerge.ops import native
 
 PACKAGE = Path(tokenmerge.__file__).parent
 FILES = sorted(PACKAGE.rglob("*.py"))
@@ -84,7 +85,10 @@ MODELS: dict[str, Any] = {
 @torch.inference_mode()
 @pytest.mark.parametrize("make", MODELS.values(), ids=MODELS.keys())
 def test_one_blocks_pass_visits_at_most_six_files(make: Any) -> None:
-    """Files of the package whose functions run between a block's first line and its last."""
+    """Files of the package whose functions run between a block's first line and its last.
+
+    Without a C compiler four more: matching, merging and the choice of their backend, in operators, in place of one call.
+    """
     model = make()
     images = images_for(model) if hasattr(model, "patch_embed") else torch.randn(2, 3, 96, 96)
     tokenmerge.patch(model, r=4)
@@ -102,7 +106,7 @@ def test_one_blocks_pass_visits_at_most_six_files(make: Any) -> None:
     block.register_forward_hook(lambda *_: sys.setprofile(None), always_call=True)
     model(images)
     assert "patching/block.py" in visited
-    assert len(visited) <= 6, dict(visited)
+    assert len(visited) <= (6 if native.refusal() is None else 10), dict(visited)
 
 
 def _names_fields(file: Path) -> set[str]:
