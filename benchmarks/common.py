@@ -21,6 +21,7 @@ sys.path.insert(
 )  # so that scripts also run from a clone without installation
 
 from tokenmerge.ops.timing import Call, Spread, ratio, take_turns
+from tokenmerge.patching.tuning.record import processor_of
 
 Row = dict[str, Any]
 RESULTS = Path(__file__).with_name("results.csv")
@@ -48,13 +49,7 @@ GPU_MODELS = (  # model, image size, the r of the paper
 
 def processor(device: str) -> str:
     """Return the name of the processor or GPU that a benchmark runs on."""
-    if device.startswith("cuda"):
-        return str(torch.cuda.get_device_name())
-    cpuinfo = Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text().splitlines() if cpuinfo.is_file() else []
-    return next(
-        (line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.processor()
-    )
+    return processor_of(torch.device(device))
 
 
 def commit() -> str:

@@ -13,18 +13,6 @@ if TYPE_CHECKING:
     from gpu_steps import Bench
 
 
-class Whole(nn.Module):
-    """A module around a patched model, whose hooks `make_graphed_callables` would refuse."""
-
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__()
-        self.model = model
-
-    def forward(self, images: Tensor) -> Any:
-        """Run the model."""
-        return self.model(images)
-
-
 def graphed(bench: Bench) -> None:
     """Measure models with and without graphs, dense and merged, and compare outputs and gradients."""
     import timm  # imported here because it takes seconds and few steps need it
@@ -43,7 +31,9 @@ def graphed(bench: Bench) -> None:
                 side = 96 if bench.rehearse else 224
                 images = torch.randn(batch, 3, side, side, device=bench.device).to(bench.dtype)
                 wanted = step(model, images, trains)
-                whole: Any = Whole(model)
+                whole: Any = nn.Sequential(
+                    model
+                )  # `make_graphed_callables` refuses the hooks of a patched model itself
                 if bench.device.type == "cuda":
                     whole = torch.cuda.make_graphed_callables(whole, (images.clone(),))
                 found = step(whole, images, trains)
@@ -58,9 +48,10 @@ def step(model: Any, images: Tensor, trains: bool) -> Tensor:
     """Run one pass, with its backward if it trains, and return the outputs or the gradient of the first parameter."""
     if not trains:
         with torch.no_grad():
-            return model(images).float().clone()  # type: ignore[no-any-return]
+            out: Tensor = model(images).float().clone()
+            return out
     for parameter in model.parameters():
         parameter.grad = None
     model(images).float().square().mean().backward()
-    first = next(parameter for parameter in model.parameters() if parameter.grad is not None)
-    return first.grad.float().clone()  # type: ignore[no-any-return]
+    first: Tensor = next(parameter.grad for parameter in model.parameters() if parameter.grad is not None)
+    return first.float().clone()

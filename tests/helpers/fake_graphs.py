@@ -25,18 +25,6 @@ from tests.helpers.tiny import images_for, tiny
 READS = ("_local_scalar_dense", "aten.nonzero", "aten.item", "aten.is_nonzero", "aten.masked_select", "aten.unique")
 
 
-class Whole(nn.Module):
-    """A module without hooks around a patched model, as `torch.cuda.make_graphed_callables` requires."""
-
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__()
-        self.model = model
-
-    def forward(self, *args: Any) -> Any:
-        """Run the model."""
-        return self.model(*args)
-
-
 def faults(model: nn.Module, images: Tensor, dtype: torch.dtype = torch.bfloat16) -> list[str]:
     """Return what would break a captured graph of the model's pass."""
     with FakeTensorMode(), torch.no_grad():
@@ -125,7 +113,7 @@ def main() -> int:
     model = tiny("deit_tiny_patch16_224")
     tokenmerge.patch(model, r=5)
     images = images_for(model)
-    for label, module in (("the model itself", model), ("a module around it", Whole(model))):
+    for label, module in (("the model itself", model), ("a module around it", nn.Sequential(model))):
         try:
             torch.cuda.make_graphed_callables(module, (images,))
             print(f"make_graphed_callables takes {label}")

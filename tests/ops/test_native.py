@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import concurrent.futures
 import itertools
 import os
 import stat
 import subprocess
 import sys
-import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -138,11 +138,8 @@ def test_python_threads_do_not_share_memory() -> None:
             if not same(bipartite_matching(keys[at], 11, 1, backend="c"), wanted[at]):
                 wrong.append(at)
 
-    threads = [threading.Thread(target=work, args=(i,)) for i in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    with concurrent.futures.ThreadPoolExecutor(4) as pool:
+        list(pool.map(work, range(4)))  # raises what a thread raised
     assert not wrong
 
 

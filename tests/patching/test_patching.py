@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import concurrent.futures
 import copy
 import io
 import pickle
 import subprocess
 import sys
-import threading
 from pathlib import Path
 from typing import Any
 
@@ -485,11 +485,8 @@ def test_threads_may_share_a_model() -> None:
                 elif model.forward_intermediates(images[which], intermediates_only=True)[-1].shape != (2, 48, 6, 6):
                     wrong.append(which)
 
-    threads = [threading.Thread(target=work, args=(which,)) for which in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    with concurrent.futures.ThreadPoolExecutor(4) as pool:
+        list(pool.map(work, range(4)))  # raises what a thread raised
     assert not wrong
 
 

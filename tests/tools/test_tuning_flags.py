@@ -145,6 +145,13 @@ def test_export_keeps_the_fastest_file(
     assert run(*words[:2], "--r", "0", *words[4:], "--tune-schedule")[0] == 2
 
 
+def test_export_moves_no_schedule_that_belongs_to_its_blocks(run: Run, model_dir: Path) -> None:
+    words = ("export", f"local-dir:{model_dir}", "--r", "4", "--format", "pt2", "--batch-size", "1", "--tune-schedule")
+    code, _, err = run(*words, "--matcher", "diffrate", "--option", "pruned=[0.1,0.2,0.3]")
+    assert code == 2
+    assert "cannot be moved" in " ".join(err.split())
+
+
 def test_nothing_is_tuned_unless_it_is_asked_for() -> None:
     from tokenmerge.tools.tuning import NO_TUNING
 

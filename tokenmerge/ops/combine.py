@@ -121,16 +121,11 @@ def merge_rows(
 
         size = None if size is None else size.to(torch.float32)
         return Merged(*merging.merge(x, size, plan.kept, plan.source, plan.target, log))
-    if plain and takes_c(backend, x) and not learns(x, size):
+    if plain and takes_c(backend, x) and not native.learns(x, size):
         return Merged(*native.merge(x, size, plan.kept, plan.source, plan.target, log))
     merged, sizes = combine(x, size, _members(plan), reduce)
     sizes = sizes.view(batch, left)
     return Merged(merged.view(batch, left, x.shape[2]), sizes if plan.gate is None else sizes * plan.gate)
-
-
-def learns(x: Tensor, size: Tensor | None) -> bool:
-    """Return whether merging must record a gradient for tokens or sizes."""
-    return torch.is_grad_enabled() and (x.requires_grad or (size is not None and size.requires_grad))
 
 
 def _check(x: Tensor, size: Tensor | None, kept: Tensor, tokens: int) -> None:

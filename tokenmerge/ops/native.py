@@ -1,7 +1,7 @@
 """Matching and merging by functions in C, for inference on a CPU in eager mode.
 
 A block's matching and merging are some 40 operators of PyTorch, and at small batches each costs more than its arithmetic.
-Here they are two calls. Code that is traced or compiled, and merging with gradients, uses PyTorch's operators instead.
+Here they are one call. Code that is traced or compiled, and merging with gradients, uses PyTorch's operators instead.
 """
 
 from __future__ import annotations
@@ -76,6 +76,11 @@ def knows(dtype: torch.dtype) -> bool:
     return refusal() is None and dtype_refusal(dtype) is None
 
 
+def learns(x: Tensor, size: Tensor | None) -> bool:
+    """Return whether merging must record a gradient for tokens or sizes."""
+    return torch.is_grad_enabled() and (x.requires_grad or (size is not None and size.requires_grad))
+
+
 def fits_both(keys: Tensor, x: Tensor, size: Tensor | None, r: int, protected: int) -> bool:
     """Return whether `match_and_merge` can run; where it cannot, the usual way raises the errors.
 
@@ -93,7 +98,7 @@ def fits_both(keys: Tensor, x: Tensor, size: Tensor | None, r: int, protected: i
         return False
     if size is not None and size.shape != (batch, tokens):
         return False
-    if torch.is_grad_enabled() and (x.requires_grad or (size is not None and size.requires_grad)):
+    if learns(x, size):
         return False
     return fits(keys) and x.is_cpu and not x.is_neg() and knows(x.dtype)
 
@@ -127,6 +132,24 @@ def _floats(tokens: int, dim: int, protected: int) -> int:
     return int(_functions().tokenmerge_scratch(tokens, dim, protected))
 
 
+def _empty_plan(batch: int, tokens: int, r: int) -> Plan:
+    return (
+        torch.empty(batch, tokens - r, dtype=torch.int64, device="cpu"),
+        torch.empty(batch, r, dtype=torch.int64, device="cpu"),
+        torch.empty(batch, r, dtype=torch.int64, device="cpu"),
+    )
+
+
+def _empty_merged(
+    batch: int, left: int, channels: int, dtype: torch.dtype, log: torch.dtype | None
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    return (
+        torch.empty(batch, left, channels, dtype=dtype, device="cpu"),
+        torch.empty(batch, left, dtype=torch.float32, device="cpu"),
+        torch.empty(batch, left, dtype=log, device="cpu") if log is not None and knows(log) else None,
+    )
+
+
 def match(keys: Tensor, r: int, protected: int) -> Plan:
     """Match tokens by bipartite soft matching, see `tokenmerge.matching.bipartite`.
 
@@ -143,9 +166,7 @@ def match(keys: Tensor, r: int, protected: int) -> Plan:
     batch, heads, tokens, dim = keys.shape
     r = min(r, max_merges(tokens, protected))  # memory of a larger plan would stay unwritten
     per_image, per_head, per_token, _ = keys.stride()
-    kept = torch.empty(batch, tokens - r, dtype=torch.int64, device="cpu")
-    source = torch.empty(batch, r, dtype=torch.int64, device="cpu")
-    target = torch.empty(batch, r, dtype=torch.int64, device="cpu")
+    kept, source, target = _empty_plan(batch, tokens, r)
     scratch = _scratch.of(batch * _floats(tokens, dim, protected))
     _functions().tokenmerge_match(
         keys.data_ptr(), _DTYPES[keys.dtype], batch, heads, tokens, dim, per_image, per_head, per_token, r, protected,
@@ -185,9 +206,7 @@ def merge(
         )
     kept, source, target = (_indices(part) for part in (kept, source, target))
     size = None if size is None else size.to(torch.float32).resolve_neg().contiguous()
-    out = torch.empty(batch, left, channels, dtype=x.dtype, device="cpu")
-    sizes = torch.empty(batch, left, dtype=torch.float32, device="cpu")
-    logs = torch.empty(batch, left, dtype=log, device="cpu") if log is not None and knows(log) else None
+    out, sizes, logs = _empty_merged(batch, left, channels, x.dtype, log)
     done = _functions().tokenmerge_merge(
         x.data_ptr(), _DTYPES[x.dtype], batch, tokens, channels, per_image, per_token,
         None if size is None else size.data_ptr(), left, r, kept.data_ptr(), source.data_ptr(), target.data_ptr(),
@@ -211,12 +230,8 @@ def match_and_merge(
         return plan, merge(x, size, *plan, log)
     (batch, heads, tokens, dim), (key_image, key_head, key_token, _) = keys.shape, keys.stride()
     channels, (per_image, per_token, _), left = x.shape[2], x.stride(), tokens - r
-    kept = torch.empty(batch, left, dtype=torch.int64, device="cpu")
-    source = torch.empty(batch, r, dtype=torch.int64, device="cpu")
-    target = torch.empty(batch, r, dtype=torch.int64, device="cpu")
-    out = torch.empty(batch, left, channels, dtype=x.dtype, device="cpu")
-    sizes = torch.empty(batch, left, dtype=torch.float32, device="cpu")
-    logs = torch.empty(batch, left, dtype=log, device="cpu") if log is not None and knows(log) else None
+    kept, source, target = _empty_plan(batch, tokens, r)
+    out, sizes, logs = _empty_merged(batch, left, channels, x.dtype, log)
     scratch = _scratch.of(batch * _floats(tokens, dim, protected))  # a name keeps the memory until the call has ended
     # packed, because ctypes takes longer to convert an argument than struct takes to pack a number
     _functions().tokenmerge_match_and_merge(_PACK(

@@ -43,16 +43,15 @@ def enter_root(module: Any, args: tuple[Any, ...] = ()) -> None:
         PatchError: if `r` was set on the model, or modules were added, exchanged or removed.
     """
     record: ModelRecord = getattr(module, RECORD)
-    if torch.compiler.is_compiling():  # Dynamo cannot read weak references
-        check_blocks(record, record.settings.layers, module)
-        check_around(record, module)
-        _entered.inside = True
-        return
-    if record.number in _entered.numbers and _called_by_itself(module):
+    eager = not torch.compiler.is_compiling()
+    if eager and record.number in _entered.numbers and _called_by_itself(module):
         _entered.numbers = (*_entered.numbers, record.number)
         return
     check_blocks(record, record.settings.layers, module)
     check_around(record, module)
+    if not eager:  # Dynamo cannot read weak references
+        _entered.inside = True
+        return
     record.root = record.root or weakref.ref(module)
     count_again(record, module)
     forget_grid(record)

@@ -11,10 +11,9 @@ from torch import Tensor
 
 from tokenmerge.ops.timing import take_turns
 from tokenmerge.patching import Handle
-from tokenmerge.patching.match import cost_of
-from tokenmerge.patching.target import find_target
+from tokenmerge.patching.target import find_target, patch_of
 from tokenmerge.patching.tuning.measure import ASKED, NONE, confirmed, in_words
-from tokenmerge.patching.tuning.schedules import alternatives
+from tokenmerge.patching.tuning.schedules import alternatives, check_movable
 
 _ROUNDS = 11
 
@@ -42,9 +41,11 @@ def tune_file(
     Returns:
         What was chosen, as a sentence.
     """
-    summary, target = handle.summary(), find_target(model)
+    summary, record = handle.summary(), patch_of(find_target(model).model)
+    assert record is not None
+    check_movable(record.settings)
     asked, config = summary.r, handle.config
-    cost = cost_of(target, config).at(summary.tokens[0])
+    cost = record.settings.cost.at(summary.tokens[0])
     schedules = {NONE: (0,) * len(asked), ASKED: asked, **alternatives(asked, cost, early=False)}
     with tempfile.TemporaryDirectory(prefix="tokenmerge-") as folder:
         runs = {}

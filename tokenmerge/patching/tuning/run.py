@@ -7,15 +7,14 @@ import functools
 import os
 import sys
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, cast, get_args
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from tokenmerge.attention.forms import FORMS
-from tokenmerge.config import FIELDS, Backend, MergeConfig
+from tokenmerge.config import FIELDS, MergeConfig, choices_of
 from tokenmerge.errors import ConfigError, InputError
 from tokenmerge.flops import ModelCost
 from tokenmerge.frozen import frozen
@@ -29,7 +28,7 @@ from tokenmerge.patching.target import Target
 from tokenmerge.patching.tuning.judge import Judge, Verdict
 from tokenmerge.patching.tuning.measure import ASKED, NONE, check_rounds, confirmed, fastest, in_turns, in_words
 from tokenmerge.patching.tuning.record import Tried, Tuning, processor_of
-from tokenmerge.patching.tuning.schedules import alternatives
+from tokenmerge.patching.tuning.schedules import alternatives, check_movable
 from tokenmerge.schedule import Schedule, cut
 
 
@@ -101,8 +100,8 @@ class Tuner:
                 "the model merges nothing (r=0), so there is nothing to tune: set r, keep, flops or speedup first"
             )
         tokens = self._tokens()
-        self._choose("attention", self._forms(), attention_choice(self.target, self.config).form, self.wishes.forms)
-        self._choose("backend", self._backends(), backend_choice(self.target, self.config).form, self.wishes.backends)
+        self._choose("attention", attention_choice(self.target, self.config).form, self.wishes.forms)
+        self._choose("backend", backend_choice(self.target, self.config).form, self.wishes.backends)
         words = ", ".join(f"{name} {value}" for name, value in self.chosen.items())
         if self.wishes.schedule:
             words = f"{self._schedule(tokens)}; {words}"
@@ -134,8 +133,9 @@ class Tuner:
         return settings_for(self.target, config, self.record.readers)
 
     def _times(self, settings: Sequence[Settings]) -> list[list[float]]:
-        use = lambda which: self._use(settings[which])  # noqa: E731
-        return in_turns(self.run, use, len(settings), self.device, self.wishes.rounds)
+        return in_turns(
+            self.run, lambda which: self._use(settings[which]), len(settings), self.device, self.wishes.rounds
+        )
 
     def _tokens(self) -> int:
         """Run the model once as it is, and return the number of tokens that entered its first block."""
@@ -159,16 +159,10 @@ class Tuner:
 
     # --- attention and backend ---------------------------------------------------------------------------------
 
-    def _forms(self) -> Sequence[str]:
-        return self.wishes.forms or [form for form in FORMS if form != "auto"]
-
-    def _backends(self) -> Sequence[str]:
-        return self.wishes.backends or [backend for backend in get_args(Backend) if backend != "auto"]
-
-    def _choose(self, what: Any, choices: Sequence[str], before: str, wanted: Sequence[str] | None) -> None:
+    def _choose(self, what: Any, before: str, wanted: Sequence[str] | None) -> None:
         """Measure the choices of a field that can run, and keep the fastest one; the present one stays if none is faster."""
         able: dict[str, Settings] = {}
-        for choice in choices:
+        for choice in wanted or [choice for choice in choices_of(what) if choice != "auto"]:
             if wanted is None and choice == "triton" and interpreted():
                 self.tried.append(Tried(what=what, choice=choice, reason="Triton runs in its interpreter here"))
                 continue
@@ -199,12 +193,7 @@ class Tuner:
     def _schedule(self, tokens: int) -> str:
         """Choose where and whether to merge, and return the result in words."""
         settings = self._settings(self.config)
-        listed = any(isinstance(value, list) for value in settings.offered.values())
-        if settings.entry.adaptive or settings.entry.learned or listed:
-            raise InputError(
-                f"matcher {settings.entry.name!r} merges by what it was trained or calibrated for, block by block, so its schedule cannot "
-                "be moved: use schedule=False"
-            )
+        check_movable(settings)
         cost = settings.cost.at(tokens)
         asked = cut(settings.schedule_for(tokens), tokens, settings.protected, settings.entry.most)
         dense = self._settings(MergeConfig.create(self.config, r=0))
@@ -215,7 +204,7 @@ class Tuner:
             if name != ASKED:
                 able[name] = self._settings(MergeConfig.create(self.config, r=list(schedule)))
         times = dict(zip(able, self._times(list(able.values())), strict=True))
-        verdicts = self._verdicts(judge, able, times)
+        verdicts = {} if judge is None else self._verdicts(judge, able)
         for name, mine in times.items():
             self.tried.append(self._tried(name, mine, times[NONE], schedules.get(name), cost, verdicts))
         allowed = {
@@ -236,16 +225,14 @@ class Tuner:
         return Judge(self._predict, self.wishes.judge)
 
     def _predict(self, batch: Any) -> Any:
-        return self.call(**batch) if isinstance(batch, Mapping) or hasattr(batch, "keys") else self.call(batch)
+        return self.call(**batch) if hasattr(batch, "keys") else self.call(batch)
 
-    def _verdicts(
-        self, judge: Judge | None, able: Mapping[str, Settings], times: Mapping[str, list[float]]
-    ) -> dict[str, Verdict]:
+    def _verdicts(self, judge: Judge, able: Mapping[str, Settings]) -> dict[str, Verdict]:
         """Return the verdicts on all alternatives; all are judged, so that the record shows what each would cost."""
         found: dict[str, Verdict] = {}
-        for name in able if judge is not None else ():
-            self._use(able[name])
-            found[name] = cast("Judge", judge).verdict()
+        for name, settings in able.items():
+            self._use(settings)
+            found[name] = judge.verdict()
         return found
 
     def _tried(
@@ -289,14 +276,14 @@ def describe(inputs: tuple[Any, ...], options: Mapping[str, Any]) -> tuple[str, 
 
 def base_of(config: MergeConfig) -> dict[str, Any]:
     """Return the settings of a config that a tuning rests on: all that differ from the defaults, but not how they run."""
-    changed = config.changed()
-    kept = {name: value for name, value in changed.items() if FIELDS[name].metadata["group"] != "running"}
-    return {name: value for name, value in _plain_items({**kept}) if name != "trace"}
-
-
-def _plain_items(fields: dict[str, Any]) -> Iterator[tuple[str, Any]]:
-    for name, value in fields.items():
-        yield name, {"r": value[0], "inflect": value[1]} if isinstance(value, tuple) else value
+    kept = {
+        name: value
+        for name, value in config.changed().items()
+        if FIELDS[name].metadata["group"] != "running" and name != "trace"
+    }
+    if isinstance(pair := kept.get("r"), tuple):  # as in a config's JSON
+        kept["r"] = {"r": pair[0], "inflect": pair[1]}
+    return kept
 
 
 def loaded(target: Target, record: ModelRecord, given: Any, inputs: tuple[str, ...], schedule: bool) -> Tuning:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from tokenmerge.errors import InputError
 from tokenmerge.flops import ModelCost
+from tokenmerge.patching.record import Settings
 from tokenmerge.schedule import Schedule, cut
 
 _SPACES = (2, 3, 4)
@@ -28,6 +30,16 @@ def spaced(schedule: Schedule, every: int, late: bool) -> Schedule:
         group = schedule[start : start + every]
         found[start + (len(group) - 1 if late else 0)] = sum(group)
     return tuple(found)
+
+
+def check_movable(settings: Settings) -> None:
+    """Raise `InputError` if the tokens that a matcher merges in a block cannot be merged in another one instead."""
+    listed = any(isinstance(value, list) for value in settings.offered.values())
+    if settings.entry.adaptive or settings.entry.learned or listed:
+        raise InputError(
+            f"matcher {settings.entry.name!r} merges by what it was trained or calibrated for, block by block, so its schedule cannot "
+            "be moved: use schedule=False"
+        )
 
 
 def alternatives(schedule: Schedule, cost: ModelCost, early: bool) -> dict[str, Schedule]:
