@@ -207,9 +207,8 @@ def main() -> None:
     if not table:
         raise SystemExit(f"no model's name contains {args.only!r}")
     report.table("overhead", ("model", "r", "batch", "dtype", "speed-up", "FLOPs/", "realised", "overhead"), table)
-    report.say(
-        f"overhead on average {statistics.mean(usual):.3f} without the small batches, at most {max(float(row[-1]) for row in table):.3f}"
-    )
+    average = f"on average {statistics.mean(usual):.3f} without the small batches, " if usual else ""
+    report.say(f"overhead {average}at most {max(float(row[-1]) for row in table):.3f}")
 
 
 if __name__ == "__main__":
