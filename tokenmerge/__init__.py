@@ -43,6 +43,7 @@ from tokenmerge.patching import Handle, Summary, Tuning, handle_of, is_patched, 
 from tokenmerge.patching.calibrate import calibrate, diffrate_schedule
 from tokenmerge.patching.state import carry, token_sizes
 from tokenmerge.plan import MergePlan
+from tokenmerge.saving import load, save
 from tokenmerge.tracing.trace import Trace, trace_of
 
 __version__ = "0.1.0"
@@ -73,12 +74,14 @@ __all__ = [
     "get_method",
     "handle_of",
     "is_patched",
+    "load",
     "method_names",
     "model_cost",
     "patch",
     "patched",
     "register_matcher",
     "register_method",
+    "save",
     "token_sizes",
     "trace_of",
     "unpatch",

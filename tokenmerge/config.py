@@ -8,14 +8,15 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import sys
 import typing
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, Literal
 
-from tokenmerge.errors import ConfigError, UnknownFieldError, shown
+from tokenmerge.errors import ConfigError, InputError, UnknownFieldError, shown
+from tokenmerge.files import parse_json, read_text, write_json
 from tokenmerge.frozen import FrozenDict, frozen, thawed
-from tokenmerge.schedule import RForm, validate_r
+from tokenmerge.schedule import RForm, is_number, validate_r
 
 Metric = Literal["k", "q", "v", "kv", "x_pre", "x"]
 Heads = Literal["mean", "concat"]
@@ -304,20 +305,33 @@ class MergeConfig:
                 f"options={shown(self.options)} cannot be written as JSON ({error}): use numbers, text and lists"
             ) from None
 
+    def save(self, path: Path | str) -> None:
+        """Write this config to a JSON file, whole or not at all; raise `InputError` if it cannot be written."""
+        write_json(path, json.loads(self.to_json()), "the config")
+
     @classmethod
-    def from_json(cls, text: str) -> MergeConfig:
-        """Return the config that `to_json` wrote; fields that are absent get their defaults.
+    def load(cls, path: Path | str) -> MergeConfig:
+        """Return the config in a JSON file, as `save`, `tokenmerge search` and `tokenmerge.save` write it; see `from_json`."""
+        return cls.from_json(read_text(path, "the config"))
+
+    @classmethod
+    def from_json(cls, text: str | Path) -> MergeConfig:
+        """Return the config that `to_json` or `save` wrote; fields that are absent get their defaults.
+
+        Args:
+            text: the JSON text, or the path of a file (a `Path`, or a name that ends in .json).
 
         Raises:
             ConfigError: if the text is not a JSON object or contains an invalid value.
+            InputError: if the file cannot be read.
             UnknownFieldError: (a TypeError) if a key is not a field.
         """
+        if isinstance(text, Path) or (isinstance(text, str) and text.endswith(".json")):
+            return cls.load(text)
         try:
-            fields = json.loads(text)
-        except (ValueError, TypeError, RecursionError) as error:
-            raise ConfigError(
-                f"the config is not JSON ({error}), but a JSON object was expected: check the file"
-            ) from None
+            fields = parse_json(text, "the config")
+        except InputError as error:
+            raise ConfigError(f"{error}, where a JSON object was expected") from None
         if not isinstance(fields, dict):
             raise ConfigError(
                 f'the config is a JSON {type(fields).__name__}, but an object was expected: write {{"r": 8}}'
@@ -384,8 +398,3 @@ def help_of(name: str) -> str:
 
 CHOICES = tuple(name for name in FIELDS if choices_of(name))
 """Names of the fields whose value is a choice from a list."""
-
-
-def is_number(value: object) -> bool:
-    """Return whether a value is an int or float (not a bool) that is finite and within the range of a float."""
-    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= sys.float_info.max

@@ -9,6 +9,7 @@ enter the model, so they are resolved anew for each number of tokens.
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Callable, Sequence
 from typing import Literal
 
@@ -28,6 +29,11 @@ def _is_int(value: object) -> bool:
 def is_count(value: object) -> bool:
     """Return whether a value is an `int` (not a bool) of at least 0."""
     return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+
+
+def is_number(value: object) -> bool:
+    """Return whether a value is an int or float (not a bool) that is finite and within the range of a float."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
 
 
 def validate_r(r: RForm) -> None:

@@ -8,11 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tokenmerge.config import is_number
 from tokenmerge.errors import InputError, PatchError, shown
 from tokenmerge.ops.basics import counting, is_exporting
 from tokenmerge.ops.modes import require
 from tokenmerge.plan import DROPPED, MergePlan
+from tokenmerge.schedule import is_number
 
 _SHAPES: dict[str, tuple[str, ...]] = {
     "size": ("B", "N"),

@@ -15,7 +15,7 @@ from typing import Annotated, Any, Literal
 
 from torch import nn
 
-from tokenmerge.config import is_number
+from tokenmerge.schedule import is_number
 
 _WORDS = {int: "a whole number", float: "a finite number", str: "text", bool: "true or false"}
 

@@ -15,6 +15,7 @@ from tokenmerge.patching.check import check_block, check_rotary
 from tokenmerge.patching.entering import count_again
 from tokenmerge.patching.handle import Handle, take_off, turns
 from tokenmerge.patching.install import install, restore
+from tokenmerge.patching.kept import keep
 from tokenmerge.patching.record import ModelRecord, record_of
 from tokenmerge.patching.settings import settings_for
 from tokenmerge.patching.target import (
@@ -66,6 +67,7 @@ def patch(model: nn.Module, config: MergeConfig | None = None, **fields: Any) ->
             record.root = weakref.ref(target.model)
             record.around = target.around
             count_again(record, target.model)
+            keep(target.model, record)
         except BaseException:
             restore(target.model)
             raise

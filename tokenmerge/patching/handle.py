@@ -17,6 +17,7 @@ from tokenmerge.patching.added import matching_flops
 from tokenmerge.patching.check import attention_choice
 from tokenmerge.patching.entering import check_blocks, count_again
 from tokenmerge.patching.install import remove_hooks, restore
+from tokenmerge.patching.kept import forget, keep
 from tokenmerge.patching.match import cost_of
 from tokenmerge.patching.record import RECORD, ModelRecord
 from tokenmerge.patching.running import is_running
@@ -116,6 +117,7 @@ class Handle:
             check_blocks(record, record.settings.layers, model)
             record.settings = settings_for(_target(model, record), config, record.readers)
             record.latest = record.tuned = None
+            keep(model, record)
 
     def tune(
         self,
@@ -290,6 +292,7 @@ def take_off(model: nn.Module, record: ModelRecord) -> None:
         if (embedding := reference()) is not None:
             vars(embedding).pop(RECORD, None)
             remove_hooks(embedding)
+    forget(model, record)
     restore(model)
 
 
