@@ -30,6 +30,21 @@ class InputError(TokenMergeError, ValueError):
     """Error for a tensor of the wrong shape or type, or a missing, empty or damaged file or folder."""
 
 
+class DamagedFileError(InputError):
+    """Error for one file of a data set that cannot be decoded: damaged, cut off, mislabelled, too large, or no file.
+
+    Attributes:
+        reason: the reason in words that follow the name of the file, such as "it is empty".
+    """
+
+    def __init__(self, message: str, reason: str = "") -> None:
+        super().__init__(message)
+        self.reason = reason or message
+
+    def __reduce__(self) -> tuple[type, tuple[str, str]]:
+        return type(self), (str(self), self.reason)
+
+
 class UnsupportedModelError(TokenMergeError, ValueError):
     """Error for a model that cannot be patched correctly and is therefore left unchanged.
 

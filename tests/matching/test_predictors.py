@@ -151,7 +151,7 @@ def test_without_a_predictor_it_says_so() -> None:
 
 
 def test_train_and_evaluate(train: Run, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:  # noqa: F811
-    settings = ("--matcher", "dynamicvit", "--place", "after")
+    settings = ("--matcher", "dynamicvit", "--set", "place=after")
     code, _, err = train("--r", "5,0", "--epochs", "2", *settings, "--distill-weight", "0.5")
     assert code == 0, err
     folder = tmp_path / "run" / "model"

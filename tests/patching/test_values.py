@@ -92,5 +92,5 @@ def test_nested_json_holds_no_schedule(tmp_path: Path) -> None:
     for number, text in enumerate(("[" * 100_000, "[]", '{"a": []}')):
         file = tmp_path / f"{number}.json"
         file.write_text(text)
-        with pytest.raises(InputError, match="holds no schedule"):
+        with pytest.raises(InputError, match="schedule"):
             tokenmerge.diffrate_schedule(file, 0, "x")  # type: ignore[arg-type]

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import ast
-import json
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -11,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from tokenmerge import files
 from tokenmerge.config import FIELDS, MergeConfig
 from tokenmerge.errors import ConfigError, InputError
 from tokenmerge.matching.informed import collecting_edges
@@ -104,18 +103,19 @@ def diffrate_schedule(path: str | Path, model: str, target: str, tokens: int = 1
         InputError: if the file cannot be read, lacks such a schedule, holds anything but numbers of tokens, or was made for
             another number of tokens.
     """
+    found = files.read_json(path, "the schedule")
     try:
-        found = json.loads(Path(path).read_text(encoding="utf-8"))
         entry = found[model][target]
         # DiffRate's files hold lists, some of them written as text
         pruned, merged = (
-            [_whole(number) for number in (ast.literal_eval(listed) if isinstance(listed, str) else listed)]
+            [
+                _whole(number)
+                for number in (files.parse_json(listed, "a list in it") if isinstance(listed, str) else listed)
+            ]
             for listed in (entry["prune_kept_num"], entry["merge_kept_num"])
         )
         kept = list(zip(pruned, merged, strict=True))
-    except OSError as error:
-        raise InputError(f"{str(path)!r} cannot be read ({error.strerror}): check the path") from None
-    except (ValueError, LookupError, TypeError, SyntaxError, RecursionError) as error:
+    except (ValueError, LookupError, TypeError, OverflowError) as error:
         raise InputError(
             f"{str(path)!r} holds no schedule for {model!r} at {target!r} ({type(error).__name__}: {error}): it should hold "
             "prune_kept_num and merge_kept_num, one number for each block"

@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from tokenmerge import files
 from tokenmerge.errors import ConfigError, InputError, PatchError
 from tokenmerge.matching.learned import PREDICTOR, TokenPredictor
 from tokenmerge.patching.target import find_target
@@ -96,36 +97,44 @@ def save_predictors(model: nn.Module, path: Path | str) -> None:
 
     Raises:
         PatchError: if the model has no predictors.
+        InputError: if the file cannot be written.
     """
-    from safetensors.torch import save_file
+    from safetensors.torch import save
 
     _, state = split_state(model, model.state_dict())
     if not state:
         raise PatchError(
             "the model has no predictors, so there is nothing to save: add_predictors(model, blocks) first"
         )
-    save_file({name: value.contiguous() for name, value in state.items()}, path)
+    files.write(path, save({name: value.contiguous() for name, value in state.items()}), "the file of predictors")
 
 
 def load_predictors(model: nn.Module, path: Path | str) -> None:
     """Add the predictors that `save_predictors` saved to a model.
 
     Raises:
-        InputError: if the file cannot be read or does not fit the model.
+        InputError: if the file cannot be read or does not fit the model, which then keeps what it had.
+        PatchError: if a block already has a predictor.
     """
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
+    path, before = files.plain_file(path, "the file of predictors"), set(predicting(model))
     try:
         state = load_file(path)
         blocks = sorted({int(name.partition(".")[0]) for name in state})
         add_predictors(model, blocks)
-        for index, block in predicting(model).items():
+        for index in blocks:
             start = f"{index}."
             mine = {name.removeprefix(start): value for name, value in state.items() if name.startswith(start)}
-            getattr(block, PREDICTOR).load_state_dict(mine)
-    except (OSError, SafetensorError, ValueError, RuntimeError, ConfigError) as error:
-        reason = (str(error).splitlines() or [""])[0]
+            getattr(predicting(model)[index], PREDICTOR).load_state_dict(mine)
+    except Exception as error:  # safetensors and torch raise their own types for damaged files
+        remove_predictors(model, [index for index in predicting(model) if index not in before])
+        if isinstance(error, PatchError):
+            raise
+        known = isinstance(error, SafetensorError | OSError | ValueError | RuntimeError | LookupError | TypeError)
+        if not known:
+            raise
         raise InputError(
-            f"the predictors in {str(path)!r} cannot be used ({reason}): give the file that was trained with this model"
+            f"the predictors in {str(path)!r} cannot be used ({files.words_of(error)}): give the file that was trained with this model"
         ) from None

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
-import json
+import math
+import os
 import sys
-from collections.abc import Callable, Iterable, Sequence
-from pathlib import Path
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 from rich.console import Console
@@ -14,8 +15,10 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table as RichTable
 from rich.text import Text
 
+from tokenmerge import files
 from tokenmerge.errors import InputError
-from tokenmerge.tools.pages import Table, write_report
+from tokenmerge.tools.pages import Table, finite, write_report
+from tokenmerge.tools.signals import deferred
 
 Row = dict[str, Any]
 
@@ -25,6 +28,77 @@ class _Console(Console):
 
     def on_broken_pipe(self) -> None:
         raise BrokenPipeError
+
+    def print(self, *objects: Any, **kwargs: Any) -> None:
+        """Print as rich does; a full disk behind the stream becomes an `InputError`."""
+        with _writing(self.stderr):
+            super().print(*objects, **kwargs)
+
+
+@contextlib.contextmanager
+def _writing(to_stderr: bool = False) -> Iterator[None]:
+    """Turn the error of a stream that cannot be written, such as /dev/full, into an `InputError`; closed pipes pass."""
+    try:
+        yield
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        name = "error" if to_stderr else "output"
+        if not to_stderr:
+            _give_up(sys.stdout)
+        raise InputError(
+            f"standard {name} cannot be written ({files.words_of(error)}): make room, or send it elsewhere"
+        ) from None
+
+
+def _give_up(stream: Any) -> None:
+    """Send what a stream still holds to nowhere, because Python would try it again at exit and fail with a traceback."""
+    with contextlib.suppress(OSError, ValueError, AttributeError):  # streams of tests have no number
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, stream.fileno())
+        os.close(nowhere)
+
+
+class Bars(Progress):
+    """Progress bars that a signal never leaves half drawn, because rich would keep everything that is printed afterwards."""
+
+    def start(self) -> None:
+        """Show the bars."""
+        with deferred():
+            super().start()
+
+    def stop(self) -> None:
+        """Remove the bars."""
+        with deferred():
+            super().stop()
+
+    def refresh(self) -> None:
+        """Draw the bars."""
+        with deferred():
+            super().refresh()
+
+    def update(self, *args: Any, **values: Any) -> None:
+        """Change a task."""
+        with deferred():
+            super().update(*args, **values)
+
+    def advance(self, *args: Any, **values: Any) -> None:
+        """Advance a task."""
+        with deferred():
+            super().advance(*args, **values)
+
+    def reset(self, *args: Any, **values: Any) -> None:
+        """Start a task again."""
+        with deferred():
+            super().reset(*args, **values)
+
+
+def _one_terminal(*files: Any) -> bool:
+    """Return whether files are the same terminal."""
+    try:
+        return all(file.isatty() for file in files) and len({os.fstat(file.fileno()).st_rdev for file in files}) == 1
+    except (AttributeError, OSError, ValueError):  # no real files
+        return False
 
 
 class Report:
@@ -43,26 +117,52 @@ class Report:
         self._json_path, self._html_path = json_path, html_path
         self._tables: list[Table] = []
         self._said: list[str] = []
+        self.history: list[str] = []
+        """All lines and warnings so far, as they are logged."""
+        self.also: Callable[[str], None] | None = None
+        """Function that receives each line and warning as well, such as a log."""
         for flag, given, name in (("--json", json_path, "rows.json"), ("--html", html_path, "report.html")):
-            path = None if given is None or (given == "-" and flag == "--json") else Path(given)
-            if path is not None and path.is_dir():
-                raise InputError(f"{flag} {given!r} is a folder, but a file was expected: add a name such as {name}")
-            if path is not None and not path.resolve().parent.is_dir():
-                raise InputError(f"the folder of {flag} {given!r} does not exist: make it first")
+            if given is not None and not (given == "-" and flag == "--json"):
+                files.check_writable(given, flag, name)
+        if json_path == "-" and sys.stdout is None:  # Python's word for a closed one
+            raise InputError("--json - writes to standard output, but it is closed: give the name of a file")
         missing = [name for name in ("jinja2", "matplotlib") if html_path and importlib.util.find_spec(name) is None]
         if missing:
             raise InputError(f"{missing[0]} is not installed, but pages need it: pip install 'tokenmerge[visualize]'")
-        self.out = _Console(stderr=json_path == "-", highlight=False, soft_wrap=False)
-        self.err = Console(stderr=True, highlight=False)
+        self.out: Console = _Console(stderr=json_path == "-", highlight=False, soft_wrap=False)
+        self.err: Console = _Console(stderr=True, highlight=False)
 
-    def say(self, text: str, style: str | None = None) -> None:
-        """Print one line."""
+    def say(self, text: str, style: str | None = None, whole: bool = False) -> None:
+        """Print one line.
+
+        Args:
+            text: the line.
+            style: a style of rich.
+            whole: whether to leave wrapping to the terminal, so that a long command can be copied.
+        """
         self._said.append(text)
-        self.out.print(text, style=style, markup=False)
+        with deferred():
+            self._console().print(text, style=style, markup=False, soft_wrap=whole)
+        self._log(text)
 
     def warn(self, text: str) -> None:
         """Print a warning to standard error."""
-        self.err.print(f"warning: {text}", style="yellow", markup=False)
+        with deferred():
+            self.err.print(f"warning: {text}", style="yellow", markup=False)
+        self._log(f"warning: {text}")
+
+    def _log(self, line: str) -> None:
+        self.history.append(line)
+        if self.also is not None:
+            self.also(line)
+
+    def _console(self) -> Console:
+        """Return the console of results.
+
+        If both outputs are one terminal, it is the console of the progress bars, which stay below everything that it prints;
+        the bars would erase what another one prints.
+        """
+        return self.err if _one_terminal(self.out.file, self.err.file) else self.out
 
     def table(self, title: str, columns: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
         """Print a table in which all columns except the first are right-aligned numbers."""
@@ -75,11 +175,12 @@ class Report:
             table.add_column(Text(column), justify="right" if i else "left", no_wrap=short, overflow="fold")
         for row in rows:
             table.add_row(*(Text(cell) for cell in row))
-        self.out.print(table)
+        with deferred():
+            self._console().print(table)
 
     def progress(self) -> Progress:
         """Return a progress bar on standard error that disappears when it is done."""
-        return Progress(
+        return Bars(
             TextColumn("{task.description}"),
             BarColumn(),
             MofNCompleteColumn(),
@@ -87,10 +188,13 @@ class Report:
             TimeRemainingColumn(),
             console=self.err,
             transient=True,
+            disable=not self.err.is_terminal,
         )
 
     def write(self, rows: Sequence[Row], figures: Callable[[], Sequence[str | None]] = tuple) -> None:
         """Write the rows as a JSON list and the HTML page, if their paths were given.
+
+        Numbers that are not finite become null, because JSON has none; a warning names them.
 
         Args:
             rows: the result rows.
@@ -99,17 +203,34 @@ class Report:
         Raises:
             InputError: if a file cannot be written, or a package that the page needs is missing.
         """
-        text = json.dumps(list(rows), indent=2) + "\n"
+        rows = self.finite(rows)
         if self._json_path == "-":
-            sys.stdout.write(text)
+            with _writing():
+                sys.stdout.write(files.to_json(rows, "the rows") + "\n")
+                sys.stdout.flush()
         elif self._json_path is not None:
-            try:
-                Path(self._json_path).write_text(text, encoding="utf-8")
-            except OSError as error:
-                raise InputError(
-                    f"--json {self._json_path!r} cannot be written ({error.strerror}): choose another file"
-                ) from None
+            files.write_json(self._json_path, rows, "--json")
         if self._html_path is not None:
             title = self._tables[0].title if self._tables else "tokenmerge"
-            write_report(Path(self._html_path), title, self._said, self._tables, figures(), rows)
+            write_report(self._html_path, title, self._said, self._tables, figures(), rows)
             self.say(f"wrote {self._html_path}")
+
+    def finite(self, rows: Sequence[Row]) -> list[Row]:
+        """Return the rows with `None` in place of NaN and infinities, after a warning that names them."""
+        odd = [path for number, row in enumerate(rows) for path in _not_finite(row, f"row {number + 1}")]
+        if odd:
+            more = f" and {len(odd) - 3} more" if len(odd) > 3 else ""
+            self.warn(f"{'; '.join(odd[:3])}{more}: written as null, because JSON has no such number")
+        return [finite(row) for row in rows]
+
+
+def _not_finite(value: Any, name: str) -> Iterator[str]:
+    """Yield "name is nan" for each number in a value that is not finite."""
+    if isinstance(value, float) and not math.isfinite(value):
+        yield f"{name} is {value}"
+    elif isinstance(value, dict):
+        for key, part in value.items():
+            yield from _not_finite(part, f"{name}, {key}")
+    elif isinstance(value, list | tuple):
+        for place, part in enumerate(value):
+            yield from _not_finite(part, f"{name}[{place}]")

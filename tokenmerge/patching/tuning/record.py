@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import os
 import platform
 import textwrap
@@ -13,6 +12,7 @@ from typing import Any, Literal, get_args
 
 import torch
 
+from tokenmerge import files
 from tokenmerge.errors import InputError, shown
 from tokenmerge.frozen import frozen, thawed
 from tokenmerge.ops.timing import Spread
@@ -102,9 +102,13 @@ class Tuning:
     words: str
 
     def to_json(self) -> str:
-        """Return this record as the text of one JSON object."""
+        """Return this record as the text of one JSON object.
+
+        Raises:
+            InputError: if a number of it is not finite.
+        """
         fields = {field.name: _plain(getattr(self, field.name)) for field in dataclasses.fields(self)}
-        return json.dumps({_FORMAT: _VERSION, **fields}, indent=1)
+        return files.to_json({_FORMAT: _VERSION, **fields}, "the record of a tuning", indent=1)
 
     @classmethod
     def from_json(cls, text: str) -> Tuning:
@@ -113,10 +117,7 @@ class Tuning:
         Raises:
             InputError: if the text is not such a record.
         """
-        try:
-            found = json.loads(text)
-        except (ValueError, RecursionError, TypeError) as error:
-            raise InputError(f"a record of a tuning was expected, but the text is no JSON ({error!s:.80})") from None
+        found = files.parse_json(text, "a record of a tuning was expected, but the text")
         version = found.pop(_FORMAT, None) if isinstance(found, dict) else None
         if type(version) is not int or version != _VERSION:
             raise InputError(
@@ -136,11 +137,7 @@ class Tuning:
         Raises:
             InputError: if the file cannot be written.
         """
-        try:
-            Path(path).write_text(self.to_json() + "\n", encoding="utf-8")
-        except (OSError, ValueError, TypeError) as error:
-            reason = getattr(error, "strerror", None) or "it is no path"
-            raise InputError(f"{shown(path)} cannot be written ({reason}): choose another file") from None
+        files.write(path, self.to_json() + "\n", "the record of a tuning")
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Tuning:
@@ -149,12 +146,7 @@ class Tuning:
         Raises:
             InputError: if the file cannot be read, or holds no such record.
         """
-        try:
-            text = Path(path).read_text(encoding="utf-8")
-        except (OSError, ValueError, TypeError) as error:  # UnicodeDecodeError is a ValueError
-            reason = getattr(error, "strerror", None) or "it is no text file"
-            raise InputError(f"the tuning {shown(path)} cannot be read ({reason}): check the path") from None
-        return cls.from_json(text)
+        return cls.from_json(files.read_text(path, "the record of a tuning"))
 
     def __str__(self) -> str:
         where = f"{self.device} ({self.processor}, {self.threads} threads)"

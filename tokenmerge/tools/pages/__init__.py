@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 import tokenmerge
+from tokenmerge import files
 from tokenmerge.errors import InputError
 
 
@@ -82,7 +83,7 @@ class Table:
 
 
 def write_report(
-    path: Path,
+    path: Path | str,
     title: str,
     lead: Sequence[str],
     tables: Sequence[Table],
@@ -111,7 +112,4 @@ def write_report(
         data=embedded(list(data)),
         about=about_this(),
     )
-    try:
-        path.write_text(page, encoding="utf-8")
-    except OSError as error:
-        raise InputError(f"the page {str(path)!r} cannot be written ({error.strerror}): choose another file") from None
+    files.write(path, page, "the page")
