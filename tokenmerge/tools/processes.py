@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import os
+from collections.abc import Iterator
 from typing import Any
 
-from tokenmerge.errors import InputError
+from tokenmerge.errors import InputError, TokenMergeError
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,3 +63,30 @@ def launched(device: str) -> Processes:
         ) from None
     state = PartialState(cpu=device == "cpu")
     return Processes(state.process_index, state.num_processes, str(state.device) if device == "cuda" else device)
+
+
+@contextlib.contextmanager
+def agree(kind: type[TokenMergeError]) -> Iterator[None]:
+    """Raise an error of the body in every process, so that none waits for one that failed; all processes must enter it.
+
+    Args:
+        kind: class of the error to raise in the processes whose own body did not fail.
+
+    Raises:
+        TokenMergeError: if the body raised one in any process.
+    """
+    problem: TokenMergeError | None = None
+    try:
+        yield
+    except TokenMergeError as error:
+        problem = error
+    from torch import distributed
+
+    if distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1:
+        found: list[str | None] = [None] * distributed.get_world_size()
+        distributed.all_gather_object(found, None if problem is None else str(problem))
+        first = next((text for text in found if text is not None), None)
+        if problem is None and first is not None:
+            problem = kind(first)
+    if problem is not None:
+        raise problem
