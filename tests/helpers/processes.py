@@ -31,6 +31,8 @@ def _run(words: Sequence[str], out: Path, environment: Mapping[str, str]) -> Non
         file = os.open(f"{out}.{name}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
         os.dup2(file, number)
     os.environ.update(environment)
+    # workers of data loaders start as in the command itself: those of a fork server would outlive a command that is killed
+    multiprocessing.set_start_method("fork", force=True)
     import torch
 
     from tokenmerge.cli import main
@@ -93,7 +95,14 @@ def call(words: Sequence[str], out: Path) -> str:
 
 
 def call_on_two(words: Sequence[str], out: Path) -> str:
-    """Run a command on two processes, with the variables of torchrun, and return the first standard output."""
+    """Run a command that must succeed on two processes, and return the first standard output."""
+    codes, said = codes_on_two(words, out)
+    assert codes == [0, 0], said
+    return _text(f"{out.with_name(f'{out.name}0')}.out")
+
+
+def codes_on_two(words: Sequence[str], out: Path) -> tuple[list[int], str]:
+    """Run a command on two processes, with the variables of torchrun, and return their exit codes and standard errors."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -104,5 +113,4 @@ def call_on_two(words: Sequence[str], out: Path) -> str:
         commands.append(Command(words, out.with_name(f"{out.name}{rank}"), variables))
     end = time.monotonic() + 180
     codes = [command.wait(max(1, end - time.monotonic())) for command in commands]
-    assert codes == [0, 0], "".join(command.err for command in commands)
-    return commands[0].out
+    return codes, "".join(command.err for command in commands)

@@ -1,1 +1,6 @@
-"""`tokenmerge train`: train with merging, on timm's data loading and optimizers, distributed by Accelerate."""
+"""`tokenmerge train`: train or fine-tune a model with merging."""
+
+from tokenmerge.tools.train.main import run
+from tokenmerge.tools.train.options import TrainOptions
+
+__all__ = ["TrainOptions", "run"]

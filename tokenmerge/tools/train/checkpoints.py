@@ -1,23 +1,30 @@
 """Atomic checkpoints: each is written to a temporary folder, hashed and renamed; the newest intact one is resumed.
 
-Accelerate writes model, optimizer, gradient scaler, averaged weights and random generators; this module makes it safe.
+`state.RunState` writes and reads what they hold, as safetensors and JSON: nothing in a checkpoint is ever executed.
 """
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
-import json
 import os
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from tokenmerge.tools.train.args import TrainingError
+from tokenmerge.errors import InputError, shown
+from tokenmerge.files import plain_file, read_json, sync, words_of, write_json
+from tokenmerge.tools.processes import agree
+from tokenmerge.tools.train.options import TrainingError
+from tokenmerge.tools.train.state import FILES, RunState
 
-_MANIFEST = "manifest.json"
+_MANIFEST, _PROGRESS = "manifest.json", "progress.json"
 _UNFINISHED = ".writing-"
+_NEEDED = {_PROGRESS, *FILES}
+_OPTIONAL = {"average.safetensors"}
+_PICKLED = re.compile(r".*\.(bin|pkl|pt|pth)")
+"""Files of the earlier format, which held pickles."""
 
 
 class Checkpoints:
@@ -34,42 +41,53 @@ class Checkpoints:
 
     def all(self) -> list[Path]:
         """Return the finished checkpoints, newest first."""
-        return sorted(self.folder.glob("update-*"), reverse=True)
+        found = {path: re.fullmatch(r"update-(\d{9,18})", path.name) for path in self.folder.glob("update-*")}
+        numbers = {path: int(match[1]) for path, match in found.items() if match is not None}
+        return sorted(numbers, key=numbers.__getitem__, reverse=True)
 
-    def save(self, accelerator: Any, progress: dict[str, Any]) -> Path:
+    def save(self, state: RunState, progress: dict[str, Any], is_main: bool = True) -> Path:
         """Write the state of all processes, named after the number of updates; all processes must call it.
+
+        Args:
+            state: the state.
+            progress: numbers to keep with it, such as `update`.
+            is_main: whether this process writes.
 
         Raises:
             TrainingError: if it cannot be written; earlier checkpoints are then kept.
         """
         target = self.folder / f"update-{progress['update']:09d}"
+        write = state.collect()
+        with agree(TrainingError):
+            if is_main:
+                self._write(target, write, progress)
+        return target
+
+    def _write(self, target: Path, write: Callable[[Path], None], progress: dict[str, Any]) -> None:
         beside = self.folder / f"{_UNFINISHED}{target.name}"
         try:
-            if accelerator.is_main_process:
-                shutil.rmtree(beside, ignore_errors=True)
-                beside.mkdir(parents=True)
-            accelerator.wait_for_everyone()
-            accelerator.save_state(str(beside))
-            accelerator.wait_for_everyone()
-            if accelerator.is_main_process:
-                (beside / "progress.json").write_text(json.dumps(progress), encoding="utf-8")
-                _seal(beside)
-                if target.exists():  # a resumed run may save the same update again
-                    shutil.rmtree(target)
-                os.replace(beside, target)
-                _sync(self.folder)
-                for old in self.all()[self.kept :]:
-                    shutil.rmtree(old, ignore_errors=True)
-        except Exception as error:  # torch and safetensors raise their own types for a full disk
             shutil.rmtree(beside, ignore_errors=True)
-            reason = (str(error).splitlines() or [type(error).__name__])[0]
+            beside.mkdir(parents=True)
+            write(beside)
+            write_json(beside / _PROGRESS, progress, "the progress")
+            _seal(beside)
+            if target.exists():  # a resumed run may save the same update again
+                before = self.folder / f"{_UNFINISHED}before-{target.name}"
+                shutil.rmtree(before, ignore_errors=True)
+                os.replace(target, before)
+            os.replace(beside, target)
+            sync(self.folder)
+            self.clean()
+            for old in self.all()[self.kept :]:
+                shutil.rmtree(old, ignore_errors=True)
+        except Exception as error:  # torch and safetensors raise their own types for a full disk
             last = f"{self.all()[0].name} is still whole" if self.all() else "there is none before it"
             raise TrainingError(
-                f"the checkpoint of update {progress['update']} cannot be written to {str(self.folder)!r} ({reason}); {last}: "
-                "make room and go on with --resume auto"
+                f"the checkpoint of update {progress['update']} cannot be written to {shown(str(self.folder))} "
+                f"({words_of(error)}); {last}: make room and go on with --resume auto"
             ) from None
-        accelerator.wait_for_everyone()
-        return target
+        finally:
+            shutil.rmtree(beside, ignore_errors=True)
 
     def latest(self, resume: str) -> Path | None:
         """Return the newest intact checkpoint for "auto" (`None` if the run has none), or the checkpoint at a path.
@@ -82,11 +100,11 @@ class Checkpoints:
             problem = damage(path)
             if problem is None:
                 return path
-            self.warn(f"the checkpoint {str(path)!r} is damaged ({problem}), the one before it is tried")
+            self.warn(f"the checkpoint {shown(str(path))} is damaged ({problem})")
         if not candidates:
             return None
         raise TrainingError(
-            f"none of the {len(candidates)} checkpoints is whole, the newest is {str(candidates[0])!r}: give another "
+            f"none of the {len(candidates)} checkpoints is whole, the newest is {shown(str(candidates[0]))}: give another "
             "--resume, or start again in another --output"
         )
 
@@ -97,50 +115,55 @@ class Checkpoints:
 
 
 def damage(path: Path) -> str | None:
-    """Return how a checkpoint is damaged; `None` if every file has its recorded hash."""
+    """Return how a checkpoint is damaged; `None` if it holds the expected files, and each has its recorded hash.
+
+    Files that the manifest does not name are ignored.
+    """
     try:
-        files = json.loads((path / _MANIFEST).read_text(encoding="utf-8"))
+        files = read_json(path / _MANIFEST, "the manifest")
+        if not isinstance(files, dict):
+            return "its manifest holds no names"
+        odd = [name for name in files if name not in _NEEDED]
+        if any(_PICKLED.fullmatch(name) for name in odd):
+            return "it was written by an older version, as pickles, which are not loaded because they can run code"
+        if odd:
+            return f"its manifest names {shown(odd[0])}, which is no part of a checkpoint"
+        missing = sorted(_NEEDED - _OPTIONAL - set(files))
+        if missing:
+            return f"its manifest does not name {missing[0]}"
         wrong = next((name for name, digest in files.items() if _hash(path / name) != digest), None)
-    except (OSError, ValueError, AttributeError) as error:
-        return f"{type(error).__name__}: {error}"
+    except (InputError, OSError) as error:
+        return words_of(error)
     return None if wrong is None else f"{wrong} has changed"
 
 
 def progress_of(path: Path) -> dict[str, Any]:
-    """Return the progress that was given to `save`."""
-    found: dict[str, Any] = json.loads((path / "progress.json").read_text(encoding="utf-8"))
-    return found
+    """Return the progress that was given to `save`.
+
+    Raises:
+        TrainingError: if it holds no number of updates and processes.
+    """
+    try:
+        found = read_json(path / _PROGRESS, "the progress")
+    except InputError as error:
+        raise TrainingError(str(error)) from None
+    numbers = [found.get(name) if isinstance(found, dict) else None for name in ("update", "processes")]
+    if not all(type(number) is int and 0 <= number < 2**62 for number in numbers):
+        raise TrainingError(
+            f"the progress {shown(str(path / _PROGRESS))} is {shown(found)}, but numbers of updates and processes were "
+            "expected: give another --resume"
+        )
+    return dict(found)
 
 
 def _seal(folder: Path) -> None:
-    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    files = sorted(path for path in folder.iterdir() if path.is_file())
     for path in files:
         with path.open("rb") as file:
             os.fsync(file.fileno())
-    manifest = {str(path.relative_to(folder)): _hash(path) for path in files}
-    write_atomically(folder / _MANIFEST, json.dumps(manifest, indent=1))
-    _sync(folder)
+    write_json(folder / _MANIFEST, {path.name: _hash(path) for path in files}, "the manifest")
 
 
 def _hash(path: Path) -> str:
-    with path.open("rb") as file:
+    with plain_file(path, "the file").open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _sync(folder: Path) -> None:
-    with contextlib.suppress(OSError):  # not every file system supports it
-        handle = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """Replace a text file atomically."""
-    beside = path.with_name(f".{path.name}.new")
-    with beside.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(beside, path)

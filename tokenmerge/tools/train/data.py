@@ -6,7 +6,9 @@ images of an update do not depend on the number of processes.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
+import os
 import random
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,8 +20,11 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from tokenmerge.errors import InputError
+from tokenmerge.tools.datasets import Labelled, LabelledStream, labelled
 from tokenmerge.tools.folders import ClassFolder, collate
-from tokenmerge.tools.train.args import TrainArgs
+from tokenmerge.tools.media import IMAGES, Medium, medium_of
+from tokenmerge.tools.signals import in_worker
+from tokenmerge.tools.train.options import TrainOptions
 
 Sample = tuple[int, int]
 """Index of an image, and index of its repeat within the epoch."""
@@ -42,7 +47,7 @@ class Augmented(Dataset[tuple[Tensor | None, int, str]]):
         seed: random seed of the run.
     """
 
-    def __init__(self, folder: ClassFolder, seed: int) -> None:
+    def __init__(self, folder: ClassFolder | Labelled, seed: int) -> None:
         self.folder, self.seed, self.epoch = folder, seed, 0
 
     def __len__(self) -> int:
@@ -75,7 +80,7 @@ class EpochBatches(Sampler[list[Sample]]):
         InputError: if there are fewer images than one update needs.
     """
 
-    def __init__(self, size: int, args: TrainArgs, rank: int, processes: int) -> None:
+    def __init__(self, size: int, args: TrainOptions, rank: int, processes: int) -> None:
         self.size, self.args, self.rank, self.processes = size, args, rank, processes
         self.epoch, self.start = 0, 0
         self.updates = size // args.global_batch(processes)
@@ -109,14 +114,57 @@ def split_folder(data: Path, split: str, option: str) -> Path:
     Raises:
         InputError: if the folder does not exist.
     """
-    names = {"val": ("val", "validation"), "validation": ("validation", "val")}.get(split, (split,))
-    found = next((data / name for name in names if (data / name).is_dir()), None)
+    names = _NAMES.get(split, (split,))
+    found = next((data / name for name in names if os.path.isdir(data / name)), None)
     if found is None:
         raise InputError(
             f"{str(data)!r} has no folder {' or '.join(map(repr, names))}, but training takes --data DIR with "
             f"DIR/{split}/CLASS/IMAGE: check --data and {option}"
         )
     return found
+
+
+def medium_to_train(args: TrainOptions) -> Medium:
+    """Return the medium of the training files."""
+    name = args.dataset
+    return IMAGES if name is not None else medium_of(split_folder(args.folder, args.train_split, "--train-split"))
+
+
+def open_split(
+    args: TrainOptions, split: str, option: str, transform: Any, num_classes: int | None, medium: Medium = IMAGES
+) -> ClassFolder | Labelled:
+    """Open the class folders of a split, or a named data set.
+
+    Raises:
+        InputError: if there is no such split, or it cannot be read by index.
+    """
+    name = args.dataset
+    if name is None:
+        return ClassFolder(split_folder(args.folder, split, option), transform, num_classes, medium=medium)
+    *others, last = _NAMES.get(split, (split,))
+    for one in others:
+        with contextlib.suppress(InputError):
+            return _by_index(labelled(name, args.data, one, transform, num_classes))
+    return _by_index(labelled(name, args.data, last, transform, num_classes))
+
+
+def _by_index(found: Labelled | LabelledStream) -> Labelled:
+    if isinstance(found, LabelledStream):
+        raise InputError(
+            f"--dataset {found.name} is a stream, but the order of training is one of numbered images: give hfds/… or class folders"
+        )
+    return found
+
+
+def count_classes(args: TrainOptions) -> int:
+    """Return the number of classes of the training data."""
+    if args.dataset is not None:
+        return open_split(args, args.train_split, "--train-split", None, None).num_classes
+    return sum(path.is_dir() for path in split_folder(args.folder, args.train_split, "--train-split").iterdir())
+
+
+_NAMES = {"val": ("val", "validation"), "validation": ("validation", "val")}
+"""Equivalent names of splits, as in timm."""
 
 
 def make_loader(dataset: Dataset[Any], sampler: Sampler[Any], workers: int) -> DataLoader[Any]:
@@ -127,12 +175,16 @@ def make_loader(dataset: Dataset[Any], sampler: Sampler[Any], workers: int) -> D
         num_workers=workers,
         collate_fn=collate,
         pin_memory=torch.cuda.is_available(),
+        worker_init_fn=in_worker,
     )
 
 
-def fingerprint(folder: ClassFolder) -> str:
+def fingerprint(folder: ClassFolder | Labelled) -> str:
     """Return a hash of names, sizes and labels of the images, which tells whether two runs use the same data."""
     digest = hashlib.sha256()
+    if isinstance(folder, Labelled):
+        digest.update(f"{folder.fingerprint()}\n{len(folder)}".encode())
+        return digest.hexdigest()[:16]
     for path, label in folder.samples:
         digest.update(f"{path.relative_to(folder.root)}\0{path.stat().st_size}\0{label}\n".encode())
     return digest.hexdigest()[:16]

@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
+import contextlib
+import importlib.util
 import json
 import platform
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
 import tokenmerge
-from tokenmerge.errors import InputError
+from tokenmerge import files
+from tokenmerge.errors import InputError, shown
 from tokenmerge.tools.pages import Table, write_report
 from tokenmerge.tools.pages.figures import svg
 from tokenmerge.tools.report import Row
-from tokenmerge.tools.train.checkpoints import write_atomically
 from tokenmerge.tracing.figure import new_figure
 
 
@@ -33,39 +35,92 @@ class Logbook:
 
     def __init__(self, folder: Path, tensorboard: bool) -> None:
         self.folder, self.path = folder, folder / "metrics.jsonl"
+        self._wanted = tensorboard
         self._events: Any = None
-        if tensorboard:
-            try:
-                from torch.utils.tensorboard import SummaryWriter
-            except ImportError:
-                raise InputError(
-                    "tensorboard is not installed, but --tensorboard needs it: pip install 'tokenmerge[train]'"
-                ) from None
-            self._events = SummaryWriter(str(folder / "tensorboard"))
+        self._about: dict[str, Any] = {}
+        if tensorboard and importlib.util.find_spec("tensorboard") is None:
+            raise InputError(
+                "tensorboard is not installed, but --tensorboard needs it: pip install 'tokenmerge[train]'"
+            )
 
     def start(self, about: dict[str, Any], update: int) -> None:
-        """Write run.json, and remove the rows after `update`, which the resumed run writes again."""
-        write_atomically(self.folder / "run.json", json.dumps({**about, **versions()}, indent=2) + "\n")
+        """Write run.json, and remove the rows after `update`, which the resumed run writes again.
+
+        This is the first time that anything in the folder changes.
+
+        Raises:
+            InputError: if a file cannot be written, or metrics.jsonl is none.
+        """
         rows = [row for row in self.rows() if row["update"] <= update] if update else []
-        write_atomically(self.path, "".join(json.dumps(row) + "\n" for row in rows))
+        self._about = {**about, **versions()}
+        files.write_json(self.folder / "run.json", self._about, "the record")
+        files.write(self.path, "".join(json.dumps(row) + "\n" for row in rows), "the rows")
+        if self._wanted:
+            from torch.utils.tensorboard import SummaryWriter
+
+            with _writing("the events", self.folder / "tensorboard"):
+                self._events = SummaryWriter(
+                    str(self.folder / "tensorboard"), purge_step=update + 1 if update else None
+                )
+
+    def start_log(self, said: Sequence[str], again: bool) -> None:
+        """Begin train.log, or go on with it, with the lines that were said already.
+
+        Raises:
+            InputError: if it cannot be written.
+        """
+        text = "".join(f"{line}\n" for line in said)
+        if again:
+            files.append(self.log, text, "the log")
+        else:
+            files.write(self.log, text, "the log")
+
+    def note(self, line: str) -> None:
+        """Append a line to train.log.
+
+        Raises:
+            InputError: if it cannot be written.
+        """
+        files.append(self.log, f"{line}\n", "the log")
+
+    @property
+    def log(self) -> Path:
+        """The file of all lines that the run said."""
+        return self.folder / "train.log"
 
     def rows(self) -> list[Row]:
-        """Return all complete rows written so far."""
-        if not self.path.is_file():
+        """Return all complete rows written so far.
+
+        Raises:
+            InputError: if the file cannot be read, or holds something else.
+        """
+        if not self.path.exists():
             return []
         rows = []
-        for line in self.path.read_text(encoding="utf-8").splitlines():
-            try:
-                rows.append(json.loads(line))
-            except ValueError:  # the last line of a run that was killed
-                break
+        lines = files.read_text(self.path, "the rows", _MOST_ROWS).split("\n")
+        for number, line in enumerate(lines[:-1]):  # a killed run may leave a part of a line at the end
+            row = files.parse_json(line, f"line {number + 1} of the rows {shown(str(self.path))}")
+            if not (
+                isinstance(row, dict)
+                and isinstance(row.get("update"), int)
+                and _KINDS.get(str(row.get("kind")), "") in row
+            ):
+                raise InputError(
+                    f"line {number + 1} of the rows {shown(str(self.path))} is no row of a run: remove the line, or the file"
+                )
+            rows.append(row)
         return rows
 
     def add(self, row: Row) -> None:
-        """Append a row, which has a `kind` ("train" or "eval"), `update` and `epoch`."""
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(row) + "\n")
-        if self._events is not None:
+        """Append a row, which has a `kind` ("train" or "eval"), `update` and `epoch`.
+
+        Raises:
+            InputError: if it cannot be written.
+        """
+        files.append(self.path, json.dumps(row, allow_nan=False) + "\n", "the rows")
+        if self._events is None:
+            return
+        with _writing("the events", self.folder / "tensorboard"):
             prefix = row["kind"] + (f"/r={row['r']}" if "r" in row else "")
             for name, value in row.items():
                 if isinstance(value, float):
@@ -73,25 +128,42 @@ class Logbook:
             self._events.flush()
 
     def draw(self) -> None:
-        """Write the curves of loss and accuracy to curves.png, and all results to report.html."""
-        rows = self.rows()
+        """Write the curves of loss and accuracy to curves.png, and all results to report.html.
+
+        Raises:
+            InputError: if they cannot be written.
+        """
+        rows, about = self.rows(), self._about
         figure = curves(rows)
-        figure.savefig(self.folder / "curves.png", dpi=120)
-        about = json.loads((self.folder / "run.json").read_text(encoding="utf-8"))
+        with files.replacing(self.folder / "curves.png", "the curves") as beside:
+            figure.savefig(beside, dpi=120)
         scores = [row for row in rows if row["kind"] == "eval"]
         columns = [name for name in _COLUMNS if any(name in row for row in scores)]
         table = Table("evaluations", columns, [[_cell(row.get(name)) for name in columns] for row in scores])
         asked = Table("asked for", ["name", "value"], [[name, str(value)] for name, value in about["args"].items()])
         lead = [f"{about['data']['images']} images of {about['data']['classes']} classes, commit {about['commit']}."]
-        title = f"training {about['model']['model']}"
+        title = f"training {about['args']['model']}"
         write_report(self.folder / "report.html", title, lead, [table, asked], [svg(figure)], rows)
 
 
+_MOST_ROWS = 2**31
+_KINDS = {"train": "loss", "eval": "top1"}
+"""Kinds of rows, each with an entry that it must have."""
 _COLUMNS = ("epoch", "update", "r", "top1", "top5", "gflops", "images")
 
 
 def _cell(value: Any) -> str:
     return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+@contextlib.contextmanager
+def _writing(what: str, path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise InputError(
+            f"{what} {shown(str(path))} cannot be written ({files.words_of(error)}): make room, or leave out --tensorboard"
+        ) from None
 
 
 def curves(rows: Sequence[Row]) -> Any:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import signal
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -13,20 +12,23 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tokenmerge.errors import InputError
+from tokenmerge.errors import InputError, shown
 from tokenmerge.patching import Handle
-from tokenmerge.tools.evaluate import Score, guarded
-from tokenmerge.tools.processes import Processes
+from tokenmerge.tools.eval.data import guarded, loading
+from tokenmerge.tools.eval.scores import Score
+from tokenmerge.tools.processes import Processes, agree
 from tokenmerge.tools.report import Report, Row
 from tokenmerge.tools.settings import Setting
+from tokenmerge.tools.signals import check, on_sigterm
 from tokenmerge.tools.train import merging
-from tokenmerge.tools.train.args import TrainArgs, TrainingError
-from tokenmerge.tools.train.checkpoints import Checkpoints
+from tokenmerge.tools.train.checkpoints import Checkpoints, progress_of
 from tokenmerge.tools.train.data import Augmented, EpochBatches, make_loader, seed_all
 from tokenmerge.tools.train.logbook import Logbook
 from tokenmerge.tools.train.objective import Objective
+from tokenmerge.tools.train.options import TrainingError, TrainOptions
 from tokenmerge.tools.train.progress import TrainProgress
 from tokenmerge.tools.train.sharding import gathered, whole_norm
+from tokenmerge.tools.train.state import RunState
 
 
 class Stopped(Exception):  # noqa: N818 not an error
@@ -43,6 +45,7 @@ class Loop:
         model: the model that Accelerate prepared; `bare` is the patched model inside it, and `handle` its handle.
         optimizer, schedule: the prepared optimizer, and timm's learning rate schedule.
         ema: timm's moving average, or `None`.
+        state: all of these, for checkpoints.
         objective: the loss.
         images, batches: training images and their order.
         validation: an iterable of batches, or `None`.
@@ -50,13 +53,14 @@ class Loop:
     """
 
     accelerator: Any
-    args: TrainArgs
+    args: TrainOptions
     model: nn.Module
     bare: nn.Module
     handle: Handle
     optimizer: Any
     schedule: Any
     ema: Any
+    state: RunState
     objective: Objective
     images: Augmented
     batches: EpochBatches
@@ -76,21 +80,21 @@ class Loop:
             Stopped: if SIGTERM arrived; the state is saved.
             TrainingError: if the loss is not finite, or a checkpoint cannot be written.
         """
-        before = signal.signal(signal.SIGTERM, self._ask_to_stop)
-        try:
-            rows: list[Row] = []
-            with TrainProgress(self.report, self.accelerator.is_main_process) as bars:
-                for epoch in range(self.update // self.batches.updates, self.args.epochs):
-                    self._epoch(epoch, bars)
-                    rows = self._evaluate(epoch, bars)
-                    self._save()
-                    if epoch + 1 < self.args.epochs and self._stop_everywhere():
-                        raise Stopped
-            return rows
-        finally:
-            signal.signal(signal.SIGTERM, before)
+        rows: list[Row] = []
+        with (
+            on_sigterm(self._ask_to_stop),
+            loading(),
+            TrainProgress(self.report, self.accelerator.is_main_process) as bars,
+        ):
+            for epoch in range(self.update // self.batches.updates, self.args.epochs):
+                self._epoch(epoch, bars)
+                rows = self._evaluate(epoch, bars)
+                self._save()
+                if epoch + 1 < self.args.epochs and self._stop_everywhere():
+                    raise Stopped
+        return rows
 
-    def _ask_to_stop(self, *_: Any) -> None:
+    def _ask_to_stop(self) -> None:
         self._asked_to_stop = True
 
     def _epoch(self, epoch: int, bars: TrainProgress) -> None:
@@ -116,10 +120,11 @@ class Loop:
             self._log(epoch, place, loss, rate)
             if place + 1 < self.batches.updates:  # the last one is saved after its evaluation
                 self._between_updates()
-        if self.accelerator.is_main_process and done:
-            self.report.say(
-                f"epoch {epoch}: loss {total / done:.4f}, {rate:.1f} images/s, r {list(self.handle.schedule)}"
-            )
+        with agree(TrainingError):
+            if self.accelerator.is_main_process and done:
+                self.report.say(
+                    f"epoch {epoch}: loss {total / done:.4f}, {rate:.1f} images/s, r {list(self.handle.schedule)}"
+                )
 
     def _next(self, loader: Iterator[Any]) -> Any:
         try:
@@ -127,9 +132,12 @@ class Loop:
         except InputError:  # a data loader process died
             if self.accelerator.num_processes == 1:  # with several processes, the others would wait for this one
                 self._save()
+                if self._asked_to_stop:
+                    raise Stopped from None
             raise
 
     def _between_updates(self) -> None:
+        check()
         interval = self.args.recovery_interval
         stop = self._stop_everywhere()
         if stop or (interval and self.update % interval == 0):
@@ -167,7 +175,7 @@ class Loop:
         """Save the weights if they are still finite, and raise an error that names the update and its images."""
         order, step = self.batches.samples(), place * self.args.grad_accum_steps + micro
         size = self.args.batch_size * self.accelerator.num_processes
-        files = [self.images.folder.samples[index][0].name for index, _ in order[step * size : (step + 1) * size]]
+        files = [self.images.folder.name_of(index) for index, _ in order[step * size : (step + 1) * size]]
         self.optimizer.zero_grad()
         whole = self._all_finite()
         kept = "the weights were already damaged; go on from an earlier checkpoint"
@@ -200,7 +208,7 @@ class Loop:
 
     def _log(self, epoch: int, place: int, loss: float, rate: float) -> None:
         last = place + 1 == self.batches.updates
-        if self.logbook is None or not (last or self.update % self.args.log_interval == 0):
+        if not (last or self.update % self.args.log_interval == 0):
             return
         row: Row = {
             "kind": "train",
@@ -215,12 +223,30 @@ class Loop:
         }
         if self.accelerator.device.type == "cuda":
             row["peak_memory_mb"] = torch.cuda.max_memory_allocated() / 2**20
-        self.logbook.add(row)
+        with agree(TrainingError):
+            if self.logbook is not None:
+                self.logbook.add(row)
 
     def _save(self) -> Path:
-        return self.checkpoints.save(
-            self.accelerator, {"update": self.update, "processes": self.accelerator.num_processes}
-        )
+        progress = {"update": self.update, "processes": self.accelerator.num_processes}
+        return self.checkpoints.save(self.state, progress, self.accelerator.is_main_process)
+
+    def go_on(self, checkpoint: Path) -> None:
+        """Load a checkpoint; all processes must call it.
+
+        Raises:
+            TrainingError: if it is damaged, or of another run.
+        """
+        progress, most = progress_of(checkpoint), self.args.epochs * self.batches.updates
+        if progress["update"] > most or progress["processes"] != self.accelerator.num_processes:
+            raise TrainingError(
+                f"the checkpoint {shown(str(checkpoint))} is of update {progress['update']} on {progress['processes']} processes, "
+                f"but this run has {most} updates on {self.accelerator.num_processes}: give the options it was written with"
+            )
+        self.state.load(checkpoint)
+        self.update = progress["update"]
+        if self.schedule is not None:
+            self.schedule.step_update(self.update)
 
     @property
     def result(self) -> nn.Module:
@@ -230,30 +256,36 @@ class Loop:
     def _evaluate(self, epoch: int, bars: TrainProgress) -> list[Row]:
         """Evaluate each setting of `eval_r` on the validation images of all processes, and return the rows."""
         if self.validation is None:
-            if self.logbook is not None:
-                self.logbook.draw()
+            with agree(TrainingError):
+                if self.logbook is not None:
+                    self.logbook.draw()
             return []
         import tokenmerge
 
         model, handle = self.result, tokenmerge.handle_of(self.result)
-        settings = self.args.eval_r or (merging.setting_at(self.args, epoch),)
+        settings = self.args.evaluated or (merging.setting_at(self.args, epoch),)
         model.eval()
         bars.evaluation(len(self.validation))
-        with gathered(model):
+        with gathered(model), agree(TrainingError):
             scores = evaluate_settings(
                 model, handle, settings, guarded(self.validation), self.accelerator, bars.tick, self._name
             )
         rows: list[Row] = []
         for score in scores:
             score.join(Processes(self.accelerator.process_index, self.accelerator.num_processes, ""))
+            if not score.images:
+                raise TrainingError(
+                    f"none of the validation images in {str(self.args.data)!r} could be read: check the files, or give --val-split ''"
+                )
             row: Row = {"kind": "eval", "update": self.update, "epoch": float(epoch + 1), "r": score.setting.label}
             row |= {"top1": 100 * score.top1 / score.images, "top5": 100 * score.top5 / score.images}
             rows.append({**row, "images": score.images, "gflops": score.gflops})
-        if self.logbook is not None:
-            for row in rows:
-                self.logbook.add(row)
-            self.logbook.draw()
-            self.report.say("  " + ", ".join(f"r={row['r']}: top-1 {row['top1']:.2f}" for row in rows))
+        with agree(TrainingError):
+            if self.logbook is not None:
+                for row in rows:
+                    self.logbook.add(row)
+                self.logbook.draw()
+                self.report.say("  " + ", ".join(f"r={row['r']}: top-1 {row['top1']:.2f}" for row in rows))
         return rows
 
 

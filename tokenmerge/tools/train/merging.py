@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 from torch import Tensor, nn
 
@@ -13,10 +12,10 @@ from tokenmerge.patching import Handle, model_cost
 from tokenmerge.patching.predictors import add_predictors, predicting, ratio_loss, remove_predictors
 from tokenmerge.schedule import cut
 from tokenmerge.tools.settings import Setting
-from tokenmerge.tools.train.args import TrainArgs
+from tokenmerge.tools.train.options import TrainOptions
 
 
-def set_epoch(handle: Handle, args: TrainArgs, epoch: int) -> None:
+def set_epoch(handle: Handle, args: TrainOptions, epoch: int) -> None:
     """Set the schedule of an epoch, from the latest milestone and the warm-up of r.
 
     With n warm-up epochs, each block merges e/n of its final r in epoch e < n, rounded down, and thus nothing in epoch 0.
@@ -26,11 +25,9 @@ def set_epoch(handle: Handle, args: TrainArgs, epoch: int) -> None:
         handle.update(r=[r * epoch // args.r_warmup_epochs for r in handle.schedule])
 
 
-def setting_at(args: TrainArgs, epoch: int) -> Setting:
+def setting_at(args: TrainOptions, epoch: int) -> Setting:
     """Return the setting of an epoch, without warm-up."""
-    due = [
-        setting for start, setting in sorted(args.r_milestones, key=lambda milestone: milestone[0]) if start <= epoch
-    ]
+    due = [setting for start, setting in args.milestones if start <= epoch]
     return due[-1] if due else args.setting
 
 
@@ -39,16 +36,11 @@ def apply(handle: Handle, setting: Setting) -> None:
     handle.update(**setting.fields)
 
 
-def fields_for_training(fields: dict[str, Any]) -> dict[str, Any]:
-    """Return the fields with proportional attention on if it is "auto", as the paper trains also MAE models."""
-    return {**fields, "prop_attn": True} if fields.get("prop_attn", "auto") == "auto" else fields
-
-
 _RATIO_WEIGHT = 2.0
 """Weight of the loss that pulls predictors towards the target number of tokens (DynamicViT, section 3.3)."""
 
 
-def with_predictors(model: nn.Module, handle: Handle, args: TrainArgs) -> Callable[[], Tensor | None]:
+def with_predictors(model: nn.Module, handle: Handle, args: TrainOptions) -> Callable[[], Tensor | None]:
     """Add predictors to the blocks that drop tokens, if the matcher is learned, and return their additional loss.
 
     Returns:

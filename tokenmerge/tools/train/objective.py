@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from tokenmerge.tools.inputs import logits_of
-from tokenmerge.tools.train.args import TrainArgs
+from tokenmerge.tools.train.options import TrainOptions
 
 
 class Objective:
@@ -26,7 +26,7 @@ class Objective:
 
     def __init__(
         self,
-        args: TrainArgs,
+        args: TrainOptions,
         num_classes: int,
         teacher: nn.Module | None,
         further: Callable[[], Tensor | None] = lambda: None,
@@ -61,8 +61,9 @@ class Objective:
         """Return the mean loss of a batch, float32."""
         targets = labels
         if self.mixup is not None:
-            # frames become channels, so that all frames of a clip are mixed alike
-            mixed, targets = self.mixup(images.flatten(1, -3).clone(), labels)
+            # frames become channels, so that all frames of a clip are mixed alike; spectra [B, H, W] get one
+            flat = images.unsqueeze(1) if images.dim() == 3 else images.flatten(1, -3)
+            mixed, targets = self.mixup(flat.clone(), labels)
             images = mixed.view(images.shape)
         logits = logits_of(model(images)).float()
         loss: Tensor = self.criterion(logits, targets)

@@ -9,7 +9,7 @@ from torch import nn
 
 from tokenmerge.errors import InputError
 from tokenmerge.patching.block import MergeBlock
-from tokenmerge.tools.train.args import TrainArgs
+from tokenmerge.tools.train.options import TrainOptions
 
 
 def checkpoint_blocks(model: Any) -> None:
@@ -18,29 +18,32 @@ def checkpoint_blocks(model: Any) -> None:
         model.set_grad_checkpointing(True)
     elif hasattr(model, "activation_checkpointing_enable"):  # the name in newer versions of transformers
         model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
+    elif not hasattr(model, "gradient_checkpointing_enable"):
+        raise InputError(
+            f"--grad-checkpointing was given, but {type(model).__name__} of {type(model).__module__} does not support it: leave it out"
+        )
     else:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
 
 
 def _layers(model: nn.Module) -> dict[str, str]:
-    """Return timm's `group_matcher` for a patched transformers model: embeddings, each block, then the rest."""
+    """Return timm's `group_matcher` for a patched model of another library: embeddings, each block, then the rest."""
     first = next(name for name, module in model.named_modules() if isinstance(module, MergeBlock))
     blocks = re.escape(first.rsplit(".", 1)[0])
-    return {"stem": r"^(?:.*\.)?embeddings\.", "blocks": rf"^{blocks}\.(\d+)\."}
+    stem = r"^(?:.*\.)?(?:embeddings\.|conv1\.|conv2\.|embed_positions\.|conv_proj\.|class_token$|pos_embedding$)"
+    return {"stem": stem, "blocks": rf"^{blocks}\.(?:encoder_layer_)?(\d+)\."}
 
 
-def average_of(model: nn.Module, args: TrainArgs, accelerator: Any) -> Any:
-    """Return timm's moving average of the weights, registered for checkpoints; `None` without `--model-ema`."""
+def average_of(model: nn.Module, args: TrainOptions) -> Any:
+    """Return timm's moving average of the weights; `None` without `--model-ema`."""
     from timm.utils import ModelEmaV3
 
     if not args.model_ema:
         return None
-    ema = ModelEmaV3(model, args.model_ema_decay, use_warmup=args.model_ema_warmup)
-    accelerator.register_for_checkpointing(ema)
-    return ema
+    return ModelEmaV3(model, args.model_ema_decay, use_warmup=args.model_ema_warmup)
 
 
-def schedule_of(optimizer: Any, args: TrainArgs, updates: int) -> Any:
+def schedule_of(optimizer: Any, args: TrainOptions, updates: int) -> Any:
     """Return timm's learning rate schedule by updates, set to update 0; `None` for `--sched none`."""
     from timm.scheduler import create_scheduler_v2
 
@@ -59,7 +62,7 @@ def schedule_of(optimizer: Any, args: TrainArgs, updates: int) -> Any:
     return schedule
 
 
-def optimizer_of(model: Any, args: TrainArgs, processes: int) -> Any:
+def optimizer_of(model: Any, args: TrainOptions, processes: int) -> Any:
     """Return timm's optimizer, with layer-wise decay by blocks for transformers models as well.
 
     Raises:

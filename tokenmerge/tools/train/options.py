@@ -1,322 +1,322 @@
-"""Flags of `tokenmerge train`, from the command line and from YAML files, with the names of timm's train.py."""
+"""Options of `tokenmerge train`, with the names and meanings of timm's train.py where it has them."""
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
-import difflib
+import functools
+from collections.abc import Mapping, Sequence
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from tokenmerge.errors import InputError
+from tokenmerge.errors import InputError, TokenMergeError
+from tokenmerge.tools.common import DeviceOptions, MergeOptions, RowOptions, WeightOptions
+from tokenmerge.tools.options import OptionError, option
 from tokenmerge.tools.settings import Setting, parse_setting
 
 
-def recipes() -> list[str]:
-    """Return the names of the recipes that ship with the package, sorted."""
-    folder = resources.files("tokenmerge.tools.train").joinpath("recipes")
-    return sorted(entry.name.removesuffix(".yaml") for entry in folder.iterdir() if entry.name.endswith(".yaml"))
+class TrainingError(TokenMergeError):
+    """Error of a run that cannot continue: a loss that is not finite, a full disk, or no intact checkpoint."""
 
 
-def add_train_options(command: argparse.ArgumentParser) -> None:
-    """Add the flags of training: all except MODEL and the flags of merging and weights."""
-    command.add_argument(
-        "--config",
-        "-c",
-        metavar="FILE",
-        help=f"YAML file with values of these flags, or a recipe: {', '.join(recipes())}; flags on the command line override it",
+def recipes() -> dict[str, Path]:
+    """Return the files of the recipes that ship with the package, by name."""
+    folder = Path(str(resources.files("tokenmerge.tools.train").joinpath("recipes")))
+    return {file.stem: file for file in sorted(folder.glob("*.yaml"))}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class AugmentationOptions(RowOptions):
+    """Augmentation and preprocessing.
+
+    Attributes:
+        aa, color_jitter, reprob, hflip, vflip, train_crop_mode, scale, ratio, train_interpolation, no_aug, aug_repeats:
+            augmentation of images; scale, ratio, hflip and reprob also of videos.
+        mixup, cutmix, mixup_prob, mixup_switch_prob, mixup_off_epoch: mixing of pairs of images.
+        roll, timem, freqm: augmentation of sounds, by their names in AudioMAE and AST.
+        sampling_rate: stride between the sampled frames of a video.
+        crop_pct, interpolation, mean, std: preprocessing; `None` is the model's own. It is saved with the trained
+            model for images; for videos, give the same values to `eval`.
+    """
+
+    aa: str | None = option(
+        None, "policy of automatic augmentation: rand-m9-mstd0.5-inc1", "augmentation", metavar="POLICY"
     )
-    command.add_argument(
+    mixup: float = option(0.0, "alpha of mixup; 0 turns it off", "augmentation", least=0)
+    cutmix: float = option(0.0, "alpha of cutmix; 0 turns it off", "augmentation", least=0)
+    reprob: float = option(0.0, "probability of random erasing", "augmentation", least=0, most=1)
+    color_jitter: float = option(0.4, "strength of colour jitter", "augmentation", least=0, rare=True)
+    hflip: float = option(0.5, "probability of a horizontal flip", "augmentation", least=0, most=1, rare=True)
+    vflip: float = option(0.0, "probability of a vertical flip", "augmentation", least=0, most=1, rare=True)
+    train_crop_mode: str = option(
+        "rrc",
+        "random resized crop, or resize at the original aspect ratio with a centred or random crop",
+        "augmentation",
+        choices=("rrc", "rkrc", "rkrr"),
+        rare=True,
+    )
+    scale: tuple[float, float] = option(
+        (0.08, 1.0),
+        "smallest and largest area of random crops, as fractions of the image",
+        "augmentation",
+        least=0,
+        rare=True,
+    )
+    ratio: tuple[float, float] = option(
+        (3 / 4, 4 / 3), "smallest and largest aspect ratio of random crops", "augmentation", least=0, rare=True
+    )
+    train_interpolation: str = option(
+        "random", "interpolation of training images: random, bilinear or bicubic", "augmentation", rare=True
+    )
+    no_aug: bool = option(False, "turn all augmentation off", "augmentation", negatable=True)
+    aug_repeats: int = option(1, "augmented copies of each image", "augmentation", least=1, metavar="N", rare=True)
+    mixup_prob: float = option(
+        1.0, "probability of applying mixup or cutmix to a batch", "augmentation", least=0, most=1, rare=True
+    )
+    mixup_switch_prob: float = option(
+        0.5, "probability of cutmix instead of mixup if both are on", "augmentation", least=0, most=1, rare=True
+    )
+    mixup_off_epoch: int = option(
+        0, "epoch from which mixup and cutmix are off; 0 keeps them on", "augmentation", least=0, metavar="N", rare=True
+    )
+    roll: bool = option(
+        False, "shift sounds in time at random, and scale them down", "augmentation", negatable=True, rare=True
+    )
+    timem: int = option(
+        0, "largest width of the time mask of sounds", "augmentation", least=0, metavar="FRAMES", rare=True
+    )
+    freqm: int = option(
+        0, "largest width of the frequency mask of sounds", "augmentation", least=0, metavar="BANDS", rare=True
+    )
+    sampling_rate: int = option(
+        4, "stride between the sampled frames of a video", "augmentation", least=1, most=10_000, metavar="N", rare=True
+    )
+    crop_pct: float | None = option(
+        None, "centre crop of validation (default: the model's own)", "augmentation", least=0, most=1, rare=True
+    )
+    interpolation: str | None = option(
+        None, "interpolation of validation (default: the model's own)", "augmentation", rare=True
+    )
+    mean: tuple[float, float, float] | None = option(
+        None, "mean of each channel (default: the model's own)", "augmentation", rare=True
+    )
+    std: tuple[float, float, float] | None = option(
+        None, "standard deviation of each channel (default: the model's own)", "augmentation", least=1e-6, rare=True
+    )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class OptimizationOptions(AugmentationOptions):
+    """Optimizer, learning rate, regularization and distillation.
+
+    Attributes:
+        epochs, batch_size, grad_accum_steps, seed: `batch_size` is per process and forward pass.
+        opt, lr, lr_base, lr_base_size, weight_decay, layer_decay, momentum, clip_grad: the peak learning rate is `lr`, or
+            `lr_base` × global batch / `lr_base_size`.
+        sched, warmup_epochs, warmup_lr, min_lr: learning rate schedule.
+        smoothing, bce_loss, drop, drop_path: the loss and regularization.
+        model_ema, model_ema_decay, model_ema_warmup: moving average of the weights, which is then evaluated and saved.
+        distill_weight, distill_temp: weight and temperature of distillation from the unmerged initial model.
+    """
+
+    epochs: int = option(300, "number of epochs", "optimisation", least=1, metavar="N")
+    batch_size: int = option(128, "images per process and forward pass", "optimisation", "-b", least=1, metavar="N")
+    opt: str = option("adamw", "optimizer, by its name in timm", "optimisation")
+    lr: float | None = option(
+        None, "peak learning rate (default: --lr-base × global batch / --lr-base-size)", "optimisation", least=0
+    )
+    lr_base: float = option(
+        5e-4, "learning rate at a global batch of --lr-base-size", "optimisation", least=0, rare=True
+    )
+    lr_base_size: int = option(512, "global batch that --lr-base refers to", "optimisation", least=1, rare=True)
+    weight_decay: float = option(0.05, "weight decay", "optimisation", least=0)
+    layer_decay: float | None = option(
+        None,
+        "factor of the learning rate from each block to the previous one",
+        "optimisation",
+        least=0,
+        most=1,
+        rare=True,
+    )
+    momentum: float = option(0.9, "momentum, for optimizers that use it", "optimisation", least=0, most=1, rare=True)
+    clip_grad: float | None = option(None, "norm that gradients are clipped to", "optimisation", least=0)
+    sched: str = option(
+        "cosine",
+        "learning rate schedule",
+        "optimisation",
+        choices=("cosine", "tanh", "step", "poly", "constant", "none"),
+        rare=True,
+    )
+    warmup_epochs: int = option(5, "epochs of learning rate warm-up", "optimisation", least=0, metavar="N")
+    warmup_lr: float = option(1e-6, "learning rate at the start of the warm-up", "optimisation", least=0, rare=True)
+    min_lr: float = option(1e-6, "learning rate at the end of the schedule", "optimisation", least=0, rare=True)
+    smoothing: float = option(0.1, "label smoothing", "optimisation", least=0, most=1)
+    bce_loss: bool = option(
+        False, "binary cross-entropy instead of softmax cross-entropy", "optimisation", negatable=True, rare=True
+    )
+    drop: float | None = option(None, "dropout rate", "optimisation", least=0, most=1, rare=True)
+    drop_path: float | None = option(None, "stochastic depth rate", "optimisation", least=0, most=1)
+    model_ema: bool = option(False, "keep and evaluate a moving average of the weights", "optimisation", negatable=True)
+    model_ema_decay: float = option(0.9998, "decay of the moving average", "optimisation", least=0, most=1, rare=True)
+    model_ema_warmup: bool = option(
+        False, "increase the decay from a low value at the start", "optimisation", negatable=True, rare=True
+    )
+    distill_weight: float = option(
+        0.0, "weight of distillation from the unmerged initial model", "optimisation", least=0, most=1, rare=True
+    )
+    distill_temp: float = option(1.0, "temperature of distillation", "optimisation", least=1e-3, rare=True)
+    grad_accum_steps: int = option(
+        1, "forward and backward passes per update", "optimisation", least=1, metavar="N", rare=True
+    )
+    seed: int = option(42, "random seed", "optimisation", least=0, most=2**32 - 1, metavar="N")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TrainOptions(WeightOptions, MergeOptions, OptimizationOptions):
+    """Options of `tokenmerge train`.
+
+    Attributes:
+        data: folder with one subfolder per split, each with one folder of files per class; the root of `dataset`.
+        dataset: data set that timm reads instead, such as "hfds/NAME".
+        train_split, val_split: subfolders or splits; an empty `val_split` trains without validation.
+        workers: data loader processes per training process.
+        r: the schedule.
+        r_warmup_epochs: epochs over which r grows from 0.
+        r_milestones: schedules by the epoch from which they hold.
+        eval_r: schedules to evaluate after every epoch; the one of training if empty.
+        device, amp, amp_dtype, grad_checkpointing, compile, fsdp: device, precision and memory.
+        output: folder to write the run to.
+        resume: "auto", or a checkpoint's folder.
+        recovery_interval, checkpoint_hist: updates between two checkpoints within an epoch, and checkpoints to keep.
+        log_interval, tensorboard: records of progress.
+
+    Raises:
+        InputError: if two options contradict each other.
+    """
+
+    r: str | int = option(  # type: ignore[assignment]
+        "0", "tokens merged per block while training, in one of the forms of --r", "merging", metavar="R"
+    )
+    eval_r: Sequence[str | int] = option(
+        (), "values of r to evaluate after every epoch (default: the r of training)", "merging", metavar="R"
+    )
+    r_warmup_epochs: int = option(
+        0, "epochs over which r grows linearly from 0", "merging", least=0, metavar="N", rare=True
+    )
+    r_milestones: Mapping[str, Any] = option(
+        {}, "change r to R from epoch EPOCH on", "merging", metavar="EPOCH=R", pairs=True, rare=True
+    )
+    data: Path | None = option(
+        None,
+        "folder of images, sounds or videos: train/CLASS/FILE and val/CLASS/FILE",
+        "data",
         "--data",
         "--data-dir",
-        type=Path,
         metavar="DIR",
-        help="folder with images, sounds or videos as train/CLASS/FILE and val/CLASS/FILE",
     )
-    command.add_argument("--output", type=Path, metavar="DIR", help="folder to write the run to")
-    for title, flags in _GROUPS.items():
-        group = command.add_argument_group(title)
-        for name, options in flags.items():
-            more = {key: value for key, value in options.items() if key != "short"}
-            group.add_argument(f"--{name}", *options.get("short", ()), **more)
+    dataset: str | None = option(
+        None, "data set that timm reads instead: hfds/NAME, tfds/NAME; --data is its root", "data", metavar="NAME"
+    )
+    train_split: str = option("train", "subfolder or split with the training images", "data", metavar="NAME", rare=True)
+    val_split: str = option(
+        "val", "subfolder or split with the validation images; '' trains without", "data", metavar="NAME", rare=True
+    )
+    workers: int = option(2, "data loader processes per training process", "data", "-j", least=0, most=512, metavar="N")
+    device: str = option(
+        "auto", "auto uses one GPU per process if there are GPUs", "computing", choices=("auto", "cpu")
+    )
+    amp: bool = option(False, "train in mixed precision", "computing", negatable=True)
+    amp_dtype: str = option(
+        "float16", "dtype of mixed precision", "computing", choices=("float16", "bfloat16"), rare=True
+    )
+    grad_checkpointing: bool = option(
+        False, "recompute activations in the backward pass", "computing", negatable=True, rare=True
+    )
+    compile: bool = option(False, "run torch.compile on the model", "computing", negatable=True, rare=True)
+    fsdp: bool = option(False, "shard weights and optimizer state (FSDP2)", "computing", negatable=True, rare=True)
+    output: Path = option(dataclasses.MISSING, "folder to write the run to", "output", metavar="DIR")
+    resume: str | None = option(
+        None, "resume from the newest checkpoint of the run (auto), or from DIR", "output", metavar="auto|DIR"
+    )
+    recovery_interval: int = option(
+        0, "updates between checkpoints within an epoch; 0 writes none", "output", least=0, metavar="N", rare=True
+    )
+    checkpoint_hist: int = option(2, "number of checkpoints to keep", "output", least=1, metavar="N", rare=True)
+    log_interval: int = option(10, "updates between rows of metrics.jsonl", "output", least=1, metavar="N", rare=True)
+    tensorboard: bool = option(False, "write TensorBoard event files as well", "output", negatable=True, rare=True)
 
-
-def _number(low: float, high: float = float("inf"), whole: bool = False) -> Any:
-    def convert(text: str) -> float:
-        try:
-            value = int(text) if whole else float(text)
-        except ValueError:
-            value = float("nan")
-        if not low <= value <= high:
-            kind = "a whole number" if whole else "a number"
-            raise argparse.ArgumentTypeError(f"{text!r} given, {kind} from {low:g} to {high:g} expected")
-        return value
-
-    return convert
-
-
-def _milestone(text: str) -> tuple[int, Setting]:
-    epoch, equals, setting = text.partition("=")
-    if not equals or not epoch.isdigit():
-        raise argparse.ArgumentTypeError(f"{text!r} given, EPOCH=R such as 20=13 expected")
-    return int(epoch), parse_setting(setting)
-
-
-_COUNT, _FRACTION, _POSITIVE = _number(0, whole=True), _number(0, 1), _number(0)
-_ONE = _number(1, whole=True)
-_GROUPS: dict[str, dict[str, dict[str, Any]]] = {
-    "merging": {
-        "r-warmup-epochs": {"type": _COUNT, "metavar": "N", "help": "epochs over which r grows linearly from 0"},
-        "r-milestones": {
-            "type": _milestone,
-            "nargs": "+",
-            "metavar": "EPOCH=R",
-            "help": "change r to R from epoch EPOCH on",
-        },
-        "eval-r": {
-            "nargs": "+",
-            "metavar": "R",
-            "help": "values of r to evaluate after every epoch (default: the r of training)",
-        },
-        "distill-weight": {
-            "type": _FRACTION,
-            "help": "weight of distillation from the unmerged initial model in the loss",
-        },
-        "distill-temp": {"type": _number(1e-3), "help": "temperature of distillation"},
-    },
-    "data": {
-        "train-split": {"help": "subfolder of DIR with the training images"},
-        "val-split": {"help": "subfolder of DIR with the validation images; '' trains without validation"},
-        "batch-size": {"short": ("-b",), "type": _ONE, "help": "images per process and forward pass"},
-        "workers": {"short": ("-j",), "type": _COUNT, "help": "data loader processes per training process"},
-        "aa": {"metavar": "POLICY", "help": "policy of automatic augmentation, such as rand-m9-mstd0.5-inc1"},
-        "color-jitter": {"type": _POSITIVE, "help": "strength of colour jitter"},
-        "reprob": {"type": _FRACTION, "help": "probability of random erasing"},
-        "hflip": {"type": _FRACTION, "help": "probability of a horizontal flip"},
-        "vflip": {"type": _FRACTION, "help": "probability of a vertical flip"},
-        "train-crop-mode": {
-            "choices": ("rrc", "rkrc", "rkrr"),
-            "help": "random resized crop (rrc), or resize at the original aspect ratio with a centred or random crop (rkrc, rkrr)",
-        },
-        "scale": {
-            "type": _number(0),
-            "nargs": 2,
-            "help": "smallest and largest area of random crops, as fractions of the image",
-        },
-        "ratio": {"type": _number(0), "nargs": 2, "help": "smallest and largest aspect ratio of random crops"},
-        "train-interpolation": {"help": "interpolation of training images: random, bilinear or bicubic"},
-        "sampling-rate": {"type": _ONE, "metavar": "N", "help": "stride between the sampled frames of a video"},
-        "roll": {
-            "action": argparse.BooleanOptionalAction,
-            "help": "shift sounds cyclically in time, and scale their volume down, at random (AudioMAE)",
-        },
-        "timem": {
-            "type": _COUNT,
-            "metavar": "FRAMES",
-            "help": "largest width of the time mask, in frames (SpecAugment)",
-        },
-        "freqm": {
-            "type": _COUNT,
-            "metavar": "BANDS",
-            "help": "largest width of the frequency mask, in bands (SpecAugment)",
-        },
-        "crop-pct": {
-            "type": _FRACTION,
-            "help": "centre crop of validation, saved with the model (default: the model's own)",
-        },
-        "interpolation": {"help": "interpolation of validation, saved with the model (default: the model's own)"},
-        "mean": {
-            "type": float,
-            "nargs": 3,
-            "metavar": "M",
-            "help": "mean of each channel for normalization (default: the model's own)",
-        },
-        "std": {
-            "type": _number(1e-6),
-            "nargs": 3,
-            "metavar": "S",
-            "help": "standard deviation of each channel (default: the model's own)",
-        },
-        "no-aug": {"action": argparse.BooleanOptionalAction, "help": "turn all augmentation off"},
-        "aug-repeats": {"type": _ONE, "help": "augmented copies of each image (repeated augmentation)"},
-        "mixup": {"type": _POSITIVE, "help": "alpha of mixup; 0 turns it off"},
-        "cutmix": {"type": _POSITIVE, "help": "alpha of cutmix; 0 turns it off"},
-        "mixup-prob": {"type": _FRACTION, "help": "probability of applying mixup or cutmix to a batch"},
-        "mixup-switch-prob": {"type": _FRACTION, "help": "probability of cutmix instead of mixup if both are on"},
-        "mixup-off-epoch": {
-            "type": _COUNT,
-            "metavar": "N",
-            "help": "epoch from which mixup and cutmix are off; 0 keeps them on",
-        },
-    },
-    "optimisation": {
-        "epochs": {"type": _ONE, "metavar": "N", "help": "number of epochs"},
-        "opt": {"help": "optimizer, by its name in timm"},
-        "lr": {"type": _POSITIVE, "help": "peak learning rate (default: --lr-base × global batch / --lr-base-size)"},
-        "lr-base": {"type": _POSITIVE, "help": "learning rate at a global batch size of --lr-base-size"},
-        "lr-base-size": {"type": _ONE, "help": "global batch size that --lr-base refers to"},
-        "weight-decay": {"type": _POSITIVE, "help": "weight decay"},
-        "layer-decay": {
-            "type": _FRACTION,
-            "help": "layer-wise learning rate decay: factor from each block to the previous one",
-        },
-        "momentum": {"type": _FRACTION, "help": "momentum, for optimizers that use it"},
-        "clip-grad": {"type": _POSITIVE, "help": "norm that gradients are clipped to"},
-        "sched": {
-            "choices": ("cosine", "tanh", "step", "poly", "constant", "none"),
-            "help": "learning rate schedule, by its name in timm",
-        },
-        "warmup-epochs": {"type": _COUNT, "metavar": "N", "help": "epochs of learning rate warm-up"},
-        "warmup-lr": {"type": _POSITIVE, "help": "learning rate at the start of the warm-up"},
-        "min-lr": {"type": _POSITIVE, "help": "learning rate at the end of the schedule"},
-        "smoothing": {"type": _FRACTION, "help": "label smoothing"},
-        "bce-loss": {
-            "action": argparse.BooleanOptionalAction,
-            "help": "use binary cross-entropy instead of softmax cross-entropy",
-        },
-        "drop": {"type": _FRACTION, "help": "dropout rate"},
-        "drop-path": {"type": _FRACTION, "help": "stochastic depth rate"},
-        "model-ema": {
-            "action": argparse.BooleanOptionalAction,
-            "help": "keep an exponential moving average of the weights, and evaluate it",
-        },
-        "model-ema-decay": {"type": _FRACTION, "help": "decay of the moving average"},
-        "model-ema-warmup": {
-            "action": argparse.BooleanOptionalAction,
-            "help": "increase the decay of the moving average from a low value at the start",
-        },
-        "grad-accum-steps": {
-            "type": _ONE,
-            "metavar": "N",
-            "help": "forward and backward passes per update of the weights",
-        },
-        "seed": {"type": _COUNT, "help": "random seed; runs with equal seeds and flags draw the same random numbers"},
-    },
-    "computing": {
-        "device": {"choices": ("auto", "cpu"), "help": "auto uses one GPU per process if there are GPUs"},
-        "fsdp": {
-            "action": argparse.BooleanOptionalAction,
-            "help": "shard weights and optimizer state over the processes (FSDP2), for models too large for one GPU",
-        },
-        "amp": {"action": argparse.BooleanOptionalAction, "help": "train in mixed precision"},
-        "amp-dtype": {"choices": ("float16", "bfloat16"), "help": "dtype of mixed precision"},
-        "grad-checkpointing": {
-            "action": argparse.BooleanOptionalAction,
-            "help": "recompute activations in the backward pass: less memory, more time",
-        },
-        "compile": {"action": argparse.BooleanOptionalAction, "help": "run torch.compile on the model"},
-        "model-kwargs": {"nargs": "+", "metavar": "NAME=VALUE", "help": "additional arguments of the timm model"},
-    },
-    "keeping": {
-        "resume": {
-            "metavar": "auto|DIR",
-            "help": "resume from the newest complete checkpoint of the run (auto), or from checkpoint DIR",
-        },
-        "recovery-interval": {
-            "type": _COUNT,
-            "metavar": "N",
-            "help": "updates between checkpoints within an epoch; 0 writes none",
-        },
-        "checkpoint-hist": {"type": _ONE, "metavar": "N", "help": "number of checkpoints to keep"},
-        "log-interval": {"type": _ONE, "metavar": "N", "help": "updates between rows of metrics.jsonl"},
-        "tensorboard": {"action": argparse.BooleanOptionalAction, "help": "write TensorBoard event files as well"},
-    },
-}
-
-
-def with_config(command: argparse.ArgumentParser, config: str, typed: list[str]) -> argparse.Namespace:
-    """Parse the flags of a config file and of the command line; the command line overrides the file.
-
-    Args:
-        command: parser of `tokenmerge train`.
-        config: path of a YAML file, or name of a recipe.
-        typed: the arguments after `train` on the command line.
-
-    Raises:
-        InputError: if the file cannot be read, or a name in it is not a flag.
-    """
-    known = {action.dest: action for action in command._actions if action.option_strings and action.dest != "help"}
-    words: list[str] = []
-    for name, value in _read(config).items():
-        action = known.get(str(name).replace("-", "_"))
-        if action is None:
-            near = difflib.get_close_matches(str(name), known, n=1)
-            hint = f"did you mean {near[0]}?" if near else "see tokenmerge train --help"
-            raise InputError(f"{config!r} sets {str(name)!r}, which is no flag of train: {hint}")
-        words += _words(action, value)
-    # --config between the two ends a list that the last flag of the file may take
-    return command.parse_args([*words, f"--config={config}", *typed])
-
-
-def _words(action: argparse.Action, value: Any) -> list[str]:
-    """Return a value of the file as command-line arguments."""
-    flag = action.option_strings[0]
-    if isinstance(action, argparse.BooleanOptionalAction | argparse._StoreTrueAction):
-        return [flag] if value else ([f"--no-{flag[2:]}"] if isinstance(action, argparse.BooleanOptionalAction) else [])
-    if value is None:
-        return []
-    if action.nargs == "+" and isinstance(value, dict):
-        return [flag, *(f"{name}={one}" for name, one in value.items())]
-    return [flag, *(str(entry) for entry in value)] if isinstance(value, list) else [f"{flag}={value}"]
-
-
-def _read(config: str) -> dict[str, Any]:
-    import yaml
-
-    try:
-        if config in recipes():
-            text = (
-                resources.files("tokenmerge.tools.train").joinpath(f"recipes/{config}.yaml").read_text(encoding="utf-8")
-            )
-        else:
-            text = Path(config).read_text(encoding="utf-8")
-        found = yaml.safe_load(text)
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        reason = str(error).splitlines()[0]
-        raise InputError(
-            f"the config {config!r} cannot be read ({reason}): give a YAML file or one of {', '.join(recipes())}"
-        ) from None
-    if not isinstance(found, dict):
-        raise InputError(f"the config {config!r} holds no names and values: write lines such as 'epochs: 100'")
-    return found
-
-
-def train_args(args: argparse.Namespace, setting: Setting, merging: dict[str, Any]) -> Any:
-    """Return `TrainArgs` from the parsed flags; flags that were not given keep their defaults.
-
-    Raises:
-        InputError: if `--data` or `--output` is missing.
-    """
-    from tokenmerge.tools.train.args import TrainArgs
-
-    for name in ("data", "output"):
-        if getattr(args, name) is None:
-            raise InputError(f"no {name} folder was given, but train needs one: give --{name} DIR")
-    names = {field.name for field in dataclasses.fields(TrainArgs)}
-    given = {name: value for name, value in vars(args).items() if name in names and value is not None}
-    for name in ("scale", "ratio", "r_milestones", "mean", "std"):
-        if name in given:
-            given[name] = tuple(given[name])
-    given["eval_r"] = tuple(parse_setting(text) for text in given.get("eval_r", ()))
-    return TrainArgs(**{**given, "setting": setting, "merging": merging})
-
-
-def model_kwargs(args: argparse.Namespace) -> dict[str, Any]:
-    """Return `--model-kwargs`, `--drop` and `--drop-path` as keyword arguments of a timm model.
-
-    Raises:
-        InputError: if an entry is not NAME=VALUE.
-    """
-    import yaml
-
-    found: dict[str, Any] = {}
-    for text in args.model_kwargs or ():
-        name, equals, value = text.partition("=")
-        if not equals or not name.isidentifier():
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.data is None and self.dataset is None:
+            raise InputError("no data were given: give --data DIR, or --dataset NAME")
+        mixes = self.mixup > 0 or self.cutmix > 0
+        if mixes and self.batch_size % 2:
+            raise InputError(f"batch_size={self.batch_size} is odd, but mixup and cutmix mix pairs: give an even one")
+        if self.warmup_epochs >= self.epochs and self.warmup_epochs:
             raise InputError(
-                f"--model-kwargs {text!r} is not understood, NAME=VALUE was expected: such as embed_dim=96"
+                f"warmup_epochs={self.warmup_epochs} leaves nothing of epochs={self.epochs}: give fewer, 0 for none"
             )
-        found[name] = yaml.safe_load(value)
-    rates = {"drop_rate": args.drop, "drop_path_rate": args.drop_path}
-    return {**found, **{name: value for name, value in rates.items() if value is not None}}
+        late = [epoch for epoch, _ in self.milestones if epoch >= self.epochs]
+        if late:
+            raise InputError(
+                f"r_milestones has epoch {late[0]}, but there are {self.epochs} epochs, from 0 on: check both"
+            )
+
+    @property
+    def folder(self) -> Path:
+        """The folder with one subfolder per split."""
+        assert self.data is not None  # checked when the options were made
+        return self.data
+
+    @functools.cached_property
+    def setting(self) -> Setting:
+        """The schedule of training."""
+        return parse_setting(str(self.r))
+
+    @functools.cached_property
+    def evaluated(self) -> tuple[Setting, ...]:
+        """The schedules to evaluate; empty for the one of training."""
+        return tuple(parse_setting(str(text)) for text in self.eval_r)
+
+    @functools.cached_property
+    def milestones(self) -> tuple[tuple[int, Setting], ...]:
+        """Epochs in order, each with the schedule from that epoch on."""
+        found = []
+        for epoch, text in self.r_milestones.items():
+            if not epoch.isdecimal() or len(epoch) > 9:
+                raise OptionError("r_milestones", f"{epoch!r:.40} was given, but EPOCH=R such as 20=13 was expected")
+            found.append((int(epoch), parse_setting(str(text))))
+        return tuple(sorted(found, key=lambda milestone: milestone[0]))
+
+    def global_batch(self, processes: int) -> int:
+        """Return the number of images per update of the weights."""
+        return self.batch_size * self.grad_accum_steps * processes
+
+    def learning_rate(self, processes: int) -> float:
+        """Return the peak learning rate."""
+        return self.lr if self.lr is not None else self.lr_base * self.global_batch(processes) / self.lr_base_size
+
+    def merging(self) -> dict[str, Any]:
+        """Return the fields of `MergeConfig` other than the schedule, with proportional attention on if it is "auto".
+
+        The paper trains with it, also the MAE models that "auto" would leave it off for.
+        """
+        fields = super().merging()
+        return {**fields, "prop_attn": True} if fields.get("prop_attn", "auto") == "auto" else fields
+
+    def model_options(self, classes: int) -> DeviceOptions:
+        """Return the options of the model to train, on the CPU, with the rates of dropout and stochastic depth.
+
+        Args:
+            classes: number of classes of the head.
+        """
+        rates = {"drop_rate": self.drop, "drop_path_rate": self.drop_path}
+        given = {name: value for name, value in rates.items() if value is not None}
+        return DeviceOptions(
+            model=self.model,
+            num_classes=classes,
+            img_size=self.img_size,
+            model_kwargs={**(self.model_kwargs), **given},
+            pretrained=self.pretrained,
+            checkpoint=self.checkpoint,
+        )

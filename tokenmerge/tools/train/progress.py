@@ -6,9 +6,9 @@ import contextlib
 from types import TracebackType
 
 import torch
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from tokenmerge.tools.report import Report
+from tokenmerge.tools.report import Bars, Report
 
 
 class TrainProgress:
@@ -20,7 +20,7 @@ class TrainProgress:
     """
 
     def __init__(self, report: Report, shown: bool) -> None:
-        self._bars = Progress(
+        self._bars = Bars(
             TextColumn("{task.description}"),
             BarColumn(bar_width=16),
             MofNCompleteColumn(),
@@ -29,7 +29,7 @@ class TrainProgress:
             TextColumn("{task.fields[note]}"),
             console=report.err,
             transient=True,
-            disable=not shown,
+            disable=not (shown and report.err.is_terminal),
         )
         self._stack = contextlib.ExitStack()
         self._epochs = self._bars.add_task("epochs", total=None, note="")

@@ -1,110 +1,108 @@
-"""Saving of the trained model in timm's hub format or transformers' format, with its merge settings."""
+"""Saving of the trained model in the format of its own library, with its merging."""
 
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
 
-import tokenmerge
-from tokenmerge.matching import get_entry
-from tokenmerge.patching.predictors import FILE as PREDICTORS
-from tokenmerge.patching.predictors import split_state
+from tokenmerge import files
+from tokenmerge.config import MergeConfig
+from tokenmerge.patching.kept import KEY, lasting
+from tokenmerge.saving import SETTINGS, WEIGHTS, write_model
+from tokenmerge.tools.datasets import Labelled
 from tokenmerge.tools.folders import ClassFolder
-from tokenmerge.tools.models import ModelArgs, input_shape
-from tokenmerge.tools.train.args import TrainArgs
-from tokenmerge.tools.train.checkpoints import write_atomically
-from tokenmerge.tools.trained import KEY, LEARNED
+from tokenmerge.tools.inputs import preprocessing
+from tokenmerge.tools.models import TORCHVISION
+from tokenmerge.tools.processors import quiet
+from tokenmerge.tools.train.merging import setting_at
+from tokenmerge.tools.train.options import TrainOptions
+from tokenmerge.tools.train.transforms import processor_for
 
-_ORIGIN = (
-    "tag",
-    "hf_hub_id",
-    "url",
-    "file",
-    "source",
-    "custom_load",
-    "license",
-    "paper_ids",
-    "paper_name",
-    "origin_url",
-)
+_OF_TRAINING = ("drop_rate", "drop_path_rate")
+"""Arguments of a model that belong to its training, and not to its architecture."""
 
 
 def publish(
-    model: nn.Module, state: dict[str, Tensor], base: ModelArgs, args: TrainArgs, images: ClassFolder, folder: Path
+    model: nn.Module, state: dict[str, Tensor], args: TrainOptions, images: ClassFolder | Labelled, folder: Path
 ) -> None:
-    """Write `config.json` and `model.safetensors`, each atomically, in the format of the model's own library.
+    """Write the model, its weights and its merging, as `tokenmerge.save` does; all files appear at once.
 
-    `timm.create_model("local-dir:FOLDER", pretrained=True)` loads a timm model without this library. The commands read from
-    the config whether to use proportional attention.
+    `timm.create_model("local-dir:FOLDER", pretrained=True)` or `from_pretrained` loads it without this library, unmerged.
+
+    Raises:
+        InputError: if a file cannot be written; the folder then keeps what it held.
     """
-    from safetensors.torch import save_file
-
-    folder.mkdir(parents=True, exist_ok=True)
-    about = {
-        "version": tokenmerge.__version__,
-        "r": args.setting.label,
-        "prop_attn": args.merging["prop_attn"],
-    }
-    if get_entry(str(args.merging.get("matcher", "bipartite"))).learned:  # its predictors work only with this matcher
-        about |= {name: args.merging[name] for name in LEARNED if name in args.merging}
-    state, predictors = split_state(model, {name: tensor.contiguous() for name, tensor in state.items()})
-    if predictors:  # in a separate file, because the model's own library does not know them
-        (folder / PREDICTORS).parent.mkdir(exist_ok=True)
-        save_file(predictors, folder / PREDICTORS)
-    if hasattr(model, "save_pretrained"):
-        _publish_transformers(model, state, images, folder, about)
+    config = merging_of_run(args)
+    if hasattr(model, "weights"):
+        _publish_torchvision(model, state, args, config, images, folder)
         return
-    beside = folder / ".model.safetensors.new"
-    save_file(state, beside, metadata={"format": "pt", KEY: json.dumps(about)})
-    os.replace(beside, folder / "model.safetensors")
-    config = {**_source(base), "num_classes": images.num_classes, "num_features": getattr(model, "num_features", None)}
-    pretrained = {name: value for name, value in _pretrained(model).items() if name not in _ORIGIN}
-    pretrained |= {"num_classes": images.num_classes, "input_size": list(input_shape(model))}
-    config |= {"label_names": images.names, "pretrained_cfg": pretrained, KEY: about}
-    write_atomically(folder / "config.json", json.dumps(config, indent=2, default=list) + "\n")
+    processor = processor_for(model, args) if hasattr(model, "save_pretrained") else None
+    with quiet():
+        write_model(
+            model,
+            state,
+            config,
+            folder,
+            model_args=_source_args(args),
+            without=_OF_TRAINING,
+            label_names=images.names,
+            more=lambda beside: None if processor is None else processor.save(beside),
+        )
 
 
-def _publish_transformers(
-    model: Any, state: dict[str, Tensor], images: ClassFolder, folder: Path, about: dict[str, Any]
+def merging_of_run(args: TrainOptions) -> MergeConfig:
+    """Return the merging at the end of a run, as it is saved with the model."""
+    return lasting(setting_at(args, args.epochs - 1).config(**args.merging()))
+
+
+def how_to_load(model: Any, args: TrainOptions, folder: Path) -> list[str]:
+    """Return the arguments of a command that load the published model."""
+    if hasattr(model, "save_pretrained"):
+        return [f"hf:{folder}"]
+    if hasattr(model, "weights"):
+        size = [] if args.img_size is None else ["--img-size", str(args.img_size)]
+        weights = ["--checkpoint", str(folder / WEIGHTS), "--num-classes", str(model.num_classes)]
+        return [_without_tag(args.model), *weights, *size]
+    return [f"local-dir:{folder}"]
+
+
+def _without_tag(model: str) -> str:
+    return ":".join(model.split(":")[:2])
+
+
+def _publish_torchvision(
+    model: Any,
+    state: dict[str, Tensor],
+    args: TrainOptions,
+    config: MergeConfig,
+    images: ClassFolder | Labelled,
+    folder: Path,
 ) -> None:
-    """Write the files that `from_pretrained` reads."""
-    model.config.id2label = dict(enumerate(images.names))
-    model.config.label2id = {name: index for index, name in enumerate(images.names)}
-    beside = folder / ".new"
-    model.save_pretrained(beside, state_dict=state)
-    config = json.loads((beside / "config.json").read_text(encoding="utf-8"))
-    (beside / "config.json").write_text(json.dumps({**config, KEY: about}, indent=2) + "\n", encoding="utf-8")
-    for path in sorted(beside.iterdir(), reverse=True):  # move the weights before the config
-        os.replace(path, folder / path.name)
-    beside.rmdir()
+    """Write the weights, and the model's name, classes and preprocessing, which torchvision itself has no format for."""
+    from safetensors.torch import save
+
+    own = {name: getattr(args, name) for name in ("crop_pct", "interpolation", "mean", "std")}
+    used = preprocessing(model, {name: value for name, value in own.items() if value is not None})
+    about = {"name": _without_tag(args.model), "image_size": model.image_size, "classes": images.names}
+    contiguous = {name: tensor.contiguous() for name, tensor in state.items()}
+    files.make_folder(folder, "the model")
+    files.write(folder / WEIGHTS, save(contiguous, {"format": "pt", KEY: config.to_json()}), "the weights")
+    files.write_json(folder / SETTINGS, json.loads(config.to_json()), "the settings")
+    files.write_json(folder / TORCHVISION, {**about, "preprocessing": used}, "the config")
 
 
-def _source(base: ModelArgs) -> dict[str, Any]:
-    """Return the architecture and arguments that the model was created with."""
-    # dropout belongs to the training, not to the architecture
-    arguments = {
-        name: value for name, value in base.model_kwargs.items() if name not in ("drop_rate", "drop_path_rate")
-    }
-    if base.img_size is not None:
-        arguments["img_size"] = base.img_size
-    kind, _, place = base.model.partition(":")
+def _source_args(args: TrainOptions) -> dict[str, Any]:
+    """Return the keyword arguments that the model was created with, also those in the folder that it came from."""
+    given = {**args.model_kwargs, **({} if args.img_size is None else {"img_size": args.img_size})}
+    kind, _, place = args.model.partition(":")
     if kind == "local-dir":
-        config = json.loads(Path(place, "config.json").read_text(encoding="utf-8"))
-    elif kind in ("hf_hub", "hf-hub"):
+        config = files.read_json(Path(place, "config.json"), "the model's config", finite=False)
+        return {**config.get("model_args", {}), **given}
+    if kind in ("hf_hub", "hf-hub"):
         from timm.models import load_model_config_from_hf
 
-        pretrained, architecture, inner = load_model_config_from_hf(place)
-        config = {"architecture": architecture, "model_args": inner or {}, "pretrained_cfg": pretrained}
-    else:
-        config = {"architecture": base.model.split(".")[0], "model_args": {}}
-    found = {name: config[name] for name in ("architecture", "global_pool") if name in config}
-    return {**found, "model_args": {**config.get("model_args", {}), **arguments}}
-
-
-def _pretrained(model: nn.Module) -> dict[str, Any]:
-    found = getattr(model, "pretrained_cfg", None) or {}
-    return dict(found)
+        return {**(load_model_config_from_hf(place)[2] or {}), **given}
+    return given

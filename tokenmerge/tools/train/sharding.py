@@ -15,10 +15,10 @@ from torch import Tensor, nn
 from tokenmerge.errors import InputError
 from tokenmerge.patching.root import merge_blocks
 from tokenmerge.patching.swap import is_sharded
-from tokenmerge.tools.train.args import TrainArgs
+from tokenmerge.tools.train.options import TrainOptions
 
 
-def check_can_shard(args: TrainArgs, processes: int) -> None:
+def check_can_shard(args: TrainOptions, processes: int) -> None:
     """Raise `InputError` if an option of the run does not work with sharding."""
     if processes == 1:
         raise InputError(
@@ -83,7 +83,7 @@ def whole_norm(norm: Any) -> float:
 
 
 class ShardedState:
-    """Unsharded weights and optimizer state of a sharded model, for Accelerate's checkpoints.
+    """Unsharded weights and optimizer state of a sharded model, for checkpoints.
 
     Args:
         model: the sharded model.

@@ -7,13 +7,17 @@ from typing import Any
 from PIL import Image
 
 from tokenmerge.errors import InputError
+from tokenmerge.tools.hf import origin_of
+from tokenmerge.tools.inputs import preprocessing
 from tokenmerge.tools.media import IMAGES, SOUNDS, VIDEOS, Medium
+from tokenmerge.tools.processors import Processor, processor_of
 from tokenmerge.tools.sounds import SoundAugmentation, Spectrogram
-from tokenmerge.tools.train.args import TrainArgs
+from tokenmerge.tools.train.options import TrainOptions
+from tokenmerge.tools.transforms import of_processor
 from tokenmerge.tools.videos import MEAN, STD, Clip, ClipAugmentation
 
 
-def check_flags(args: TrainArgs, medium: Medium) -> None:
+def check_flags(args: TrainOptions, medium: Medium) -> None:
     """Raise `InputError` if a flag is given that does not apply to this medium."""
     for_images, for_sounds, for_both = (
         ("aa", "interpolation"),
@@ -33,42 +37,77 @@ def check_flags(args: TrainArgs, medium: Medium) -> None:
             )
 
 
-def make_transform(model: Any, args: TrainArgs, medium: Medium, training: bool, shape: tuple[int, ...]) -> Any:
-    """Return the transform of a medium for the model.
+def make_transform(
+    model: Any,
+    args: TrainOptions,
+    medium: Medium,
+    training: bool,
+    shape: tuple[int, ...],
+    processor: Processor | None = None,
+) -> Any:
+    """Return the transform of a medium for the model, with augmentation in training.
+
+    Args:
+        model: the model.
+        args: options of augmentation and preprocessing.
+        medium: kind of the files.
+        training: whether the transform is for training, and not for validation.
+        shape: shape of one input.
+        processor: the model's own processor, for a model of transformers.
 
     Raises:
         InputError: if timm refuses an option.
     """
+    augments = training and not args.no_aug
+    if processor is not None and not (training and medium is IMAGES) and not (augments and medium is VIDEOS):
+        sounds = SoundAugmentation(args.roll, args.timem, args.freqm) if augments else None
+        return of_processor(processor, shape, args.sampling_rate, sounds)
     if medium is IMAGES:
-        return _image_transform(model, args, training, shape)
-    return (_sound_transform if medium is SOUNDS else _clip_transform)(args, training, shape)
+        return _image_transform(model, args, training, shape, processor)
+    if medium is SOUNDS:
+        return Spectrogram(shape, SoundAugmentation(args.roll, args.timem, args.freqm) if augments else None)
+    return _clip_transform(args, augments, shape, processor)
 
 
-def _sound_transform(args: TrainArgs, training: bool, shape: tuple[int, ...]) -> Spectrogram:
-    """Return the transform of sounds, with augmentation in training."""
-    if not training or args.no_aug:
-        return Spectrogram(shape)
-    return Spectrogram(shape, SoundAugmentation(args.roll, args.timem, args.freqm))
-
-
-def _clip_transform(args: TrainArgs, training: bool, shape: tuple[int, ...]) -> Clip:
-    """Return the transform of videos, with augmentation in training."""
-    augmentation = ClipAugmentation(args.scale, args.ratio, args.hflip, args.reprob) if training else None
-    if args.no_aug:
-        augmentation = None
+def _clip_transform(args: TrainOptions, augments: bool, shape: tuple[int, ...], processor: Processor | None) -> Clip:
+    """Return the transform of videos."""
+    augmentation = ClipAugmentation(args.scale, args.ratio, args.hflip, args.reprob) if augments else None
+    if processor is not None:
+        mean, std = processor.normalisation(shape)
+        resizing = processor.interpolation
+        return Clip(shape, args.sampling_rate, augmentation, mean=mean, std=std, interpolation=resizing)
     return Clip(shape, args.sampling_rate, augmentation, args.crop_pct or 1.0, args.mean or MEAN, args.std or STD)
 
 
-def _image_transform(model: Any, args: TrainArgs, training: bool, shape: tuple[int, ...]) -> Any:
-    """Return timm's transform of images for the model.
+def processor_for(model: Any, args: TrainOptions) -> Processor | None:
+    """Return the processor of a transformers model with the options of preprocessing; `None` for other models.
+
+    Raises:
+        InputError: if the model has trained weights, but no processor.
+    """
+    if origin_of(model) is None:
+        return None
+    own = {name: getattr(args, name) for name in ("crop_pct", "interpolation", "mean", "std")}
+    return processor_of(model, {name: value for name, value in own.items() if value is not None})
+
+
+def _image_transform(
+    model: Any, args: TrainOptions, training: bool, shape: tuple[int, ...], processor: Processor | None
+) -> Any:
+    """Return timm's transform of images, with the normalization and interpolation of the model or its processor.
 
     Raises:
         InputError: if timm refuses an option.
     """
-    from timm.data.config import resolve_data_config
     from timm.data.transforms_factory import create_transform
 
-    config = resolve_data_config({}, model=model)
+    if processor is None:
+        own = {name: getattr(args, name) for name in ("crop_pct", "interpolation", "mean", "std")}
+        config = preprocessing(model, {name: value for name, value in own.items() if value is not None})
+    else:
+        mean, std = processor.normalisation(shape)
+        config = {"mean": mean, "std": std, "interpolation": processor.interpolation, "crop_pct": 1.0}
+        shape = tuple(processor.probe(shape).shape)
     config["input_size"] = shape
     extra: dict[str, Any] = {}
     if training:

@@ -2,37 +2,48 @@
 
 from __future__ import annotations
 
-import dataclasses
+import contextlib
 import gc
 import json
-from pathlib import Path
+import os
+from collections.abc import Iterator
 from typing import Any
 
 import tokenmerge
-from tokenmerge.errors import InputError
+from tokenmerge.errors import InputError, shown
+from tokenmerge.files import read_json
+from tokenmerge.tools.datasets import Labelled
 from tokenmerge.tools.folders import ClassFolder
 from tokenmerge.tools.folders import batches as evaluation_batches
 from tokenmerge.tools.inputs import classifier_input, num_classes
-from tokenmerge.tools.media import IMAGES, VIDEOS, medium_of
-from tokenmerge.tools.models import ModelArgs, load_model
-from tokenmerge.tools.report import Report
+from tokenmerge.tools.media import IMAGES
+from tokenmerge.tools.models import load_model
+from tokenmerge.tools.processes import agree
+from tokenmerge.tools.report import Report, Row
+from tokenmerge.tools.signals import handled
 from tokenmerge.tools.train import merging
-from tokenmerge.tools.train.args import TrainArgs, TrainingError
-from tokenmerge.tools.train.checkpoints import Checkpoints, progress_of
+from tokenmerge.tools.train.checkpoints import Checkpoints
 from tokenmerge.tools.train.data import (
     Augmented,
     EpochBatches,
+    count_classes,
     fingerprint,
+    medium_to_train,
+    open_split,
     seed_all,
-    split_folder,
 )
+from tokenmerge.tools.train.hint import evaluation
+from tokenmerge.tools.train.lock import locked
 from tokenmerge.tools.train.logbook import Logbook
 from tokenmerge.tools.train.loop import Loop, Stopped
 from tokenmerge.tools.train.objective import Objective, teacher_of
 from tokenmerge.tools.train.optim import average_of, checkpoint_blocks, optimizer_of, schedule_of
-from tokenmerge.tools.train.publish import publish
-from tokenmerge.tools.train.sharding import ShardedState, check_can_shard, shard, whole_state
-from tokenmerge.tools.train.transforms import check_flags, make_transform
+from tokenmerge.tools.train.options import TrainingError, TrainOptions
+from tokenmerge.tools.train.publish import how_to_load, publish
+from tokenmerge.tools.train.sharding import check_can_shard, shard, whole_state
+from tokenmerge.tools.train.state import RunState
+from tokenmerge.tools.train.transforms import check_flags, make_transform, processor_for
+from tokenmerge.tools.transforms import read_for
 
 _FREE = {
     "data",
@@ -49,36 +60,42 @@ _FREE = {
 """Options that a resumed run may change, because they do not affect its weights."""
 
 
-def run_train(base: ModelArgs, args: TrainArgs, report: Report) -> int:
+def run(options: TrainOptions, report: Report | None = None) -> list[Row]:
     """Train and evaluate a model, and write the folder of the run.
 
+    Args:
+        options: what to train.
+        report: receiver of the results; `None` prints them.
+
     Returns:
-        0, also after SIGTERM, once the state is saved.
+        The rows of the last evaluation; none after SIGTERM, once the state is saved.
 
     Raises:
         InputError: if data, model or options do not fit, or the folder holds another run.
         TrainingError: if the run cannot continue.
     """
-    accelerator = make_accelerator(args)
-    try:
-        code = _run(base, args, report, accelerator)
-    except BaseException:
-        accelerator.end_training()  # without waiting, because the other processes may have failed
-        raise
-    _end(accelerator)
-    return code
+    report = report or Report(options.json)
+    with handled():
+        accelerator = make_accelerator(options)
+        try:
+            with _alone(options, accelerator, report):
+                rows = _run(options, report, accelerator)
+        except BaseException:
+            accelerator.end_training()  # without waiting, because the other processes may have failed
+            _forget()
+            raise
+        _end(accelerator)
+        return rows
 
 
-def _run(base: ModelArgs, args: TrainArgs, report: Report, accelerator: Any) -> int:
-    args = dataclasses.replace(args, merging=merging.fields_for_training(args.merging))
+def _run(args: TrainOptions, report: Report, accelerator: Any) -> list[Row]:
     checkpoints = Checkpoints(args.output / "checkpoints", max(1, args.checkpoint_hist), report.warn)
     if args.resume is None and checkpoints.all():
         raise InputError(
             f"{str(args.output)!r} already holds a run: give --resume auto to go on with it, or another --output"
         )
-    loop, images = build(base, args, accelerator, checkpoints, report)
+    loop, images = build(args, accelerator, checkpoints, report)
     about = {
-        "model": dataclasses.asdict(base) | {"checkpoint": base.checkpoint and str(base.checkpoint)},
         "args": args.as_json(),
         "processes": accelerator.num_processes,
         "data": {"fingerprint": fingerprint(images), "images": len(images), "classes": images.num_classes},
@@ -89,26 +106,46 @@ def _run(base: ModelArgs, args: TrainArgs, report: Report, accelerator: Any) -> 
     except Stopped:
         if accelerator.is_main_process:
             report.say(f"stopped and saved after update {loop.update}: go on with --resume auto")
-        return 0
+        return []
     state = whole_state(loop.result)
-    if accelerator.is_main_process:
-        publish(loop.result, state, base, args, images, args.output / "model")
-        kind = "hf" if hasattr(loop.result, "save_pretrained") else "local-dir"
-        report.say(f"wrote {args.output / 'model'}: tokenmerge eval {kind}:{args.output / 'model'} --pretrained …")
-        report.write([{"model": base.model, **row} for row in rows])
-    return 0
+    with agree(InputError):
+        if accelerator.is_main_process:
+            publish(loop.result, state, args, images, args.output / "model")
+            report.say(f"wrote {args.output / 'model'}, which this command evaluates:")
+            loading = how_to_load(loop.result, args, args.output / "model")
+            report.say(evaluation(loading, args, images.medium), whole=True)
+            report.write([{"model": args.model, **row} for row in rows])
+    return [{"model": args.model, **row} for row in rows]
+
+
+@contextlib.contextmanager
+def _alone(args: TrainOptions, accelerator: Any, report: Report) -> Iterator[None]:
+    """Hold the lock of the run folder in the main process; all processes end if another run holds it."""
+    with contextlib.ExitStack() as stack:
+        with agree(InputError):
+            if accelerator.is_main_process:
+                stack.enter_context(locked(args.output, report.warn))
+        yield
 
 
 def _end(accelerator: Any) -> None:
     """Free all holders of the process group, then the group, because gloo's threads may abort the interpreter at exit."""
     accelerator.free_memory()
-    accelerator._custom_objects.clear()
     gc.collect()
     accelerator.wait_for_everyone()
     accelerator.end_training()
+    _forget()
 
 
-def make_accelerator(args: TrainArgs) -> Any:
+def _forget() -> None:
+    """Forget Accelerate's state of the process, so that a later run in it may choose another precision."""
+    from accelerate.state import AcceleratorState, PartialState
+
+    if PartialState._shared_state and PartialState().num_processes == 1:
+        AcceleratorState._reset_state(reset_partial_state=True)
+
+
+def make_accelerator(args: TrainOptions) -> Any:
     """Return the `Accelerator` for the processes that `accelerate launch` or torchrun started.
 
     Raises:
@@ -140,19 +177,19 @@ def make_accelerator(args: TrainArgs) -> Any:
 
 
 def build(
-    base: ModelArgs, args: TrainArgs, accelerator: Any, checkpoints: Checkpoints, report: Report
-) -> tuple[Loop, ClassFolder]:
+    args: TrainOptions, accelerator: Any, checkpoints: Checkpoints, report: Report
+) -> tuple[Loop, ClassFolder | Labelled]:
     """Return the training loop with prepared model, data and optimizer, and the training images."""
     rank, processes = accelerator.process_index, accelerator.num_processes
     seed_all(args.seed, "model")
-    train_root = split_folder(args.data, args.train_split, "--train-split")
-    if base.num_classes is None:
-        base = dataclasses.replace(base, num_classes=_classes(train_root))
-    model, images, validation = _model_and_data(base, args, train_root)
+    model, images, validation = _model_and_data(args)
+    odd = [*images.left_out, *(validation.left_out if validation is not None else ())]
+    if odd and rank == 0:
+        report.warn(f"{len(odd)} files or folders were left out, the first is {odd[0]}")
     batches = EpochBatches(len(images), args, rank, processes)
     model.to(accelerator.device)
     teacher = teacher_of(model) if args.distill_weight else None
-    handle = tokenmerge.patch(model, args.setting.config(**args.merging))
+    handle = tokenmerge.patch(model, args.setting.config(**args.merging()))
     objective = Objective(args, images.num_classes, teacher, merging.with_predictors(model, handle, args))
     if args.grad_checkpointing:
         checkpoint_blocks(model)
@@ -160,12 +197,11 @@ def build(
         shard(model, accelerator.device.type, processes)
     optimizer = optimizer_of(model, args, processes)
     schedule = schedule_of(optimizer, args, batches.updates)
-    ema = average_of(model, args, accelerator)
+    ema = average_of(model, args)
     if args.compile:
         model.compile()
     if args.fsdp:
         prepared: Any = model
-        accelerator.register_for_checkpointing(ShardedState(model, optimizer))
     else:
         prepared, optimizer = accelerator.prepare(model, optimizer)
     shares = None
@@ -180,6 +216,7 @@ def build(
         optimizer=optimizer,
         schedule=schedule,
         ema=ema,
+        state=RunState(model, optimizer, ema, accelerator.scaler, args.fsdp),
         objective=objective,
         images=Augmented(images, args.seed),
         batches=batches,
@@ -191,26 +228,30 @@ def build(
     return loop, images
 
 
-def _classes(root: Path) -> int:
-    return sum(1 for path in root.iterdir() if path.is_dir())
-
-
-def _model_and_data(base: ModelArgs, args: TrainArgs, train_root: Path) -> tuple[Any, ClassFolder, ClassFolder | None]:
-    medium = medium_of(train_root)
+def _model_and_data(args: TrainOptions) -> tuple[Any, ClassFolder | Labelled, ClassFolder | Labelled | None]:
+    medium = medium_to_train(args)
     check_flags(args, medium)
-    model = load_model(dataclasses.replace(base, of_videos=medium is VIDEOS))
+    if args.model.startswith("open_clip:"):
+        raise InputError(
+            f"train needs a classifier with a head, but {args.model} classifies by comparing pictures with texts: train the same tower of "
+            "timm, such as vit_base_patch16_clip_224"
+        )
+    classes = count_classes(args) if args.num_classes is None else args.num_classes
+    model = load_model(args.model_options(classes), head=medium.name, new_head=True)
     shape = classifier_input(model, medium, "train")
-    if medium is IMAGES:
+    if medium is IMAGES and hasattr(model, "pretrained_cfg"):
         own = {name: getattr(args, name) for name in ("crop_pct", "interpolation", "mean", "std")}
         given = {name: value for name, value in own.items() if value is not None}
         model.pretrained_cfg = {**model.pretrained_cfg, **given}
+    processor = processor_for(model, args)
+    read = medium if processor is None else read_for(processor, medium)
 
-    def folder(root: Path, training: bool) -> ClassFolder:
-        transform = make_transform(model, args, medium, training, shape)
-        return ClassFolder(root, transform, num_classes(model), medium=medium)
+    def opened(split: str, option: str, training: bool) -> ClassFolder | Labelled:
+        transform = make_transform(model, args, medium, training, shape, processor)
+        return open_split(args, split, option, transform, num_classes(model), read)
 
-    validation = folder(split_folder(args.data, args.val_split, "--val-split"), False) if args.val_split else None
-    images = folder(train_root, True)
+    validation = opened(args.val_split, "--val-split", False) if args.val_split else None
+    images = opened(args.train_split, "--train-split", True)
     if validation is not None and validation.names != images.names:
         odd = sorted(set(validation.names) ^ set(images.names))[0]
         raise InputError(
@@ -219,35 +260,39 @@ def _model_and_data(base: ModelArgs, args: TrainArgs, train_root: Path) -> tuple
     return model, images, validation
 
 
-def _resume(loop: Loop, args: TrainArgs, about: dict[str, Any]) -> None:
+def _resume(loop: Loop, args: TrainOptions, about: dict[str, Any]) -> None:
     """Load the checkpoint to resume, if any, and open the records of the run."""
     main = loop.accelerator.is_main_process
-    if main:
-        args.output.mkdir(parents=True, exist_ok=True)
-        loop.checkpoints.clean()
-    loop.accelerator.wait_for_everyone()
     path = loop.checkpoints.latest(args.resume) if args.resume else None
     if path is not None:
-        _check_same_run(args.output, about)
-        loop.accelerator.load_state(str(path))
-        loop.update = progress_of(path)["update"]
+        _check_same_run(args, about)
+        loop.go_on(path)
         if main:
             loop.report.say(f"going on after update {loop.update}, from {path}")
-    if loop.logbook is not None:
-        loop.logbook.start(about, loop.update)
+    with agree(InputError):
+        if loop.logbook is not None:
+            loop.checkpoints.clean()
+            loop.logbook.start(about, loop.update)
+            loop.logbook.start_log(loop.report.history, again=path is not None)
+            loop.report.also = loop.logbook.note
 
 
-def _check_same_run(output: Path, about: dict[str, Any]) -> None:
+def _check_same_run(args: TrainOptions, about: dict[str, Any]) -> None:
     """Raise if the run in the folder had other options that affect its weights."""
+    output, record = args.output, args.output / "run.json"
+    if args.resume != "auto" and not os.path.lexists(record):
+        return  # nothing to compare with: the checkpoint is from another folder
     try:
-        before = json.loads((output / "run.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return  # nothing to compare with: the checkpoint is from another folder, or run.json is gone
+        before = read_json(record, "the record")
+        if not isinstance(before, dict) or not isinstance(before.get("args"), dict):
+            raise InputError(f"the record {shown(str(record))} holds no options of a run")
+    except InputError as error:
+        raise TrainingError(f"{error}; to go on without it, give --resume CHECKPOINT and another --output") from None
     now = json.loads(json.dumps(about))
     pairs = {
         name: (before.get("args", {}).get(name), value) for name, value in now["args"].items() if name not in _FREE
     }
-    pairs |= {name: (before.get(name), now[name]) for name in ("processes", "data", "model")}
+    pairs |= {name: (before.get(name), now[name]) for name in ("processes", "data")}
     different = [name for name, (then, this) in pairs.items() if then != this]
     if different:
         name = different[0]
