@@ -37,20 +37,30 @@ from tokenmerge import ConfigError, InputError, PatchError, UnsupportedModelErro
 @pytest.mark.parametrize("name", ["vit", "beit", "vjepa2", "clip", "llava"])
 @torch.no_grad()
 def test_a_patched_model_is_saved_as_the_original(name: str, tmp_path: Path) -> None:
-    """What `save_pretrained` writes knows nothing of merging: same files, and the original comes back to the bit."""
+    """`save_pretrained` writes the same weights, and a config with one entry more; the original comes back to the bit."""
     whole = WHOLES[name]
     model = whole.make()
     original = whole.run(model)
     model.save_pretrained(tmp_path / "before")
     with tokenmerge.patched(model, r=R):
         model.save_pretrained(tmp_path / "patched")
-    configs = [json.loads((tmp_path / folder / "config.json").read_text()) for folder in ("before", "patched")]
-    assert configs[0] == configs[1]
+    model.save_pretrained(tmp_path / "after")
+    texts = [(tmp_path / folder / "config.json").read_text() for folder in ("before", "patched", "after")]
+    assert texts[0] == texts[2]
+    assert texts[1].count('"tokenmerge": {') == 1
+    assert _without_merging(json.loads(texts[1])) == json.loads(texts[0])
     loaded, report = type(model).from_pretrained(tmp_path / "patched", output_loading_info=True)
     assert not any(report.values()), report
     assert type(loaded) is type(model)
     assert not tokenmerge.is_patched(loaded)
     assert torch.equal(whole.run(loaded.eval()), original)
+
+
+def _without_merging(config: Any) -> Any:
+    """A config without the entry of merging, which may stand in the part of a tower."""
+    if not isinstance(config, dict):
+        return config
+    return {name: _without_merging(value) for name, value in config.items() if name != "tokenmerge"}
 
 
 def test_pipeline() -> None:

@@ -194,20 +194,22 @@ def test_torchvisions_weights_bring_their_preprocessing(name: str, tmp_path: Pat
     from PIL import Image
 
     from tokenmerge.errors import InputError
-    from tokenmerge.tools.evaluate import EvalArgs, make_dataset
+    from tokenmerge.tools.common import ModelOptions
+    from tokenmerge.tools.eval import EvalOptions
+    from tokenmerge.tools.eval.data import make_dataset
     from tokenmerge.tools.inputs import class_names, num_classes
     from tokenmerge.tools.media import IMAGES
-    from tokenmerge.tools.models import ModelArgs, skeleton
+    from tokenmerge.tools.models import skeleton
 
-    model = skeleton(ModelArgs(model=f"torchvision:{name}"))
+    model = skeleton(ModelOptions(model=f"torchvision:{name}"))
     (tmp_path / "tench").mkdir()
     noise = torch.randint(0, 256, (301, 420, 3), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
     Image.fromarray(noise.numpy()).save(tmp_path / "tench" / "a.png")
-    dataset = make_dataset(model, EvalArgs(data=tmp_path), IMAGES)
+    dataset = make_dataset(model, EvalOptions(model="m", r=[0], data=tmp_path), IMAGES)
     wanted = model.weights.transforms()(Image.open(tmp_path / "tench" / "a.png"))
     assert wanted.shape[1] == model.image_size
     torch.testing.assert_close(dataset[0][0], wanted, atol=1e-5, rtol=1e-5)
     assert num_classes(model) == 1000
     assert (class_names(model) or [""])[0] == "tench"
     with pytest.raises(InputError, match="has no weights 'NOPE'"):
-        skeleton(ModelArgs(model="torchvision:vit_b_32:NOPE"))
+        skeleton(ModelOptions(model="torchvision:vit_b_32:NOPE"))

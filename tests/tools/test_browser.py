@@ -22,7 +22,8 @@ from PIL import Image
 import tokenmerge
 from tests.conftest import Run
 from tests.helpers.pictures import expected, photo, write_model
-from tokenmerge.tools.models import ModelArgs, load_model
+from tokenmerge.tools.common import DeviceOptions
+from tokenmerge.tools.models import load_model
 from tokenmerge.tools.pages import Table, write_report
 from tokenmerge.tools.visualize.load import Loader
 
@@ -138,7 +139,7 @@ def test_the_page_shows_the_source_map(model: str, written: tuple[Path, Path], o
     assert out.stat().st_size < 5e6
     browser = open_page(out.as_uri())
     browser.page.wait_for_selector("canvas")
-    net = load_model(ModelArgs(model=model, pretrained=True))
+    net = load_model(DeviceOptions(model=model, pretrained=True))
     shown = Loader(net)(picture)
     with tokenmerge.patched(net, r=8, trace=True) as handle, torch.no_grad():
         net(shown.batch)
@@ -290,12 +291,13 @@ class Live:
 @pytest.fixture(scope="module")
 def live(model: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Live]:
     uvicorn = pytest.importorskip("uvicorn")
-    from tokenmerge.tools.explore.server import Explorer, make_app
+    from tokenmerge.tools.explore import ExploreOptions
+    from tokenmerge.tools.explore.main import Explorer, make_app
 
     folder = tmp_path_factory.mktemp("samples")
     photo(folder / "a" / "one.png")
     photo(folder / "b" / "<b>two.png", 90, 50, seed=1)
-    explorer = Explorer(ModelArgs(model=model, pretrained=True), {}, folder)
+    explorer = Explorer(ExploreOptions(model=model, pretrained=True, data=folder))
     app = make_app(explorer, ["127.0.0.1", "localhost"], "8 3")
     server = uvicorn.Server(uvicorn.Config(app, port=0, log_level="warning"))
     thread = threading.Thread(target=server.run, daemon=True)
@@ -356,10 +358,10 @@ def test_what_strangers_send(live: Live) -> None:
     for path, body, text in (
         ("/api/run?r=3", b"no picture", "no picture that can be read"),
         ("/api/run?r=3", good[:200], "damaged"),
-        ("/api/run?r=3", b"", "no picture was given"),
+        ("/api/run?r=3", b"", "no file was given"),
         ("/api/run?r=3&sample=2", b"", "no sample 2"),
-        ("/api/run?r=3&sample=-1", b"", "no picture was given"),
-        ("/api/run?r=3&sample=../x", b"", "no picture was given"),
+        ("/api/run?r=3&sample=-1", b"", "no file was given"),
+        ("/api/run?r=3&sample=../x", b"", "no file was given"),
         ("/api/run?r=/etc/passwd.json", good, "not taken here"),
         ("/api/run?r=9e9999", good, "not understood"),
         ("/api/run", good, "0 settings"),
@@ -400,7 +402,7 @@ def test_the_command_serves(model: str, tmp_path: Path, run: Run) -> None:
     assert "is not a folder" in err
     code, _, err = run("explore", model, "--data", tmp_path)
     assert code == 2
-    assert "holds no pictures" in err
+    assert "holds no images" in err
     import socket
 
     with socket.create_server(("127.0.0.1", 0)) as taken:

@@ -94,7 +94,8 @@ def test_what_a_folder_holds(data: Path, tmp_path: Path) -> None:
 
 
 def train(run: Run, data: Path, output: Path, *more: object) -> tuple[int, str, str]:
-    words: tuple[object, ...] = ("train", "vit_tiny_patch16_224", "--model-kwargs", *KWARGS, "--data", data)
+    size = () if "--model-kwargs" in more else ("--model-kwargs", *KWARGS)
+    words: tuple[object, ...] = ("train", "vit_tiny_patch16_224", *size, "--data", data)
     words = (*words, "--output", output, "--workers", "0", "--device", "cpu", "--warmup-epochs", "0", "-b", "8")
     return run(*words, "--r", "4", *more)
 
@@ -107,7 +108,7 @@ def test_trains_on_sounds_and_evaluates_them(data: Path, tmp_path: Path, run: Ru
     words = ("eval", model, "--pretrained", "--data", data / "val", "--r", "0", "4", "--workers", "0")
     code, out, err = run(*words, "--device", "cpu", "--json", tmp_path / "rows.json")
     assert code == 0, err
-    assert "6 sounds" in out
+    assert "6 sounds" in " ".join(out.split())  # the title wraps where the name of the folder is long
     rows = json.loads((tmp_path / "rows.json").read_text())
     assert [row["top1"] for row in rows] == [100.0, 100.0]
     assert rows[1]["gflops"] < rows[0]["gflops"]

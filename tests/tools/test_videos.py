@@ -148,17 +148,16 @@ def test_a_killed_run_goes_on_to_the_same_bits(
 
 def test_the_layers_of_its_learning_rates(data: Path) -> None:
     """Layer decay sees embeddings, blocks and head, as for timm's models."""
-    from tokenmerge.tools.models import ModelArgs, load_model
-    from tokenmerge.tools.settings import parse_setting
-    from tokenmerge.tools.train.args import TrainArgs
+    from tokenmerge.tools.common import DeviceOptions
+    from tokenmerge.tools.models import load_model
     from tokenmerge.tools.train.optim import optimizer_of
+    from tokenmerge.tools.train.options import TrainOptions
 
     values = dict(word.split("=") for word in KWARGS)
     kwargs = {name: int(value) for name, value in values.items()}
-    model = load_model(ModelArgs(model="hf:videomae", num_classes=2, of_videos=True, model_kwargs=kwargs))
+    model = load_model(DeviceOptions(model="hf:videomae", num_classes=2, model_kwargs=kwargs), head="videos")
     tokenmerge.patch(model, r=3)
-    setting = parse_setting("3")
-    args = TrainArgs(data=data, output=data, setting=setting, layer_decay=0.5, lr=1.0, opt="sgd", epochs=9)
+    args = TrainOptions(model="m", data=data, output=data, r=3, layer_decay=0.5, lr=1.0, opt="sgd", epochs=9)
     optimizer = optimizer_of(model, args, 1)
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     scale = {names[id(p)]: group["lr_scale"] for group in optimizer.param_groups for p in group["params"]}

@@ -20,7 +20,8 @@ from tests.conftest import Run
 from tests.helpers.pictures import expected, photo, write_model
 from tests.helpers.tiny import images_for, tiny
 from tokenmerge import InputError
-from tokenmerge.tools.models import ModelArgs, load_model
+from tokenmerge.tools.common import DeviceOptions
+from tokenmerge.tools.models import load_model
 from tokenmerge.tools.settings import parse_setting
 from tokenmerge.tools.visualize.load import Loader, mel_bands
 from tokenmerge.tools.visualize.looks import merged_copies
@@ -107,7 +108,7 @@ def test_every_pixel_of_the_file_is_right(kind: str, tmp_path: Path, run: Run) -
     assert "wrote" in text
     sheet = np.asarray(Image.open(out)).astype(float)
 
-    model = load_model(ModelArgs(model=name, pretrained=True))
+    model = load_model(DeviceOptions(model=name, pretrained=True))
     grid = model.patch_embed.grid_size
     shown = Loader(model)(picture)
     source = np.asarray(Image.open(picture)).astype(float)
@@ -131,11 +132,13 @@ def test_every_pixel_of_the_file_is_right(kind: str, tmp_path: Path, run: Run) -
 
 def test_videos(tmp_path: Path, run: Run) -> None:
     """A token's colour is the mean over all of its frames, and so the same in each of them."""
-    from transformers import VideoMAEConfig, VideoMAEForVideoClassification
+    from transformers import VideoMAEConfig, VideoMAEForVideoClassification, VideoMAEImageProcessor
 
     sizes: dict[str, Any] = {"image_size": 32, "patch_size": 8, "num_frames": 8, "tubelet_size": 2, "hidden_size": 32}
     config = VideoMAEConfig(**sizes, num_hidden_layers=3, num_attention_heads=2, intermediate_size=64)
     VideoMAEForVideoClassification(config).save_pretrained(tmp_path / "model")
+    processor = VideoMAEImageProcessor(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32})
+    processor.save_pretrained(tmp_path / "model")
     rng = np.random.default_rng(0)
     with av.open(str(tmp_path / "in.mp4"), "w") as container:
         stream: Any = container.add_stream("mpeg4", rate=10)
@@ -146,7 +149,7 @@ def test_videos(tmp_path: Path, run: Run) -> None:
             container.mux(stream.encode(frame))
         container.mux(stream.encode(None))
     name, video = f"hf:{tmp_path / 'model'}", tmp_path / "in.mp4"
-    model = load_model(ModelArgs(model=name, pretrained=True, of_videos=True))
+    model = load_model(DeviceOptions(model=name, pretrained=True), head="videos")
     shown = Loader(model, sampling_rate=2)(video)
     assert shown.pixels.shape == (3, 8, 32, 32)
     assert shown.rate == 5
@@ -195,7 +198,7 @@ def write_tone(path: Path) -> None:
 
 def test_sounds(tmp_path: Path, run: Run) -> None:
     """timm's spectrograms have time first, AST's frequency; a picture has time along x, low frequencies at the bottom."""
-    from transformers import ASTConfig, ASTForAudioClassification
+    from transformers import ASTConfig, ASTFeatureExtractor, ASTForAudioClassification
 
     write_tone(tmp_path / "in.wav")
     small: dict[str, Any] = {
@@ -206,9 +209,10 @@ def test_sounds(tmp_path: Path, run: Run) -> None:
     }
     config = ASTConfig(**small, max_length=96, num_mel_bins=32, frequency_stride=8, time_stride=8, patch_size=16)
     ASTForAudioClassification(config).save_pretrained(tmp_path / "ast")
+    ASTFeatureExtractor(max_length=96, num_mel_bins=32).save_pretrained(tmp_path / "ast")
     timms = write_model(tmp_path / "timm", img_size=[96, 32], patch_size=8, in_chans=1, depth=2)
     for name, grid in ((timms, (12, 4)), (f"hf:{tmp_path / 'ast'}", (3, 11))):
-        model = load_model(ModelArgs(model=name, pretrained=True))
+        model = load_model(DeviceOptions(model=name, pretrained=True))
         shown = Loader(model)(tmp_path / "in.wav")
         assert shown.pixels.shape == (3, 32, 96)
         look = merged_copies(model, [parse_setting("7")], {})[0].look(shown)
@@ -297,7 +301,7 @@ def test_models_without_classes_and_tokens_that_merge_first(tmp_path: Path, run:
     name = write_model(tmp_path / "model", img_size=32, patch_size=8, num_classes=0)
     picture = photo(tmp_path / "in.png", 32, 32)
     out = tmp_path / "out.html"
-    place = ("--place", "before", "--metric", "x_pre")
+    place = ("--set", "place=before", "metric=x_pre")
     code, _, err = run("visualize", name, picture, "--r", "2", *place, "--out", out, "--json", tmp_path / "rows.json")
     assert code == 0, err
     assert json.loads((tmp_path / "rows.json").read_text())[0]["top"] == [], "features are no classes"

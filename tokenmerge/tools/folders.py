@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler
 
-from tokenmerge.errors import InputError
+from tokenmerge.errors import DamagedFileError, InputError
 from tokenmerge.tools.media import IMAGES, Medium
+from tokenmerge.tools.reading.documents import read_class_map
+from tokenmerge.tools.reading.walk import Walk, natural_key
+from tokenmerge.tools.signals import in_worker
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,16 +34,23 @@ class Batch:
     skipped: tuple[str, ...]
 
 
-class ClassFolder(Dataset[tuple[Tensor | None, int, str]]):
+Item = tuple[Tensor | None, int, str]
+"""Transformed file (`None` if unreadable), its label, and "file: reason" if it is unreadable."""
+
+
+class ClassFolder(Dataset[Item]):
     """Data set of files in one folder per class; `names` lists the classes in the order of the model's outputs.
 
     Args:
         root: folder with one subfolder per class.
         label_names: class names in the order of the model's outputs, or `None` if unknown.
-        num_classes: outputs of the model.
+        num_classes: outputs of the model; `None` for a model whose classes are taken from the data.
         transform: function from a decoded file, such as an RGB image of Pillow, to a tensor.
-        class_map: file of class names, as for timm's `--class-map`.
+        class_map: text file of class names, one per line, as for timm's `--class-map`; a relative path may start at `root`.
         medium: kind of the files.
+
+    Attributes:
+        left_out: "path: reason" of pipes, devices, broken links and loops of links, which are no samples.
 
     Raises:
         InputError: if the folder is missing, has no such files or classes, or the classes do not fit the model.
@@ -49,56 +60,78 @@ class ClassFolder(Dataset[tuple[Tensor | None, int, str]]):
         self,
         root: Path,
         transform: Any,
-        num_classes: int,
+        num_classes: int | None,
         label_names: Sequence[str] | None = None,
-        class_map: str | None = None,
+        class_map: Path | None = None,
         medium: Medium = IMAGES,
     ) -> None:
-        from timm.data.readers.reader_image_folder import find_images_and_targets
-
-        if root.is_file():
+        if os.path.isfile(root):  # False for a name that is too long, where a Path would raise
             raise InputError(
                 f"{str(root)!r} is a file, but a folder with one folder of {medium.name} per class was expected: check --data"
             )
-        if not root.is_dir():
+        if not os.path.isdir(root):
             raise InputError(
                 f"the data folder {str(root)!r} does not exist, but one folder per class was expected there: check --data"
             )
-        samples, classes = find_images_and_targets(str(root), types=medium.suffixes)
-        if not samples:
+        walk = Walk(root, _suffixes(medium))
+        found = sorted(walk, key=natural_key)  # the order of timm
+        self.left_out = walk.left_out
+        if not found:
+            odd = f" except {len(self.left_out)} that are no files, such as {self.left_out[0]}" if self.left_out else ""
             raise InputError(
-                f"the data folder {str(root)!r} holds no {medium.name}, but one folder of {medium.name} per class was expected: "
+                f"the data folder {str(root)!r} holds no {medium.name}{odd}, but one folder of {medium.name} per class was expected: "
                 "check --data"
             )
-        if "" in classes:
+        if root in (file.parent for file in found):
             raise InputError(
                 f"{medium.name} lie directly in {str(root)!r} instead of in one folder per class, so they have no labels: "
                 "move them into class folders, or give the folder above"
             )
-        _check_one_place(root, [Path(file).parent for file, _ in samples])
+        _check_one_place(root, [file.parent for file in found])
         self.root, self.transform, self.medium = root, transform, medium
-        folders = sorted(classes, key=classes.__getitem__)
+        folders = sorted({file.parent.name for file in found}, key=natural_key)
         if class_map:
-            labels = _mapped(folders, class_map, root, num_classes)
+            labels, every = class_map_of(folders, class_map, root, num_classes)
         else:
-            labels = _labels(root, folders, num_classes, label_names)
-        names = {index: name for name, index in classes.items()}
-        self.samples = [(Path(file), labels[names[target]]) for file, target in samples]
-        by_label = {label: name for name, label in labels.items()}
-        self.num_classes = num_classes
-        self.names = [by_label.get(label, str(label)) for label in range(num_classes)]
+            labels = every = labels_of(
+                f"{str(root)!r} holds {len(folders)} class folders", folders, num_classes, label_names
+            )
+        self.samples = [(file, labels[file.parent.name]) for file in found]
+        by_label = {label: name for name, label in every.items()}
+        self.num_classes = len(every) if num_classes is None else num_classes
+        self.names = [by_label.get(label, str(label)) for label in range(self.num_classes)]
 
     def __len__(self) -> int:
         return len(self.samples)
 
-    def __getitem__(self, index: int) -> tuple[Tensor | None, int, str]:
+    def take(self, places: Sequence[int]) -> None:
+        """Keep only the files at these places."""
+        self.samples = [self.samples[place] for place in places]
+
+    def name_of(self, index: int) -> str:
+        """Return the name of a file, for messages."""
+        return self.samples[index][0].name
+
+    def fingerprint(self) -> dict[str, Any]:
+        """Return the names and sizes of the files, to tell these data from others."""
+        files = [(str(path.relative_to(self.root)), path.stat().st_size) for path, _ in self.samples]
+        return {"root": str(self.root.resolve()), "files": files}
+
+    def __getitem__(self, index: int) -> Item:
         """Return the transformed file (`None` if unreadable), its label, and "file: reason" if it is unreadable."""
         path, label = self.samples[index]
         try:
             return self.transform(self.medium.read(path)), label, ""
-        except self.medium.unreadable as error:
-            reason = " ".join(str(error).replace(str(path), path.name).split()) or type(error).__name__
-            return None, label, f"{path.relative_to(self.root)}: {reason}"
+        except DamagedFileError as error:
+            return None, label, f"{path.relative_to(self.root)}: {error.reason}"
+
+
+def _suffixes(medium: Medium) -> frozenset[str]:
+    if medium.suffixes is not None:
+        return frozenset(medium.suffixes)
+    from timm.data.readers.img_extensions import get_img_extensions
+
+    return frozenset(get_img_extensions(as_set=True))
 
 
 def _check_one_place(root: Path, parents: list[Path]) -> None:
@@ -113,36 +146,45 @@ def _check_one_place(root: Path, parents: list[Path]) -> None:
             )
 
 
-def _mapped(folders: list[str], class_map: str, root: Path, num_classes: int) -> dict[str, int]:
-    """Return the model output of each folder name, from the file given by `--class-map`."""
-    from timm.data.readers.class_map import load_class_map
-
-    try:
-        known: dict[str, int] = load_class_map(class_map, str(root))
-    except Exception as error:  # may be an assertion, pickle or file error
+def class_map_of(
+    folders: list[str], class_map: Path, root: Path, num_classes: int | None
+) -> tuple[dict[str, int], dict[str, int]]:
+    """Return the model output of each folder name, and of all names, from the file given by `--class-map`."""
+    whole = os.path.exists(class_map) or class_map.is_absolute()
+    known = read_class_map(class_map if whole else root / class_map, "the class map")
+    if num_classes is not None and len(known) != num_classes:
         raise InputError(
-            f"the class map {class_map!r} cannot be read ({error}): give a text file with one class per line"
-        ) from None
-    if len(known) != num_classes:
-        raise InputError(
-            f"the class map {class_map!r} lists {len(known)} classes, but the model has {num_classes} outputs: give one per output"
+            f"the class map {str(class_map)!r} lists {len(known)} classes, but the model has {num_classes} outputs: give one per output"
         )
     strange = [name for name in folders if name not in known]
     if strange:
         raise InputError(
-            f"{len(strange)} class folders such as {strange[0]!r} are not in the class map {class_map!r}: add them, or give another map"
+            f"{len(strange)} class folders such as {strange[0]!r} are not in the class map {str(class_map)!r}: add them, or give another map"
         )
-    return {name: known[name] for name in folders}
+    return {name: known[name] for name in folders}, known
 
 
-def _labels(root: Path, classes: list[str], num_classes: int, label_names: Sequence[str] | None) -> dict[str, int]:
-    """Return the model output of each folder name, by name if the model knows its class names, otherwise by order."""
+def labels_of(
+    source: str, classes: list[str], num_classes: int | None, label_names: Sequence[str] | None
+) -> dict[str, int]:
+    """Return the model output of each class name, by name if the model knows its class names, otherwise by order.
+
+    Args:
+        source: the data and its number of classes, for messages.
+        classes: class names of the data.
+        num_classes: outputs of the model; `None` if they are taken from the data.
+        label_names: class names of the model, if known.
+
+    Raises:
+        InputError: if the numbers of classes differ, and the model does not know the names.
+    """
+    num_classes = len(classes) if num_classes is None else num_classes
     for names in (label_names, _imagenet_names() if num_classes == 1000 else None):
         if names and len(names) == num_classes and set(classes) <= set(names):
             return {name: list(names).index(name) for name in classes}
     if len(classes) != num_classes:
         raise InputError(
-            f"{str(root)!r} holds {len(classes)} class folders, but the model has {num_classes} outputs and does not know "
+            f"{source}, but the model has {num_classes} outputs and does not know "
             "these names: give --class-map with all class names in order, or the model's own --num-classes"
         )
     return {name: index for index, name in enumerate(classes)}
@@ -154,7 +196,7 @@ def _imagenet_names() -> list[str]:
     return [str(name) for name in ImageNetInfo("imagenet-1k").label_names()]
 
 
-def collate(samples: list[tuple[Tensor | None, int, str]]) -> Batch:
+def collate(samples: list[Item]) -> Batch:
     """Collate samples into one batch, with the unreadable files listed."""
     read = [(image, label) for image, label, _ in samples if image is not None]
     images = torch.stack([image for image, _ in read]) if read else torch.empty(0)
@@ -177,8 +219,17 @@ class ShareOfBatches(Sampler[list[int]]):
             yield list(range(start, min(start + self.batch, self.size)))
 
 
-def batches(dataset: ClassFolder, batch_size: int, workers: int, rank: int = 0, processes: int = 1) -> DataLoader[Any]:
-    """Return a loader of this process's share of the data set, in order."""
+def batches(dataset: Any, batch_size: int, workers: int, rank: int = 0, processes: int = 1) -> DataLoader[Any]:
+    """Return a loader of this process's share of the data set, in order; a stream divides itself among processes and workers."""
+    if isinstance(dataset, IterableDataset):
+        dataset.share(rank, processes)  # type: ignore[attr-defined]
+        return DataLoader(
+            dataset,
+            batch_size=batch_size,
+            num_workers=workers,
+            collate_fn=collate,
+            pin_memory=torch.cuda.is_available(),
+        )
     share = ShareOfBatches(len(dataset), batch_size, rank, processes)
     return DataLoader(
         dataset,
@@ -186,4 +237,5 @@ def batches(dataset: ClassFolder, batch_size: int, workers: int, rank: int = 0, 
         num_workers=workers,
         collate_fn=collate,
         pin_memory=torch.cuda.is_available(),
+        worker_init_fn=in_worker,
     )

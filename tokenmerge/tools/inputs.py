@@ -8,33 +8,41 @@ from typing import Any
 from torch import Tensor
 
 from tokenmerge.errors import InputError
+from tokenmerge.tools.hf import classified_medium, origin_of
 from tokenmerge.tools.media import IMAGES, SOUNDS, VIDEOS, Medium
 from tokenmerge.tools.models import input_shape
+from tokenmerge.tools.zero_shot import ZeroShot
 
 _WANTED: dict[str, tuple[str, Callable[[tuple[int, ...]], bool]]] = {
     IMAGES.name: ("RGB images", lambda shape: len(shape) == 3 and shape[0] == 3),
-    SOUNDS.name: ("one-channel spectrograms of sounds", lambda shape: len(shape) == 3 and shape[0] == 1),
+    SOUNDS.name: (
+        "one-channel spectrograms of sounds",
+        lambda shape: shape[0] == 1 if len(shape) == 3 else len(shape) == 2,
+    ),
     VIDEOS.name: ("videos", lambda shape: len(shape) == 4),
 }
 
 
 def classifier_input(model: Any, medium: Medium, command: str) -> tuple[int, ...]:
-    """Return the shape of one input: `(C, H, W)`, `(1, frames, bands)` for sounds, `(frames, C, H, W)` for videos.
+    """Return the shape of one input: `(C, H, W)`, `(frames, C, H, W)` for videos; for sounds `(1, frames, bands)`, or with
+    transformers `(frames, bands)` or `(bands, frames)`.
 
     Raises:
         InputError: if the model has no classifier, its preprocessing is unknown, or it does not take this medium.
     """
-    known = hasattr(model, "pretrained_cfg") or medium is VIDEOS or (medium is IMAGES and hasattr(model, "weights"))
-    if not known or (command == "train" and hasattr(model, "weights")):
+    known = hasattr(model, "pretrained_cfg") or (medium.name == IMAGES.name and hasattr(model, "weights"))
+    if not known and origin_of(model) is None and not isinstance(model, ZeroShot):
         raise InputError(
-            f"{type(model).__name__} is not a timm model, but {command} takes the preprocessing of {medium.name} from "
-            "timm: use bench or inspect, or tokenmerge.patch in your own code"
+            f"the preprocessing of {medium.name} for {type(model).__name__} is unknown, but {command} needs it: use bench or inspect, or "
+            "tokenmerge.patch in your own code"
         )
     what, fits = _WANTED[medium.name]
     shape = input_shape(model)
-    if not fits(shape) or not num_classes(model):
+    if not fits(shape) or not (num_classes(model) or isinstance(model, ZeroShot)):
         found = "has no classifier" if fits(shape) else f"takes inputs of the shape {shape}"
-        hint = "choose one such as hf:videomae" if medium is VIDEOS else "choose another, or give --num-classes"
+        hint = (
+            "choose one such as hf:videomae" if medium.name == VIDEOS.name else "choose another, or give --num-classes"
+        )
         raise InputError(f"the model {found}, but {command} needs one that classifies {what}: {hint}")
     return shape
 
@@ -43,10 +51,9 @@ def num_classes(model: Any) -> int:
     """Return the number of classes of a model, 0 without a classifier."""
     if hasattr(model, "pretrained_cfg"):
         return int(getattr(model, "num_classes", 0) or 0)
-    if hasattr(model, "weights"):  # a torchvision model
+    if hasattr(model, "weights") or isinstance(model, ZeroShot):  # a torchvision model, or open_clip's
         return int(model.num_classes)
-    head = getattr(model, "classifier", None)
-    return int(model.config.num_labels) if head is not None else 0
+    return int(model.config.num_labels) if classified_medium(model) is not None else 0
 
 
 def class_names(model: Any) -> list[str] | None:
@@ -55,8 +62,10 @@ def class_names(model: Any) -> list[str] | None:
         names = (model.pretrained_cfg or {}).get("label_names")
         return None if names is None else list(names)
     if hasattr(model, "weights"):
-        names = model.weights.meta["categories"]
+        names = getattr(model, "label_names", None) or model.weights.meta["categories"]
         return list(names) if len(names) == model.num_classes else None
+    if isinstance(model, ZeroShot):
+        return list(model.names)
     labels = model.config.id2label
     return [str(labels[index]) for index in range(len(labels))]
 
@@ -70,10 +79,31 @@ def preprocessing(model: Any, overrides: dict[str, Any]) -> dict[str, Any]:
     own = model.weights.transforms()  # torchvision resizes the shorter side, then crops the centre
     (crop,), (resize,) = own.crop_size, own.resize_size
     found = {"mean": tuple(own.mean), "std": tuple(own.std), "crop_pct": crop / resize, "crop_mode": "center"}
-    return {**found, "interpolation": own.interpolation.value, **overrides}
+    stored = getattr(model, "stored_preprocessing", {})  # of a checkpoint that train wrote
+    return {**found, "interpolation": own.interpolation.value, **stored, **overrides}
 
 
 def logits_of(output: Any) -> Tensor:
     """Return the logits of a model's output, which is an object with `logits` for transformers."""
     logits: Tensor = output if isinstance(output, Tensor) else output.logits
     return logits
+
+
+def check_finite(logits: Tensor, setting: str) -> None:
+    """Check the outputs of a model, because the classes that NaN or infinities rank mean nothing.
+
+    Args:
+        logits: `[B, classes]`.
+        setting: what the model ran with, for the message, such as "r=8".
+
+    Raises:
+        InputError: if an output is NaN or infinite.
+    """
+    if bool(logits.isfinite().all()):
+        return
+    bad = int((~logits.isfinite().all(dim=1)).sum())
+    kind = "NaN" if bool(logits.isnan().any()) else "infinite"
+    raise InputError(
+        f"the model's outputs at {setting} are {kind} for {bad} of {len(logits)} inputs of a batch, but finite numbers were "
+        "expected: check the weights and the inputs, or compute in another dtype, such as bfloat16 instead of float16"
+    )

@@ -2,56 +2,68 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import logging
-from collections.abc import Iterator
+import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from tokenmerge.errors import InputError, TokenMergeError
+from tokenmerge.errors import InputError, TokenMergeError, shown
+from tokenmerge.files import read_json
 from tokenmerge.patching.predictors import FILE, load_predictors
 from tokenmerge.patching.target import find_target
+from tokenmerge.tools.common import DeviceOptions, ModelOptions, WeightOptions
 from tokenmerge.tools.device import DTYPES, check_device
+from tokenmerge.tools.hf import origin_of, set_origin
+from tokenmerge.tools.reading.weights import check_folder, quiet_timm, read_weights
 from tokenmerge.tools.sources import SOURCES, create
 
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class ModelArgs:
-    """Model, weights, device and dtype, from the command line.
-
-    Attributes:
-        model: a timm name, `local-dir:PATH`, `hf_hub:ID`; or `hf:…`, `torchvision:…`, `open_clip:…`.
-        pretrained: whether to load the pretrained weights of the name (may download for timm names and hub ids).
-        checkpoint: file of weights to load instead, without any download.
-        num_classes: classes of the head; `None` keeps the model's own.
-        img_size: side of the image in pixels; `None` keeps the model's own.
-        device: torch device.
-        dtype: "float32", "bfloat16" or "float16".
-        channels_last: memory format of model and images.
-        model_kwargs: additional arguments of the timm model, or config values of a video classifier.
-        of_videos: whether `hf:…` names a video classifier and not only its tower.
-    """
-
-    model: str
-    pretrained: bool = False
-    checkpoint: Path | None = None
-    num_classes: int | None = None
-    img_size: int | None = None
-    device: str = "cpu"
-    dtype: str = "float32"
-    channels_last: bool = False
-    model_kwargs: dict[str, Any] = dataclasses.field(default_factory=dict)
-    of_videos: bool = False
+TORCHVISION = "torchvision.json"
+"""File beside the weights of a trained torchvision model, with its name, classes and preprocessing."""
+RANDOM_WEIGHTS = "the model has random weights, so its results mean nothing: give --pretrained or --checkpoint FILE"
+"""Sentence of every command whose results depend on the weights, for models without trained ones."""
 
 
-def _create(args: ModelArgs, pretrained: bool) -> Any:
-    if args.model.partition(":")[0] in SOURCES and ":" in args.model:
-        return create(args.model, pretrained, args.img_size, args.num_classes, args.of_videos, **args.model_kwargs)
-    return _create_timm(args.model, pretrained=pretrained, **_model_kwargs(args))
+def _names_weights(model: str) -> bool:
+    """Return whether MODEL names a folder or file that is there, whose weights are therefore wanted."""
+    kind, _, place = model.partition(":")
+    if kind == "open_clip":
+        tag = place.partition(":")[2]
+        return bool(tag) and os.path.isfile(tag)
+    return kind in ("local-dir", "hf") and bool(place) and os.path.exists(place)
+
+
+def random_weights(options: WeightOptions) -> bool:
+    """Return whether the weights of a model are random, because neither pretrained ones, a checkpoint nor a folder was named."""
+    return options.checkpoint is None and not options.pretrained and not _names_weights(options.model)
+
+
+def warn_if_random(options: WeightOptions, warn: Callable[[str], None]) -> bool:
+    """Call `warn` with `RANDOM_WEIGHTS` if the weights are random, and return whether they are."""
+    found = random_weights(options)
+    if found:
+        warn(RANDOM_WEIGHTS)
+    return found
+
+
+def _create(options: ModelOptions, pretrained: bool, head: str | None = None, new_head: bool = False) -> Any:
+    kind, _, place = options.model.partition(":")
+    values = dict(options.model_kwargs)
+    if kind in SOURCES and place:
+        if kind == "hf" and os.path.isdir(place):
+            check_folder(Path(place))
+        return create(options.model, pretrained, options.img_size, options.num_classes, head, new_head, **values)
+    model = _create_timm(options.model, pretrained=pretrained, **_model_kwargs(options))
+    own = (getattr(model, "pretrained_cfg", None) or {}).get("num_classes")
+    if pretrained and head is not None and not new_head and options.num_classes not in (None, 0, own):
+        raise InputError(
+            f"the weights of {options.model} classify {own} classes, but --num-classes {options.num_classes} was given, whose head would "
+            "be random: leave it out, or give --checkpoint FILE"
+        )
+    return model
 
 
 def _create_timm(name: str, **kwargs: Any) -> Any:
@@ -60,13 +72,22 @@ def _create_timm(name: str, **kwargs: Any) -> Any:
         import timm
     except ImportError:
         raise InputError("timm is not installed, but models are made by it: pip install 'tokenmerge[timm]'") from None
-    if name.startswith("local-dir:") and not Path(name.removeprefix("local-dir:"), "config.json").is_file():
-        folder = name.removeprefix("local-dir:")
-        raise InputError(
-            f"{folder!r} holds no config.json, but local-dir: needs a folder in timm's hub format: check the path"
-        )
+    if name.startswith("local-dir:"):
+        folder = Path(name.removeprefix("local-dir:"))
+        if not os.path.isfile(folder / "config.json"):
+            raise InputError(
+                f"{str(folder)!r} holds no config.json, but local-dir: needs a folder in timm's hub format: check the path"
+            )
+        if kwargs.get("pretrained") and not any(
+            path.suffix in (".safetensors", ".bin", ".pth", ".pt") for path in folder.iterdir()
+        ):
+            raise InputError(
+                f"{str(folder)!r} holds no weights, but model.safetensors was expected: check the path, or give the weights with "
+                "--checkpoint FILE"
+            )
+        check_folder(folder)
     try:
-        with _quiet_timm():
+        with quiet_timm():
             return timm.create_model(name, **kwargs)
     except TokenMergeError:
         raise
@@ -88,45 +109,66 @@ def _create_timm(name: str, **kwargs: Any) -> Any:
         raise InputError(f"the model {name!r} cannot be made ({type(error).__name__}: {reason}): {hint}") from None
 
 
-@contextlib.contextmanager
-def _quiet_timm() -> Iterator[None]:
-    """Silence the logging of timm; the command reports results itself."""
-    logger = logging.getLogger("timm")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        logger.setLevel(level)
+def _model_kwargs(options: ModelOptions) -> dict[str, Any]:
+    kwargs = {"num_classes": options.num_classes, "img_size": options.img_size}
+    return {**{name: value for name, value in kwargs.items() if value is not None}, **options.model_kwargs}
 
 
-def _model_kwargs(args: ModelArgs) -> dict[str, Any]:
-    kwargs = {"num_classes": args.num_classes, "img_size": args.img_size}
-    return {**{name: value for name, value in kwargs.items() if value is not None}, **args.model_kwargs}
-
-
-def load_model(args: ModelArgs) -> Any:
+def load_model(options: DeviceOptions, head: str | None = None, new_head: bool = False) -> Any:
     """Return the model in evaluation mode, on its device.
+
+    Args:
+        options: model, weights, device and dtype.
+        head: medium that the model must classify ("images", "videos" or "sounds"), for commands that read labelled data; `None` takes
+            the model as it is.
+        new_head: whether weights of another number of classes, or without a head, get a random one, for training.
 
     Raises:
         InputError: if it cannot be created, or its weights or checkpoint cannot be read or do not fit.
         UnsupportedModelError: if it cannot be patched.
     """
-    device = check_device(args.device)
-    pretrained = (
-        args.pretrained and args.checkpoint is None
-    )  # do not download weights that the checkpoint would overwrite
-    model = _create(args, pretrained)
+    device = check_device(options.device)
+    # weights that the checkpoint would overwrite are not downloaded
+    pretrained = options.checkpoint is None and not random_weights(options)
+    model = _create(options, pretrained, head, new_head)
     target = find_target(model)
     if target.family.tokens(target.model) <= target.family.protected(target.model):
-        raise InputError(f"images of {args.img_size} pixels are smaller than one patch: give a larger --img-size")
-    if args.checkpoint is not None:
-        load_checkpoint(model, args.checkpoint)
-        _load_predictors(model, args.checkpoint.parent / FILE)
+        raise InputError(f"images of {options.img_size} pixels are smaller than one patch: give a larger --img-size")
+    if options.checkpoint is not None:
+        load_checkpoint(model, options.checkpoint)
+        origin = origin_of(model)
+        if origin is not None:
+            set_origin(model, dataclasses.replace(origin, trained=True, beside=options.checkpoint.parent))
+        if hasattr(model, "weights"):
+            _about_torchvision(model, options)
+        _load_predictors(model, options.checkpoint.parent / FILE)
     elif pretrained:
-        _load_predictors(model, _predictors_of(args.model))
-    memory = {"memory_format": torch.channels_last} if args.channels_last else {}
-    return model.to(device=device, dtype=DTYPES[args.dtype], **memory).eval()
+        _load_predictors(model, _predictors_of(options.model))
+    memory = {"memory_format": torch.channels_last} if options.channels_last else {}
+    return model.to(device=device, dtype=DTYPES[options.dtype], **memory).eval()
+
+
+def _about_torchvision(model: Any, options: DeviceOptions) -> None:
+    """Set class names and preprocessing of a torchvision model from the file that `train` wrote beside its weights, if any."""
+    assert options.checkpoint is not None
+    file = options.checkpoint.parent / TORCHVISION
+    if not file.is_file():
+        return
+    found = read_json(file, "the config")
+    found = found if isinstance(found, dict) else {}
+    name = ":".join(options.model.split(":")[:2])
+    classes, used = found.get("classes"), found.get("preprocessing")
+    if found.get("name") != name or not isinstance(classes, list) or not isinstance(used, dict):
+        raise InputError(
+            f"{shown(str(file))} describes {shown(found.get('name'))}, but {name} was given: give the model that was trained"
+        )
+    if len(classes) == model.num_classes:
+        model.label_names = [str(one) for one in classes]
+    model.stored_preprocessing = {
+        name: tuple(value) if isinstance(value, list) else value
+        for name, value in used.items()
+        if name in ("mean", "std", "crop_pct", "crop_mode", "interpolation")
+    }
 
 
 def _predictors_of(name: str) -> Path | None:
@@ -145,14 +187,14 @@ def _predictors_of(name: str) -> Path | None:
 
 
 def _load_predictors(model: nn.Module, file: Path | None) -> None:
-    if file is not None and file.is_file():
+    if file is not None and os.path.exists(file):
         load_predictors(model, file)
 
 
-def skeleton(args: ModelArgs) -> Any:
+def skeleton(options: ModelOptions) -> Any:
     """Return the model on the meta device, without values, so that models of any size can be inspected."""
     with torch.device("meta"):
-        return _create(args, pretrained=False)
+        return _create(options, pretrained=False)
 
 
 def load_checkpoint(model: nn.Module, path: Path) -> None:
@@ -161,29 +203,21 @@ def load_checkpoint(model: nn.Module, path: Path) -> None:
     Raises:
         InputError: if the file is missing, damaged, or does not fit the model.
     """
-    from timm.models import load_state_dict
-
-    if not path.is_file():
-        raise InputError(f"the checkpoint {str(path)!r} is not a file, but weights were expected there: check the path")
-    try:
-        with _quiet_timm():
-            state = load_state_dict(str(path), use_ema=True, weights_only=True)
-    except Exception as error:  # torch, pickle, zip and safetensors raise their own types
-        reason = (str(error).splitlines() or [""])[0]
-        raise InputError(
-            f"the checkpoint {str(path)!r} cannot be read ({type(error).__name__}: {reason}): "
-            "give a whole .safetensors or torch file that holds tensors only"
-        ) from None
-    odd = next((name for name, value in state.items() if not isinstance(value, torch.Tensor)), None)
-    if odd is not None:
-        raise InputError(f"the checkpoint {str(path)!r} holds {odd!r}, which is no tensor: give a file of weights only")
+    state = read_weights(path)
     own = model.state_dict()
     missing, extra = sorted(own.keys() - state.keys()), sorted(state.keys() - own.keys())
-    wrong = [name for name in own.keys() & state.keys() if own[name].shape != state[name].shape]
-    if missing or extra or wrong:
+    both = sorted(own.keys() & state.keys())
+    wrong = [name for name in both if own[name].shape != state[name].shape]
+    other = [name for name in both if _kind(own[name]) != _kind(state[name])]
+    if missing or extra or wrong or other:
         found = [
-            f"{len(names)} {what} such as {names[0]}"
-            for names, what in ((missing, "missing"), (extra, "unexpected"), (sorted(wrong), "of another shape"))
+            f"{len(names)} {what} such as {names[0][:80]}"
+            for names, what in (
+                (missing, "missing"),
+                (extra, "unexpected"),
+                (wrong, "of another shape"),
+                (other, "of another kind of number"),
+            )
             if names
         ]
         raise InputError(
@@ -191,6 +225,10 @@ def load_checkpoint(model: nn.Module, path: Path) -> None:
             "give the model's own name and options such as --num-classes and --img-size"
         )
     model.load_state_dict(state)
+
+
+def _kind(tensor: torch.Tensor) -> tuple[bool, bool]:
+    return tensor.is_floating_point(), tensor.is_complex()
 
 
 def input_shape(model: Any) -> tuple[int, ...]:

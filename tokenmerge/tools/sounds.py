@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import warnings
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -12,6 +13,7 @@ from torch import Tensor
 
 from tokenmerge.errors import InputError
 from tokenmerge.tools.media import SAMPLE_RATE
+from tokenmerge.tools.reading.damage import damaged
 
 MEAN, STD = -4.2677393, 4.5689974
 """Mean and standard deviation of the log-mel energies of AudioSet, which AST and AudioMAE normalize with: (x − mean) / (2·std)."""
@@ -57,18 +59,60 @@ class Spectrogram:
         """Return the spectrogram `[1, frames, bands]` float32.
 
         Raises:
-            ValueError: if the sound is shorter than one window of 25 ms.
+            DamagedFileError: if the sound is shorter than one window of 25 ms.
         """
-        if len(samples) < SAMPLE_RATE // 40:
-            raise ValueError(f"it has {len(samples)} samples, fewer than one window of 25 ms")
-        if self.augmentation.roll:
-            samples = _rolled(samples)
+        samples = prepared(samples, SAMPLE_RATE, self.augmentation)
         values = self.features(samples, sampling_rate=SAMPLE_RATE, return_tensors="pt")["input_values"]
-        spectrum: Tensor = values.reshape(self.shape)
-        for axis, widest in ((1, self.augmentation.time_mask), (2, self.augmentation.frequency_mask)):
-            if widest:
-                spectrum = _masked(spectrum, axis, widest)
-        return spectrum
+        return masked(values.reshape(self.shape), self.augmentation, 1, 2)
+
+
+class Features:
+    """Transform from `[samples]` to the spectrum that a processor of transformers makes, with augmentation in training.
+
+    Args:
+        processor: function from samples at `rate` Hz to the spectrum, `[frames, bands]` or `[bands, frames]`.
+        rate: sample rate in Hz.
+        time_axis: axis of the frames.
+        augmentation: augmentation for training; `None` for evaluation.
+    """
+
+    def __init__(
+        self,
+        processor: Callable[[Any], Tensor],
+        rate: int,
+        time_axis: int,
+        augmentation: SoundAugmentation | None = None,
+    ) -> None:
+        self.processor, self.rate, self.time_axis = processor, rate, time_axis
+        self.augmentation = augmentation or SoundAugmentation()
+
+    def __call__(self, samples: np.ndarray[Any, Any]) -> Tensor:
+        """Return the spectrum, float32.
+
+        Raises:
+            DamagedFileError: if the sound is shorter than one window of 25 ms.
+        """
+        spectrum = self.processor(prepared(samples, self.rate, self.augmentation))
+        return masked(spectrum, self.augmentation, self.time_axis, 1 - self.time_axis)
+
+
+def prepared(samples: np.ndarray[Any, Any], rate: int, augmentation: SoundAugmentation) -> np.ndarray[Any, Any]:
+    """Return the samples, shifted at random if the augmentation says so.
+
+    Raises:
+        DamagedFileError: if the sound is shorter than one window of 25 ms.
+    """
+    if len(samples) < rate // 40:
+        raise damaged("the sound", f"it has {len(samples)} samples, fewer than one window of 25 ms", "a longer one")
+    return _rolled(samples) if augmentation.roll else samples
+
+
+def masked(spectrum: Tensor, augmentation: SoundAugmentation, time_axis: int, band_axis: int) -> Tensor:
+    """Return the spectrum with random masks in time and frequency, if the augmentation has them."""
+    for axis, widest in ((time_axis, augmentation.time_mask), (band_axis, augmentation.frequency_mask)):
+        if widest:
+            spectrum = _masked(spectrum, axis, widest)
+    return spectrum
 
 
 def _rolled(samples: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:

@@ -6,14 +6,16 @@ import contextlib
 import importlib
 import io
 import logging
-from collections.abc import Callable, Iterator
-from pathlib import Path
+import os
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 
 from tokenmerge.errors import InputError, TokenMergeError
-from tokenmerge.patching.target import find_target
+from tokenmerge.files import words_of
+from tokenmerge.tools.hf import create_transformers
+from tokenmerge.tools.zero_shot import ZeroShot
 
 
 def _library(name: str) -> Any:
@@ -37,43 +39,7 @@ def _quiet() -> Iterator[None]:
         logging.disable(before)
 
 
-_SCALES: dict[str, dict[str, int]] = {
-    "large": {"hidden_size": 1024, "num_hidden_layers": 24, "num_attention_heads": 16, "intermediate_size": 4096}
-}
-"""Config values of the named sizes that a model type accepts as a suffix, such as `hf:videomae-large`."""
-
-
-def _transformers(name: str, pretrained: bool, img_size: int | None, auto: str = "AutoModel", **values: Any) -> Any:
-    """Create a transformers model from a folder, a hub id, or a model type such as `vit` or `videomae-large`.
-
-    Args:
-        name: the part of MODEL after `hf:`; a folder is one that `save_pretrained` wrote.
-        pretrained: whether to load weights; a model type has none.
-        img_size: side of the image in pixels; `None` keeps the model's own.
-        auto: name of the Auto class of transformers that creates the model.
-        values: additional values of the config.
-    """
-    transformers = _library("transformers")
-    made = getattr(transformers, auto)
-    size = {**({} if img_size is None else {"image_size": img_size}), **values}
-    types = importlib.import_module("transformers.models.auto.configuration_auto").CONFIG_MAPPING
-    kind, _, scale = name.rpartition("-") if name.rpartition("-")[2] in _SCALES else (name, "", "")
-    if kind in types and not Path(name).exists():
-        if pretrained:
-            raise InputError(
-                f"hf:{name} is a model type without weights: give a folder or a hub id, or no --pretrained"
-            )
-        config = types[kind](**size, **_SCALES.get(scale, {}))
-    else:
-        offline = {"local_files_only": True} if Path(name).exists() else {}
-        config = transformers.AutoConfig.from_pretrained(name, **size, **offline)
-        if pretrained:
-            head = {} if auto == "AutoModel" else {"ignore_mismatched_sizes": True}  # the number of classes may differ
-            return made.from_pretrained(name, config=config, **offline, **head)
-    return made.from_config(config)
-
-
-def _torchvision(name: str, pretrained: bool, img_size: int | None) -> Any:
+def _torchvision(name: str, pretrained: bool, img_size: int | None, num_classes: int | None, new_head: bool) -> Any:
     """Create a torchvision model from NAME or NAME:WEIGHTS, such as vit_b_16:IMAGENET1K_SWAG_E2E_V1.
 
     The attribute `weights` of the model is set to torchvision's entry for the weights, with preprocessing and class names.
@@ -86,16 +52,30 @@ def _torchvision(name: str, pretrained: bool, img_size: int | None) -> Any:
             f"torchvision has no weights {tag!r} of {name}; it has {', '.join(known.__members__)}: choose one"
         )
     weights = known[tag or "DEFAULT"]
-    size = {} if img_size is None else {"image_size": img_size}
+    values = {} if img_size is None else {"image_size": img_size}
     if tag and img_size is None:
-        size = {"image_size": weights.transforms().crop_size[0]}
-    model = models.get_model(name, weights=weights if pretrained else None, **size)
+        values = {"image_size": weights.transforms().crop_size[0]}
+    own = len(weights.meta["categories"])
+    if num_classes is not None and not pretrained:
+        values["num_classes"] = num_classes
+    model = models.get_model(name, weights=weights if pretrained else None, **values)
     model.weights = weights
+    if pretrained and num_classes not in (None, own):
+        if not new_head:
+            raise InputError(
+                f"the weights of torchvision:{name} classify {own} classes, but --num-classes {num_classes} was given, whose head would "
+                "be random: leave it out, or give --checkpoint FILE"
+            )
+        model.heads.head = torch.nn.Linear(model.heads.head.in_features, num_classes)
+        model.num_classes = num_classes
     return model
 
 
-def _open_clip(name: str, pretrained: bool, img_size: int | None) -> Any:
-    """Create the image tower of an open_clip model from NAME or NAME:TAG, where TAG names pretrained weights."""
+def _open_clip(name: str, pretrained: bool, img_size: int | None, head: str | None) -> Any:
+    """Create the image tower of an open_clip model from NAME or NAME:TAG, where TAG names pretrained weights.
+
+    If a classifier of images is wanted, the tower is wrapped into one that compares images with texts.
+    """
     open_clip = _library("open_clip")
     architecture, _, tag = name.partition(":")
     if pretrained and not tag:
@@ -106,20 +86,17 @@ def _open_clip(name: str, pretrained: bool, img_size: int | None) -> Any:
             )
     tags = open_clip.list_pretrained_tags_by_model(architecture)
     known = architecture in open_clip.list_models()
-    if known and tag and tag not in tags and not Path(tag).is_file():
+    if known and tag and tag not in tags and not os.path.isfile(tag):
         raise InputError(
             f"open_clip knows no weights {tag!r:.60} for {architecture!r:.60}: give one of {', '.join(tags) or 'none'}, or a file of weights"
         )
     with torch.device("cpu"):  # open_clip moves the model, which fails on the meta device
         model = open_clip.create_model(architecture, pretrained=tag if pretrained else None, force_image_size=img_size)
-    return model.visual
+    return ZeroShot(model, architecture) if head == "images" else model.visual
 
 
-SOURCES: dict[str, Callable[[str, bool, int | None], Any]] = {
-    "hf": _transformers,
-    "torchvision": _torchvision,
-    "open_clip": _open_clip,
-}
+SOURCES = ("hf", "torchvision", "open_clip")
+"""Prefixes of MODEL that name a library other than timm."""
 
 
 def create(
@@ -127,7 +104,8 @@ def create(
     pretrained: bool,
     img_size: int | None,
     num_classes: int | None,
-    of_videos: bool = False,
+    head: str | None = None,
+    new_head: bool = False,
     **values: Any,
 ) -> Any:
     """Create a model of one of `SOURCES`; of a transformers model with several towers, return the vision tower.
@@ -137,32 +115,29 @@ def create(
         pretrained: whether to load weights.
         img_size: side of the image, `None` for the model's own.
         num_classes: number of classes; `None` keeps the model's own.
-        of_videos: whether to create the video classifier of transformers, which is the tower with its head.
-        values: additional values of its config.
+        head: medium that the model must classify ("images", "videos" or "sounds"); `None` takes the model as it is.
+        new_head: whether weights of another number of classes, or without a head, get a random one (for training).
+        values: additional values of the config of a transformers model.
 
     Raises:
         InputError: if the library is missing, or the model cannot be created.
     """
     prefix, _, name = model.partition(":")
-    head = of_videos and prefix == "hf"
-    if not head and (num_classes is not None or values):
-        flag = "--num-classes" if num_classes is not None else "--model-kwargs"
-        raise InputError(f"{flag} is for timm models, but {model!r} was given: leave it out")
+    odd = "--model-kwargs" if values and prefix != "hf" else ""
+    odd = "--num-classes" if num_classes is not None and prefix == "open_clip" else odd
+    if odd:
+        raise InputError(f"{odd} is for timm models, but {model!r} was given: leave it out")
     try:
         with _quiet():
-            if head:
-                classes = {} if num_classes is None else {"num_labels": num_classes}
-                return _transformers(name, pretrained, img_size, "AutoModelForVideoClassification", **classes, **values)
-            made = SOURCES[prefix](name, pretrained, img_size)
+            if prefix == "hf":
+                return create_transformers(name, pretrained, img_size, num_classes, head, new_head, **values)
+            if prefix == "torchvision":
+                return _torchvision(name, pretrained, img_size, num_classes, new_head)
+            return _open_clip(name, pretrained, img_size, head)
     except TokenMergeError:
         raise
     except Exception as error:  # every library and hub client raises its own exception types
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise InputError(
-            f"the model {model!r} cannot be made ({type(error).__name__}: {reason[:200]}): check the name, and that the "
+            f"the model {model!r} cannot be made ({type(error).__name__}: {words_of(error)}): check the name, and that the "
             "network is there if it is to be downloaded"
         ) from None
-    if prefix == "hf":
-        with contextlib.suppress(TokenMergeError):  # the caller refuses models without a tower, with reasons
-            return find_target(made).model
-    return made

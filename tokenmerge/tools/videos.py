@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +41,8 @@ class Clip:
         augmentation: augmentation for training; `None` crops the centre of each frame.
         crop_pct: fraction of the shorter side that the centre crop keeps.
         mean, std: normalization of each channel.
+        processor: function from frames `[frames, H, W, 3]` uint8 to the clip, instead of the centre crop and normalization here.
+        interpolation: interpolation of resizing in training.
     """
 
     def __init__(
@@ -51,17 +53,21 @@ class Clip:
         crop_pct: float = 1.0,
         mean: Sequence[float] = MEAN,
         std: Sequence[float] = STD,
+        processor: Callable[[Any], Tensor] | None = None,
+        interpolation: str = "bilinear",
     ) -> None:
-        from torchvision.transforms import v2
+        from torchvision.transforms import InterpolationMode, v2
 
+        self.processor = processor if augmentation is None else None
+        resizing = {"interpolation": InterpolationMode(interpolation), "antialias": True}
         self.frames, _, height, width = shape
         self.sampling_rate, self.training = sampling_rate, augmentation is not None
         steps: list[Any] = []
         if augmentation is None:
             bigger = [round(side / crop_pct) for side in (height, width)]
-            steps += [v2.Resize(max(bigger), antialias=True), v2.CenterCrop((height, width))]
+            steps += [v2.Resize(max(bigger), **resizing), v2.CenterCrop((height, width))]
         else:
-            steps += [v2.RandomResizedCrop((height, width), augmentation.scale, augmentation.ratio, antialias=True)]
+            steps += [v2.RandomResizedCrop((height, width), augmentation.scale, augmentation.ratio, **resizing)]
             steps += [v2.RandomHorizontalFlip(augmentation.hflip)]
         steps += [v2.ToDtype(torch.float32, scale=True), v2.Normalize(list(mean), list(std))]
         if augmentation is not None and augmentation.reprob:
@@ -72,9 +78,12 @@ class Clip:
         """Return the clip `[frames, 3, H, W]` float32.
 
         Raises:
-            ValueError: if the file cannot be decoded.
+            DamagedFileError: if the file cannot be decoded.
         """
-        frames = torch.from_numpy(read_frames(path, self._choose))
+        decoded = read_frames(path, self._choose)
+        if self.processor is not None:
+            return self.processor(decoded)
+        frames = torch.from_numpy(decoded)
         clip: Tensor = self.transform(frames.permute(0, 3, 1, 2))
         return clip
 

@@ -1,1 +1,6 @@
-"""`tokenmerge explore`: serve the interactive page of `visualize`, with a live model."""
+"""`tokenmerge explore`: serve the interactive page of `visualize`."""
+
+from tokenmerge.tools.explore.main import run
+from tokenmerge.tools.explore.options import ExploreOptions
+
+__all__ = ["ExploreOptions", "run"]

@@ -1,24 +1,34 @@
-"""Flags of `tokenmerge explore`."""
+"""Options of `tokenmerge explore`."""
 
 from __future__ import annotations
 
-import argparse
+import dataclasses
+from collections.abc import Sequence
 from pathlib import Path
 
-from tokenmerge.flags import add_matcher, add_model, add_prop_attn, add_weights, count
+from tokenmerge.tools.common import R_HELP, DeviceOptions, MergeOptions
+from tokenmerge.tools.options import option
 
 
-def add_explore_options(command: argparse.ArgumentParser) -> None:
-    """Add all flags of `tokenmerge explore`."""
-    add_model(command)
-    command.add_argument(
-        "--r", default="8 16", metavar="R", help="initial settings, as in bench, in one argument (%(default)s)"
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ExploreOptions(DeviceOptions, MergeOptions):
+    """Options of `tokenmerge explore`.
+
+    Attributes:
+        data: folder of files that the page offers; `None` offers none.
+        r: initial settings.
+        host: address to listen on.
+        port: port to listen on; 0 takes a free one.
+    """
+
+    data: Path | None = option(
+        None, "folder of files that the page offers", "data", "--data", "--data-dir", metavar="DIR"
     )
-    command.add_argument("--data", type=Path, metavar="DIR", help="folder of pictures that the page offers")
-    add_prop_attn(command)
-    add_matcher(command)
-    add_weights(command)
-    command.add_argument("--host", default="127.0.0.1", help="address to listen on (%(default)s, this machine only)")
-    command.add_argument(
-        "--port", type=count(0), default=8765, metavar="N", help="port to listen on; 0 takes a free one (%(default)s)"
-    )
+    r: Sequence[str | int] = option(("8", "16"), R_HELP, "merging", metavar="R")
+    host: str = option("127.0.0.1", "address to listen on", "output")
+    port: int = option(8765, "port to listen on; 0 takes a free one", "output", least=0, most=65535, metavar="N")
+
+    @property
+    def texts(self) -> list[str]:
+        """The initial settings, also from one argument such as "8 16"."""
+        return [word for text in self.r for word in str(text).split()]

@@ -2,59 +2,48 @@
 
 from __future__ import annotations
 
-import io
+import itertools
 import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
 
-from PIL import Image, ImageOps
+from PIL import Image
 
-from tokenmerge.errors import InputError
+from tokenmerge.errors import DamagedFileError, InputError
+from tokenmerge.tools.media import IMAGES, Medium
+from tokenmerge.tools.reading.pictures import Limits, decode_picture, read_picture
+from tokenmerge.tools.reading.walk import Walk
 from tokenmerge.tools.settings import Setting, parse_setting
 
 MOST_BYTES = 32 * 2**20
 """Largest size of an uploaded file."""
-MOST_PIXELS = 64_000_000
-"""Largest number of pixels of a picture, because more would take gigabytes once decoded."""
-MOST_OBLONG = 32
-"""Largest aspect ratio, because a picture one pixel high would be enlarged to gigabytes."""
-_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")
+LIMITS = Limits(MOST_BYTES, 64_000_000, 32, ("JPEG", "PNG", "WEBP", "GIF", "BMP"))
+"""Limits of a picture that a visitor chooses, which are stricter than those for the user's own files."""
 _MOST_SETTINGS = 4
 _MOST_SAMPLES = 500
 _SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp")
 
 
 def open_picture(data: bytes) -> Image.Image:
-    """Decode an uploaded picture.
+    """Decode an uploaded picture as RGB, upright.
 
     Raises:
         InputError: if it is not a picture, is damaged, or would be too large in memory.
     """
-    kinds = ", ".join(_FORMATS)
     try:
-        image = Image.open(io.BytesIO(data), formats=_FORMATS)
-    except Image.DecompressionBombError:  # Pillow's own limit, which is higher
-        raise InputError(
-            f"the picture has far more pixels than the {MOST_PIXELS // 10**6} million that are decoded: make it smaller"
-        ) from None
-    except Exception:  # every decoder raises its own exception types
-        raise InputError(f"the file is no picture that can be read here: give one of {kinds}") from None
-    if image.width * image.height > MOST_PIXELS:
-        raise InputError(
-            f"the picture has {image.width}×{image.height} pixels, but at most {MOST_PIXELS // 10**6} million are decoded: "
-            "make it smaller"
-        )
-    if max(image.size) > MOST_OBLONG * min(image.size):
-        raise InputError(
-            f"the picture has {image.width}×{image.height} pixels, but the shorter side is enlarged to what the model takes, and the "
-            f"longer one would get too long: give one at most {MOST_OBLONG} times as long as it is wide"
-        )
-    try:
-        image.load()
-        return ImageOps.exif_transpose(image) or image
-    except Exception as error:  # every decoder raises its own exception types
-        raise InputError(f"the picture is damaged ({type(error).__name__}: {error}): give a whole file") from None
+        return decode_picture(data, "the picture", LIMITS, upright=True)
+    except DamagedFileError as error:
+        raise InputError(f"the picture cannot be shown ({error.reason}): give another one") from None
+
+
+def open_sample(path: Path) -> Image.Image:
+    """Decode a sample picture as RGB, upright, with the limits of uploads, because anybody can choose it.
+
+    Raises:
+        InputError: if it is not a picture, is damaged, or would be too large in memory.
+    """
+    return read_picture(path, LIMITS, upright=True)
 
 
 def plain_name(name: str) -> str:
@@ -79,20 +68,21 @@ def settings_of(texts: Sequence[str]) -> list[Setting]:
     return [parse_setting(text) for text in texts]
 
 
-def samples_in(folder: Path) -> list[Path]:
-    """Return the pictures below a folder in the order of their names, at most 500.
+def samples_in(folder: Path, medium: Medium) -> tuple[list[Path], list[str]]:
+    """Return the files of a medium below a folder in the order of their names, at most 500, and "path: reason" of what was left out.
 
     Raises:
-        InputError: if the folder does not exist, or has no pictures.
+        InputError: if the folder does not exist, or has no such files.
     """
-    if not folder.is_dir():
-        raise InputError(f"--data {str(folder)!r} is not a folder, but one with pictures was expected: check the path")
-    found: list[Path] = []
-    for place, folders, files in os.walk(folder):
-        folders.sort()
-        found += [Path(place, name) for name in sorted(files) if name.lower().endswith(_SUFFIXES)]
-        if len(found) >= _MOST_SAMPLES:
-            break
+    if not os.path.isdir(folder):
+        raise InputError(
+            f"--data {str(folder)!r} is not a folder, but one with {medium.name} was expected: check the path"
+        )
+    suffixes = _SUFFIXES if medium is IMAGES else medium.suffixes or ()
+    walk = Walk(folder, suffixes, follow=False)  # visitors must not see what lies elsewhere
+    found = list(itertools.islice(walk, _MOST_SAMPLES))
     if not found:
-        raise InputError(f"--data {str(folder)!r} holds no pictures: name a folder with {', '.join(_SUFFIXES)} files")
-    return found[:_MOST_SAMPLES]
+        raise InputError(
+            f"--data {str(folder)!r} holds no {medium.name}: name a folder with {', '.join(suffixes)} files"
+        )
+    return found, walk.left_out

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Sequence
 from fractions import Fraction
 from pathlib import Path
@@ -20,8 +21,10 @@ from tokenmerge.tracing.sheet import contact_sheet, enlarged, to_image
 _CODECS = ("libx264", "mpeg4")  # in the order of preference
 
 
-def write_film(path: Path, shown: Sequence[Shown], looks: Sequence[Sequence[Look]], block: int, view: View) -> None:
-    """Write an .mp4 or .gif that shows the inputs one after the other, with one column per setting.
+def write_film(
+    path: Path, shown: Sequence[Shown], looks: Sequence[Sequence[Look]], block: int, view: View, foot: str = ""
+) -> None:
+    """Write an .mp4 or .gif that shows the inputs one after the other, with one column per setting, and `foot` below.
 
     Raises:
         InputError: if PyAV is missing.
@@ -32,21 +35,23 @@ def write_film(path: Path, shown: Sequence[Shown], looks: Sequence[Sequence[Look
         raise OSError("the videos have different frame rates; give one at a time")
     frames: list[Image.Image] = []
     for each, of_input in zip(shown, looks, strict=True):
-        frames += _frames(each, of_input, block, view)
+        frames += _frames(each, of_input, block, view, foot)
     if path.suffix.lower() == ".gif":
         frames[0].save(path, save_all=True, append_images=frames[1:], duration=round(1000 / rate), loop=0)
     else:
         _write_mp4(path, frames, rate)
 
 
-def _frames(shown: Shown, looks: Sequence[Look], block: int, view: View) -> list[Image.Image]:
+def _frames(shown: Shown, looks: Sequence[Look], block: int, view: View, foot: str) -> list[Image.Image]:
     scale = scale_of(shown)
     films = [enlarged(shown.pixels, scale), *(painted(shown, look, block, view, scale) for look in looks)]
     titles = [
         shown.name,
         *(f"{look.title}: {look.trace.size().shape[1] - look.trace.protected} tokens" for look in looks),
     ]
-    return [contact_sheet([[to_image(film[:, i]) for film in films]], titles) for i in range(films[0].shape[1])]
+    return [
+        contact_sheet([[to_image(film[:, i]) for film in films]], titles, foot=foot) for i in range(films[0].shape[1])
+    ]
 
 
 def _write_mp4(path: Path, frames: Sequence[Image.Image], rate: float) -> None:
@@ -56,7 +61,8 @@ def _write_mp4(path: Path, frames: Sequence[Image.Image], rate: float) -> None:
         raise OSError("this PyAV has no encoder for it; .gif needs none")
     width, height = (side + side % 2 for side in frames[0].size)  # 4:2:0 subsampling needs even sides
     try:
-        with av.open(str(path), "w") as container:
+        file = io.BytesIO()  # FFmpeg would not notice every failure of a disk
+        with av.open(file, "w", format="mp4") as container:
             stream: Any = container.add_stream(codec, rate=Fraction(rate).limit_denominator(1000))
             stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
             stream.bit_rate = 8 * width * height  # high enough for sharp borders
@@ -67,3 +73,4 @@ def _write_mp4(path: Path, frames: Sequence[Image.Image], rate: float) -> None:
             container.mux(stream.encode(None))
     except av.FFmpegError as error:
         raise OSError(error.strerror or str(error)) from None
+    path.write_bytes(file.getvalue())

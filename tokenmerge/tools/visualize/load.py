@@ -4,29 +4,33 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import json
+import importlib
 import math
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import Image, ImageOps
+from PIL import Image
 from torch import Tensor
 
-from tokenmerge.errors import InputError, TokenMergeError
+from tokenmerge.errors import DamagedFileError, InputError
+from tokenmerge.tools.hf import origin_of
 from tokenmerge.tools.inputs import preprocessing
 from tokenmerge.tools.media import IMAGES, SOUNDS, VIDEOS, Medium, frame_rate, read_sound
 from tokenmerge.tools.models import input_shape
 from tokenmerge.tools.pages import printable
+from tokenmerge.tools.processors import Processor, lacks_processor, processor_of
+from tokenmerge.tools.reading.pictures import read_picture
 from tokenmerge.tools.sounds import Spectrogram
+from tokenmerge.tools.transforms import image_transform, of_processor
 from tokenmerge.tools.videos import Clip
+from tokenmerge.tools.zero_shot import clip_transform
 from tokenmerge.tracing.paint import table
 from tokenmerge.tracing.trace import Trace
 
 _HALF = (0.5, 0.5, 0.5)
-_CLIP = ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))
-_IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -40,6 +44,7 @@ class Shown:
         pixels: the same input to draw, float32 in [0, 1]: `[3, H, W]`, for videos `[3, T, H, W]`, for sounds
             `[3, bands, frames]` with the lowest band first.
         rate: frames per second of videos.
+        bands: centre frequency of each band of sounds in Hz.
     """
 
     name: str
@@ -47,10 +52,13 @@ class Shown:
     batch: Tensor
     pixels: Tensor
     rate: float = 8.0
+    bands: tuple[float, ...] = ()
 
     def regions(self, trace: Trace, block: int | None) -> Tensor:
         """Return the token of every pixel after a block."""
         shape: Sequence[int] = self.pixels.shape[1:]
+        if self.medium is SOUNDS and len(trace.known_grid) == 1:  # Whisper's positions are moments of all bands
+            return trace.regions((shape[1],), block).expand(tuple(shape))
         if self.medium is SOUNDS and self.batch.dim() == 4:  # time is the first axis of timm's spectrograms
             return trace.regions((shape[1], shape[0]), block).T
         return trace.regions(shape, block)
@@ -79,8 +87,12 @@ class Loader:
         if channels not in (1, 3):
             raise InputError(f"the model takes {channels} channels, but pictures have three: it cannot be looked at so")
         self.sampling_rate = sampling_rate
-        self.mean, self.std = _normalisation(model)
         self._model = model
+        self._processor = None if origin_of(model) is None else processor_of(model)
+        self.note = _note(model)
+        """Sentence to warn with, if the preprocessing is a guess; otherwise empty."""
+        of_pixels = self.medium is not SOUNDS
+        self.mean, self.std = _normalisation(model, self._processor, self.shape) if of_pixels else (_HALF, _HALF)
         first = next(model.parameters())
         self._place = {"device": first.device, "dtype": first.dtype}
 
@@ -98,8 +110,14 @@ class Loader:
             InputError: if it is missing, damaged, or of another medium than the model takes.
         """
         found = medium_of_file(path)
-        if not path.is_file():
+        if not os.path.isfile(path):
             raise InputError(f"{str(path)!r} is not a file, but {self.medium.name} were expected: check the path")
+        if self.medium is not IMAGES and path.suffix.lower() not in (
+            *(SOUNDS.suffixes or ()),
+            *(VIDEOS.suffixes or ()),
+        ):
+            known = ", ".join(self.medium.suffixes or ())
+            raise InputError(f"{str(path)!r} is none of the {self.medium.name} that the model takes: give {known}")
         if found is not self.medium:
             raise InputError(f"{str(path)!r} holds {found.name}, but the model takes {self.medium.name}: give it those")
         try:
@@ -107,53 +125,44 @@ class Loader:
                 return self._video(path)
             if found is SOUNDS:
                 return self._sound(path)
-            with Image.open(path) as image:
-                return self.image(image, printable(path.name))
-        except TokenMergeError:
-            raise
-        except Exception as error:  # every decoder raises its own exception types
-            reason = str(error) or type(error).__name__
-            raise InputError(f"{str(path)!r} cannot be read ({reason}): give a whole file of {found.name}") from None
+            return self.image(read_picture(path, upright=True), printable(path.name))
+        except DamagedFileError as error:
+            raise InputError(
+                f"{str(path)!r} cannot be read ({error.reason}): give a whole file of {found.name}"
+            ) from None
 
     def image(self, image: Image.Image, name: str) -> Shown:
-        """Preprocess an opened picture, rotated by its EXIF orientation."""
-        colour: Image.Image = (ImageOps.exif_transpose(image) or image).convert("RGB")
-        tensor: Tensor = self._image_transform(colour)
+        """Preprocess an upright RGB picture."""
+        tensor: Tensor = self._image_transform(image)
         return Shown(name, IMAGES, self._batch(tensor), self._pixels(tensor))
 
     @functools.cached_property
     def _image_transform(self) -> Any:
-        if hasattr(self._model, "pretrained_cfg") or hasattr(self._model, "weights"):
-            from timm.data.transforms_factory import create_transform
-
-            config = preprocessing(self._model, {}) | {"input_size": self.shape}
-            return create_transform(**config, is_training=False)
-        from torchvision.transforms import v2
-
-        _, height, width = self.shape
-        return v2.Compose(
-            [
-                v2.Resize(max(height, width), antialias=True),
-                v2.CenterCrop((height, width)),
-                v2.ToImage(),
-                v2.ToDtype(torch.float32, scale=True),
-                v2.Normalize(list(self.mean), list(self.std)),
-            ]
-        )
+        if self._processor is not None:
+            return self._processor
+        if hasattr(self._model, "preprocess_cfg"):  # an image tower of open_clip
+            return clip_transform(self._model, {})
+        return image_transform(self._model, {})
 
     def _video(self, path: Path) -> Shown:
-        clip = Clip(self.shape, self.sampling_rate, mean=self.mean, std=self.std)(path)
+        processor = self._processor
+        clip = Clip(self.shape, self.sampling_rate, mean=self.mean, std=self.std, processor=processor)(path)
         rate = frame_rate(path) / self.sampling_rate
         return Shown(printable(path.name), VIDEOS, self._batch(clip), self._pixels(clip.transpose(0, 1)), rate)
 
     def _sound(self, path: Path) -> Shown:
-        frames, bands = self.shape[-2:]
-        spectrum = Spectrogram((1, frames, bands))(read_sound(path))[0]
+        if self._processor is None:
+            made = spectrum = Spectrogram((1, *self.shape[-2:]))(read_sound(path))[0]
+        else:
+            transform = of_processor(self._processor, self.shape, self.sampling_rate)
+            made = transform(read_sound(path, self._processor.rate))
+            spectrum = made if transform.time_axis == 0 else made.T
         level = (spectrum - spectrum.min()) / (spectrum.max() - spectrum.min()).clamp_min(1e-6)
         pixels = table("viridis")[(level.T * 255).round().long()].permute(2, 0, 1)
-        return Shown(
-            printable(path.name), SOUNDS, self._batch(spectrum if len(self.shape) == 2 else spectrum[None]), pixels
-        )
+        batch = self._batch(made if len(self.shape) == 2 else made[None])
+        by_whisper = self._processor is not None and not hasattr(self._processor.inner, "max_length")
+        bands = slaney_bands(spectrum.shape[1]) if by_whisper else mel_bands(spectrum.shape[1])
+        return Shown(printable(path.name), SOUNDS, batch, pixels, bands=tuple(bands))
 
     def _batch(self, tensor: Tensor) -> Tensor:
         return tensor[None].to(**self._place)
@@ -163,29 +172,32 @@ class Loader:
         return (tensor * torch.tensor(self.std).view(shape) + torch.tensor(self.mean).view(shape)).clamp(0, 1)
 
 
-def _normalisation(model: Any) -> tuple[tuple[float, ...], tuple[float, ...]]:
+def _normalisation(
+    model: Any, processor: Processor | None, shape: tuple[int, ...]
+) -> tuple[tuple[float, ...], tuple[float, ...]]:
     """Return the mean and standard deviation of the model's normalization."""
-    if hasattr(model, "pretrained_cfg") or hasattr(model, "weights"):
-        config = preprocessing(model, {})
-        return tuple(config["mean"]), tuple(config["std"])
-    tower = getattr(model, "visual", model)
-    if hasattr(tower, "image_mean") and tower.image_mean is not None:  # an open_clip model
-        return tuple(tower.image_mean), tuple(tower.image_std)
-    return _of_transformers(model) or (_IMAGENET if len(input_shape(model)) == 4 else (_HALF, _HALF))
+    if processor is not None:
+        return processor.normalisation(shape)
+    if getattr(model, "image_mean", None) is not None:  # an image tower of open_clip
+        return tuple(model.image_mean), tuple(model.image_std)
+    config = preprocessing(model, {})
+    return tuple(config["mean"]), tuple(config["std"])
 
 
-def _of_transformers(model: Any) -> tuple[tuple[float, ...], tuple[float, ...]] | None:
-    """Return the normalization in the image processor's config of the weights, or the usual one of the model type."""
-    config = getattr(model, "config", None)
-    file = Path(str(getattr(config, "_name_or_path", "")), "preprocessor_config.json")
-    try:
-        found = json.loads(file.read_text(encoding="utf-8"))
-        return tuple(found["image_mean"]), tuple(found["image_std"])
-    except (OSError, ValueError, KeyError, TypeError):
-        kind = str(getattr(config, "model_type", ""))
-    if "clip" in kind or kind.startswith(("llava", "blip")):
-        return _CLIP
-    return _IMAGENET if kind.startswith(("dino", "deit", "ijepa", "vit_msn")) else None
+def _note(model: Any) -> str:
+    if not lacks_processor(model):
+        return ""
+    return (
+        f"{type(model).__name__} came without preprocessor_config.json, so its inputs are made by the default of its type: put the "
+        "model's own file beside its weights"
+    )
+
+
+def slaney_bands(count: int) -> list[float]:
+    """Return the centre frequencies in Hz of the `count` bands of Whisper's log-mel spectrum (Slaney's scale) up to 8,000 Hz."""
+    audio = importlib.import_module("transformers.audio_utils")
+    highest = audio.hertz_to_mel(8000.0, mel_scale="slaney")
+    return [float(audio.mel_to_hertz(highest * (i + 1) / (count + 1), mel_scale="slaney")) for i in range(count)]
 
 
 def mel_bands(count: int) -> list[float]:

@@ -94,8 +94,7 @@ def merged_copies(
 
 def classifies(model: Any) -> bool:
     """Return whether the model is a classifier."""
-    known = hasattr(model, "pretrained_cfg") or hasattr(model, "weights")
-    return bool(num_classes(model)) if known else getattr(model, "classifier", None) is not None
+    return bool(num_classes(model))
 
 
 def class_names_of(model: Any) -> list[str] | None:

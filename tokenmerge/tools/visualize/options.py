@@ -1,46 +1,46 @@
-"""Flags of `tokenmerge visualize`."""
+"""Options of `tokenmerge visualize`."""
 
 from __future__ import annotations
 
-import argparse
+import dataclasses
+from collections.abc import Sequence
 from pathlib import Path
 
-from tokenmerge.flags import add_merging, add_model, add_sampling_rate, add_weights
-from tokenmerge.tracing import VIEWS
+from tokenmerge.tools.common import DeviceOptions, MergeOptions, RowOptions, sampling_rate
+from tokenmerge.tools.options import option
+from tokenmerge.tracing import VIEWS, View
 
 
-def add_visualize_options(command: argparse.ArgumentParser) -> None:
-    """Add all flags of `tokenmerge visualize`."""
-    add_model(command)
-    command.add_argument(
-        "inputs",
-        metavar="FILE",
-        nargs="+",
-        type=Path,
-        help="pictures to show, or videos or sounds for models that take them",
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class VisualizeOptions(DeviceOptions, MergeOptions, RowOptions):
+    """Options of `tokenmerge visualize`.
+
+    Attributes:
+        inputs: files to show.
+        out: file to write; its suffix selects a picture, a film or a page.
+        layer: "all", "last", or a number of blocks.
+        view: one of `tokenmerge.tracing.VIEWS`.
+        sampling_rate: stride between the sampled frames of a video.
+    """
+
+    inputs: Sequence[Path] = option(
+        dataclasses.MISSING,
+        "pictures to show, or videos or sounds for models that take them",
+        "data",
+        metavar="FILE …",
+        positional=True,
     )
-    add_merging(command, ["8"])
-    add_weights(command)
-    command.add_argument(
-        "--layer",
-        default="all",
-        metavar="all|last|N",
-        help="blocks to show: all (the input and four blocks up to the last), last, or after N blocks (%(default)s)",
+    layer: str = option(
+        "all", "all (the input and four blocks up to the last), last, or after N blocks", "output", metavar="all|last|N"
     )
-    command.add_argument(
-        "--view",
-        choices=VIEWS,
-        default="picture",
-        help="how tokens are drawn: in their mean colour, as outlines on the picture, as a heat map of their sizes, or in one "
-        "colour per token that stays the same in all blocks (%(default)s)",
-    )
-    command.add_argument(
+    view: View = option("picture", "how tokens are drawn", "output", choices=VIEWS)
+    out: Path = option(
+        Path("tokenmerge.png"),
+        "picture, page (.html) or film (.mp4, .gif) to write",
+        "output",
         "--out",
         "--output",
         "-o",
-        type=Path,
-        default=Path("tokenmerge.png"),
         metavar="FILE",
-        help="file to write: a picture, an interactive page (.html), or a film of videos (.mp4, .gif) (%(default)s)",
     )
-    add_sampling_rate(command)
+    sampling_rate: int = sampling_rate()

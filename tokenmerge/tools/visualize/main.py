@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -10,17 +9,20 @@ from typing import Any
 from PIL import Image
 from torch import Tensor
 
+from tokenmerge import files
 from tokenmerge.errors import ConfigError, InputError
-from tokenmerge.tools.media import IMAGES, SOUNDS, VIDEOS
-from tokenmerge.tools.models import ModelArgs, load_model
+from tokenmerge.tools.media import SOUNDS, VIDEOS
+from tokenmerge.tools.models import RANDOM_WEIGHTS, load_model, warn_if_random
 from tokenmerge.tools.report import Report, Row
+from tokenmerge.tools.saved import merging_of
 from tokenmerge.tools.settings import Setting
-from tokenmerge.tools.trained import as_trained
 from tokenmerge.tools.visualize.film import write_film
-from tokenmerge.tools.visualize.load import Loader, Shown, mel_bands
+from tokenmerge.tools.visualize.load import Loader, Shown
 from tokenmerge.tools.visualize.looks import Look, merged_copies
+from tokenmerge.tools.visualize.options import VisualizeOptions
 from tokenmerge.tools.visualize.page import write_page
 from tokenmerge.tools.visualize.panels import painted, scale_of
+from tokenmerge.tools.writing import drawing, picture_suffixes
 from tokenmerge.tracing import View
 from tokenmerge.tracing.figure import plot_spectrograms, strip
 from tokenmerge.tracing.sheet import contact_sheet, to_image
@@ -30,70 +32,53 @@ _FRAMES = 8
 _FILMS = (".mp4", ".gif")
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class VisualizeArgs:
-    """Inputs and output of a visualization.
+def run(options: VisualizeOptions, report: Report | None = None) -> list[Row]:
+    """Draw the inputs, print and write one row per input and setting, and return the rows.
 
-    Attributes:
-        inputs: files to show.
-        out: file to write; its suffix selects a picture, a film or a page.
-        layer: "all", "last", or a number of blocks.
-        view: one of `tokenmerge.tracing.VIEWS`.
-        sampling_rate: stride between the sampled frames of a video.
-    """
-
-    inputs: Sequence[Path]
-    out: Path = Path("tokenmerge.png")
-    layer: str = "all"
-    view: View = "picture"
-    sampling_rate: int = 4
-
-
-def run_visualize(
-    args: ModelArgs, wanted: VisualizeArgs, settings: Sequence[Setting], fields: dict[str, Any], report: Report
-) -> int:
-    """Draw the inputs, print and write one row per input and setting, and return 0.
+    Args:
+        options: what to draw.
+        report: receiver of the results; `None` prints them.
 
     Raises:
         InputError: if a file cannot be read or written.
         ConfigError: if there is no such layer.
     """
-    suffix = _checked_suffix(wanted.out)
-    model = load_model(args)
-    loader = Loader(model, wanted.sampling_rate)
+    report = report or Report(options.json)
+    settings, fields = merging_of(options, report.say, usual=["8"])
+    suffix = _checked_suffix(options.out)
+    model = load_model(options)
+    random = warn_if_random(options, report.warn)
+    loader = Loader(model, options.sampling_rate)
+    if loader.note:
+        report.warn(loader.note)
     if suffix in _FILMS and loader.medium is not VIDEOS:
         raise InputError(f"{suffix} is a film, but the model takes {loader.medium.name}: choose an --out such as .png")
-    if suffix == ".html" and loader.medium is not IMAGES:
-        raise InputError(f"pages show images, but the model takes {loader.medium.name}: choose an --out such as .png")
-    blocks = _blocks(wanted.layer, model)
-    shown = [loader(path) for path in wanted.inputs]
-    merged = merged_copies(model, settings, as_trained(args, fields), attention=suffix == ".html")
+    blocks = _blocks(options.layer, model)
+    shown = [loader(path) for path in options.inputs]
+    merged = merged_copies(model, settings, fields, attention=suffix == ".html")
     if suffix == ".html":
-        if wanted.layer != "all" or wanted.view != "picture":
+        if options.layer != "all" or options.view != "picture":
             report.warn("a page shows every layer and view: --layer and --view say nothing to it")
         unmerged = merged_copies(model, [Setting(0, {"r": 0})], {})[0]
         looks = [[one.look(each) for one in (unmerged, *merged)] for each in shown]
-        write_page(wanted.out, args.model, shown, looks)
+        write_page(options.out, options.model, shown, looks, random)
         looks = [of_input[1:] for of_input in looks]
     else:
         looks = [[one.look(each) for one in merged] for each in shown]
-        _draw(wanted, suffix, shown, looks, blocks)
-    rows = [_row(args.model, each, look) for each, of_input in zip(shown, looks, strict=True) for look in of_input]
-    _say(report, rows, wanted.out)
+        _draw(options, suffix, shown, looks, blocks, RANDOM_WEIGHTS if random else "")
+    rows = [_row(options.model, each, look) for each, of_input in zip(shown, looks, strict=True) for look in of_input]
+    _say(report, rows, options.out)
     report.write(rows)
-    return 0
+    return rows
 
 
 def _checked_suffix(out: Path) -> str:
     suffix = out.suffix.lower()
-    Image.init()
-    writes = {name for name, kind in Image.registered_extensions().items() if kind in Image.SAVE}
-    if (suffix not in writes and suffix not in (*_FILMS, ".html")) or out.is_dir():
+    if suffix not in picture_suffixes() and suffix not in (*_FILMS, ".html"):
         raise InputError(
             f"--out {str(out)!r} is no picture, film or page: choose a name such as merged.png or merged.html"
         )
-    if not out.resolve().parent.is_dir():
-        raise InputError(f"the folder of --out {str(out)!r} does not exist: make it first")
+    files.check_writable(out, "--out", "merged.png")
     return suffix
 
 
@@ -112,21 +97,26 @@ def _blocks(layer: str, model: Any) -> list[int]:
 
 
 def _draw(
-    wanted: VisualizeArgs, suffix: str, shown: Sequence[Shown], looks: Sequence[Sequence[Look]], blocks: Sequence[int]
+    options: VisualizeOptions,
+    suffix: str,
+    shown: Sequence[Shown],
+    looks: Sequence[Sequence[Look]],
+    blocks: Sequence[int],
+    foot: str,
 ) -> None:
-    try:
+    with drawing(options.out, "--out") as beside:
         if shown[0].medium is SOUNDS:
-            _draw_sounds(wanted, shown, looks, blocks)
+            _draw_sounds(beside, options, shown, looks, blocks, foot)
         elif suffix in _FILMS:
-            write_film(wanted.out, shown, looks, blocks[-1], wanted.view)
+            write_film(beside, shown, looks, blocks[-1], options.view, foot)
         else:
-            sheet(shown, looks, blocks, wanted.view).save(wanted.out)
-    except (OSError, ValueError) as error:
-        raise InputError(f"--out {str(wanted.out)!r} cannot be written ({error}): choose another file") from None
+            sheet(shown, looks, blocks, options.view, foot).save(beside)
 
 
-def sheet(shown: Sequence[Shown], looks: Sequence[Sequence[Look]], blocks: Sequence[int], view: View) -> Image.Image:
-    """Draw one row per input and setting (and per selected frame of a video), and one column per block of `blocks`."""
+def sheet(
+    shown: Sequence[Shown], looks: Sequence[Sequence[Look]], blocks: Sequence[int], view: View, foot: str = ""
+) -> Image.Image:
+    """Draw one row per input and setting (and per selected frame of a video), one column per block, and `foot` below."""
     rows, names = [], []
     for each, of_input in zip(shown, looks, strict=True):
         for look in of_input:
@@ -140,8 +130,8 @@ def sheet(shown: Sequence[Shown], looks: Sequence[Sequence[Look]], blocks: Seque
                 rows.append([to_image(one) for one in of_frame])
                 names.append(_caption(each, look) if number == 0 else "")
     titles = ["input" if block < 0 else f"after block {block + 1}" for block in blocks]
-    foot = "dark: one patch, bright: the largest token (logarithmic)" if view == "sizes" else ""
-    return contact_sheet(rows, titles, names, foot)
+    scale = "dark: one patch, bright: the largest token (logarithmic)" if view == "sizes" else ""
+    return contact_sheet(rows, titles, names, "; ".join(part for part in (foot, scale) if part))
 
 
 def _caption(shown: Shown, look: Look) -> str:
@@ -151,16 +141,24 @@ def _caption(shown: Shown, look: Look) -> str:
 
 
 def _draw_sounds(
-    wanted: VisualizeArgs, shown: Sequence[Shown], looks: Sequence[Sequence[Look]], blocks: Sequence[int]
+    path: Path,
+    options: VisualizeOptions,
+    shown: Sequence[Shown],
+    looks: Sequence[Sequence[Look]],
+    blocks: Sequence[int],
+    foot: str,
 ) -> None:
     parts: list[tuple[str, Tensor]] = []
     for each, of_input in zip(shown, looks, strict=True):
         for look in of_input:
             for block in blocks:
                 after = "input" if block < 0 else f"after block {block + 1}"
-                parts.append((f"{_caption(each, look)} – {after}", painted(each, look, block, wanted.view)))
-    frames, bands = shown[0].pixels.shape[2], shown[0].pixels.shape[1]
-    plot_spectrograms(parts, frames / 100, mel_bands(bands)).savefig(wanted.out, dpi=120)
+                parts.append((f"{_caption(each, look)} – {after}", painted(each, look, block, options.view)))
+    frames = shown[0].pixels.shape[2]
+    figure = plot_spectrograms(parts, frames / 100, shown[0].bands)
+    if foot:
+        figure.supxlabel(foot, fontsize=8)
+    figure.savefig(path, dpi=120)
 
 
 def _row(model: str, shown: Shown, look: Look) -> Row:

@@ -7,22 +7,23 @@ import dataclasses
 import logging
 import re
 import socket
+import tempfile
 import threading
 from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import Image
 
 from tokenmerge.errors import InputError, TokenMergeError
 from tokenmerge.ops.timing import Spread, take_turns
-from tokenmerge.tools.explore.pictures import MOST_BYTES, open_picture, plain_name, samples_in, settings_of
+from tokenmerge.tools.explore.options import ExploreOptions
+from tokenmerge.tools.explore.pictures import MOST_BYTES, open_picture, open_sample, plain_name, samples_in, settings_of
 from tokenmerge.tools.media import IMAGES
-from tokenmerge.tools.models import ModelArgs, load_model
+from tokenmerge.tools.models import load_model, random_weights, warn_if_random
 from tokenmerge.tools.pages import printable
-from tokenmerge.tools.report import Report
-from tokenmerge.tools.settings import Setting
-from tokenmerge.tools.trained import as_trained
+from tokenmerge.tools.report import Report, Row
+from tokenmerge.tools.saved import combined, saved_with
+from tokenmerge.tools.settings import Setting, in_words
 from tokenmerge.tools.visualize.load import Loader, Shown
 from tokenmerge.tools.visualize.looks import Merged, merged_copies
 from tokenmerge.tools.visualize.page import explorer_page, image_data
@@ -40,22 +41,24 @@ class Explorer:
     """A model that runs on samples and uploaded pictures.
 
     Args:
-        args: arguments of the model.
-        fields: fields of the config, for every setting.
-        data: folder of sample pictures, or `None`.
+        options: model, merging and folder of sample pictures.
 
     Raises:
-        InputError: if the model does not take images, or the folder has none.
+        InputError: if the folder holds no files of the medium that the model takes.
     """
 
-    def __init__(self, args: ModelArgs, fields: dict[str, Any], data: Path | None) -> None:
-        self.name = args.model
-        self.model = load_model(args)
+    def __init__(self, options: ExploreOptions) -> None:
+        data = options.data
+        self.name = options.model
+        self.model = load_model(options)
+        self.random = random_weights(options)
         self.loader = Loader(self.model)
-        if self.loader.medium is not IMAGES:
-            raise InputError(f"explore shows images, but {args.model} takes {self.loader.medium.name}: use visualize")
-        self.fields = as_trained(args, fields)
-        self.samples = [] if data is None else samples_in(data)
+        saved = saved_with(options)
+        self.fields = options.merging() if saved is None else combined(saved, options.merging())
+        self.saved = (
+            "" if saved is None else f"merging as saved with the model: {in_words(saved)} (options override it)"
+        )
+        self.samples, self.left_out = ([], []) if data is None else samples_in(data, self.loader.medium)
         self.sample_names = [] if data is None else [printable(str(path.relative_to(data))) for path in self.samples]
         self.unmerged = merged_copies(self.model, [Setting(0, {"r": 0})], {})[0]
         self.lock = threading.Lock()
@@ -71,11 +74,28 @@ class Explorer:
             raise InputError(
                 f"there is no sample {index}, but {len(self.samples)} of them: choose one, or a picture of yours"
             )
-        return dataclasses.replace(self.loader(self.samples[index]), name=self.sample_names[index])
+        if self.loader.medium is not IMAGES:
+            return dataclasses.replace(self.loader(self.samples[index]), name=self.sample_names[index])
+        return self.loader.image(open_sample(self.samples[index]), self.sample_names[index])
 
-    def upload(self, image: Image.Image, name: str) -> Shown:
-        """Preprocess an uploaded picture."""
-        return self.loader.image(image, plain_name(name))
+    def upload(self, data: bytes, name: str) -> Shown:
+        """Decode and preprocess an uploaded picture, sound or video.
+
+        Raises:
+            InputError: if it is of another medium than the model takes, or cannot be decoded.
+        """
+        medium = self.loader.medium
+        if medium is IMAGES:
+            return self.loader.image(open_picture(data), plain_name(name))
+        suffix = Path(plain_name(name)).suffix.lower()
+        if suffix not in (medium.suffixes or ()):
+            raise InputError(
+                f"{plain_name(name)!r} is none of the {medium.name} that the model takes: give one of them"
+            )
+        with tempfile.TemporaryDirectory() as folder:  # FFmpeg reads files
+            file = Path(folder, f"upload{suffix}")
+            file.write_bytes(data)
+            return dataclasses.replace(self.loader(file), name=plain_name(name))
 
     def run(self, shown: Shown, settings: list[Setting]) -> dict[str, Any]:
         """Run all settings on a picture, and return the data for the page.
@@ -120,7 +140,11 @@ def make_app(explorer: Explorer, hosts: list[str], r: str = "8") -> Any:
 
     async def page(request: Request) -> Response:
         text = explorer_page(
-            explorer.name, {"images": [], "live": True, "samples": explorer.sample_names, "limit": MOST_BYTES}, r
+            explorer.name,
+            {"images": [], "live": True, "samples": explorer.sample_names, "limit": MOST_BYTES},
+            r,
+            explorer.random,
+            explorer.loader.medium,
         )
         return HTMLResponse(text, headers=_HEADERS)
 
@@ -162,26 +186,30 @@ async def _limited(request: Any) -> bytes | None:
 def _found(explorer: Explorer, settings: list[Setting], data: bytes, query: Any) -> dict[str, Any]:
     with explorer.lock:
         if data:
-            return explorer.run(explorer.upload(open_picture(data), query.get("name", "")), settings)
+            return explorer.run(explorer.upload(data, query.get("name", "")), settings)
         index = query.get("sample", "")
         if not re.fullmatch(r"[0-9]{1,6}", index):
-            raise InputError("no picture was given: choose a sample, or a picture of yours")
+            raise InputError("no file was given: choose a sample, or a file of yours")
         return explorer.run(explorer.sample(int(index)), settings)
 
 
-def run_explore(
-    args: ModelArgs, fields: dict[str, Any], r: str, data: Path | None, host: str, port: int, report: Report
-) -> int:
-    """Serve the page until interrupted, and return 0.
+def run(options: ExploreOptions, report: Report | None = None) -> list[Row]:
+    """Serve the page until interrupted; there are no rows to return.
+
+    Args:
+        options: what to serve, and where.
+        report: receiver of messages; `None` prints them.
 
     Raises:
         InputError: if uvicorn is missing, or the port is taken.
     """
+    report = report or Report()
+    host, port = options.host, options.port
     try:
         import uvicorn
     except ImportError:
         raise InputError("uvicorn is not installed, but explore needs it: pip install 'tokenmerge[explore]'") from None
-    settings_of(r.split())
+    settings_of(options.texts)
     everywhere = host in ("0.0.0.0", "::")
     app_hosts = ["*"] if everywhere else ["127.0.0.1", "localhost", "[::1]", host]
     try:
@@ -191,7 +219,15 @@ def run_explore(
             f"--host {host} --port {port} cannot be used ({getattr(error, 'strerror', None) or error}): choose another --port, or 0 for a free one"
         ) from None
     with contextlib.closing(listening):
-        app = make_app(Explorer(args, fields, data), app_hosts, r)
+        explorer = Explorer(options)
+        if explorer.saved:
+            report.say(explorer.saved)
+        if explorer.left_out:
+            report.warn(f"{len(explorer.left_out)} files or folders were left out, the first is {explorer.left_out[0]}")
+        warn_if_random(options, report.warn)
+        if explorer.loader.note:
+            report.warn(explorer.loader.note)
+        app = make_app(explorer, app_hosts, " ".join(options.texts))
         shown = f"[{host}]" if ":" in host else host
         report.say(f"http://{shown}:{listening.getsockname()[1]}/ (Ctrl+C ends it)")
         if host not in ("127.0.0.1", "localhost", "::1"):
@@ -199,4 +235,4 @@ def run_explore(
         server = uvicorn.Server(uvicorn.Config(app, log_level="warning", limit_concurrency=32))
         with contextlib.suppress(KeyboardInterrupt):
             server.run(sockets=[listening])
-    return 0
+    return []
