@@ -22,7 +22,7 @@ endef
 # the oldest supported versions, in a separate environment
 OLD := .venv-oldest
 # (the interpreter of Triton 3.6 does not work with a newer NumPy)
-OLDEST := torch==2.11.0 torchvision==0.26.0 timm==1.0.26 transformers==5.17.0 open_clip_torch==3.3.0 accelerate==1.12.0 numpy==2.3.5
+OLDEST := torch==2.11.0 torchvision==0.26.0 timm==1.0.26 transformers==5.17.0 open_clip_torch==3.3.0 accelerate==1.12.0 cyclopts==5.0.0 numpy==2.3.5
 
 .PHONY: demo test test-fast test-oldest check kernels docs overhead benchmarks benchmarks-gpu clean
 

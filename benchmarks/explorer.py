@@ -25,8 +25,8 @@ from tokenmerge.tools.report import Report
 from tokenmerge.tools.settings import parse_setting
 from tokenmerge.tools.visualize.load import Loader
 from tokenmerge.tools.visualize.looks import merged_copies
+from tokenmerge.tools.visualize.main import sheet
 from tokenmerge.tools.visualize.page import write_page
-from tokenmerge.tools.visualize.run import sheet
 
 _STEPS = """async () => {
   const times = [], slider = document.getElementById("step");

@@ -32,10 +32,11 @@ from tokenmerge.matching.joining import join
 from tokenmerge.ops.basics import unit
 from tokenmerge.patching import patch
 from tokenmerge.patching.state import carry, state_of
+from tokenmerge.tools.compare import CompareOptions
 from tokenmerge.tools.compare.data import Images
 from tokenmerge.tools.compare.scoring import Scores, score
 from tokenmerge.tools.compare.statistics import bootstrap
-from tokenmerge.tools.models import ModelArgs, load_model
+from tokenmerge.tools.models import load_model
 from tokenmerge.tools.report import Report
 from tokenmerge.tools.variants import share_weights
 
@@ -135,14 +136,14 @@ def main() -> None:
     parser.add_argument("--photos", type=Path, required=True)
     parser.add_argument("--limit", type=int, default=800)
     args = parser.parse_args()
-    report, loaded = Report(), ModelArgs(model=args.model, pretrained=True)
+    report, loaded = Report(), CompareOptions(model=args.model, pretrained=True, data=args.data, r=[8])
     model = load_model(loaded)
     sets = {
-        "training images": list(Images(model, loaded, args.data, 32, 2, args.limit)),
+        "training images": list(Images(model, loaded, args.limit)),
         "photos": photos_of(model, args.photos),
     }
     # calibrated on images that are not scored
-    others = list(Images(model, loaded, args.data, 32, 2, 2 * args.limit + 1))[::7]
+    others = list(Images(model, loaded, 2 * args.limit + 1))[::7]
     base = {name: score(model, batches, None) for name, batches in sets.items()}
     plain: dict[str, Scores] = {}
 

@@ -27,25 +27,24 @@ from typing import Any
 import torch
 from common import CPU_MODELS, SMALL_BATCHES, append, where
 
-from tokenmerge.tools.bench import BenchArgs, measure
-from tokenmerge.tools.models import ModelArgs
+from tokenmerge.tools.bench import BenchOptions
+from tokenmerge.tools.bench.measure import measure
 from tokenmerge.tools.report import Report
-from tokenmerge.tools.settings import parse_setting
 
 HERE = Path(__file__).resolve().parent
 VIDEO = ("hf:videomae-large", None, 65, 1)  # 1,568 tokens; slow, so only with --video
 
 
-def one_process(model: ModelArgs, bench: BenchArgs, r: int) -> list[dict[str, Any]]:
+def one_process(options: BenchOptions) -> list[dict[str, Any]]:
     """Return the rows of one measurement in this process."""
-    return measure(model, bench, [parse_setting(str(r))], {}, Report())
+    return measure(options, Report(), options.schedules(), options.merging())
 
 
-def in_processes(count: int, model: ModelArgs, bench: BenchArgs, r: int) -> tuple[list[dict[str, Any]], list[float]]:
+def in_processes(count: int, options: BenchOptions) -> tuple[list[dict[str, Any]], list[float]]:
     """Measure in `count` processes, and return the rows of the one with median overhead, and all overheads."""
     spawn = multiprocessing.get_context("spawn")
     with concurrent.futures.ProcessPoolExecutor(1, mp_context=spawn, max_tasks_per_child=1) as pool:
-        runs = [pool.submit(one_process, model, bench, r).result() for _ in range(count)]
+        runs = [pool.submit(one_process, options).result() for _ in range(count)]
     overheads = [float(run[-1]["overhead"]) for run in runs]
     return runs[overheads.index(statistics.median_low(overheads))], sorted(overheads)
 
@@ -180,15 +179,19 @@ def main() -> None:
     for job in jobs(args):
         name, size, r, batch, dtype = job
         rounds = args.rounds * (8 if job in SMALL_BATCHES and batch == 1 else 1)  # short passes vary more
-        model = ModelArgs(model=name, img_size=size, device=args.device, dtype=dtype)
-        bench = BenchArgs(
+        options = BenchOptions(
+            model=name,
+            img_size=size,
+            device=args.device,
+            dtype=dtype,
+            r=[r],
             batch_size=batch,
             warmup=2,
             rounds=rounds,
             statistic=args.statistic,
             compile=args.compile,
         )
-        rows, overheads = in_processes(args.processes, model, bench, r)
+        rows, overheads = in_processes(args.processes, options)
         append([{**common, **row} for row in rows])
         merged = rows[-1]
         columns = ("speedup", "flops_ratio", "realised", "overhead")

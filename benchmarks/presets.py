@@ -22,10 +22,11 @@ from timm.data.config import resolve_data_config
 from timm.data.transforms_factory import create_transform
 
 from tokenmerge.patching import patch
+from tokenmerge.tools.compare import CompareOptions
 from tokenmerge.tools.compare.data import Images
 from tokenmerge.tools.compare.scoring import score
 from tokenmerge.tools.compare.statistics import bootstrap
-from tokenmerge.tools.models import ModelArgs, load_model
+from tokenmerge.tools.models import load_model
 from tokenmerge.tools.report import Report
 from tokenmerge.tools.variants import share_weights
 
@@ -116,9 +117,9 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=Path(__file__).with_name("presets.csv"))
     args = parser.parse_args()
     report, rows = Report(), []
-    loaded = ModelArgs(model=args.model, pretrained=True)
+    loaded = CompareOptions(model=args.model, pretrained=True, data=args.data, r=[8])
     model = load_model(loaded)
-    sets = {"data": list(Images(model, loaded, args.data, 32, 2, args.limit))}
+    sets = {"data": list(Images(model, loaded, args.limit))}
     if args.photos is not None:
         sets["photos"] = photos_of(model, args.photos)
     base = {name: score(model, batches, None) for name, batches in sets.items()}

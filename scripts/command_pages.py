@@ -9,8 +9,12 @@ import argparse
 import sys
 from pathlib import Path
 
-from tokenmerge.cli import make_parser
+from tokenmerge.cli import COMMANDS
+from tokenmerge.cli.command import Command
+from tokenmerge.cli.flags import all_flags
+from tokenmerge.cli.help import help_text, usage
 from tokenmerge.config import FIELDS, choices_of, help_of
+from tokenmerge.tools.options import GROUPS as OPTION_GROUPS
 
 SETTINGS = Path(__file__).parents[1] / "docs" / "settings.md"
 GROUPS = {
@@ -23,32 +27,20 @@ FOLDER = Path(__file__).parents[1] / "docs" / "commands"
 MARK = "<!-- written by scripts/command_pages.py -->\n"
 
 
-def commands() -> dict[str, argparse.ArgumentParser]:
-    """Return the parsers of all commands by name."""
-    for action in make_parser()._actions:
-        if isinstance(action, argparse._SubParsersAction):
-            return dict(action.choices)
-    raise SystemExit("the command has no subcommands")
-
-
-def table(parser: argparse.ArgumentParser) -> str:
-    """Return the Markdown table of a command's flags."""
-    formatter = parser._get_formatter()
-    lines = ["", "| flag | meaning |", "|---|---|"]
-    for action in parser._actions:
-        if isinstance(action, argparse._HelpAction) or action.help == argparse.SUPPRESS:
-            continue
-        value = "" if action.nargs == 0 else " " + formatter._format_args(action, _name(action))
-        flag = ", ".join(action.option_strings) + value if action.option_strings else str(action.metavar or action.dest)
-        text = formatter._expand_help(action) if action.help else ""
-        lines.append(f"| `{_cell(flag)}` | {_cell(text)} |")
+def table(command: Command) -> str:
+    """Return the Markdown tables of a command's flags, one per group."""
+    options, _ = command.load()
+    flags = all_flags(command, options)
+    lines: list[str] = []
+    for group, title in OPTION_GROUPS.items():
+        mine = {field: pair for field, pair in flags.items() if pair[1].group == group}
+        if mine:
+            lines += ["", f"### {title}", "", "| flag | meaning |", "|---|---|"]
+        for field, (hint, flag) in mine.items():
+            default = options.__dataclass_fields__[field].default if field in options.__dataclass_fields__ else None
+            default = 2 if field == "workers" else default  # on a machine with more than one core
+            lines.append(f"| `{_cell(usage(field, hint, flag))}` | {_cell(help_text(flag, default))} |")
     return "\n".join(lines) + "\n"
-
-
-def _name(action: argparse.Action) -> str:
-    if action.choices is not None and action.metavar is None:
-        return "{" + ",".join(map(str, action.choices)) + "}"
-    return str(action.metavar or action.dest.upper())
 
 
 def _cell(text: str) -> str:
@@ -63,7 +55,8 @@ def settings_page() -> str:
         MARK.strip(),
         "",
         "The fields of `tokenmerge.MergeConfig` are keyword arguments of `patch`, `handle.update` and `MergeConfig`, and "
-        "properties of a handle. `--r` accepts a JSON file of them, which `MergeConfig.to_json` writes.",
+        "properties of a handle. On the command line, `--r` takes a schedule or a JSON file of settings, which `MergeConfig.save` "
+        "writes, and `--set NAME=VALUE` any other setting; `tokenmerge help settings` lists them.",
     ]
     for group, title in GROUPS.items():
         lines += ["", f"## {title}", "", "| setting | meaning | choices | default |", "|---|---|---|---|"]
@@ -78,27 +71,23 @@ def settings_page() -> str:
 def main() -> None:
     """Write the pages, or check them with `--check`."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--check", action="store_true", help="exit with 1 if a page is out of date")
+    parser.add_argument("--check", action="store_true", help="exit with 1 if a page is out of date, and write nothing")
     check = parser.parse_args().check
-    page = settings_page()
-    if check and (not SETTINGS.exists() or SETTINGS.read_text(encoding="utf-8") != page):
-        sys.exit(f"{SETTINGS} is out of date: run python scripts/command_pages.py")
-    if not check:
-        SETTINGS.write_text(page, encoding="utf-8")
-    found = commands()
-    pages = {path.stem for path in FOLDER.glob("*.md")}
-    if pages != set(found):
-        sys.exit(f"docs/commands has pages for {sorted(pages)}, but the commands are {sorted(found)}")
-    for name, command in found.items():
-        path = FOLDER / f"{name}.md"
-        before = path.read_text(encoding="utf-8")
-        head, mark, _ = before.partition(MARK)
-        if not mark:
-            sys.exit(f"{path} has no line {MARK.strip()!r}")
-        after = head + MARK + table(command)
-        if check and after != before:
-            sys.exit(f"{path} is out of date: run python scripts/command_pages.py")
-        path.write_text(after, encoding="utf-8")
+    pages = {SETTINGS: settings_page()}
+    for name, command in COMMANDS.items():
+        page = FOLDER / f"{name}.md"
+        head = (
+            page.read_text(encoding="utf-8").partition(MARK)[0]
+            if page.is_file()
+            else f"# tokenmerge {name}\n\n## Flags\n\n"
+        )
+        pages[page] = head + MARK + table(command)
+    stale = [page for page, text in pages.items() if not page.is_file() or page.read_text(encoding="utf-8") != text]
+    if check and stale:
+        sys.exit(f"out of date: {', '.join(page.name for page in stale)}: run python scripts/command_pages.py")
+    for page in stale:
+        page.write_text(pages[page], encoding="utf-8")
+        print(f"wrote {page.relative_to(Path.cwd()) if page.is_relative_to(Path.cwd()) else page}")
 
 
 if __name__ == "__main__":

@@ -66,7 +66,7 @@ def test_no_file_imports_itself_in_a_circle() -> None:
 
 def test_the_core_knows_no_tools() -> None:
     for name, file in MODULES.items():
-        if not name.startswith(("tokenmerge.tools", "tokenmerge.cli", "tokenmerge.flags", "tokenmerge.__main__")):
+        if not name.startswith(("tokenmerge.tools", "tokenmerge.cli", "tokenmerge.__main__")):
             assert not any(other.startswith(("tokenmerge.tools", "tokenmerge.cli")) for other in _imports(file)), name
 
 
@@ -146,19 +146,11 @@ def test_choices_stand_in_one_file() -> None:
     assert all(help_of(name) for name in FIELDS)
 
 
-def test_flags_are_made_from_fields() -> None:
-    from tokenmerge.cli import make_parser
+def test_the_help_of_settings_is_made_from_fields() -> None:
+    from tokenmerge.cli.help import settings
 
-    text = " ".join(_help_of_eval(make_parser()).split())
+    text = " ".join(settings().split())
     for name in FIELDS:
         if FIELDS[name].metadata["group"] in ("matching", "running") and choices_of(name):
-            assert f"--{name}" in text
+            assert f" {name} " in text
             assert " ".join(help_of(name).split())[:40] in text
-
-
-def _help_of_eval(parser: Any) -> str:
-    """The help of `eval`, which has all of them."""
-    commands = next(
-        action for action in parser._actions if hasattr(action, "choices") and isinstance(action.choices, dict)
-    )
-    return str(commands.choices["eval"].format_help())

@@ -44,7 +44,7 @@ def test_configs_are_kept_in_files(tmp_path: Path, fields: dict[str, Any]) -> No
 @pytest.mark.parametrize("fields", SETTINGS, ids=str)
 def test_a_timm_model_comes_back_merged(tmp_path: Path, fields: dict[str, Any]) -> None:
     model = tiny("vit_tiny_patch16_224")
-    args = {"img_size": 64, "patch_size": 8, "embed_dim": 32, "depth": 3, "num_heads": 2}
+    args: dict[str, Any] = {"img_size": 64, "patch_size": 8, "embed_dim": 32, "depth": 3, "num_heads": 2}
     model = timm.create_model("vit_tiny_patch16_224", num_classes=5, **args).eval()
     handle = tokenmerge.patch(model, **fields, attention="mask", trace=True)
     tokenmerge.save(model, tmp_path, model_args=args, label_names=list("abcde"))
@@ -79,7 +79,7 @@ def test_arguments_that_are_not_recorded_are_asked_for(tmp_path: Path, monkeypat
 
 
 def test_predictors_are_saved_beside(tmp_path: Path) -> None:
-    args = {"depth": 2, "img_size": 32, "patch_size": 8, "embed_dim": 32, "num_heads": 2}
+    args: dict[str, Any] = {"depth": 2, "img_size": 32, "patch_size": 8, "embed_dim": 32, "num_heads": 2}
     model = timm.create_model("vit_tiny_patch16_224", num_classes=3, **args).eval()
     tokenmerge.patch(model, r=3, matcher="dynamicvit")
     add_predictors(model, [0, 1])
@@ -92,8 +92,14 @@ def test_predictors_are_saved_beside(tmp_path: Path) -> None:
 def _vit() -> Any:
     from transformers import ViTConfig, ViTForImageClassification
 
-    sizes = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 2, "intermediate_size": 64}
-    return ViTForImageClassification(ViTConfig(image_size=64, patch_size=8, num_labels=5, **sizes)).eval()
+    sizes: dict[str, Any] = {
+        "hidden_size": 32,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 2,
+        "intermediate_size": 64,
+    }
+    sizes |= {"image_size": 64, "patch_size": 8, "num_labels": 5}
+    return ViTForImageClassification(ViTConfig(**sizes)).eval()
 
 
 @pytest.mark.parametrize("fields", SETTINGS, ids=str)
@@ -124,7 +130,12 @@ def test_a_transformers_model_keeps_them_in_its_config(tmp_path: Path, fields: d
 def test_a_tower_inside_keeps_them_in_its_part_of_the_config(tmp_path: Path) -> None:
     from transformers import CLIPConfig, CLIPModel
 
-    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
+    sizes: dict[str, Any] = {
+        "hidden_size": 32,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "intermediate_size": 64,
+    }
     model = CLIPModel(
         CLIPConfig(vision_config={**sizes, "image_size": 64, "patch_size": 8}, text_config={**sizes, "vocab_size": 99})
     ).eval()

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import os
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ from tokenmerge.patching import handle_of, is_patched, patch
 from tokenmerge.patching.kept import KEY, config_of, lasting
 from tokenmerge.patching.predictors import FILE as PREDICTORS
 from tokenmerge.patching.predictors import load_predictors, split_state
+from tokenmerge.patching.target import find_target
 
 SETTINGS = "tokenmerge.json"
 """Name of the file of settings in a saved folder: a config, as `MergeConfig.save` writes it."""
@@ -62,18 +63,46 @@ def save(
         True
     """
     config = lasting(handle_of(model).config)
+    state = {name: one.detach().cpu() for name, one in model.state_dict().items()}
+    write_model(model, state, config, Path(folder), model_args=model_args, label_names=label_names)
+
+
+def write_model(
+    model: nn.Module,
+    state: Mapping[str, torch.Tensor],
+    config: MergeConfig,
+    folder: Path,
+    *,
+    model_args: Mapping[str, Any] | None = None,
+    without: Sequence[str] = (),
+    label_names: Sequence[str] | None = None,
+    more: Callable[[Path], Any] = lambda folder: None,
+) -> None:
+    """Write a model, its weights and its merging; see `save`.
+
+    Args:
+        model: a timm or transformers model.
+        state: its weights, with those of predictors, on the CPU.
+        config: its merging.
+        folder: the folder.
+        model_args: keyword arguments that a timm model was created with.
+        without: keyword arguments that are not stored, because they belong to a training.
+        label_names: class names in the order of the outputs.
+        more: function that writes further files into a folder.
+    """
     config.to_json()  # raises before anything is written
-    state, predictors = split_state(model, {name: one.detach().cpu() for name, one in model.state_dict().items()})
-    folder = Path(folder)
+    state, predictors = split_state(model, {name: one.contiguous() for name, one in state.items()})
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=".tokenmerge-", dir=folder) as place:
             beside = Path(place)
             if hasattr(model, "save_pretrained"):
-                _save_transformers(model, state, label_names, beside)
+                _save_transformers(model, state, config, label_names, beside)
             else:
-                _save_timm(model, state, model_args, label_names, config, beside)
+                _save_timm(model, state, config, beside, {**(model_args or {})}, label_names)
+                _complete_timm(model, state, beside, without)
             _save_predictors(predictors, beside)
+            more(beside)
             write_json(beside / SETTINGS, json.loads(config.to_json()), "the settings")
             move_into(beside, folder)
     except OSError as error:
@@ -100,7 +129,9 @@ def _save_predictors(state: Mapping[str, torch.Tensor], folder: Path) -> None:
         (folder / PREDICTORS).write_bytes(as_bytes({name: one.contiguous() for name, one in state.items()}))
 
 
-def _save_transformers(model: Any, state: dict[str, Any], labels: Sequence[str] | None, folder: Path) -> None:
+def _save_transformers(
+    model: Any, state: dict[str, Any], config: MergeConfig, labels: Sequence[str] | None, folder: Path
+) -> None:
     if labels is not None:
         model.config.id2label = dict(enumerate(labels))
         model.config.label2id = {name: index for index, name in enumerate(labels)}
@@ -110,15 +141,19 @@ def _save_transformers(model: Any, state: dict[str, Any], labels: Sequence[str] 
         raise
     except Exception as error:  # safetensors raises its own type for a full disk
         raise InputError(f"the model cannot be saved ({type(error).__name__}: {words_of(error)}): make room") from None
+    about = read_json(folder / "config.json", "the model's config", finite=False)
+    if KEY in about:  # (a tower inside keeps its settings in its own part of the config)
+        about[KEY] = json.loads(config.to_json())
+        (folder / "config.json").write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
 
 
 def _save_timm(
     model: Any,
     state: dict[str, Any],
-    model_args: Mapping[str, Any] | None,
-    labels: Sequence[str] | None,
     config: MergeConfig,
     folder: Path,
+    model_args: dict[str, Any],
+    labels: Sequence[str] | None,
 ) -> None:
     from safetensors.torch import save as as_bytes
     from timm.models._hub import save_config_for_hf
@@ -130,12 +165,21 @@ def _save_timm(
         )
     about = {} if labels is None else {"label_names": list(labels)}
     path: Any = folder / "config.json"  # older versions of timm take a path only, newer ones are annotated with text
-    save_config_for_hf(model, path, model_config=about, model_args=dict(model_args or {}))
-    written = read_json(path, "the model's config")
+    save_config_for_hf(model, path, model_config=about, model_args=model_args)
+    (folder / WEIGHTS).write_bytes(as_bytes(state, metadata={"format": "pt", KEY: config.to_json()}))
+
+
+def _complete_timm(model: Any, state: Mapping[str, torch.Tensor], folder: Path, without: Sequence[str]) -> None:
+    """Correct the config that timm wrote by the model itself, and check that it gives the model again."""
+    written = read_json(folder / "config.json", "the model's config", finite=False)
+    target = find_target(model)
+    shape = target.family.input_shape(target.model)
+    if shape is not None:  # `img_size` may have changed it
+        written["pretrained_cfg"]["input_size"] = list(shape)
     written["pretrained_cfg"]["custom_load"] = False  # the weights are in timm's own format, wherever they came from
-    write_json(path, written, "the model's config")
-    contiguous = {name: one.contiguous() for name, one in state.items()}
-    (folder / WEIGHTS).write_bytes(as_bytes(contiguous, metadata={"format": "pt", KEY: config.to_json()}))
+    kept = {name: value for name, value in written.get("model_args", {}).items() if name not in without}
+    written["model_args"] = kept
+    (folder / "config.json").write_text(json.dumps(written, indent=2) + "\n", encoding="utf-8")
     with torch.device("meta"):
         again = _create_timm(folder)
     wanted = {name: one.shape for name, one in state.items()}
@@ -168,7 +212,7 @@ def load(source: Path | str | nn.Module) -> nn.Module:
         patch(source, _kept_in(source))
         return source
     folder = Path(source)
-    about = read_json(folder / "config.json", "the model's config")
+    about = read_json(folder / "config.json", "the model's config", finite=False)
     if not isinstance(about, dict) or not ("architecture" in about or "model_type" in about):
         raise InputError(
             f"{shown(str(folder))} holds no model of timm or transformers: give a folder that was saved so"
@@ -198,7 +242,7 @@ def settings_in(folder: Path) -> MergeConfig | None:
         return MergeConfig.load(folder / SETTINGS)
     if not (folder / "config.json").exists():
         return None
-    found = _entry(read_json(folder / "config.json", "the model's config"))
+    found = _entry(read_json(folder / "config.json", "the model's config", finite=False))
     return None if found is None else _as_config(found, str(folder / "config.json"))
 
 

@@ -13,8 +13,8 @@ from tokenmerge.cli import main
 from tokenmerge.ops.timing import Spread
 from tokenmerge.patching.tuning.measure import pays
 from tokenmerge.patching.tuning.schedules import spaced
-from tokenmerge.tools import break_even
-from tokenmerge.tools.break_even import batches_up_to, ladder
+from tokenmerge.tools.bench import break_even
+from tokenmerge.tools.bench.break_even import batches_up_to, ladder
 
 
 def test_what_is_tried() -> None:
@@ -118,4 +118,4 @@ def test_r_is_asked_for_without_it(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["bench", "deit_tiny_patch16_224", "--break-even", "--r", "0"]) == 2
     assert "r=0 alone" in capsys.readouterr().err
     assert main(["bench", "deit_tiny_patch16_224"]) == 2
-    assert "such as --r 8 16, or --break-even" in capsys.readouterr().err
+    assert "such as --r 8 16" in capsys.readouterr().err

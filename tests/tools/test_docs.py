@@ -14,12 +14,13 @@ import pytest
 import tokenmerge
 from tokenmerge.cli import main
 from tokenmerge.ops import timing
-from tokenmerge.tools import bench, break_even
+from tokenmerge.tools.bench import break_even
+from tokenmerge.tools.bench import measure as bench
 from tokenmerge.tools.compare import variants
-from tokenmerge.tools.demo import run as demo
+from tokenmerge.tools.demo import main as demo
 from tokenmerge.tools.demo.digits import load_digits
 from tokenmerge.tools.demo.export import export_demo
-from tokenmerge.tools.search import run as search
+from tokenmerge.tools.search import main as search
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]

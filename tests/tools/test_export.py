@@ -16,8 +16,9 @@ from tests.helpers.tiny import images_for, tiny
 from tests.helpers.towers import TOWERS
 from tokenmerge.cli import main
 from tokenmerge.errors import InputError
-from tokenmerge.tools import export as tool
-from tokenmerge.tools.export import METADATA, SUFFIXES, ExportArgs, export_model
+from tokenmerge.tools.export import files as tool
+from tokenmerge.tools.export.files import METADATA, export_model
+from tokenmerge.tools.export.options import SUFFIXES, ExportOptions
 
 # one of each kind of seam: class token, distillation, registers and LayerScale, map and average pooling, rotary
 # positions, relative biases, talking heads
@@ -36,7 +37,7 @@ NAMES = [
 
 def export(model: nn.Module, images: torch.Tensor, path: Path, format: str, **fields: Any) -> float:
     """The relative difference that verifying found."""
-    args = ExportArgs(format=format, **fields)
+    args = ExportOptions(model="m", r=[8], format=format, **fields)
     written = export_model(model, images, args, path / f"model{SUFFIXES[format]}", {"a": 1})
     assert written.difference is not None
     assert written.bytes == sum(file.stat().st_size for file in path.iterdir())
@@ -103,7 +104,7 @@ def test_a_file_that_differs_is_not_written(error: float, tmp_path: Path, monkey
     """Nor is an older file under that name lost."""
     model = tiny(NAMES[0])
     (tmp_path / "model.pt2").write_bytes(b"older")
-    monkeypatch.setitem(tool._RUNNERS, "pt2", lambda path: lambda images: [model(images) + error])
+    monkeypatch.setitem(tool.RUNNERS, "pt2", lambda path: lambda images: [model(images) + error])
     with pytest.raises(InputError, match=r"differs from the model by .* nothing was written"):
         export(model, images_for(model), tmp_path, "pt2")
     assert (tmp_path / "model.pt2").read_bytes() == b"older"
@@ -115,7 +116,7 @@ def test_a_file_that_cannot_be_run_is_not_kept(tmp_path: Path, monkeypatch: pyte
         raise TypeError("no such kernel")
 
     model = tiny(NAMES[0])
-    monkeypatch.setitem(tool._RUNNERS, "pt2", lambda path: broken)
+    monkeypatch.setitem(tool.RUNNERS, "pt2", lambda path: broken)
     with pytest.raises(InputError, match=r"cannot be run here \(TypeError: no such kernel\)"):
         export(model, images_for(model), tmp_path, "pt2")
     with pytest.raises(InputError, match="does not compute bfloat16"):
@@ -128,7 +129,9 @@ def test_a_link_is_followed(tmp_path: Path) -> None:
     (tmp_path / "there").mkdir()
     (tmp_path / "here").mkdir()
     (tmp_path / "here" / "model.pt2").symlink_to(tmp_path / "there" / "real.pt2")
-    export_model(model, images_for(model), ExportArgs(format="pt2"), tmp_path / "here" / "model.pt2", {})
+    export_model(
+        model, images_for(model), ExportOptions(model="m", r=[8], format="pt2"), tmp_path / "here" / "model.pt2", {}
+    )
     assert [file.name for file in (tmp_path / "there").iterdir()] == ["real.pt2"]
     assert (tmp_path / "here" / "model.pt2").is_symlink()
 

@@ -28,7 +28,8 @@ from tokenmerge.errors import ConfigError
 from tokenmerge.matching import matcher_names
 from tokenmerge.matching.registry import get_entry
 from tokenmerge.patching.predictors import add_predictors
-from tokenmerge.tools.export import SUFFIXES, ExportArgs, export_model
+from tokenmerge.tools.export.files import export_model
+from tokenmerge.tools.export.options import SUFFIXES, ExportOptions
 
 DOCS = Path(__file__).parents[2] / "docs" / "export.md"
 R = [5, 0]
@@ -106,7 +107,9 @@ def _by_command(format: str) -> Callable[[nn.Module, Tensor, Path], Run | None]:
     """Write and verify a file as `tokenmerge export` does, on batches that it was not exported with."""
 
     def write(model: nn.Module, images: Tensor, folder: Path) -> None:
-        written = export_model(model, images, ExportArgs(format=format), folder / f"model{SUFFIXES[format]}", {})
+        written = export_model(
+            model, images, ExportOptions(model="m", r=[8], format=format), folder / f"model{SUFFIXES[format]}", {}
+        )
         assert written.difference is not None
         assert written.difference <= 1e-5
 

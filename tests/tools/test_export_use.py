@@ -16,7 +16,8 @@ from tests.helpers.tiny import images_for, tiny
 from tests.tools.test_export_table import COLUMNS, Several
 from tokenmerge.errors import ConfigError
 from tokenmerge.ops import basics, exported
-from tokenmerge.tools.export import SUFFIXES, ExportArgs, export_model
+from tokenmerge.tools.export.files import export_model
+from tokenmerge.tools.export.options import SUFFIXES, ExportOptions
 from tokenmerge.tools.search.space import START, config_fields, full, suggest
 
 ANY = torch.export.Dim.DYNAMIC
@@ -219,4 +220,10 @@ def test_a_refusal_is_our_own_sentence(format: str, tmp_path: Path) -> None:
     model = tiny("deit_tiny_patch16_224", depth=1)
     tokenmerge.patch(model, r=5, matcher="agglomerative")
     with pytest.raises(ConfigError, match="runs in scipy"):
-        export_model(model, images_for(model), ExportArgs(format=format), tmp_path / f"model{SUFFIXES[format]}", {})
+        export_model(
+            model,
+            images_for(model),
+            ExportOptions(model="m", r=[8], format=format),
+            tmp_path / f"model{SUFFIXES[format]}",
+            {},
+        )

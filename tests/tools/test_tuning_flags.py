@@ -12,7 +12,7 @@ import pytest
 from tokenmerge import Tuning
 from tokenmerge.ops.timing import Spread
 from tokenmerge.patching.tuning import measure, run
-from tokenmerge.tools import tune_file
+from tokenmerge.tools.export import tune_file
 from tokenmerge.tools.tuning import tune
 
 Run = Callable[..., tuple[int, str, str]]
@@ -67,7 +67,7 @@ def test_a_record_is_written_once_and_used_afterwards(
         (("--r", "1", "--tune", "--compile"), "leave one of them out"),
         (("--break-even", "--tune-schedule"), "give --tune alone"),
         (("--r", "1", "--tuning", "broken.json"), "a record of a tuning was expected"),
-        (("--r", "1", "--tune", "--tuning", "nowhere/x.json"), "cannot be written"),
+        (("--r", "1", "--tune", "--tuning", "nowhere/x.json"), "does not exist"),
     ],
 )
 def test_flags_that_do_not_fit(words: Sequence[str], said: str, run: Run, tmp_path: Path) -> None:
@@ -109,12 +109,12 @@ def test_eval_tunes_on_its_first_batch(
 
 def test_every_process_of_an_evaluation_must_do_the_same() -> None:
     from tokenmerge.errors import InputError
-    from tokenmerge.tools.evaluate import _tune
-    from tokenmerge.tools.tuning import TuneArgs
+    from tokenmerge.tools.common import TuneOptions
+    from tokenmerge.tools.eval.main import _tune
 
     several: Any = type("Several", (), {"count": 2, "is_main": True})
     with pytest.raises(InputError, match="2 processes were started"):
-        _tune([], None, TuneArgs(tune=True), several, None)  # type: ignore[arg-type]
+        _tune([], None, TuneOptions(tune=True), several, None)  # type: ignore[arg-type]
 
 
 @pytest.mark.slow
@@ -147,13 +147,13 @@ def test_export_keeps_the_fastest_file(
 
 def test_export_moves_no_schedule_that_belongs_to_its_blocks(run: Run, model_dir: Path) -> None:
     words = ("export", f"local-dir:{model_dir}", "--r", "4", "--format", "pt2", "--batch-size", "1", "--tune-schedule")
-    code, _, err = run(*words, "--matcher", "diffrate", "--option", "pruned=[0.1,0.2,0.3]")
+    code, _, err = run(*words, "--matcher", "diffrate", "--set", "pruned=[0.1,0.2,0.3]")
     assert code == 2
     assert "cannot be moved" in " ".join(err.split())
 
 
 def test_nothing_is_tuned_unless_it_is_asked_for() -> None:
-    from tokenmerge.tools.tuning import NO_TUNING
+    from tokenmerge.tools.common import TuneOptions
 
-    assert tune(None, None, None, NO_TUNING, "", print) is None  # type: ignore[arg-type]
+    assert tune(None, None, None, TuneOptions(), "", print) is None  # type: ignore[arg-type]
     assert measure.GAIN == 1.02

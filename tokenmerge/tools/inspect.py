@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+import dataclasses
 from typing import Any
 
 import torch
@@ -13,8 +13,10 @@ from tokenmerge.errors import UnsupportedModelError
 from tokenmerge.patching import Summary, patched
 from tokenmerge.patching.check import check_block
 from tokenmerge.patching.target import find_target
-from tokenmerge.tools.models import ModelArgs, skeleton
+from tokenmerge.tools.common import MergeOptions, ModelOptions, PageOptions
+from tokenmerge.tools.models import skeleton
 from tokenmerge.tools.report import Report, Row
+from tokenmerge.tools.saved import merging_of
 from tokenmerge.tools.settings import Setting
 
 
@@ -29,28 +31,44 @@ def _with_values(block: nn.Module) -> Any:
     return filled
 
 
-def run_inspect(args: ModelArgs, settings: Sequence[Setting], fields: dict[str, Any], report: Report) -> int:
-    """Inspect a model, print and write one row per setting, and return 0, or 2 if the model is not supported."""
-    model = skeleton(args)
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class InspectOptions(ModelOptions, MergeOptions, PageOptions):
+    """Options of `tokenmerge inspect`."""
+
+
+def run(options: InspectOptions, report: Report | None = None) -> list[Row]:
+    """Inspect a model, print and write one row per setting, and return the rows.
+
+    Args:
+        options: what to inspect.
+        report: receiver of the results; `None` prints them.
+
+    Raises:
+        InputError: if the model cannot be made.
+    """
+    report = report or Report(options.json, options.html)
+    settings, fields = merging_of(options, report.say, usual=["8"])
+    model = skeleton(options)
     try:
         target = find_target(model)
         block, row = target.blocks[0]
         check_block(row, _with_values(block), target.channels, "block 0", target.family.library)
     except UnsupportedModelError as error:
-        report.say(f"{args.model}: not supported")
+        report.say(f"{options.model}: not supported")
         for reason in error.reasons or (str(error),):
             report.say(f"  - {reason}")
         report.say(f"  {error}", style="dim")
-        report.write([{"model": args.model, "supported": False, "reasons": list(error.reasons), "message": str(error)}])
-        return 2
+        refused = {"model": options.model, "supported": False, "reasons": list(error.reasons), "message": str(error)}
+        report.write([refused])
+        return [refused]
     rows = []
     for setting in settings:
         with patched(model, setting.config(**fields)) as handle:
             summary = handle.summary()
-        rows.append(_row(args.model, setting, summary))
-        _print(report, args.model, setting, summary)
+        rows.append(_row(options.model, setting, summary))
+        _print(report, options.model, setting, summary)
     report.write(rows)
-    return 0
+    return rows
 
 
 def _row(model: str, setting: Setting, summary: Summary) -> Row:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from tokenmerge.config import FIELDS, MergeConfig
+from tokenmerge.config import FIELDS, SCHEDULE_FIELDS, MergeConfig
 from tokenmerge.errors import ConfigError, UnknownFieldError
 from tokenmerge.patching.match import check_matching
+from tokenmerge.tools.options import nearest
 
 GRAMMAR = "8 (in every block), 16:-1 (r:inflect), 8,8,0 (a list per block), keep=0.9, flops=0.5, speedup=2, or a config file ending in .json"
 
@@ -29,7 +30,8 @@ class Setting:
     @property
     def title(self) -> str:
         """Label for tables and pictures, such as "r=8" or "flops=0.5"."""
-        return f"r={self.label}" if set(self.fields) == {"r"} else str(self.label)
+        of_file = str(self.label).endswith(".json")
+        return f"r={self.label}" if set(self.fields) == {"r"} and not of_file else str(self.label)
 
     @property
     def is_baseline(self) -> bool:
@@ -61,10 +63,8 @@ def parse_setting(text: str) -> Setting:
 
 def _from_file(path: Path) -> dict[str, Any]:
     try:
-        config = MergeConfig.from_json(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ConfigError(f"the config {str(path)!r} cannot be read ({error.strerror}): check the path") from None
-    except (ConfigError, UnknownFieldError, UnicodeDecodeError) as error:
+        config = MergeConfig.load(path)
+    except (ConfigError, UnknownFieldError) as error:
         raise ConfigError(f"{str(path)!r} holds no config of tokenmerge: {error}") from None
     if not config.scheduled:
         raise ConfigError(f"{str(path)!r} says nothing of how much to merge: add r, keep, flops or speedup to it")
@@ -81,39 +81,59 @@ def _fields(text: str) -> dict[str, Any]:
         r, inflect = text.split(":")
         return {"r": (int(r), float(inflect))}
     if "," in text:
-        listed = [int(part) for part in text.split(",") if part.strip()]
-        if not listed:
-            raise ValueError(text)
-        return {"r": listed}
+        return {"r": [int(part) for part in text.removesuffix(",").split(",")]}  # "8," is a list of one
     return {"r": int(text)}
 
 
-def matching_fields(args: Any) -> dict[str, Any]:
-    """Return the fields of `MergeConfig` that the flags of matching set, after checking them.
+def label_of(config: MergeConfig) -> int | str:
+    """Return the schedule of a config as `--r` takes it."""
+    name, value = next(iter(config.changed("schedule").items()))
+    if isinstance(value, tuple):
+        return f"{value[0]}:{value[1]:g}"
+    listed = ",".join(map(str, value)) + ("," if len(value) == 1 else "") if isinstance(value, list) else value
+    return listed if name == SCHEDULE_FIELDS[0] else f"{name}={listed}"
+
+
+def in_words(config: MergeConfig) -> str:
+    """Return the settings of a config that differ from the defaults, in a few words, such as "r=8, combine norm"."""
+    label = label_of(config) if config.scheduled else ""
+    parts = [] if not config.scheduled else [f"r={label}" if "=" not in str(label) else str(label)]
+    changed = {name: value for name, value in config.changed().items() if name not in SCHEDULE_FIELDS}
+    for name, value in changed.items():
+        parts.append(f"{name} {dict(value)}" if isinstance(value, Mapping) else f"{name} {value}")
+    return ", ".join(parts) or "the paper's settings"
+
+
+def merging_fields(given: Mapping[str, Any], **flags: Any) -> dict[str, Any]:
+    """Return the fields of `MergeConfig` other than the schedule, after checking them.
+
+    Args:
+        given: fields of `MergeConfig` (from `--set`); any other name is an argument of the matcher.
+        **flags: fields that have flags of their own, and the preset; `None` if not given.
 
     Raises:
-        ConfigError: if there is no such matcher, or it has no such option.
+        ConfigError: if a value is invalid, there is no such matcher, or it has no such argument.
     """
-    names = ["preset", *(name for name, field in FIELDS.items() if field.metadata["group"] == "matching")]
-    fields = {name: getattr(args, name) for name in names if getattr(args, name, None) is not None}
-    options = dict(_option(text) for text in getattr(args, "option", None) or ())
+    fields = {name: value for name, value in flags.items() if value is not None}
+    options: dict[str, Any] = {}
+    for name, value in given.items():
+        if name not in FIELDS:
+            options[name] = value
+            continue
+        if name in SCHEDULE_FIELDS or name in ("options", "trace"):
+            hint = f"give it to --r, as {name}={value}" if name in SCHEDULE_FIELDS else "leave it out"
+            raise ConfigError(f"--set {name} was given, but it does not say how tokens merge: {hint}")
+        if fields.get(name, "auto") != "auto":
+            raise ConfigError(f"--set {name} and --{name.replace('_', '-')} were both given: give one of them")
+        fields[name] = value
     if options:
         fields["options"] = options
-    config = MergeConfig.create(**fields)
-    check_matching(config)
-    return fields
-
-
-def _option(text: str) -> tuple[str, Any]:
-    name, equals, value = text.partition("=")
-    if not equals or not name:
-        raise ConfigError(f"--option {text!r} is not understood, but NAME=VALUE was expected: try iterations=5")
     try:
-        return name, json.loads(value)
-    except json.JSONDecodeError:
-        return name, value
-    except (
-        ValueError,
-        RecursionError,
-    ) as error:  # Python refuses numbers of too many digits and brackets nested too deeply
-        raise ConfigError(f"--option {text!r:.60} is not understood ({error!s:.80}): try iterations=5") from None
+        check_matching(MergeConfig.create(**fields))
+    except ConfigError as error:
+        odd = next((name for name in options if repr(name) in str(error)), None)
+        near = None if odd is None else nearest(odd, list(FIELDS))
+        if near is None:
+            raise
+        raise ConfigError(f"--set {odd} is no setting, and no argument of the matcher: did you mean {near}?") from None
+    return fields

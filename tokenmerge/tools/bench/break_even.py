@@ -21,13 +21,14 @@ from tokenmerge.patching.target import find_target
 from tokenmerge.patching.tuning.measure import GAIN, pays
 from tokenmerge.patching.tuning.schedules import spaced
 from tokenmerge.schedule import max_merges
-from tokenmerge.tools.bench import BenchArgs, compile_now, passes, prepare
+from tokenmerge.tools.bench.measure import compile_now, passes, prepare
+from tokenmerge.tools.bench.options import BenchOptions
 from tokenmerge.tools.device import place
-from tokenmerge.tools.models import ModelArgs, input_shape, load_model
+from tokenmerge.tools.models import input_shape, load_model
 from tokenmerge.tools.report import Report, Row
-from tokenmerge.tools.settings import Setting
-from tokenmerge.tools.trained import as_trained
-from tokenmerge.tools.tuning import tune
+from tokenmerge.tools.saved import combined, saved_with
+from tokenmerge.tools.settings import Setting, in_words
+from tokenmerge.tools.tuning import check_tuning, tune
 from tokenmerge.tools.variants import share_weights
 
 _SPARSE = 3
@@ -47,66 +48,63 @@ def ladder(model: Any) -> list[Setting]:
     return [Setting(r, {"r": r}) for r in (2**i for i in range(most.bit_length())) if r <= most]
 
 
-def run_break_even(
-    args: ModelArgs, bench: BenchArgs, settings: Sequence[Setting], fields: dict[str, Any], report: Report
-) -> int:
-    """Measure a model, print and write one row per batch size and setting, and return 0.
+def run_break_even(options: BenchOptions, report: Report) -> list[Row]:
+    """Measure a model, print and write one row per batch size and setting, and return them.
 
     Args:
-        args: the model.
-        bench: options of the measurement; `batch_size` is the largest batch size.
-        settings: the r to try; none means r = 1, 2, 4, ….
-        fields: other fields of `MergeConfig`.
+        options: what to measure; without `r`, r = 1, 2, 4, … are tried.
         report: receiver of the results.
     """
-    fields = as_trained(args, fields)
-    model = load_model(args)
+    saved = saved_with(options)
+    settings, fields = options.schedules(), options.merging()
+    if saved is not None:
+        fields = combined(saved, fields)
+        report.say(f"merging as saved with the model: {in_words(saved)} (options override it)")
+    model = load_model(options)
     wanted = [setting for setting in settings if not setting.is_baseline]
     if settings and not wanted:
         raise InputError(
             "--break-even was given r=0 alone, which is the unmerged model: give other r, or none for a ladder"
         )
     wanted = wanted or ladder(model)
-    bench.tuning.check(wanted, bench.compile)
-    if bench.tuning.schedule or bench.tuning.file is not None:
+    check_tuning(options, wanted, options.compile)
+    if options.tune_schedule or options.tuning is not None:
         raise InputError(
             "--break-even compares schedules at several batch sizes itself, but --tune-schedule or --tuning was given: give --tune alone"
         )
     rows: list[Row] = []
     with report.progress() as progress:
-        task = progress.add_task("batch sizes", total=len(batches_up_to(bench.batch_size)))
-        for batch in batches_up_to(bench.batch_size):
-            rows += _measure(model, args, bench, batch, wanted, fields, report)
+        task = progress.add_task("batch sizes", total=len(batches_up_to(options.batch_size)))
+        for batch in batches_up_to(options.batch_size):
+            rows += _measure(model, options, batch, wanted, fields, report)
             progress.advance(task)
-    _print(report, args, bench, rows)
+    _print(report, options, rows)
     report.write(rows)
-    return 0
+    return rows
 
 
 def _measure(
     model: Any,
-    args: ModelArgs,
-    bench: BenchArgs,
+    options: BenchOptions,
     batch: int,
     settings: Sequence[Setting],
     fields: dict[str, Any],
     report: Report,
 ) -> list[Row]:
     images = torch.randn(batch, *input_shape(model), generator=torch.Generator().manual_seed(0))
-    images = place(images, args.device, args.dtype, args.channels_last)
-    rows = _turns(model, args, bench, images, [(s, s.config(**fields)) for s in settings], report)
+    images = place(images, options.device, options.dtype, options.channels_last)
+    rows = _turns(model, options, images, [(s, s.config(**fields)) for s in settings], report)
     rows.sort(key=lambda row: (sum(row["schedule"]), row["schedule"]))
     if not any(row["pays"] for row in rows):
         schedule = list(spaced(tuple(rows[-1]["schedule"]), _SPARSE, late=True))
         setting = Setting(",".join(map(str, schedule)), {"r": schedule})
-        rows += _turns(model, args, bench, images, [(setting, setting.config(**fields))], report, sparse=True)
+        rows += _turns(model, options, images, [(setting, setting.config(**fields))], report, sparse=True)
     return rows
 
 
 def _turns(
     model: Any,
-    args: ModelArgs,
-    bench: BenchArgs,
+    options: BenchOptions,
     images: torch.Tensor,
     configs: Sequence[tuple[Setting, MergeConfig]],
     report: Report,
@@ -115,29 +113,29 @@ def _turns(
     copies = [share_weights(model) for _ in configs]
     handles = [patch(copy, config) for copy, (_, config) in zip(copies, configs, strict=True)]
     for copy, handle, (setting, _) in zip(copies, handles, configs, strict=True):
-        tune(copy, handle, images, bench.tuning, f"batch {images.shape[0]}, {setting.title}", report.say)
+        tune(copy, handle, images, options, f"batch {images.shape[0]}, {setting.title}", report.say)
     summaries = [handle.summary() for handle in handles]
-    forwards = [prepare(one, bench.compile) for one in (model, *copies)]
-    if bench.compile:
+    forwards = [prepare(one, options.compile) for one in (model, *copies)]
+    if options.compile:
         compile_now(forwards, images)
-    dense, *merged = take_turns(passes(forwards, images), images.device, bench.warmup, bench.rounds)
+    dense, *merged = take_turns(passes(forwards, images), images.device, options.warmup, options.rounds)
     rows: list[Row] = []
     for (setting, _), summary, times in zip(configs, summaries, merged, strict=True):
         gain = Spread.of_ratios(dense, times)
         rows.append(
             {
-                "model": args.model,
+                "model": options.model,
                 "r": setting.label,
                 "schedule": list(summary.r),
                 "sparse": sparse,
                 "batch_size": images.shape[0],
-                "img_size": args.img_size,
-                "device": args.device,
-                "dtype": args.dtype,
-                "compile": bench.compile,
+                "img_size": options.img_size,
+                "device": options.device,
+                "dtype": options.dtype,
+                "compile": options.compile,
                 "torch": torch.__version__,
                 "threads": torch.get_num_threads(),
-                "rounds": bench.rounds,
+                "rounds": options.rounds,
                 "ms": 1e3 * statistics.median(times),
                 "dense_ms": 1e3 * statistics.median(dense),
                 "speedup": gain.p50,
@@ -150,7 +148,7 @@ def _turns(
     return rows
 
 
-def _print(report: Report, args: ModelArgs, bench: BenchArgs, rows: Sequence[Row]) -> None:
+def _print(report: Report, options: BenchOptions, rows: Sequence[Row]) -> None:
     by_batch: dict[int, list[Row]] = {}
     for row in rows:
         by_batch.setdefault(row["batch_size"], []).append(row)
@@ -167,17 +165,17 @@ def _print(report: Report, args: ModelArgs, bench: BenchArgs, rows: Sequence[Row
                 f"{best['speedup_p20']:.2f}-{best['speedup_p80']:.2f}",
             )
         )
-    compiled = ", compiled" if bench.compile else ""
+    compiled = ", compiled" if options.compile else ""
     report.table(
-        f"{args.model}, {args.device}, {args.dtype}{compiled}",
+        f"{options.model}, {options.device}, {options.dtype}{compiled}",
         ("batch", "smallest r that pays", "fastest r", "p20-p80"),
         table,
     )
     tried = ", ".join(dict.fromkeys(_short(row) for row in rows))
     report.say(
-        f"tried r: {tried}; {bench.rounds} interleaved rounds; pays = {GAIN:g}x as fast, and faster in 4 rounds of 5"
+        f"tried r: {tried}; {options.rounds} interleaved rounds; pays = {GAIN:g}x as fast, and faster in 4 rounds of 5"
     )
-    for line in _advice(bench, by_batch):
+    for line in _advice(options, by_batch):
         report.say(line, style="bold yellow")
 
 
@@ -185,7 +183,7 @@ def _short(row: Row) -> str:
     return f"{max(row['schedule'])} every {_SPARSE}rd block" if row["sparse"] else str(row["r"])
 
 
-def _advice(bench: BenchArgs, by_batch: dict[int, list[Row]]) -> list[str]:
+def _advice(options: BenchOptions, by_batch: dict[int, list[Row]]) -> list[str]:
     losing = [batch for batch, group in by_batch.items() if not any(row["pays"] for row in group)]
     if not losing:
         return []
@@ -193,7 +191,7 @@ def _advice(bench: BenchArgs, by_batch: dict[int, list[Row]]) -> list[str]:
     advice = [
         f"use batches of {winning[0]} or more" if winning else "try larger batches or images (--batch-size, --img-size)"
     ]
-    if not bench.compile:
+    if not options.compile:
         advice.append("try --compile")
     advice.append("or a larger r in fewer blocks (--r 24,0,0,24,0,0)")
     listed = ", ".join(map(str, losing))

@@ -17,37 +17,17 @@ from torch._dynamo.exc import TorchDynamoException
 from tokenmerge.errors import InputError
 from tokenmerge.ops.timing import Call, Spread, peak_memory, ratio, take_turns
 from tokenmerge.patching import Summary, patch
+from tokenmerge.tools.bench.options import BenchOptions
 from tokenmerge.tools.device import place
-from tokenmerge.tools.models import ModelArgs, input_shape, load_model
+from tokenmerge.tools.models import input_shape, load_model
 from tokenmerge.tools.pages.figures import lines
 from tokenmerge.tools.report import Report, Row
+from tokenmerge.tools.saved import merging_of
 from tokenmerge.tools.settings import Setting
-from tokenmerge.tools.trained import as_trained
-from tokenmerge.tools.tuning import NO_TUNING, TuneArgs, tune
+from tokenmerge.tools.tuning import check_tuning, tune
 from tokenmerge.tools.variants import share_weights, sliced
 
 Forward = Callable[[Tensor], Any]
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class BenchArgs:
-    """Options of a measurement.
-
-    Attributes:
-        batch_size: images per forward pass.
-        warmup: warm-up passes of each model before measuring.
-        rounds: measured passes of each model; the models take turns in every round.
-        statistic: how speed-up and overhead are computed: "median" of the ratios of paired rounds, or ratio of minima ("min").
-        compile: whether to `torch.compile` every model.
-        tuning: what to tune before measuring.
-    """
-
-    batch_size: int = 8
-    warmup: int = 3
-    rounds: int = 15
-    statistic: str = "median"
-    compile: bool = False
-    tuning: TuneArgs = NO_TUNING
 
 
 def passes(forwards: Sequence[Forward], images: Tensor) -> list[Call]:
@@ -79,47 +59,51 @@ def prepare(module: Any, compiled: bool) -> Forward:
 
 def _variants(
     model: Any,
+    options: BenchOptions,
     settings: Sequence[Setting],
     fields: dict[str, Any],
-    bench: BenchArgs,
     images: Tensor,
     report: Report,
 ) -> list[_Variant]:
     """Return the unmerged model first, then one variant per setting that merges."""
-    compiled = bench.compile
+    compiled = options.compile
     variants = [_Variant(Setting(0, {"r": 0}), None, prepare(model, compiled), None)]
     for setting in settings:
         if setting.is_baseline:
             continue
         copy = share_weights(model)
         handle = patch(copy, setting.config(**fields))
-        tune(copy, handle, images, bench.tuning, setting.title, report.say)
+        tune(copy, handle, images, options, setting.title, report.say)
         yardstick = sliced(model, handle.schedule)
         forward = None if yardstick is None else prepare(yardstick, compiled)
         variants.append(_Variant(setting, handle.summary(), prepare(copy, compiled), forward))
     return variants
 
 
-def measure(
-    args: ModelArgs, bench: BenchArgs, settings: Sequence[Setting], fields: dict[str, Any], report: Report
-) -> list[Row]:
+def measure(options: BenchOptions, report: Report, settings: Sequence[Setting], fields: dict[str, Any]) -> list[Row]:
     """Measure the unmerged model and all settings that merge, and return one row for each.
+
+    Args:
+        options: what to measure.
+        report: receiver of messages.
+        settings: schedules.
+        fields: fields of `MergeConfig` other than the schedule.
 
     Raises:
         InputError: if the model cannot be created.
         UnsupportedModelError: if it cannot be patched.
     """
-    model = load_model(args)
-    images = torch.randn(bench.batch_size, *input_shape(model), generator=torch.Generator().manual_seed(0))
-    images = place(images, args.device, args.dtype, args.channels_last)
-    variants = _variants(model, settings, fields, bench, images, report)
+    model = load_model(options)
+    images = torch.randn(options.batch_size, *input_shape(model), generator=torch.Generator().manual_seed(0))
+    images = place(images, options.device, options.dtype, options.channels_last)
+    variants = _variants(model, options, settings, fields, images, report)
     forwards = [f for v in variants for f in (v.merged, v.yardstick) if f is not None]
-    if bench.compile:
+    if options.compile:
         compile_now(forwards, images)
     with report.progress() as progress:
-        task = progress.add_task("measuring", total=(bench.warmup + bench.rounds) * len(forwards))
+        task = progress.add_task("measuring", total=(options.warmup + options.rounds) * len(forwards))
         calls = passes(forwards, images)
-        times_of = take_turns(calls, images.device, bench.warmup, bench.rounds, lambda: progress.advance(task))
+        times_of = take_turns(calls, images.device, options.warmup, options.rounds, lambda: progress.advance(task))
     seconds = iter(times_of)
     rows: list[Row] = []
     base: list[float] = []
@@ -128,7 +112,7 @@ def measure(
         yardstick = next(seconds) if variant.yardstick is not None else times if variant.summary is None else None
         memory = peak_memory(passes([variant.merged], images)[0], images.device)
         base = base or times
-        rows.append(_row(args, bench, variant, times, yardstick, base, memory))
+        rows.append(_row(options, variant, times, yardstick, base, memory))
     return rows
 
 
@@ -154,16 +138,14 @@ def compile_now(forwards: Sequence[Forward], images: Tensor) -> None:
                 ) from None
 
 
-def run_bench(
-    args: ModelArgs, bench: BenchArgs, settings: Sequence[Setting], fields: dict[str, Any], report: Report
-) -> int:
-    """Measure a model, print and write one row for the unmerged model and one per r, and return 0."""
-    bench.tuning.check(settings, bench.compile)
-    fields = as_trained(args, fields)
-    rows = measure(args, bench, settings, fields, report)
-    _print(report, args, bench, rows)
+def run_bench(options: BenchOptions, report: Report) -> list[Row]:
+    """Measure a model, print and write one row for the unmerged model and one per r, and return them."""
+    settings, fields = merging_of(options, report.say)
+    check_tuning(options, settings, options.compile)
+    rows = measure(options, report, settings, fields)
+    _print(report, options, rows)
     report.write(rows, lambda: _figures(rows))
-    return 0
+    return rows
 
 
 def _figures(rows: Sequence[Row]) -> list[str | None]:
@@ -172,8 +154,7 @@ def _figures(rows: Sequence[Row]) -> list[str | None]:
 
 
 def _row(
-    args: ModelArgs,
-    bench: BenchArgs,
+    options: BenchOptions,
     variant: _Variant,
     times: list[float],
     yardstick: list[float] | None,
@@ -181,41 +162,41 @@ def _row(
     memory: int,
 ) -> Row:
     spread = Spread.of(times)
-    ms = 1e3 * (min(times) if bench.statistic == "min" else spread.p50)
-    speedup = ratio(base, times, bench.statistic)
+    ms = 1e3 * (min(times) if options.statistic == "min" else spread.p50)
+    speedup = ratio(base, times, options.statistic)
     flops_ratio = 1.0 if variant.summary is None else variant.summary.flops_ratio
     return {
-        "model": args.model,
+        "model": options.model,
         "r": variant.setting.label,
-        "batch_size": bench.batch_size,
-        "img_size": args.img_size,
-        "device": args.device,
-        "dtype": args.dtype,
-        "compile": bench.compile,
-        "channels_last": args.channels_last,
+        "batch_size": options.batch_size,
+        "img_size": options.img_size,
+        "device": options.device,
+        "dtype": options.dtype,
+        "compile": options.compile,
+        "channels_last": options.channels_last,
         "torch": torch.__version__,
         "threads": torch.get_num_threads(),
-        "statistic": bench.statistic,
-        "rounds": bench.rounds,
+        "statistic": options.statistic,
+        "rounds": options.rounds,
         "ms": ms,
         "ms_min": 1e3 * min(times),
         "ms_p20": 1e3 * spread.p20,
         "ms_p50": 1e3 * spread.p50,
         "ms_p80": 1e3 * spread.p80,
-        "images_per_second": 1e3 * bench.batch_size / ms,
+        "images_per_second": 1e3 * options.batch_size / ms,
         "schedule": None if variant.summary is None else list(variant.summary.r),
         "tuned": None if variant.summary is None else variant.summary.tuned,
         "speedup": speedup,
         "flops_ratio": flops_ratio,
         "realised": speedup / flops_ratio,
-        "overhead": None if yardstick is None else ratio(times, yardstick, bench.statistic),
+        "overhead": None if yardstick is None else ratio(times, yardstick, options.statistic),
         "peak_memory_mb": memory / 2**20,
     }
 
 
-def _print(report: Report, args: ModelArgs, bench: BenchArgs, rows: Sequence[Row]) -> None:
+def _print(report: Report, options: BenchOptions, rows: Sequence[Row]) -> None:
     report.table(
-        f"{args.model}, batch {bench.batch_size}, {args.device}, {args.dtype}{', compiled' if bench.compile else ''}",
+        f"{options.model}, batch {options.batch_size}, {options.device}, {options.dtype}{', compiled' if options.compile else ''}",
         ("r", "ms", "p20-p80", "img/s", "speed-\nup", "FLOPs\nratio", "real-\nised", "over-\nhead", "MiB"),
         (
             (
@@ -233,13 +214,13 @@ def _print(report: Report, args: ModelArgs, bench: BenchArgs, rows: Sequence[Row
         ),
     )
     report.say(
-        f"{bench.rounds} interleaved rounds, {bench.statistic} of each; realised = speed-up / FLOPs ratio; "
+        f"{options.rounds} interleaved rounds, {options.statistic} of each; realised = speed-up / FLOPs ratio; "
         "overhead = time / time when the same number of tokens is sliced off"
     )
     for row in rows[1:]:
         if row["speedup"] < 1.02:
             report.say(
                 f"Merging does not pay at this shape: r={row['r']} runs at {row['speedup']:.2f}x the unmerged speed. "
-                f"Try a larger batch, larger images or a larger r{'' if bench.compile else ', or --compile'}.",
+                f"Try a larger batch, larger images or a larger r{'' if options.compile else ', or --compile'}.",
                 style="bold yellow",
             )

@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from tokenmerge.errors import InputError
+from tokenmerge.tools.datasets import LabelledStream, medium_for
 from tokenmerge.tools.device import place
-from tokenmerge.tools.evaluate import EvalArgs, guarded, make_dataset
-from tokenmerge.tools.folders import ClassFolder, batches
-from tokenmerge.tools.media import medium_of
-from tokenmerge.tools.models import ModelArgs
+from tokenmerge.tools.eval.data import guarded, make_dataset
+from tokenmerge.tools.folders import batches
+from tokenmerge.tools.models import load_model, warn_if_random
+from tokenmerge.tools.options import plain
+from tokenmerge.tools.report import Report
 
 _KEPT = 3 * 2**30
 """Most bytes of decoded images to keep in memory."""
@@ -26,34 +26,37 @@ class Images:
 
     Args:
         model: model whose preprocessing is used.
-        args: arguments that the model was loaded with, for device and dtype.
-        data: folder with one subfolder per class.
-        batch_size: images per batch.
-        workers: processes that decode.
+        options: options of model, data and batch size.
         limit: number of images to use, evenly spaced over the data; `None` uses all.
 
     Raises:
         InputError: if the folder cannot be read, or its classes do not fit the model.
     """
 
-    def __init__(
-        self, model: Any, args: ModelArgs, data: Path, batch_size: int, workers: int, limit: int | None = None
-    ) -> None:
-        self._args, self._workers, self.batch_size = args, workers, batch_size
-        self.dataset: ClassFolder = make_dataset(model, EvalArgs(data=data), medium_of(data))
-        if limit is not None and limit < len(self.dataset):
-            chosen = torch.linspace(0, len(self.dataset) - 1, limit).round().long().tolist()
-            self.dataset.samples = [self.dataset.samples[i] for i in chosen]
+    def __init__(self, model: Any, options: Any, limit: int | None = None) -> None:
+        self._options, self._workers, self.batch_size = options, options.workers, options.batch_size
+        self.place = options.place
+        self.dataset = make_dataset(model, options, medium_for(options.data, options.dataset))
         self.skipped: list[str] = []
         self._kept: list[tuple[Tensor, Tensor]] | None = None
+        if isinstance(self.dataset, LabelledStream):
+            if limit is not None:
+                raise InputError(
+                    f"{self.place} is a stream, but {limit} images spread over all of it were asked for: give hfds/… or class folders"
+                )
+        elif limit is not None and limit < len(self.dataset):
+            self.dataset.take(torch.linspace(0, len(self.dataset) - 1, limit).round().long().tolist())
 
     def __len__(self) -> int:
-        return len(self.dataset)
+        """Return the number of images; of a stream of unknown length 0."""
+        return (self.dataset.reader.size or 0) if isinstance(self.dataset, LabelledStream) else len(self.dataset)
+
+    def __bool__(self) -> bool:
+        return True
 
     def fingerprint(self) -> dict[str, Any]:
-        """Return the names and sizes of the files, to tell these data from others."""
-        files = [(str(path.relative_to(self.dataset.root)), path.stat().st_size) for path, _ in self.dataset.samples]
-        return {"root": str(self.dataset.root.resolve()), "files": files}
+        """Return what tells these data from others."""
+        return self.dataset.fingerprint()
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         if self._kept is None:
@@ -70,11 +73,11 @@ class Images:
         for images, _ in self:
             again = -(-count // len(images))
             return images.repeat(again, *[1] * (images.dim() - 1))[:count]
-        raise InputError(f"none of the {len(self)} files in {str(self.dataset.root)!r} could be read: check --data")
+        raise InputError(f"none of the files in {self.place} could be read: check --data")
 
     def _placed(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        args = self._args
-        return place(images, args.device, args.dtype, args.channels_last), labels.to(args.device)
+        options = self._options
+        return place(images, options.device, options.dtype, options.channels_last), labels.to(options.device)
 
     def _decode(self) -> Iterator[tuple[Tensor, Tensor]]:
         kept: list[tuple[Tensor, Tensor]] | None = []
@@ -89,10 +92,17 @@ class Images:
             else:
                 kept = None
             yield self._placed(batch.images, batch.labels)
-        self.skipped, self._kept = skipped, kept
+        self.skipped, self._kept = [*self.dataset.left_out, *skipped], kept
 
 
-def describe(args: ModelArgs) -> dict[str, Any]:
-    """Return the arguments of a model that its predictions depend on."""
-    wanted = ("model", "pretrained", "checkpoint", "num_classes", "img_size", "dtype")
-    return {name: getattr(args, name) for name in wanted if any(f.name == name for f in dataclasses.fields(args))}
+def load_scored(options: Any, report: Report) -> Any:
+    """Load the classifier for the medium of the data, and warn if its weights are random."""
+    model = load_model(options, head=medium_for(options.data, options.dataset).name)
+    warn_if_random(options, report.warn)
+    return model
+
+
+def describe(options: Any) -> dict[str, Any]:
+    """Return the options of a model that its predictions depend on."""
+    wanted = ("model", "pretrained", "checkpoint", "num_classes", "img_size", "model_kwargs", "dtype")
+    return {name: plain(getattr(options, name)) for name in wanted}

@@ -1,85 +1,71 @@
-"""Flags of `tokenmerge compare`."""
+"""Options of `tokenmerge compare`."""
 
 from __future__ import annotations
 
-import argparse
+import dataclasses
+import functools
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from tokenmerge.errors import InputError
-from tokenmerge.flags import add_data, add_merging, add_model, add_running, between, count
-from tokenmerge.tools.compare.paper import EXPERIMENTS, get_experiment
+from tokenmerge.tools.common import MODEL_HELP, DataOptions, DeviceOptions, MergeOptions, RowOptions, batch_size
+from tokenmerge.tools.compare.paper import EXPERIMENTS, Experiment, get_experiment
+from tokenmerge.tools.options import only_one, option
 from tokenmerge.tools.settings import Setting, parse_setting
 
 
-def add_compare_options(command: argparse.ArgumentParser) -> None:
-    """Add all flags of `tokenmerge compare`."""
-    add_model(command)
-    for action in command._actions:
-        if action.dest == "model":
-            action.nargs, action.required, action.default = "?", False, None
-    add_data(command)
-    command.add_argument(
-        "--methods",
-        nargs="+",
-        default=[],
-        metavar="NAME",
-        help="methods and matchers to compare (default: all except slow references); tome always runs first, as the baseline "
-        "of each setting",
-    )
-    command.add_argument(
-        "--speedups",
-        nargs="+",
-        type=between(1, 100),
-        default=[],
-        metavar="X",
-        help="measured speed-ups to compare at, instead of --r; each method uses the r that reaches them on this device",
-    )
-    command.add_argument("--paper", metavar="NAME", help=f"run an experiment of the paper: {', '.join(EXPERIMENTS)}")
-    command.add_argument(
-        "--output",
-        type=Path,
-        default=Path("compare"),
-        metavar="DIR",
-        help="folder to write the results to (%(default)s)",
-    )
-    command.add_argument("--limit", type=count(1), metavar="N", help="use only N images, evenly spaced in the data")
-    command.add_argument(
-        "--rounds", type=count(0), default=7, metavar="N", help="rounds of timing; 0 skips timing (%(default)s)"
-    )
-    add_merging(command, None, required=False)
-    add_running(command, batch_size=32)
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class CompareOptions(DeviceOptions, DataOptions, MergeOptions, RowOptions):
+    """Options of `tokenmerge compare`.
 
-
-def compare_args(args: argparse.Namespace, settings: Sequence[Setting]) -> Any:
-    """Return the arguments of `run_compare` from the parsed flags.
+    Attributes:
+        model: see `ModelOptions`; empty takes the model of `paper`.
+        methods: names of methods; empty means all except slow references.
+        speedups: measured speed-ups to compare at; each method uses the r that reaches them.
+        paper: name of an experiment of the paper, instead of methods and settings.
+        output: folder to write the results to.
+        batch_size: images per pass, also for timing.
+        limit: number of images to use, evenly spaced in the data; `None` uses all.
+        rounds: rounds of timing, in which all variants take turns; 0 skips timing.
 
     Raises:
-        InputError: if flags contradict each other, or neither `--r` nor `--speedups` nor `--paper` is given.
+        InputError: if options contradict each other, or none says how much to merge.
     """
-    from tokenmerge.tools.compare.run import CompareArgs
 
-    experiment = None if args.paper is None else get_experiment(args.paper)
-    if experiment is not None and (args.methods or args.speedups):
-        raise InputError("--paper has methods of its own: leave out --methods and --speedups")
-    if settings and args.speedups:
-        raise InputError("--r and --speedups were both given, but one of them says how much to merge: give one")
-    if experiment is not None and not settings:
-        settings = [parse_setting(text) for text in experiment.settings]
-    if not settings and not args.speedups:
-        raise InputError("nothing says how much to merge: give --r 8 16, or --speedups 1.5 2")
-    if any(setting.is_baseline for setting in settings):
-        settings = [setting for setting in settings if not setting.is_baseline]  # the unmerged model is always measured
-    return CompareArgs(
-        data=args.data,
-        methods=args.methods,
-        settings=settings,
-        speedups=args.speedups,
-        experiment=experiment,
-        output=args.output,
-        batch_size=args.batch_size,
-        workers=args.workers,
-        limit=args.limit,
-        rounds=args.rounds,
+    model: str = option("", MODEL_HELP, "model", metavar="[MODEL]", positional=True)
+    methods: Sequence[str] = option(
+        (),
+        "methods and matchers to compare (default: all but slow references); tome always runs first",
+        "merging",
+        metavar="NAME",
     )
+    speedups: Sequence[float] = option(
+        (), "measured speed-ups to compare at, instead of --r", "merging", least=1, most=100, metavar="X"
+    )
+    paper: str | None = option(None, f"experiment of the paper: {', '.join(EXPERIMENTS)}", "merging", metavar="NAME")
+    limit: int | None = option(None, "use only N images, evenly spaced in the data", "data", least=1, metavar="N")
+    batch_size: int = batch_size(32)
+    rounds: int = option(7, "rounds of timing; 0 skips timing", "measuring", least=0, metavar="N")
+    output: Path = option(Path("compare"), "folder to write the results to", "output", metavar="DIR")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        only_one("paper", "methods", self.paper is not None and bool(self.methods))
+        only_one("paper", "speedups", self.paper is not None and bool(self.speedups))
+        only_one("r", "speedups", bool(self.r and self.speedups))
+        if self.paper is not None:
+            get_experiment(self.paper)  # raises if there is no such experiment
+        if not self.model and self.paper is None:
+            raise InputError("compare was given no MODEL: name one, or give --paper for the paper's own")
+        if not (self.r or self.speedups or self.paper):
+            raise InputError("nothing says how much to merge: give --r 8 16, or --speedups 1.5 2")
+
+    @functools.cached_property
+    def experiment(self) -> Experiment | None:
+        """The experiment of the paper, or `None`."""
+        return None if self.paper is None else get_experiment(self.paper)
+
+    def schedules(self) -> list[Setting]:
+        """Return the schedules to compare at; the unmerged model is always measured, so r=0 is not among them."""
+        texts = self.r or (self.experiment.settings if self.experiment is not None else ())
+        return [setting for text in texts if not (setting := parse_setting(str(text))).is_baseline]

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import csv
-import json
+import io
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from tokenmerge import files
+from tokenmerge.tools.compare.options import CompareOptions
 from tokenmerge.tools.compare.paper import Experiment
-from tokenmerge.tools.models import ModelArgs
 from tokenmerge.tools.pages import Table, write_report
 from tokenmerge.tools.pages.figures import lines
 from tokenmerge.tools.report import Report, Row
@@ -32,15 +33,22 @@ _COLUMNS = {
 
 
 def write_outputs(
-    folder: Path, rows: Sequence[Row], args: ModelArgs, experiment: Experiment | None, report: Report
+    folder: Path, rows: Sequence[Row], args: CompareOptions, experiment: Experiment | None, report: Report
 ) -> None:
-    """Write `compare.csv`, `compare.json`, `compare-speed.svg`, `compare-flops.svg` and `compare.html` into `folder`."""
+    """Write `compare.csv`, `compare.json`, `compare-speed.svg`, `compare-flops.svg` and `compare.html` into `folder`.
+
+    Each file is written whole or not at all.
+
+    Raises:
+        InputError: if a file cannot be written.
+    """
     names = list(dict.fromkeys(name for row in rows for name in row))
-    with (folder / "compare.csv").open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, names)
-        writer.writeheader()
-        writer.writerows(rows)
-    (folder / "compare.json").write_text(json.dumps(list(rows), indent=2) + "\n", encoding="utf-8")
+    sheet = io.StringIO(newline="")
+    writer = csv.DictWriter(sheet, names)
+    writer.writeheader()
+    writer.writerows(rows)
+    files.write(folder / "compare.csv", sheet.getvalue(), "the table")
+    files.write_json(folder / "compare.json", rows, "the rows")
     # intervals are of differences, so they are drawn around each method's own top-1
     around = [
         {
@@ -67,7 +75,7 @@ def write_outputs(
             error=("top1_end_low", "top1_end_high"),
         )
         if drawn is not None:
-            (folder / name).write_text(drawn, encoding="utf-8")
+            files.write(folder / name, drawn, "the figure")
             figures.append(drawn)
     shown = {name: head for name, head in _COLUMNS.items() if any(row.get(name) not in (None, "") for row in rows)}
     about = f" — {experiment.about}" if experiment is not None else ""

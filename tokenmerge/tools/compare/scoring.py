@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
-import os
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -12,9 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tokenmerge import files
 from tokenmerge.errors import InputError
 from tokenmerge.tools.buckets import in_buckets
-from tokenmerge.tools.inputs import logits_of
+from tokenmerge.tools.inputs import check_finite, logits_of
 
 
 @dataclasses.dataclass
@@ -32,17 +31,20 @@ class Scores:
     divergence: Tensor
 
     def save(self, path: Path) -> None:
-        """Write the scores atomically, as JSON."""
-        text = json.dumps({name: getattr(self, name).tolist() for name in ("top1", "top5", "divergence")})
-        part = path.with_suffix(".part")
-        part.write_text(text, encoding="utf-8")
-        os.replace(part, path)
+        """Write the scores atomically, as JSON; scores that are not finite are not kept, because JSON has no such number.
+
+        Raises:
+            InputError: if the file cannot be written.
+        """
+        values = {name: getattr(self, name).tolist() for name in ("top1", "top5", "divergence")}
+        if all(bool(getattr(self, name).isfinite().all()) for name in values):
+            files.write(path, files.to_json(values, "the scores", indent=None), "the scores")
 
     @classmethod
     def load(cls, path: Path) -> Scores | None:
         """Return the scores that `save` wrote; `None` if the file is missing or damaged, so that they are measured again."""
         try:
-            found = json.loads(path.read_text(encoding="utf-8"))
+            found = files.read_json(path, "the scores")
             return cls(*(torch.tensor(found[name], dtype=torch.float64) for name in ("top1", "top5", "divergence")))
         except (OSError, ValueError, KeyError, TypeError):
             return None
@@ -70,7 +72,9 @@ def score(
     else:
         turns = ((images, labels, torch.empty(0)) for images, labels in batches)
     for images, labels, index in turns:
-        log = logits_of(model(images)).float().log_softmax(dim=1)
+        logits = logits_of(model(images)).float()
+        check_finite(logits, "r=0" if reference is None else "this setting")
+        log = logits.log_softmax(dim=1)
         index = index if buckets else torch.arange(count, count + len(log))
         count += len(log)
         hits = log.topk(min(5, log.shape[1]), dim=1).indices == labels.unsqueeze(1)

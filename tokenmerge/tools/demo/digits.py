@@ -27,15 +27,19 @@ ARCHITECTURE: dict[str, Any] = {
 }
 
 
-def build_model() -> nn.Module:
-    """Return the model with random weights: 6 blocks, 96 channels, 3 heads, 197 tokens."""
+def build_model(channels: int = 1) -> nn.Module:
+    """Return the model with random weights: 6 blocks, 96 channels, 3 heads, 197 tokens.
+
+    Args:
+        channels: channels of the images; it was trained on 1, and the demo shows it on 3, as `load_model` returns it.
+    """
     from timm.models.vision_transformer import VisionTransformer
 
-    return VisionTransformer(num_classes=10, **ARCHITECTURE)
+    return VisionTransformer(num_classes=10, **{**ARCHITECTURE, "in_chans": channels})
 
 
 def load_model() -> nn.Module:
-    """Return the trained model in evaluation mode.
+    """Return the trained model in evaluation mode, for RGB images; on grey ones it computes what was trained.
 
     Raises:
         InputError: if the shipped weights are missing or damaged.
@@ -43,16 +47,25 @@ def load_model() -> nn.Module:
     from safetensors import SafetensorError
     from safetensors.torch import load
 
-    model = build_model()
+    model = build_model(3)
     try:
         data = resources.files(__package__).joinpath(WEIGHTS).read_bytes()
-        model.load_state_dict({name: tensor.float() for name, tensor in load(data).items()})
-    except (OSError, SafetensorError, RuntimeError) as error:
+        state = {name: tensor.float() for name, tensor in load(data).items()}
+        kernel = state["patch_embed.proj.weight"]
+        state["patch_embed.proj.weight"] = kernel.expand(-1, 3, -1, -1).contiguous() / 3
+        model.load_state_dict(state)
+    except (OSError, SafetensorError, RuntimeError, KeyError) as error:
         reason = str(error).splitlines()[0]
         raise InputError(
             f"the demo's weights cannot be read ({reason}), but they ship with the package: reinstall tokenmerge"
         ) from None
     return model.eval()
+
+
+def as_stored(images: Tensor) -> Tensor:
+    """Return grey images `[n, 1, H, W]` as a reader of their 8-bit files gets them: rounded, `[n, 3, H, W]` float32."""
+    pixels = ((images + 1) * 127.5).round()
+    return ((pixels / 255 - 0.5) / 0.5).expand(-1, 3, -1, -1).contiguous()
 
 
 def load_digits() -> tuple[Tensor, Tensor, Tensor, Tensor]:

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-import json
+import os
+import tempfile
 from pathlib import Path
 from typing import Any
 
 import torch
 from PIL import Image
-from safetensors.torch import save_file
+from safetensors.torch import save
 
+from tokenmerge import files
 from tokenmerge.errors import InputError
 from tokenmerge.tools.demo.digits import ARCHITECTURE, IMAGE_SIZE, load_digits, load_model
 
@@ -17,7 +19,7 @@ from tokenmerge.tools.demo.digits import ARCHITECTURE, IMAGE_SIZE, load_digits, 
 def export_demo(folder: Path) -> tuple[Path, Path]:
     """Write the model in timm's hub format, and 1,437 training and 360 test images in one folder per class.
 
-    The exported model takes RGB images, as timm loads them; for grey images its outputs are those of the demo's model.
+    The files are moved into the folder when all of them are written.
 
     Returns:
         The folder of the model, for `local-dir:`, and the folder of the test images, for `--data`.
@@ -26,11 +28,17 @@ def export_demo(folder: Path) -> tuple[Path, Path]:
         InputError: if the folder cannot be written.
     """
     try:
-        _write_model(folder / "model")
-        export_images(folder)
-    except OSError as error:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=".tokenmerge-", dir=folder) as place:
+            _write_model(Path(place, "model"))
+            export_images(Path(place))
+            for file in sorted(path for path in Path(place).rglob("*") if path.is_file()):
+                target = folder / file.relative_to(place)
+                target.parent.mkdir(parents=True, exist_ok=True)
+                os.replace(file, target)
+    except (OSError, ValueError) as error:  # ValueError: a null byte in the name
         raise InputError(
-            f"{str(folder)!r} cannot be written ({error.strerror or error}): choose another folder"
+            f"{str(folder)!r} cannot be written ({files.words_of(error)}): choose another folder"
         ) from None
     return folder / "model", folder / "val"
 
@@ -48,10 +56,7 @@ def export_images(folder: Path) -> None:
 
 def _write_model(folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
-    state = load_model().state_dict()
-    kernel = state["patch_embed.proj.weight"]
-    state["patch_embed.proj.weight"] = kernel.expand(-1, 3, -1, -1).contiguous() / 3
-    save_file(state, folder / "model.safetensors")
+    (folder / "model.safetensors").write_bytes(save(load_model().state_dict()))
     half = [0.5, 0.5, 0.5]
     preprocessing: dict[str, Any] = {
         "input_size": [3, IMAGE_SIZE, IMAGE_SIZE],
@@ -68,4 +73,4 @@ def _write_model(folder: Path) -> None:
         "label_names": [str(digit) for digit in range(10)],
         "pretrained_cfg": {**preprocessing, **layers, "num_classes": 10, "interpolation": "bicubic"},
     }
-    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    files.write_json(folder / "config.json", config, "the config")

@@ -11,117 +11,82 @@ from typing import Any
 import torch
 
 from tokenmerge.errors import ConfigError, InputError
+from tokenmerge.files import make_folder
 from tokenmerge.methods import get_method, method_names
 from tokenmerge.ops.timing import keep_memory
 from tokenmerge.patching import model_cost
 from tokenmerge.patching.calibrate import calibrate
-from tokenmerge.tools.compare.data import Images, describe
+from tokenmerge.tools.compare.data import Images, describe, load_scored
+from tokenmerge.tools.compare.options import CompareOptions
 from tokenmerge.tools.compare.pages import write_outputs
 from tokenmerge.tools.compare.paper import Experiment
 from tokenmerge.tools.compare.scoring import Scores, score
 from tokenmerge.tools.compare.statistics import bootstrap
 from tokenmerge.tools.compare.variants import Variant, fingerprint, make_variant, r_for_speedup, time_variants
-from tokenmerge.tools.media import VIDEOS, medium_of
-from tokenmerge.tools.models import ModelArgs, load_model
 from tokenmerge.tools.report import Report, Row
+from tokenmerge.tools.saved import apart_from_matching
 from tokenmerge.tools.settings import Setting, parse_setting
 
 _CALIBRATION = 8
 """Number of batches that thresholds of adaptive methods are calibrated on."""
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class CompareArgs:
-    """Methods, settings and data of a comparison.
+def run(options: CompareOptions, report: Report | None = None) -> list[Row]:
+    """Compare methods, print the rows, write CSV, JSON, SVG and HTML files into `output`, and return the rows.
 
-    Attributes:
-        data: folder with one subfolder of files per class.
-        methods: names of methods; empty means all except slow references.
-        settings: schedules, from `--r`.
-        speedups: measured speed-ups to compare at; each method uses the r that reaches them.
-        experiment: an experiment of the paper, instead of methods and settings.
-        output: folder to write the results to.
-        batch_size: images per pass, also for timing.
-        workers: processes that decode files.
-        limit: number of images to use; `None` uses all.
-        rounds: rounds of timing, in which all variants take turns; 0 skips timing.
-    """
-
-    data: Path
-    methods: Sequence[str] = ()
-    settings: Sequence[Setting] = ()
-    speedups: Sequence[float] = ()
-    experiment: Experiment | None = None
-    output: Path = Path("compare")
-    batch_size: int = 32
-    workers: int = 2
-    limit: int | None = None
-    rounds: int = 7
-
-
-def run_compare(args: ModelArgs, compare: CompareArgs, fields: dict[str, Any], report: Report) -> int:
-    """Compare methods, print the rows, and write CSV, JSON, SVG and HTML files into `compare.output`.
-
-    Returns:
-        0.
+    Args:
+        options: what to options.
+        report: receiver of the results; `None` prints them.
 
     Raises:
         InputError: if model, data or output cannot be used.
         ConfigError: if a method cannot run on this model.
     """
-    folder = compare.output / "scores"
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(
-            f"--output {str(compare.output)!r} cannot be made ({error.strerror}): choose another"
-        ) from None
-    args = dataclasses.replace(args, of_videos=medium_of(compare.data) is VIDEOS)
+    report = report or Report(options.json)
+    if not options.model and options.experiment is not None:
+        options = dataclasses.replace(options, model=options.experiment.model, pretrained=True)
+    folder = make_folder(options.output / "scores", "--output")
     keep_memory()
-    model = load_model(args)
-    if not args.pretrained and args.checkpoint is None:
-        report.warn(
-            "the model has random weights, so its accuracy means nothing: give --pretrained or --checkpoint FILE"
-        )
-    images = Images(model, args, compare.data, compare.batch_size, compare.workers, compare.limit)
-    context = fingerprint({"model": describe(args), "data": images.fingerprint(), "batch_size": compare.batch_size})
-    variants = _variants(model, images, compare, fields, report)
+    model = load_scored(options, report)
+    images = Images(model, options, options.limit)
+    context = fingerprint({"model": describe(options), "data": images.fingerprint(), "batch_size": options.batch_size})
+    variants = _variants(model, images, options, report)
     timing = None
-    if compare.rounds:
-        report.say(f"timing {len(variants)} variants in turns, batch {compare.batch_size} …")
-        timing = time_variants(model, variants, images.first(compare.batch_size), compare.rounds)
+    if options.rounds:
+        report.say(f"timing {len(variants)} variants in turns, batch {options.batch_size} …")
+        timing = time_variants(model, variants, images.first(options.batch_size), options.rounds)
     scores = _score_all(model, variants, images, folder, context, report)
-    rows = _rows(args, model, variants, scores, timing, compare)
+    rows = _rows(model, variants, scores, timing, options)
     if images.skipped:
         report.warn(f"{len(images.skipped)} unreadable files were skipped, the first is {images.skipped[0]}")
-    _print(report, rows, args.model, len(scores[0].top1), compare.experiment)
-    write_outputs(compare.output, rows, args, compare.experiment, report)
+    _print(report, rows, options.model, len(scores[0].top1), options.experiment)
+    rows = report.finite(rows)
+    write_outputs(options.output, rows, options, options.experiment, report)
     report.write(rows)
-    return 0
+    return rows
 
 
-def _variants(
-    model: Any, images: Images, compare: CompareArgs, fields: dict[str, Any], report: Report
-) -> list[Variant]:
+def _variants(model: Any, images: Images, options: CompareOptions, report: Report) -> list[Variant]:
     """Return all variants; the first variant of every group is the baseline of the others."""
-    if compare.experiment is not None:
+    fields, settings = apart_from_matching(options, options.merging(), report.say), options.schedules()
+    if options.experiment is not None:
         return [
             make_variant(model, line.label, setting, {**fields, **line.fields})
-            for setting in compare.settings
-            for line in compare.experiment.lines
+            for setting in settings
+            for line in options.experiment.lines
         ]
-    names = list(compare.methods) or [name for name in method_names() if not get_method(name).slow]
+    names = list(options.methods) or [name for name in method_names() if not get_method(name).slow]
     names = ["tome", *(name for name in names if name != "tome")]
     found = []
-    for setting in compare.settings:
+    for setting in settings:
         for name in names:
             found.append(_variant(model, images, name, setting, fields))
-    for target in compare.speedups:
-        batch = images.first(compare.batch_size)
+    for target in options.speedups:
+        batch = images.first(options.batch_size)
         for name in names:
             method = get_method(name)
             try:
-                r, reached = r_for_speedup(model, batch, {**fields, **method.fields}, target, max(3, compare.rounds))
+                r, reached = r_for_speedup(model, batch, {**fields, **method.fields}, target, max(3, options.rounds))
             except ConfigError as error:
                 report.warn(f"{name}: {error}")
                 continue
@@ -153,7 +118,7 @@ def _score_all(
     if missing < len(variants):
         report.say(f"{len(variants) - missing} of {len(variants)} variants were scored before, in {folder!s}")
     with report.progress() as progress:
-        task = progress.add_task("scoring", total=(missing + 1) * len(images))
+        task = progress.add_task("scoring", total=(missing + 1) * len(images) or None)
 
         def watched() -> Any:
             for batch, labels in images:
@@ -173,22 +138,21 @@ def _score_all(
 
 
 def _rows(
-    args: ModelArgs,
     model: Any,
     variants: Sequence[Variant],
     scores: Sequence[Scores],
     timing: Any,
-    compare: CompareArgs,
+    options: CompareOptions,
 ) -> list[Row]:
     """Return one row per variant, the unmerged model first."""
     cost = model_cost(model)
     common = {
-        "model": args.model,
+        "model": options.model,
         "images": len(scores[0].top1),
-        "batch_size": compare.batch_size,
-        "device": args.device,
+        "batch_size": options.batch_size,
+        "device": options.device,
     }
-    common |= {"dtype": args.dtype, "torch": torch.__version__}
+    common |= {"dtype": options.dtype, "torch": torch.__version__}
     base = {
         "method": "unmerged",
         "kind": "",
@@ -221,8 +185,8 @@ def _rows(
         if timing is not None:
             speed, overhead = timing[0][number], timing[1][number]
             row |= {"speedup": speed.p50, "speedup_p20": speed.p20, "speedup_p80": speed.p80, "overhead": overhead}
-        if compare.experiment is not None:
-            line = next(line for line in compare.experiment.lines if line.label == variant.label)
+        if options.experiment is not None:
+            line = next(line for line in options.experiment.lines if line.label == variant.label)
             row["published_top1"] = line.published
         rows.append(row)
     return rows

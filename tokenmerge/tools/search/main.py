@@ -6,63 +6,29 @@ import dataclasses
 import json
 import random
 import statistics
-from collections.abc import Sequence
-from pathlib import Path
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from tokenmerge import files
 from tokenmerge.config import PRESETS, MergeConfig
 from tokenmerge.errors import ConfigError, InputError, TokenMergeError
 from tokenmerge.flops import ModelCost
 from tokenmerge.ops.timing import Spread, keep_memory, take_turns
 from tokenmerge.patching import model_cost, patch
-from tokenmerge.tools.compare.data import Images, describe
+from tokenmerge.tools.compare.data import Images, describe, load_scored
 from tokenmerge.tools.compare.scoring import Scores, score
 from tokenmerge.tools.compare.statistics import bootstrap
 from tokenmerge.tools.compare.variants import r_for_speedup
-from tokenmerge.tools.models import ModelArgs, load_model
-from tokenmerge.tools.pages.figures import lines
 from tokenmerge.tools.report import Report, Row
+from tokenmerge.tools.saved import apart_from_matching
+from tokenmerge.tools.search.figures import figures
+from tokenmerge.tools.search.options import SearchOptions
 from tokenmerge.tools.search.space import START, config_fields, full, random_parameters, suggest
+from tokenmerge.tools.signals import check
 from tokenmerge.tools.variants import share_weights
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class SearchArgs:
-    """Target and data of a search.
-
-    Attributes:
-        data: folder with one folder of images per class; labels are used only for the final check.
-        speedup: target speed-up, measured on this device.
-        trials: total number of settings to try, including trials of earlier runs in the same storage.
-        storage: URL of Optuna's storage, such as sqlite:///search.db; `None` keeps the study in memory.
-        study: name of the study in the storage.
-        output: file to write the best config to.
-        batch_size: images per pass.
-        workers: processes that decode files.
-        calibration: number of images that trials are scored on.
-        holdout: number of held-out images that the result is checked on.
-        rounds: rounds of timing for each trial.
-        seed: random seed of the sampler and of random schedules.
-        random: number of random schedules, with the FLOPs of the constant one, to try as the paper's baseline.
-    """
-
-    data: Path
-    speedup: float = 2.0
-    trials: int = 60
-    storage: str | None = None
-    study: str = "tokenmerge"
-    output: Path = Path("tokenmerge.json")
-    batch_size: int = 32
-    workers: int = 2
-    calibration: int = 256
-    holdout: int = 512
-    rounds: int = 3
-    seed: int = 0
-    random: int = 0
-
 
 _AGAIN = 6
 """Number of settings that are measured again together."""
@@ -101,86 +67,62 @@ class Judge:
         return [Spread.of_ratios(times[0], mine).p50 for mine in times[1:]]
 
 
-def run_search(args: ModelArgs, search: SearchArgs, report: Report) -> int:
-    """Search for the best config, check it on held-out images, and write it.
+def run(options: SearchOptions, report: Report | None = None) -> list[Row]:
+    """Search for the best config, check it on held-out images, write it, and return the rows of the check.
 
-    Returns:
-        0.
+    Args:
+        options: target and data of the search.
+        report: receiver of the results; `None` prints them.
 
     Raises:
         InputError: if Optuna is missing, or data, storage or output cannot be used.
         ConfigError: if no setting reached the speed-up.
     """
+    report = report or Report(options.json, options.html)
     try:
         import optuna
     except ImportError:
         raise InputError("Optuna is not installed, but search needs it: pip install 'tokenmerge[search]'") from None
-    if not search.output.resolve().parent.is_dir() or search.output.is_dir():
-        raise InputError(f"--output {str(search.output)!r} is no file in a folder that exists: choose another")
+    files.check_writable(options.output, "--output", "best.json")
     keep_memory()
-    model = load_model(args)
-    both = search.calibration + search.holdout
-    images = Images(model, args, search.data, search.batch_size, search.workers, both)
-    if len(images) < 2 * search.batch_size:
+    model = load_scored(options, report)
+    both = options.calibration + options.holdout
+    images = Images(model, options, both)
+    if len(images) < 2 * options.batch_size:
         raise InputError(
-            f"{len(images)} images are too few to search on and to check on: give at least {2 * search.batch_size}"
+            f"{len(images)} images are too few to search on and to check on: give at least {2 * options.batch_size}"
         )
     batches = list(images)
-    cut = max(1, round(len(batches) * search.calibration / both))
+    cut = max(1, round(len(batches) * options.calibration / both))
     mine, others = _shuffled(batches, cut)
-    judge = Judge(model, mine, images.first(search.batch_size), search.rounds)
+    judge = Judge(model, mine, images.first(options.batch_size), options.rounds)
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     try:
         study = optuna.create_study(
-            study_name=search.study,
-            storage=search.storage,
+            study_name=options.study,
+            storage=options.storage,
             load_if_exists=True,
             directions=["minimize", "minimize"],
-            sampler=optuna.samplers.TPESampler(seed=search.seed),
+            sampler=optuna.samplers.TPESampler(seed=options.seed),
         )
     except Exception as error:  # every database raises its own exception types
-        raise InputError(f"--storage {search.storage!r} cannot be used ({error}): try sqlite:///search.db") from None
-    about = {"model": describe(args), "speedup": search.speedup, "images": len(images), "batch": search.batch_size}
+        raise InputError(f"--storage {options.storage!r} cannot be used ({error}): try sqlite:///search.db") from None
+    about = {"model": describe(options), "speedup": options.speedup, "images": len(images), "batch": options.batch_size}
     about = json.loads(json.dumps(about, default=str))
     if study.user_attrs.get("about", about) != about:
         raise InputError(
-            f"the study {search.study!r} in {search.storage} is of {study.user_attrs['about']}, but {about} was asked for: give "
+            f"the study {options.study!r} in {options.storage} is of {study.user_attrs['about']}, but {about} was asked for: give "
             "another --study or --storage"
         )
     study.set_user_attr("about", about)
-    space = _space(study, judge, search)
-    _optimize(study, judge, space, search, report)
-    _random_schedules(judge, space, search, report)
-    best, speed = _best(study, judge, search, space.attention, report)
-    rows = _check(best, speed, study, judge, others, search, report)
-    _print(report, rows, search)
-    report.write(rows, lambda: _figures(study))
-    return 0
-
-
-def _figures(study: Any) -> list[str | None]:
-    """Return the figure of all trials and the Pareto frontier."""
-    best = {trial.number for trial in study.best_trials}
-    trials = [
-        {
-            "speedup": 1 / t.values[0],
-            "divergence": t.values[1],
-            "kind": "on the frontier" if t.number in best else "trial",
-        }
-        for t in study.trials
-        if t.values is not None
-    ]
-    trials.sort(key=lambda trial: trial["kind"])
-    return [
-        lines(
-            trials,
-            "speedup",
-            "divergence",
-            ("speed-up, measured", "KL to the unmerged model"),
-            by="kind",
-            alone=["trial"],
-        )
-    ]
+    space = _space(study, judge, options, report.say)
+    _optimize(study, judge, space, options, report)
+    _random_schedules(judge, space, options, report)
+    best, speed = _best(study, judge, options, space.attention, report)
+    rows = _check(best, speed, study, judge, others, options, report)
+    _print(report, rows, options)
+    report.write(rows, lambda: figures(study))
+    return rows
 
 
 def _shuffled(batches: list[tuple[Tensor, Tensor]], cut: int) -> tuple[list[Any], list[Any]]:
@@ -201,7 +143,8 @@ class Space:
         layers: number of blocks.
         attention: whether matchers can read the class token's attention.
         flops: factor of FLOPs reduction at which a constant r reaches the target speed-up.
-        running: the form of attention and the backend that are fastest here, as fields of `MergeConfig`.
+        running: fields of every config: the form of attention and the backend that are fastest here, and fields saved with the
+            model that do not say how tokens match.
     """
 
     cost: ModelCost
@@ -214,12 +157,14 @@ class Space:
         """Return the config that parameters describe."""
         cost = self.cost
         return MergeConfig.create(
-            **config_fields(parameters, self.flops, self.layers, cost.tokens, cost.protected, cost.fraction),
-            **self.running,
+            **{
+                **self.running,
+                **config_fields(parameters, self.flops, self.layers, cost.tokens, cost.protected, cost.fraction),
+            },
         )
 
 
-def _space(study: Any, judge: Judge, search: SearchArgs) -> Space:
+def _space(study: Any, judge: Judge, search: SearchOptions, say: Callable[[str], Any]) -> Space:
     cost = model_cost(judge.model)
     layers = len(judge.handle.schedule)
     try:
@@ -230,7 +175,7 @@ def _space(study: Any, judge: Judge, search: SearchArgs) -> Space:
 
     # measured once for all workers of a study: what runs differently would be compared, and not what merges differently
     if "running" not in study.user_attrs:
-        study.set_user_attr("running", _running(judge, search))
+        study.set_user_attr("running", apart_from_matching(search, _running(judge, search), say))
 
     # small models and batches need a larger reduction than the speed-up; all workers of a study must share it
     flops = study.user_attrs.get("flops_speedup")
@@ -244,7 +189,7 @@ def _space(study: Any, judge: Judge, search: SearchArgs) -> Space:
     return Space(cost, layers, attention, flops, study.user_attrs["running"])
 
 
-def _running(judge: Judge, search: SearchArgs) -> dict[str, Any]:
+def _running(judge: Judge, search: SearchOptions) -> dict[str, Any]:
     """Return the form of attention and the backend that are fastest for the paper's matching at the target speed-up by FLOPs."""
     try:
         judge.handle.update(MergeConfig(speedup=search.speedup))
@@ -255,7 +200,9 @@ def _running(judge: Judge, search: SearchArgs) -> dict[str, Any]:
     return {"attention": chosen["attention"], **({"backend": "torch"} if chosen["backend"] == "torch" else {})}
 
 
-def _optimize(study: Any, judge: Judge, space: Space, search: SearchArgs, report: Report) -> None:
+def _optimize(study: Any, judge: Judge, space: Space, search: SearchOptions, report: Report) -> None:
+    from optuna.trial import TrialState
+
     def objective(trial: Any) -> tuple[float, float]:
         chosen = space.config(suggest(trial, space.layers, space.attention))
         trial.set_user_attr("config", chosen.to_json())
@@ -272,11 +219,17 @@ def _optimize(study: Any, judge: Judge, space: Space, search: SearchArgs, report
     with report.progress() as progress:
         task = progress.add_task("searching", total=max(0, search.trials - done))
         while sum(trial.state.is_finished() for trial in study.trials) < search.trials:  # other workers count, too
-            study.optimize(objective, n_trials=1, catch=())
+            check()
+            trial = study.ask()  # not `optimize`, which logs the traceback of a signal
+            try:
+                study.tell(trial, objective(trial))
+            except BaseException:
+                study.tell(trial, state=TrialState.FAIL, skip_if_finished=True)
+                raise
             progress.advance(task)
 
 
-def _random_schedules(judge: Judge, space: Space, search: SearchArgs, report: Report) -> None:
+def _random_schedules(judge: Judge, space: Space, search: SearchOptions, report: Report) -> None:
     """Compare a constant r with random schedules of the same FLOPs, with the paper's settings otherwise."""
     if not search.random:
         return
@@ -287,6 +240,7 @@ def _random_schedules(judge: Judge, space: Space, search: SearchArgs, report: Re
         task = progress.add_task("random schedules", total=len(configs))
         found = []
         for config in configs:
+            check()
             found.append(float(judge.scores(config).divergence.mean()))
             progress.advance(task)
     better = sum(loss < constant for loss in found)
@@ -296,7 +250,7 @@ def _random_schedules(judge: Judge, space: Space, search: SearchArgs, report: Re
     )
 
 
-def _fastest_trial(study: Any, judge: Judge, search: SearchArgs) -> tuple[MergeConfig | None, float]:
+def _fastest_trial(study: Any, judge: Judge, search: SearchOptions) -> tuple[MergeConfig | None, float]:
     """Return the trial of lowest divergence that is fast enough with its speed, or `None` and the highest speed.
 
     Trials are measured again with more rounds, several at a time, in the order of their divergence, because the fastest of
@@ -304,7 +258,7 @@ def _fastest_trial(study: Any, judge: Judge, search: SearchArgs) -> tuple[MergeC
     """
     finished = [trial for trial in study.trials if trial.values is not None]
     close = sorted((t for t in finished if 1 / t.values[0] >= 0.9 * search.speedup), key=lambda t: t.values[1])
-    fastest = 0.0
+    fastest = 0.0 if close else max((1 / trial.values[0] for trial in finished), default=0.0)
     for start in range(0, len(close), _AGAIN):
         configs = [MergeConfig.from_json(trial.user_attrs["config"]) for trial in close[start : start + _AGAIN]]
         speeds = judge.speeds(configs, max(9, search.rounds))
@@ -315,7 +269,9 @@ def _fastest_trial(study: Any, judge: Judge, search: SearchArgs) -> tuple[MergeC
     return None, fastest
 
 
-def _best(study: Any, judge: Judge, search: SearchArgs, attention: bool, report: Report) -> tuple[MergeConfig, float]:
+def _best(
+    study: Any, judge: Judge, search: SearchOptions, attention: bool, report: Report
+) -> tuple[MergeConfig, float]:
     """Return the config of lowest divergence among the best trial and constant schedules that are fast enough.
 
     Including constant schedules ensures that, up to noise, the result is no worse than a setting without a search.
@@ -345,7 +301,13 @@ def _best(study: Any, judge: Judge, search: SearchArgs, attention: bool, report:
 
 
 def _check(
-    best: MergeConfig, speed: float, study: Any, judge: Judge, others: Sequence[Any], search: SearchArgs, report: Report
+    best: MergeConfig,
+    speed: float,
+    study: Any,
+    judge: Judge,
+    others: Sequence[Any],
+    search: SearchOptions,
+    report: Report,
 ) -> list[Row]:
     """Compare the result with a constant r of equal measured speed on held-out images, and write the files."""
     model = judge.model
@@ -377,20 +339,16 @@ def _check(
     ]
     beside = search.output.with_suffix(".frontier.json")
     try:
-        search.output.write_text(json.dumps(json.loads(best.to_json()), indent=2) + "\n", encoding="utf-8")
-        beside.write_text(
-            json.dumps(sorted(frontier, key=lambda point: point["speedup"]), indent=2) + "\n", encoding="utf-8"
-        )
-    except OSError as error:
+        files.write_json(search.output, json.loads(best.to_json()), "--output")
+        files.write_json(beside, sorted(frontier, key=lambda point: point["speedup"]), "the frontier")
+    except InputError:
         report.say(f"found: {best.to_json()}")
-        raise InputError(
-            f"--output {str(search.output)!r} cannot be written ({error.strerror}): the config is printed above"
-        ) from None
+        raise
     report.say(f"wrote {search.output} (use it as --r {search.output}, or MergeConfig.from_json) and {beside}")
     return rows
 
 
-def _print(report: Report, rows: Sequence[Row], search: SearchArgs) -> None:
+def _print(report: Report, rows: Sequence[Row], search: SearchOptions) -> None:
     report.table(
         f"checked on {rows[0]['images']} other images",
         ("setting", "speed-up", "top-1", "KL"),

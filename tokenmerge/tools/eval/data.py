@@ -1,0 +1,69 @@
+"""Labelled data of an evaluation, with the preprocessing of the model, and their batches."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from tokenmerge.errors import InputError
+from tokenmerge.files import words_of
+from tokenmerge.tools.common import DataOptions
+from tokenmerge.tools.datasets import Labelled, LabelledStream, labelled
+from tokenmerge.tools.folders import ClassFolder
+from tokenmerge.tools.inputs import class_names, classifier_input, num_classes
+from tokenmerge.tools.media import Medium
+from tokenmerge.tools.signals import check, deferred
+from tokenmerge.tools.transforms import evaluation_transform
+from tokenmerge.tools.zero_shot import ZeroShot
+
+
+def make_dataset(
+    model: Any,
+    options: DataOptions,
+    medium: Medium,
+    overrides: Mapping[str, Any] | None = None,
+    sampling_rate: int = 4,
+) -> ClassFolder | Labelled | LabelledStream:
+    """Return the data set with the preprocessing of the model.
+
+    Raises:
+        InputError: if the data or the preprocessing does not fit the model.
+    """
+    classifier_input(model, medium, "eval")
+    transform, medium = evaluation_transform(model, medium, dict(overrides or {}), sampling_rate, options.place)
+    by_names = isinstance(model, ZeroShot)
+    classes, names = (None, None) if by_names else (num_classes(model), class_names(model))
+    dataset: ClassFolder | Labelled | LabelledStream
+    if options.dataset is None:
+        dataset = ClassFolder(options.folder, transform, classes, names, options.class_map, medium)
+    else:
+        dataset = labelled(options.dataset, options.data, options.split, transform, classes, names, options.class_map)
+    if by_names:
+        model.name_classes(dataset.names)
+    return dataset
+
+
+def guarded(loader: Any) -> Any:
+    """Yield the batches of a loader; the death of a worker process becomes an `InputError`."""
+    with deferred():  # a loader whose workers are half started cannot end them
+        iterator = iter(loader)
+    while True:
+        check()
+        try:
+            with loading():
+                batch = next(iterator)
+        except StopIteration:
+            return
+        yield batch
+
+
+@contextlib.contextmanager
+def loading() -> Iterator[None]:
+    """Turn the death of a worker process, which PyTorch raises wherever the main process is, into an `InputError`."""
+    try:
+        yield
+    except RuntimeError as error:
+        if "DataLoader worker" not in str(error):
+            raise
+        raise InputError(f"a process that decodes files died ({words_of(error)}): try --workers 0") from None

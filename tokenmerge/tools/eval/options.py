@@ -1,0 +1,68 @@
+"""Options of `tokenmerge eval`."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+from tokenmerge.tools.common import (
+    DataOptions,
+    DeviceOptions,
+    MergeOptions,
+    PageOptions,
+    TuneOptions,
+    batch_size,
+    sampling_rate,
+)
+from tokenmerge.tools.options import option
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class EvalOptions(DeviceOptions, DataOptions, MergeOptions, TuneOptions, PageOptions):
+    """Options of `tokenmerge eval`.
+
+    Attributes:
+        batch_size: images per forward pass.
+        sampling_rate: stride between the sampled frames of a video.
+        crop_pct, crop_mode, interpolation, mean, std: preprocessing, by their names in timm; `None` is the model's own.
+        strict: whether unreadable files make the exit code 1.
+
+    Example:
+        >>> from tokenmerge.tools.eval import EvalOptions
+        >>> EvalOptions(model="vit_tiny_patch16_224", pretrained=True, data="imagenet/val", r=[0, 13]).r
+        ('0', '13')
+    """
+
+    batch_size: int = batch_size(64)
+    strict: bool = option(False, "exit with 1 if any file could not be read", "measuring", rare=True)
+    sampling_rate: int = sampling_rate()
+    crop_pct: float | None = option(
+        None,
+        "side of the centre crop ÷ side of the image (default: the model's own)",
+        "data",
+        above=0,
+        most=1,
+        rare=True,
+    )
+    crop_mode: str | None = option(
+        None, "crop mode (default: the model's own)", "data", choices=("squash", "border", "center"), rare=True
+    )
+    interpolation: str | None = option(
+        None,
+        "interpolation of resizing (default: the model's own)",
+        "data",
+        choices=("nearest", "bilinear", "bicubic", "box", "hamming", "lanczos"),
+        rare=True,
+    )
+    mean: tuple[float, float, float] | None = option(
+        None, "mean of each channel (default: the model's own)", "data", rare=True
+    )
+    std: tuple[float, float, float] | None = option(
+        None, "standard deviation of each channel (default: the model's own)", "data", above=0, rare=True
+    )
+
+    @property
+    def preprocessing(self) -> dict[str, Any]:
+        """Overrides of the model's own preprocessing, by their names in timm's config."""
+        names = ("crop_pct", "crop_mode", "interpolation", "mean", "std")
+        return {name: getattr(self, name) for name in names if getattr(self, name) is not None}
