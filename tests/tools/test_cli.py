@@ -69,6 +69,13 @@ def test_eval_accuracy_is_the_models(run: Run, model_dir: Path, data: Path) -> N
     assert json.loads(out)[0]["top1"] == pytest.approx(100 * correct / 12)
 
 
+def test_a_limit_takes_files_evenly(run: Run, model_dir: Path, data: Path) -> None:
+    command = ("eval", f"local-dir:{model_dir}", "--data", data, "--r", 4, "--json", "-", "-j", 0)
+    assert json.loads(run(*command, "--limit", 5)[1])[0]["images"] == 5
+    assert json.loads(run(*command, "--limit", 500)[1])[0]["images"] == 12
+    assert "--limit: 0 was given" in run(*command, "--limit", 0)[2]
+
+
 def test_damaged_images_are_named_counted_and_strict(run: Run, model_dir: Path, data: Path) -> None:
     whole = (data / "bee/1.png").read_bytes()
     (data / "bee/1.png").write_bytes(whole[: len(whole) // 2])

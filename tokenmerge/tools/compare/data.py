@@ -5,13 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from tokenmerge.errors import InputError
 from tokenmerge.tools.datasets import LabelledStream, medium_for
 from tokenmerge.tools.device import place
-from tokenmerge.tools.eval.data import guarded, make_dataset
+from tokenmerge.tools.eval.data import guarded, make_dataset, take_evenly
 from tokenmerge.tools.folders import batches
 from tokenmerge.tools.models import load_model, warn_if_random
 from tokenmerge.tools.options import plain
@@ -39,13 +38,7 @@ class Images:
         self.dataset = make_dataset(model, options, medium_for(options.data, options.dataset))
         self.skipped: list[str] = []
         self._kept: list[tuple[Tensor, Tensor]] | None = None
-        if isinstance(self.dataset, LabelledStream):
-            if limit is not None:
-                raise InputError(
-                    f"{self.place} is a stream, but {limit} images spread over all of it were asked for: give hfds/… or class folders"
-                )
-        elif limit is not None and limit < len(self.dataset):
-            self.dataset.take(torch.linspace(0, len(self.dataset) - 1, limit).round().long().tolist())
+        take_evenly(self.dataset, limit, self.place)
 
     def __len__(self) -> int:
         """Return the number of images; of a stream of unknown length 0."""

@@ -6,6 +6,8 @@ import contextlib
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+import torch
+
 from tokenmerge.errors import InputError
 from tokenmerge.files import words_of
 from tokenmerge.tools.common import DataOptions
@@ -42,6 +44,22 @@ def make_dataset(
     if by_names:
         model.name_classes(dataset.names)
     return dataset
+
+
+def take_evenly(dataset: ClassFolder | Labelled | LabelledStream, limit: int | None, place: str) -> None:
+    """Keep only `limit` files, evenly spaced in the data; all if it is `None`.
+
+    Raises:
+        InputError: if the data are a stream, whose files have no numbers.
+    """
+    if limit is None:
+        return
+    if isinstance(dataset, LabelledStream):
+        raise InputError(
+            f"{place} is a stream, but {limit} images spread over all of it were asked for: give hfds/… or class folders"
+        )
+    if limit < len(dataset):
+        dataset.take(torch.linspace(0, len(dataset) - 1, limit).round().long().tolist())
 
 
 def guarded(loader: Any) -> Any:

@@ -19,7 +19,7 @@ from tokenmerge.errors import InputError
 from tokenmerge.tools.common import TuneOptions
 from tokenmerge.tools.datasets import LabelledStream, medium_for
 from tokenmerge.tools.device import place
-from tokenmerge.tools.eval.data import guarded, loading, make_dataset
+from tokenmerge.tools.eval.data import guarded, loading, make_dataset, take_evenly
 from tokenmerge.tools.eval.options import EvalOptions
 from tokenmerge.tools.eval.scores import Score, add_in_turns, scores
 from tokenmerge.tools.folders import batches
@@ -77,6 +77,7 @@ def _run(
     if processes.is_main:
         warn_if_random(options, report.warn)
     dataset = make_dataset(model, options, medium, options.preprocessing, options.sampling_rate)
+    take_evenly(dataset, options.limit, options.place)
     running = scores(model, settings, fields)
     skipped: list[str] = []
     loader = batches(dataset, options.batch_size, options.workers, processes.rank, processes.count)

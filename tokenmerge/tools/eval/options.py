@@ -22,6 +22,7 @@ class EvalOptions(DeviceOptions, DataOptions, MergeOptions, TuneOptions, PageOpt
     """Options of `tokenmerge eval`.
 
     Attributes:
+        limit: number of files to use, evenly spaced in the data; `None` uses all.
         batch_size: images per forward pass.
         sampling_rate: stride between the sampled frames of a video.
         crop_pct, crop_mode, interpolation, mean, std: preprocessing, by their names in timm; `None` is the model's own.
@@ -33,6 +34,9 @@ class EvalOptions(DeviceOptions, DataOptions, MergeOptions, TuneOptions, PageOpt
         ('0', '13')
     """
 
+    limit: int | None = option(
+        None, "use only N files, evenly spaced in the data", "data", least=1, metavar="N", rare=True
+    )
     batch_size: int = batch_size(64)
     strict: bool = option(False, "exit with 1 if any file could not be read", "measuring", rare=True)
     sampling_rate: int = sampling_rate()
