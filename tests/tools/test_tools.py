@@ -104,8 +104,11 @@ def test_peak_memory_is_what_a_pass_holds_at_once() -> None:
 def test_the_exported_demo_is_the_demo(tmp_path: Path) -> None:
     timm = pytest.importorskip("timm")
     pytest.importorskip("sklearn")
+    from tokenmerge.tools.demo import DemoOptions
+    from tokenmerge.tools.demo import run as run_demo
     from tokenmerge.tools.demo.digits import as_stored, load_digits, load_model
     from tokenmerge.tools.demo.export import export_demo
+    from tokenmerge.tools.eval import EvalOptions, run
 
     model_dir, data_dir = export_demo(tmp_path)
     exported = timm.create_model(f"local-dir:{model_dir}", pretrained=True).eval()
@@ -116,3 +119,7 @@ def test_the_exported_demo_is_the_demo(tmp_path: Path) -> None:
     assert len(files) == len(images) == 360
     with Image.open(data_dir / str(int(labels[0])) / "0000.png") as first:
         assert first.size == (56, 56)
+    rows = run(EvalOptions(model=f"local-dir:{model_dir}", data=data_dir, r=[0, 16], workers=0))
+    shown = run_demo(DemoOptions(r=[0, 16], output=tmp_path / "demo.png"))
+    for ours, theirs in zip(shown, rows, strict=True):  # the same images, to the bit, and the same model
+        assert (ours["top1"], ours["gflops"]) == (theirs["top1"], theirs["gflops"])

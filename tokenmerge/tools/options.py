@@ -120,14 +120,6 @@ class Options:
             value = _checked(field.name, getattr(self, field.name), hints[field.name], flag)
             object.__setattr__(self, field.name, value)
 
-    def given(self) -> dict[str, Any]:
-        """Return the options that differ from their defaults, by name."""
-        return {
-            field.name: getattr(self, field.name)
-            for field in dataclasses.fields(self)
-            if getattr(self, field.name) != default_of(field)
-        }
-
     def as_json(self) -> dict[str, Any]:
         """Return all options as JSON values, for records and reports."""
         return {field.name: plain(getattr(self, field.name)) for field in dataclasses.fields(self)}
@@ -215,12 +207,16 @@ def _check_number(name: str, value: float, flag: Flag) -> None:
     above = flag.above is None or value > flag.above
     if finite and (flag.least is None or value >= flag.least) and above and value <= high:
         return
-    limits = [f"of at least {flag.least:g}"] if flag.least is not None else []
-    limits += [f"above {flag.above:g}"] if flag.above is not None else []
-    limits += [f"of at most {high:g}"] if flag.most is not None or value > high else []
+    limits = [f"of at least {_short(flag.least)}"] if flag.least is not None else []
+    limits += [f"above {_short(flag.above)}"] if flag.above is not None else []
+    limits += [f"of at most {_short(high)}"] if flag.most is not None or value > high else []
     kind = "a whole number" if whole else "a number" if finite else "a finite number"
     text = f"{value}" if not finite or abs(value) < 10**18 else "a huge number"
     raise OptionError(name, f"{text} was given, but {' '.join([kind, ' and '.join(limits)]).strip()} was expected")
+
+
+def _short(limit: float) -> str:
+    return f"{limit:g}" if abs(limit) < 1e6 else f"{limit:.0f}"
 
 
 def _pairs(name: str, value: Any, form: str) -> dict[str, Any]:
