@@ -19,13 +19,14 @@ import torch
 from rich.console import Console
 from rich.progress import Task, TextColumn
 from rich.text import Text
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from tests.helpers.processes import Command
 from tests.tools.test_train_folder import data, until, words  # noqa: F401 the fixture
 from tokenmerge.cli import main
 from tokenmerge.tools import signals
 from tokenmerge.tools.eval.data import guarded
+from tokenmerge.tools.folders import batches as in_batches
 from tokenmerge.tools.report import Bars, Report
 from tokenmerge.tools.signals import Signalled, check, deferred, ending, handled, in_worker, on_sigterm
 
@@ -203,6 +204,26 @@ def test_workers_outlive_signals_of_the_group(number: signal.Signals) -> None:
     process.terminate()
     process.join(5)
     assert process.exitcode == 0
+
+
+class SlowStream(IterableDataset[tuple[torch.Tensor, int, str]]):
+    """Yields the process that loads as a picture."""
+
+    def share(self, rank: int, processes: int) -> None:
+        pass
+
+    def __iter__(self) -> Iterator[tuple[torch.Tensor, int, str]]:
+        for _ in range(20):
+            time.sleep(0.02)
+            yield torch.tensor(os.getpid()), 0, ""
+
+
+def test_workers_of_streams_outlive_ctrl_c() -> None:
+    loaded = iter(in_batches(SlowStream(), 1, 1))
+    worker = int(next(loaded).images)
+    assert worker != os.getpid()
+    os.kill(worker, signal.SIGINT)
+    assert len([batch for batch in loaded if int(batch.images) == worker]) == 19
 
 
 def at_random(command: Command, ready: object, number: int, spread: float, generator: random.Random) -> tuple[int, str]:

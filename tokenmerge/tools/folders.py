@@ -219,23 +219,22 @@ class ShareOfBatches(Sampler[list[int]]):
             yield list(range(start, min(start + self.batch, self.size)))
 
 
-def batches(dataset: Any, batch_size: int, workers: int, rank: int = 0, processes: int = 1) -> DataLoader[Any]:
-    """Return a loader of this process's share of the data set, in order; a stream divides itself among processes and workers."""
-    if isinstance(dataset, IterableDataset):
-        dataset.share(rank, processes)  # type: ignore[attr-defined]
-        return DataLoader(
-            dataset,
-            batch_size=batch_size,
-            num_workers=workers,
-            collate_fn=collate,
-            pin_memory=torch.cuda.is_available(),
-        )
-    share = ShareOfBatches(len(dataset), batch_size, rank, processes)
+def loader_of(dataset: Any, workers: int, **order: Any) -> DataLoader[Any]:
+    """Return a loader of batches; `order` says how it draws them: a `batch_size` or a `batch_sampler`."""
     return DataLoader(
         dataset,
-        batch_sampler=share,
         num_workers=workers,
         collate_fn=collate,
         pin_memory=torch.cuda.is_available(),
         worker_init_fn=in_worker,
+        **order,
     )
+
+
+def batches(dataset: Any, batch_size: int, workers: int, rank: int = 0, processes: int = 1) -> DataLoader[Any]:
+    """Return a loader of this process's share of the data set, in order; a stream divides itself among processes and workers."""
+    if isinstance(dataset, IterableDataset):
+        dataset.share(rank, processes)  # type: ignore[attr-defined]
+        return loader_of(dataset, workers, batch_size=batch_size)
+    share = ShareOfBatches(len(dataset), batch_size, rank, processes)
+    return loader_of(dataset, workers, batch_sampler=share)

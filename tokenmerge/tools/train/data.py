@@ -21,9 +21,8 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from tokenmerge.errors import InputError
 from tokenmerge.tools.datasets import Labelled, LabelledStream, labelled
-from tokenmerge.tools.folders import ClassFolder, collate
+from tokenmerge.tools.folders import ClassFolder, loader_of
 from tokenmerge.tools.media import IMAGES, Medium, medium_of
-from tokenmerge.tools.signals import in_worker
 from tokenmerge.tools.train.options import TrainOptions
 
 Sample = tuple[int, int]
@@ -169,14 +168,7 @@ _NAMES = {"val": ("val", "validation"), "validation": ("validation", "val")}
 
 def make_loader(dataset: Dataset[Any], sampler: Sampler[Any], workers: int) -> DataLoader[Any]:
     """Return the loader of an epoch; its workers start in every epoch, so that they receive its number."""
-    return DataLoader(
-        dataset,
-        batch_sampler=sampler,
-        num_workers=workers,
-        collate_fn=collate,
-        pin_memory=torch.cuda.is_available(),
-        worker_init_fn=in_worker,
-    )
+    return loader_of(dataset, workers, batch_sampler=sampler)
 
 
 def fingerprint(folder: ClassFolder | Labelled) -> str:
