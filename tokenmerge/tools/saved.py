@@ -32,19 +32,31 @@ def merging_of(
         InputError: if no schedule is known, or the saved settings are damaged.
         ConfigError: if an option is invalid.
     """
-    given, schedules = options.merging(), options.schedules()
+    schedules = options.schedules()
+    saved, fields = fields_of(options, say)
+    if not schedules and saved is not None and saved.scheduled:
+        schedules = [Setting(label_of(saved), saved.changed("schedule"))]
+    schedules = schedules or [parse_setting(text) for text in usual]
+    if not schedules and saved is None:
+        raise InputError("nothing says how much to merge: give --r, such as --r 8 16")
+    if not schedules:
+        raise InputError("nothing says how much to merge, and the model was saved without: give --r, such as --r 8")
+    return schedules, fields
+
+
+def fields_of(options: Any, say: Callable[[str], Any]) -> tuple[MergeConfig | None, dict[str, Any]]:
+    """Return the settings that were saved with the model, if any, and its fields other than the schedule, overridden by the options.
+
+    Args:
+        options: options of model, weights and merging.
+        say: function that prints a line; it is told what was taken from the model.
+    """
+    given = options.merging()
     saved = saved_with(options)
     if saved is None:
-        if not schedules and not usual:
-            raise InputError("nothing says how much to merge: give --r, such as --r 8 16")
-        return schedules or [parse_setting(text) for text in usual], given
-    fields = combined(saved, given)
-    if not schedules and saved.scheduled:
-        schedules = [Setting(label_of(saved), saved.changed("schedule"))]
+        return None, given
     say(f"merging as saved with the model: {in_words(saved)} (options override it)")
-    if not schedules and not usual:
-        raise InputError("nothing says how much to merge, and the model was saved without: give --r, such as --r 8")
-    return schedules or [parse_setting(text) for text in usual], fields
+    return saved, combined(saved, given)
 
 
 def apart_from_matching(options: Any, given: dict[str, Any], say: Callable[[str], Any]) -> dict[str, Any]:
@@ -52,19 +64,31 @@ def apart_from_matching(options: Any, given: dict[str, Any], say: Callable[[str]
     saved = saved_with(options)
     if saved is None:
         return given
-    changed = {name: value for name, value in saved.changed().items() if name not in SCHEDULE_FIELDS}
-    kept = {name: value for name, value in changed.items() if FIELDS[name].metadata["group"] != "matching"}
+    kept = _without_matching(_without_schedule(saved))
     if kept:
         say(f"as saved with the model: {', '.join(f'{name} {value}' for name, value in kept.items())}")
-    return {**kept, **{name: value for name, value in given.items() if value != "auto" or name not in kept}}
+    return _overridden(kept, given)
 
 
 def combined(saved: MergeConfig, given: dict[str, Any]) -> dict[str, Any]:
     """Return the fields of a saved config, other than its schedule, overridden by fields that were given."""
-    kept = {name: value for name, value in saved.changed().items() if name not in SCHEDULE_FIELDS}
+    kept = _without_schedule(saved)
     matcher = FIELDS["matcher"].name
     if "preset" in given or given.get(matcher, saved.matcher) != saved.matcher:
-        kept = {name: value for name, value in kept.items() if FIELDS[name].metadata["group"] != "matching"}
+        kept = _without_matching(kept)
+    return _overridden(kept, given)
+
+
+def _without_schedule(saved: MergeConfig) -> dict[str, Any]:
+    return {name: value for name, value in saved.changed().items() if name not in SCHEDULE_FIELDS}
+
+
+def _without_matching(fields: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in fields.items() if FIELDS[name].metadata["group"] != "matching"}
+
+
+def _overridden(kept: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
+    """Return saved fields overridden by given ones; "auto" leaves a saved field as it is."""
     return {**kept, **{name: value for name, value in given.items() if value != "auto" or name not in kept}}
 
 

@@ -26,8 +26,8 @@ from tokenmerge.tools.bench.options import BenchOptions
 from tokenmerge.tools.device import place
 from tokenmerge.tools.models import input_shape, load_model
 from tokenmerge.tools.report import Report, Row
-from tokenmerge.tools.saved import combined, saved_with
-from tokenmerge.tools.settings import Setting, in_words
+from tokenmerge.tools.saved import fields_of
+from tokenmerge.tools.settings import Setting
 from tokenmerge.tools.tuning import check_tuning, tune
 from tokenmerge.tools.variants import share_weights
 
@@ -55,11 +55,8 @@ def run_break_even(options: BenchOptions, report: Report) -> list[Row]:
         options: what to measure; without `r`, r = 1, 2, 4, … are tried.
         report: receiver of the results.
     """
-    saved = saved_with(options)
-    settings, fields = options.schedules(), options.merging()
-    if saved is not None:
-        fields = combined(saved, fields)
-        report.say(f"merging as saved with the model: {in_words(saved)} (options override it)")
+    settings = options.schedules()
+    _, fields = fields_of(options, report.say)
     model = load_model(options)
     wanted = [setting for setting in settings if not setting.is_baseline]
     if settings and not wanted:

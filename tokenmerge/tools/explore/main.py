@@ -22,8 +22,8 @@ from tokenmerge.tools.media import IMAGES
 from tokenmerge.tools.models import load_model, random_weights, warn_if_random
 from tokenmerge.tools.pages import printable
 from tokenmerge.tools.report import Report, Row
-from tokenmerge.tools.saved import combined, saved_with
-from tokenmerge.tools.settings import Setting, in_words
+from tokenmerge.tools.saved import fields_of
+from tokenmerge.tools.settings import Setting
 from tokenmerge.tools.visualize.load import Loader, Shown
 from tokenmerge.tools.visualize.looks import Merged, merged_copies
 from tokenmerge.tools.visualize.page import explorer_page, image_data
@@ -53,11 +53,8 @@ class Explorer:
         self.model = load_model(options)
         self.random = random_weights(options)
         self.loader = Loader(self.model)
-        saved = saved_with(options)
-        self.fields = options.merging() if saved is None else combined(saved, options.merging())
-        self.saved = (
-            "" if saved is None else f"merging as saved with the model: {in_words(saved)} (options override it)"
-        )
+        self.remarks: list[str] = []
+        _, self.fields = fields_of(options, self.remarks.append)
         self.samples, self.left_out = ([], []) if data is None else samples_in(data, self.loader.medium)
         self.sample_names = [] if data is None else [printable(str(path.relative_to(data))) for path in self.samples]
         self.unmerged = merged_copies(self.model, [Setting(0, {"r": 0})], {})[0]
@@ -220,8 +217,8 @@ def run(options: ExploreOptions, report: Report | None = None) -> list[Row]:
         ) from None
     with contextlib.closing(listening):
         explorer = Explorer(options)
-        if explorer.saved:
-            report.say(explorer.saved)
+        for remark in explorer.remarks:
+            report.say(remark)
         if explorer.left_out:
             report.warn(f"{len(explorer.left_out)} files or folders were left out, the first is {explorer.left_out[0]}")
         warn_if_random(options, report.warn)
