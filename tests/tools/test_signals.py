@@ -7,12 +7,15 @@ import io
 import os
 import random
 import signal
+import socket
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from multiprocessing.reduction import DupFd
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -206,6 +209,42 @@ def test_workers_outlive_signals_of_the_group(number: signal.Signals) -> None:
     assert process.exitcode == 0
 
 
+class Shared(Dataset[str]):
+    """Names the socket at which the process that loads hands out memory."""
+
+    def __len__(self) -> int:
+        return 9
+
+    def __getitem__(self, index: int) -> str:
+        time.sleep(0.05)
+        shared: Any = DupFd(0)
+        return str(shared._id[0])
+
+
+def failing(_: int) -> None:
+    """Leave the thread that hands out memory to fail in a way of its own."""
+    in_worker(0)
+    sys.excepthook(ValueError, ValueError("an error of another kind"), None)
+
+
+@pytest.mark.parametrize(
+    ("start", "expected"),
+    [(in_worker, []), (None, ["ConnectionResetError", "BrokenPipeError"]), (failing, ["another kind"])],
+)
+def test_a_main_process_that_hangs_up_is_no_error(
+    start: Callable[[int], None] | None, expected: list[str], capfd: pytest.CaptureFixture[str]
+) -> None:
+    """As when Ctrl-C reaches it while it fetches a batch; the worker says nothing, and goes on."""
+    batches = iter(DataLoader(Shared(), num_workers=1, batch_size=None, worker_init_fn=start))
+    address = next(batches)
+    for _ in range(5):
+        with socket.socket(socket.AF_UNIX) as connection:
+            connection.connect(address)
+    assert len(list(batches)) == 8
+    err = capfd.readouterr().err
+    assert any(word in err for word in expected) if expected else err == ""
+
+
 class SlowStream(IterableDataset[tuple[torch.Tensor, int, str]]):
     """Yields the process that loads as a picture."""
 
@@ -272,6 +311,7 @@ def test_terminated_with_the_whole_group(data: Path, tmp_path: Path) -> None:  #
 DRIVER = """
 import sys
 from pathlib import Path
+from typing import Any
 from tokenmerge.tools import signals
 from tokenmerge.tools.train import TrainOptions, run
 

@@ -137,14 +137,30 @@ def in_worker(_: int) -> None:
     """Leave signals of the whole process group to the main process; a `worker_init_fn` of data loaders.
 
     Ctrl-C and closed terminals reach every process of the group, and so does the SIGTERM of job schedulers and shells. A worker
-    that ended on them would be taken for one that died.
+    that ended on them would be taken for one that died. A main process that was interrupted while it fetched a batch hangs up in
+    the middle, which is no error of the worker's: its thread that hands out memory then prints no traceback.
     """
+    sys.excepthook = _unless_hung_up(sys.excepthook)
     for name in ("SIGINT", "SIGHUP"):
         if hasattr(signal, name):
             signal.signal(getattr(signal, name), signal.SIG_IGN)
     if sys.platform == "linux":  # where a signal says who sent it
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
         threading.Thread(target=_wait_for_parent, args=(os.getppid(),), daemon=True).start()
+
+
+def _unless_hung_up(hook: Callable[..., Any]) -> Callable[..., Any]:
+    """Return a `sys.excepthook` that says nothing of connections that the other side closed: that side has raised, or has ended.
+
+    In a worker only the thread of `multiprocessing.resource_sharer` calls it; errors of the data set go to the main process.
+    """
+
+    def call(kind: type[BaseException], error: BaseException, traceback: Any) -> None:
+        """Print the traceback of any other error."""
+        if not isinstance(error, (ConnectionError, EOFError)):
+            hook(kind, error, traceback)
+
+    return call
 
 
 def _wait_for_parent(parent: int) -> None:
