@@ -10,6 +10,7 @@ import contextlib
 import functools
 import multiprocessing
 import os
+import signal
 import socket
 import sys
 import time
@@ -25,11 +26,19 @@ def _context() -> Any:
     return context
 
 
+def as_in_a_shell() -> None:
+    """Handle signals as a program does that a shell starts: scripts start theirs in the background without Ctrl-C."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.SIG_DFL)
+
+
 def _run(words: Sequence[str], out: Path, environment: Mapping[str, str]) -> None:
     """Redirect the output to files and run the command, in the new process."""
     for number, name in ((1, "out"), (2, "err")):
         file = os.open(f"{out}.{name}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
         os.dup2(file, number)
+    as_in_a_shell()
     os.environ.update(environment)
     # workers of data loaders start as in the command itself: those of a fork server would outlive a command that is killed
     multiprocessing.set_start_method("fork", force=True)
@@ -55,10 +64,10 @@ class Command:
         """Return whether the process is running."""
         return bool(self.process.is_alive())
 
-    def send(self, signal: int) -> None:
+    def send(self, number: int) -> None:
         """Send a signal, if the process is running."""
         with contextlib.suppress(ProcessLookupError):
-            os.kill(self.process.pid, signal)
+            os.kill(self.process.pid, number)
 
     def wait(self, seconds: float = 180) -> int:
         """Wait for the process, and return its exit code, negative for a signal.
