@@ -395,3 +395,11 @@ def _sync(path: Path) -> None:
             raise
     finally:
         os.close(handle)
+
+
+def to_nowhere(stream: Any) -> None:
+    """Send to nowhere what a stream that cannot be written still holds: Python would try it again at exit, and complain."""
+    with contextlib.suppress(OSError, ValueError, AttributeError):  # streams of tests have no number
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, stream.fileno())
+        os.close(nowhere)

@@ -6,9 +6,10 @@ import contextlib
 import os
 import sys
 from collections.abc import Sequence
-from typing import Any, TextIO
+from typing import Any
 
 import tokenmerge
+from tokenmerge import files
 from tokenmerge.cli import bench, compare, demo, eval, explore, export, inspect, search, train, visualize
 from tokenmerge.cli.command import Command, missing
 from tokenmerge.errors import InputError, TokenMergeError
@@ -40,8 +41,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             sys.stdout.flush()  # now, so that a broken pipe raises inside this try
             return code
     except BrokenPipeError:  # the reader of a pipe closed it (`| head`), which is no error
-        with contextlib.suppress(OSError):
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        files.to_nowhere(sys.stdout)
         return 0
     except KeyboardInterrupt as error:
         return _end(*ending(error))
@@ -102,11 +102,11 @@ def _help(words: Sequence[str], full: bool = True) -> int:
 
 
 def _unknown(word: str) -> str:
-    import difflib
+    from tokenmerge.tools.options import nearest
 
-    near = difflib.get_close_matches(word, [*COMMANDS, "help", "--help", "--version"], n=1)
+    near = nearest(word, [*COMMANDS, "help", "--help", "--version"], 0.6)
     kind = "option" if word.startswith("-") else "command"
-    hint = f"did you mean {near[0]}?" if near else f"choose one of {', '.join(COMMANDS)}"
+    hint = f"did you mean {near}?" if near else f"choose one of {', '.join(COMMANDS)}"
     return f"there is no {kind} {word!r:.80}: {hint}"
 
 
@@ -132,7 +132,7 @@ def _failed(error: BaseException, command: Command | None, words: Sequence[str])
     if _is_out_of_memory(error):
         return _end("memory ran out: use a smaller --batch-size, --img-size or model", 2)
     if isinstance(error, OSError):  # from standard output: files are written through tokenmerge/files.py
-        _silence(sys.stdout)
+        files.to_nowhere(sys.stdout)
         where = f" ({error.filename})" if error.filename else ""
         return _end(f"the output{where} cannot be written ({error.strerror or error}): make room, or redirect it", 2)
     reason = " ".join(str(error).split())[:300]
@@ -150,12 +150,6 @@ def _is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, MemoryError | torch.OutOfMemoryError) or (
         isinstance(error, RuntimeError) and any(word in str(error) for word in words)
     )
-
-
-def _silence(stream: TextIO) -> None:
-    """Drop the rest of a stream that cannot be written, because the interpreter would complain of it at its end."""
-    with contextlib.suppress(OSError, ValueError):
-        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 def _end(text: str, code: int) -> int:

@@ -45,18 +45,10 @@ def _writing(to_stderr: bool = False) -> Iterator[None]:
     except OSError as error:
         name = "error" if to_stderr else "output"
         if not to_stderr:
-            _give_up(sys.stdout)
+            files.to_nowhere(sys.stdout)
         raise InputError(
             f"standard {name} cannot be written ({files.words_of(error)}): make room, or send it elsewhere"
         ) from None
-
-
-def _give_up(stream: Any) -> None:
-    """Send what a stream still holds to nowhere, because Python would try it again at exit and fail with a traceback."""
-    with contextlib.suppress(OSError, ValueError, AttributeError):  # streams of tests have no number
-        nowhere = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(nowhere, stream.fileno())
-        os.close(nowhere)
 
 
 class Bars(Progress):

@@ -77,17 +77,29 @@ def image_transform(model: Any, overrides: dict[str, Any]) -> Any:
     Raises:
         InputError: if timm refuses a value.
     """
+    config = preprocessing(model, overrides)
+    config["input_size"] = input_shape(model)
+    flags = "--crop-pct, --crop-mode, --interpolation, --mean and --std"
+    return of_timm(config, f"preprocessing {overrides or config}", flags)
+
+
+def of_timm(config: dict[str, Any], name: str, flags: str) -> Any:
+    """Return timm's transform of images, tried on an empty one.
+
+    Args:
+        config: arguments of timm's `create_transform`.
+        name: name of the config, for the error.
+        flags: flags that can be wrong, for the error.
+
+    Raises:
+        InputError: if timm refuses a value.
+    """
     from timm.data.transforms_factory import create_transform
 
-    config = preprocessing(model, overrides)
-    config["input_size"] = shape = input_shape(model)
-    _, height, width = shape
+    _, height, width = config["input_size"]
     try:
         transform = create_transform(**config)
         transform(Image.new("RGB", (width, height)))
     except Exception as error:  # timm and torchvision raise many exception types for invalid values
-        raise InputError(
-            f"the preprocessing {overrides or config} does not work ({type(error).__name__}: {error}): "
-            "check --crop-pct, --crop-mode, --interpolation, --mean and --std"
-        ) from None
+        raise InputError(f"the {name} does not work ({type(error).__name__}: {error}): check {flags}") from None
     return transform

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-from PIL import Image
-
 from tokenmerge.errors import InputError
 from tokenmerge.tools.hf import origin_of
 from tokenmerge.tools.inputs import preprocessing
@@ -13,7 +11,7 @@ from tokenmerge.tools.media import IMAGES, SOUNDS, VIDEOS, Medium
 from tokenmerge.tools.processors import Processor, processor_of
 from tokenmerge.tools.sounds import SoundAugmentation, Spectrogram
 from tokenmerge.tools.train.options import TrainOptions
-from tokenmerge.tools.transforms import of_processor
+from tokenmerge.tools.transforms import of_processor, of_timm
 from tokenmerge.tools.videos import MEAN, STD, Clip, ClipAugmentation
 
 
@@ -99,8 +97,6 @@ def _image_transform(
     Raises:
         InputError: if timm refuses an option.
     """
-    from timm.data.transforms_factory import create_transform
-
     if processor is None:
         own = {name: getattr(args, name) for name in ("crop_pct", "interpolation", "mean", "std")}
         config = preprocessing(model, {name: value for name, value in own.items() if value is not None})
@@ -115,12 +111,5 @@ def _image_transform(
         extra |= {"hflip": args.hflip, "vflip": args.vflip, "color_jitter": args.color_jitter}
         extra |= {"scale": args.scale, "ratio": args.ratio, "interpolation": args.train_interpolation}
         extra |= {"train_crop_mode": args.train_crop_mode}
-    try:
-        transform = create_transform(**{**config, **extra})
-        transform(Image.new("RGB", (shape[2], shape[1])))
-    except Exception as error:  # timm and torchvision raise many exception types for invalid values
-        raise InputError(
-            f"the augmentation does not work ({type(error).__name__}: {error}): check --aa, --scale, --ratio, --reprob, "
-            "--color-jitter, --train-interpolation and --interpolation"
-        ) from None
-    return transform
+    flags = "--aa, --scale, --ratio, --reprob, --color-jitter, --train-interpolation and --interpolation"
+    return of_timm({**config, **extra}, "augmentation", flags)
