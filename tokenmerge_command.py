@@ -1,5 +1,6 @@
 """Entry of the `tokenmerge` command, outside of the package, whose import takes seconds: a signal ends it in one line from the start."""
 
+import atexit
 import os
 import signal
 import sys
@@ -14,8 +15,16 @@ def _end(number: int, _: FrameType | None) -> None:
     os._exit(128 + number)
 
 
+def _ignore() -> None:
+    """Ignore signals while the interpreter is taken down, when no handler runs any more; the command has done its work."""
+    for name in _WORDS:
+        if hasattr(signal, name):
+            signal.signal(getattr(signal, name), signal.SIG_IGN)
+
+
 def entry() -> None:
     """Run the command and exit with its code."""
+    atexit.register(_ignore)  # first, and therefore run last
     for name in _WORDS:
         number = getattr(signal, name, None)  # Windows has no SIGHUP
         if number is not None and signal.getsignal(number) is not signal.SIG_IGN:

@@ -5,6 +5,8 @@ Every message is one sentence that states what was found, what was expected and 
 exception that fits it.
 """
 
+from collections.abc import Iterable
+
 
 def shown(value: object) -> str:
     """Return a value as text for a message, cut to 200 characters; a placeholder if its `repr` fails (huge integers)."""
@@ -12,6 +14,20 @@ def shown(value: object) -> str:
         return f"{value!r:.200}"
     except Exception:  # `__repr__` of any class may raise anything
         return f"<a {type(value).__name__} that cannot be shown>"
+
+
+def nearest(word: object, known: Iterable[object], alike: float = 0.7) -> str | None:
+    """Return the known word that is most similar to a misspelt one; `None` if none is."""
+    import difflib
+
+    found = difflib.get_close_matches(str(word), [str(one) for one in known], n=1, cutoff=alike)
+    return found[0] if found else None
+
+
+def one_of(word: object, known: Iterable[object]) -> str:
+    """Return what to do about an unknown word: the known one that was probably meant, or to choose one."""
+    near = nearest(word, known) if isinstance(word, str) else None
+    return "choose one of them" if near is None else f"did you mean {near}?"
 
 
 class TokenMergeError(Exception):

@@ -259,14 +259,6 @@ def replacing(path: str | os.PathLike[str], what: str) -> Iterator[Path]:
 
     Raises:
         InputError: if it cannot be written, for instance because the disk is full.
-
-    Example:
-        >>> import tempfile, pathlib
-        >>> file = pathlib.Path(tempfile.mkdtemp(), "notes.txt")
-        >>> with replacing(file, "the notes") as beside:
-        ...     _ = beside.write_text("merged")
-        >>> file.read_text()
-        'merged'
     """
     try:
         target, direct = _target(path)
@@ -363,8 +355,10 @@ def append(path: Path | str, text: str, what: str) -> None:
     """
     if os.path.lexists(path):
         plain_file(path, what)
+    refuse_link(path, what)
     try:
-        with open(path, "ab", buffering=0) as file:
+        follow = getattr(os, "O_NOFOLLOW", 0)  # nothing may be put in its place in between
+        with open(path, "ab", buffering=0, opener=lambda name, flags: os.open(name, flags | follow, 0o666)) as file:
             size = file.seek(0, os.SEEK_END)
             data = memoryview(text.encode("utf-8", "replace"))
             try:
@@ -377,6 +371,14 @@ def append(path: Path | str, text: str, what: str) -> None:
         raise InputError(
             f"{what} {shown(str(path))} cannot be written ({words_of(error)}): make room, or choose another place"
         ) from None
+
+
+def refuse_link(path: Path | str, what: str) -> None:
+    """Raise `InputError` if a path is a symbolic link, because it would lead the writer to a file elsewhere."""
+    if os.path.islink(path):
+        raise InputError(
+            f"{what} {shown(str(path))} is a link to {shown(os.readlink(path))}, but a file or folder of its own was expected: copy it"
+        )
 
 
 def sync(folder: Path) -> None:
@@ -395,11 +397,3 @@ def _sync(path: Path) -> None:
             raise
     finally:
         os.close(handle)
-
-
-def to_nowhere(stream: Any) -> None:
-    """Send to nowhere what a stream that cannot be written still holds: Python would try it again at exit, and complain."""
-    with contextlib.suppress(OSError, ValueError, AttributeError):  # streams of tests have no number
-        nowhere = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(nowhere, stream.fileno())
-        os.close(nowhere)

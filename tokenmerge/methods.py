@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from typing import Any, Literal
 
 from tokenmerge.config import PRESETS, MergeConfig
-from tokenmerge.errors import ConfigError
+from tokenmerge.errors import ConfigError, one_of
 from tokenmerge.frozen import FrozenDict
 from tokenmerge.matching import get_entry, matcher_names
 from tokenmerge.matching.values import fault_of
@@ -100,7 +100,8 @@ def get_method(name: str) -> Method:
         return _METHODS[name]
     if isinstance(name, str) and name in matcher_names():
         return Method(name, {"matcher": name}, source=get_entry(name).about)
-    raise ConfigError(f"method {name!r:.60} is not known; known are {', '.join(method_names())}")
+    known = method_names()
+    raise ConfigError(f"method {name!r:.60} is not known; known are {', '.join(known)}: {one_of(name, known)}")
 
 
 def method_names() -> tuple[str, ...]:

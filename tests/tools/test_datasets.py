@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import pickle
+import re
 import sys
 import tarfile
 from collections.abc import Sequence
@@ -225,13 +226,13 @@ def test_torchvisions(tmp_path: Path) -> None:
 
 def test_missing_packages_and_names_are_one_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name, package, install in (
-        ("hfds/a", "datasets", "datasets"),
-        ("hfids/a", "datasets", "datasets"),
-        ("wds/a", "webdataset", "webdataset"),
+        ("hfds/a", "datasets", "'tokenmerge[datasets]'"),
+        ("hfids/a", "datasets", "'tokenmerge[datasets]'"),
+        ("wds/a", "webdataset", "'tokenmerge[datasets]'"),
         ("tfds/a", "tensorflow_datasets", "tensorflow-datasets"),
     ):
         monkeypatch.setitem(sys.modules, package, None)
-        with pytest.raises(InputError, match=f"{package} is not installed, .*: pip install {install}$"):
+        with pytest.raises(InputError, match=f"{package} is not installed, .*: pip install {re.escape(install)}$"):
             labelled(name, tmp_path, "validation", flat, 3)
     for name in ("hfd/a", "a", "", "hfds"):
         with pytest.raises(InputError, match="is unknown, but one of hfds/NAME"):

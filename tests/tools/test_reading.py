@@ -374,18 +374,14 @@ LAUGHS = "a: &a [x, x, x]\n" + "".join(
         ("a: !own 3", "the tag '!own'"),
         ("a: !!binary aGk=", "the tag"),
         ("a: 1\nb: 2\na: 3", "'a' twice"),
-        ("a: {1: x, 0x1: y}", "1 twice"),
+        ("a: {1: x, +1: y}", "1 twice"),
         ("a: .nan", "only finite"),
         ("a: [-.inf]", "only finite"),
         ("a: 1.0e+999", "only finite"),
         ("a: " + "9" * 5000, "5000 digits"),
-        ("a: 0x" + "f" * 5000, "5002 digits"),
-        ("a: 1" + ":59" * 2000, "digits"),
-        ("a: 1" + ":59" * 2000 + ".5", "YAML"),
         ("a: b: c", "in line 1"),
         ("a: 'open", "in line 1"),
         ("a: 1\n---\nb: 2", "second document"),
-        ("a: 2001-99-99", "not YAML"),
         ("? [1]\n: 2", "not YAML"),
         ("a: \x07", "not YAML"),
     ],
@@ -394,6 +390,31 @@ def test_yaml_that_is_refused(text: str, words: str) -> None:
     with pytest.raises(InputError, match=words) as raised:
         parse_yaml(text, "the config")
     assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("16:1", "16:1"),  # a schedule, and not 961 to the base 60
+        ("1:30.5", "1:30.5"),
+        ("010", "010"),
+        ("0x1F", "0x1F"),
+        ("1_000", "1_000"),
+        ("2001-01-01", "2001-01-01"),
+        ("on", "on"),
+        ("no", "no"),
+        ("true", True),
+        ("-3", -3),
+        ("1e-4", 1e-4),
+        (".5", 0.5),
+        ("", None),
+        ("~", None),
+    ],
+)
+def test_yaml_reads_as_the_command_line_does(text: str, value: Any) -> None:
+    found = parse_yaml(f"a: {text}", "the config")["a"]
+    assert found == value
+    assert type(found) is type(value)
 
 
 def test_yaml_that_is_read(tmp_path: Path) -> None:

@@ -352,3 +352,24 @@ def check_goes_on(data: Path, run: Path, whole: Path) -> None:
     texts = [(one / "metrics.jsonl").read_text().splitlines() for one in (run, whole)]
     rows = [[{**json.loads(line), "images_per_second": 0} for line in text] for text in texts]
     assert rows[0] == rows[1]
+
+
+def test_a_link_in_the_folder_of_a_run_is_not_followed(data: Path, tmp_path: Path, capsys: Any) -> None:
+    """A folder that somebody else made could otherwise reach any file of the user."""
+    victim = tmp_path / "victim"
+    victim.write_text("mine")
+    for name in ("train.log", "run.json", "metrics.jsonl", "model", ".lock"):
+        run = tmp_path / name.strip(".").replace(".", "-")
+        run.mkdir()
+        (run / name).symlink_to(victim)
+        assert main(words(data, run, "--epochs", 1)) == 2
+        err = capsys.readouterr().err
+        assert f"is a link to '{victim}'" in err
+        assert len(err.splitlines()) == 1
+    assert victim.read_text() == "mine"
+    (tmp_path / "log").symlink_to(victim)
+    with pytest.raises(InputError, match="is a link to"):
+        files.append(tmp_path / "log", "a line", "the log")
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "run").symlink_to(tmp_path / "elsewhere")  # the folder itself may be elsewhere
+    assert main(words(data, tmp_path / "run", "--epochs", 1)) == 0

@@ -24,7 +24,10 @@ from tokenmerge import files
 from tokenmerge.errors import InputError
 from tokenmerge.patching.predictors import add_predictors, save_predictors
 from tokenmerge.tools.demo.export import export_demo
+from tokenmerge.tools.eval import EvalOptions
+from tokenmerge.tools.inspect import InspectOptions
 from tokenmerge.tools.report import Report
+from tokenmerge.tools.visualize import VisualizeOptions
 from tokenmerge.tools.writing import save_picture
 
 OLD = b"what was there before"
@@ -369,3 +372,85 @@ def test_torch_keeps_its_numbers() -> None:
     """Rows may hold tensors by mistake: an error in one sentence, and no traceback."""
     with pytest.raises(InputError, match="cannot be written as JSON"):
         files.to_json([torch.zeros(2)], "the rows")
+
+
+def test_a_closed_pipe_ends_only_what_has_nothing_else_to_write(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in `tokenmerge train … | head -1`: the model must still be written."""
+    places: tuple[dict[str, Any], ...] = ({"writes": True}, {"json_path": "rows.json"}, {"html_path": "page.html"})
+    for place in places:
+        with _closed_pipe() as stream, monkeypatch.context() as patch:
+            patch.setattr(sys, "stdout", stream)
+            goes_on = Report(**place)
+            for _ in range(3):
+                goes_on.say("a line")
+            goes_on.table("a table", ["a"], [["b"]])
+            assert goes_on.history == ["a line"] * 3
+            stream.flush()
+    uses: tuple[tuple[str | None, Callable[[Report], Any]], ...] = (
+        (None, lambda report: report.say("a line")),
+        ("-", lambda report: report.write([{"r": 8}])),
+    )
+    for json_path, use in uses:
+        with _closed_pipe() as stream, monkeypatch.context() as patch:
+            patch.setattr(sys, "stdout", stream)
+            with pytest.raises(BrokenPipeError):
+                use(Report(json_path))
+
+
+@contextlib.contextmanager
+def _closed_pipe() -> Iterator[Any]:
+    """A stream into a pipe that nobody reads any more."""
+    reading, writing = os.pipe()
+    os.close(reading)
+    stream = os.fdopen(writing, "w")
+    try:
+        yield stream
+    finally:
+        with contextlib.suppress(OSError):
+            stream.close()
+
+
+def test_a_file_that_is_read_is_not_written(model_dir: Path, digits: Path, tmp_path: Path) -> None:
+    picture, model, other = digits / "a" / "0.png", f"local-dir:{model_dir}", tmp_path / "other.png"
+    other.symlink_to(picture)
+    (tmp_path / "rows.json").write_text("[]")
+    (tmp_path / "map.txt").write_text("a")
+    for make in (
+        lambda: VisualizeOptions(model=model, inputs=[picture], out=picture),
+        lambda: VisualizeOptions(model=model, inputs=[picture], out=other),
+        lambda: InspectOptions(model=model, json=str(model_dir / "config.json")),
+        lambda: InspectOptions(model=model, html=str(model_dir / "model.safetensors")),
+        lambda: InspectOptions(model=model, json=str(tmp_path / "rows.json"), html=str(tmp_path / "rows.json")),
+        lambda: InspectOptions(model=model, json=str(tmp_path / "new"), html=str(tmp_path / "." / "new")),
+        lambda: EvalOptions(model=model, data=digits, class_map=tmp_path / "map.txt", json=str(tmp_path / "map.txt")),
+    ):
+        with pytest.raises(InputError, match=r"names this file, too: choose another name"):
+            make()
+    InspectOptions(model=model, json=str(model_dir / "tokenmerge.json"), html=str(tmp_path / "rows.html"))
+    InspectOptions(model=model, json="/dev/null", html="/dev/null")
+    assert EvalOptions(model=model, data=digits, json="-").json == "-"
+
+
+def test_the_demo_is_exported_to_a_folder_of_its_own(tmp_path: Path) -> None:
+    pytest.importorskip("sklearn")
+    export_demo(tmp_path / "digits")
+    export_demo(tmp_path / "digits")  # the same files again
+    (tmp_path / "digits" / "model" / "config.json").write_text("{}")
+    with pytest.raises(InputError, match=r"holds 'model/config.json', but an empty folder was expected"):
+        export_demo(tmp_path / "digits")
+    (tmp_path / "data" / "val" / "dark").mkdir(parents=True)
+    (tmp_path / "data" / "val" / "dark" / "0.png").write_bytes(OLD)
+    with pytest.raises(InputError, match=r"holds 'val/dark/0.png'"):
+        export_demo(tmp_path / "data")
+    assert [str(path.relative_to(tmp_path)) for path in (tmp_path / "data").rglob("*") if path.is_file()] == [
+        "data/val/dark/0.png"
+    ]
+
+
+@pytest.mark.slow
+def test_a_terminal_without_our_letters() -> None:
+    environment = {**os.environ, "LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    for errors in ("", "ascii", "ascii:strict"):
+        done = command("help", "settings", stdout=subprocess.PIPE, env={**environment, "PYTHONIOENCODING": errors})
+        assert (done.returncode, done.stderr) == (0, "")
+        assert "combine" in done.stdout

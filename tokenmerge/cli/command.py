@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
+import importlib.util
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -44,6 +45,9 @@ class Command:
             InputError: if a package is missing; it names the extra that holds all that the command needs.
         """
         try:
+            for package in [_PACKAGE_OF[extra] for extra in _extras(self, words) if extra in _PACKAGE_OF]:
+                if importlib.util.find_spec(package) is None:
+                    raise ModuleNotFoundError(f"No module named {package!r}", name=package)
             module = importlib.import_module(self.module)
         except ModuleNotFoundError as error:
             raise missing(error, self, words) from None
@@ -52,6 +56,16 @@ class Command:
 
 PACKAGES = {"PIL": "Pillow", "av": "PyAV", "sklearn": "scikit-learn", "yaml": "PyYAML"}
 """Names of packages whose modules have other names."""
+_PACKAGE_OF = {
+    "transformers": "transformers",
+    "torchvision": "torchvision",
+    "open_clip": "open_clip",
+    "train": "accelerate",
+    "search": "optuna",
+    "explore": "uvicorn",
+    "demo": "sklearn",
+}
+"""A package that tells whether an extra is installed; all that are missing are named at once."""
 _LIBRARIES = {"hf": "transformers", "torchvision": "torchvision", "open_clip": "open_clip"}
 """Extra that a prefix of MODEL needs beside the command's own."""
 
@@ -66,11 +80,19 @@ def missing(error: ModuleNotFoundError, command: Command, words: Sequence[str] =
     if root == "tokenmerge":
         raise error
     name = PACKAGES.get(root, root)
-    prefix = next(
-        (word.partition(":")[0] for word in words if word.partition(":")[0] in _LIBRARIES and ":" in word), ""
-    )
-    needed = [command.extra, *([_LIBRARIES[prefix]] if prefix else [])]
-    extras = ",".join(needed[1:] if needed[0] == "timm" and prefix else needed)  # the extra of a library holds timm's
     return InputError(
-        f"{name} is not installed, but tokenmerge {command.name} needs it: pip install 'tokenmerge[{extras}]'"
+        f"{name} is not installed, but tokenmerge {command.name} needs it: pip install 'tokenmerge[{','.join(_extras(command, words))}]'"
     )
+
+
+def _extras(command: Command, words: Sequence[str]) -> list[str]:
+    """Return the extras that hold all that a command line needs."""
+    library = next((_LIBRARIES[word.partition(":")[0]] for word in words if _names_library(word)), None)
+    if library is None:
+        return [command.extra]
+    return [library] if command.extra == "timm" else [command.extra, library]  # the extra of a library holds timm's
+
+
+def _names_library(word: str) -> bool:
+    prefix, colon, _ = word.partition(":")
+    return bool(colon) and prefix in _LIBRARIES

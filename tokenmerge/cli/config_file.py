@@ -12,10 +12,12 @@ from pathlib import Path
 from typing import Any
 
 from tokenmerge.config import FIELDS
-from tokenmerge.errors import InputError, shown
-from tokenmerge.tools.options import Flag, OptionError, nearest, value_of, without_none
+from tokenmerge.errors import InputError, nearest, shown
+from tokenmerge.tools.options import Flag, OptionError, value_of, without_none
 from tokenmerge.tools.reading.documents import read_yaml
 
+_SWITCHES = {"yes": True, "on": True, "no": False, "off": False}
+"""Words for truth values in YAML files that were written for version 1.1."""
 Flags = Mapping[str, tuple[Any, Flag]]
 
 
@@ -89,7 +91,9 @@ def _value(field: str, value: Any, hint: Any, flag: Flag) -> Any:
     def one(part: Any) -> Any:
         if wants_text:  # a word that looks like a number, such as the name of a class
             return str(part) if isinstance(part, int | float) and not isinstance(part, bool) else part
-        return value_of(field, part) if isinstance(part, str) and bool not in kinds else part
+        if bool in kinds:
+            return _SWITCHES.get(part.lower(), part) if isinstance(part, str) else part
+        return value_of(field, part) if isinstance(part, str) else part
 
     return [one(part) for part in value] if isinstance(value, list) else one(value)
 

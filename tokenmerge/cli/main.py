@@ -9,11 +9,11 @@ from collections.abc import Sequence
 from typing import Any
 
 import tokenmerge
-from tokenmerge import files
 from tokenmerge.cli import bench, compare, demo, eval, explore, export, inspect, search, train, visualize
 from tokenmerge.cli.command import Command, missing
-from tokenmerge.errors import InputError, TokenMergeError
+from tokenmerge.errors import InputError, TokenMergeError, nearest
 from tokenmerge.tools.signals import ending, handled
+from tokenmerge.tools.streams import to_nowhere
 
 COMMANDS: dict[str, Command] = {
     module.COMMAND.name: module.COMMAND
@@ -41,7 +41,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             sys.stdout.flush()  # now, so that a broken pipe raises inside this try
             return code
     except BrokenPipeError:  # the reader of a pipe closed it (`| head`), which is no error
-        files.to_nowhere(sys.stdout)
+        to_nowhere(sys.stdout)
         return 0
     except KeyboardInterrupt as error:
         return _end(*ending(error))
@@ -94,17 +94,15 @@ def _help(words: Sequence[str], full: bool = True) -> int:
         print(settings())
         return 0
     if topic is None or name not in COMMANDS:
-        raise InputError(_unknown(name))
+        raise InputError(_unknown(name, topic is not None))
     from tokenmerge.cli.help import page
 
     print(page(COMMANDS[name], COMMANDS[name].load()[0], full))
     return 0
 
 
-def _unknown(word: str) -> str:
-    from tokenmerge.tools.options import nearest
-
-    near = nearest(word, [*COMMANDS, "help", "--help", "--version"], 0.6)
+def _unknown(word: str, topic: bool) -> str:
+    near = nearest(word, [*COMMANDS, "help", "--help", "--version", *(["settings"] if topic else [])], 0.6)
     kind = "option" if word.startswith("-") else "command"
     hint = f"did you mean {near}?" if near else f"choose one of {', '.join(COMMANDS)}"
     return f"there is no {kind} {word!r:.80}: {hint}"
@@ -116,6 +114,9 @@ def _check_streams() -> None:
         raise InputError("standard output is closed, but results are printed there: redirect it to a file or /dev/null")
     if sys.stderr is None:
         sys.stderr = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115 for the rest of the process
+    for stream in (sys.stdout, sys.stderr):
+        if getattr(stream, "errors", None) in ("strict", "surrogateescape") and hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="replace")  # a terminal without our characters
 
 
 def _failed(error: BaseException, command: Command | None, words: Sequence[str]) -> int:
@@ -132,7 +133,7 @@ def _failed(error: BaseException, command: Command | None, words: Sequence[str])
     if _is_out_of_memory(error):
         return _end("memory ran out: use a smaller --batch-size, --img-size or model", 2)
     if isinstance(error, OSError):  # from standard output: files are written through tokenmerge/files.py
-        files.to_nowhere(sys.stdout)
+        to_nowhere(sys.stdout)
         where = f" ({error.filename})" if error.filename else ""
         return _end(f"the output{where} cannot be written ({error.strerror or error}): make room, or redirect it", 2)
     reason = " ".join(str(error).split())[:300]

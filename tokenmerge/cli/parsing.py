@@ -22,8 +22,8 @@ from tokenmerge.cli.command import Command
 from tokenmerge.cli.config_file import values_of
 from tokenmerge.cli.flags import all_flags, names_of
 from tokenmerge.config import FIELDS
-from tokenmerge.errors import InputError
-from tokenmerge.tools.options import Flag, OptionError, Options, default_of, flags_of, nearest, without_none
+from tokenmerge.errors import InputError, nearest
+from tokenmerge.tools.options import Flag, OptionError, Options, default_of, flags_of, without_none
 
 
 def parse(

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from tokenmerge.config import MergeConfig
-from tokenmerge.errors import ConfigError, InputError, shown
+from tokenmerge.errors import ConfigError, InputError, one_of, shown
 from tokenmerge.matching.checks import check_matching_input, check_offered, check_plan
 from tokenmerge.matching.values import fault_of, hints_of, per_block, plain_function
 from tokenmerge.plan import MergePlan
@@ -277,7 +277,7 @@ def get_entry(name: str) -> Entry:
         return _MATCHERS[name]
     except (KeyError, TypeError):
         raise ConfigError(
-            f"matcher={shown(name)} is not registered; known are {', '.join(sorted(_MATCHERS))}: choose one of them"
+            f"matcher={shown(name)} is not registered; known are {', '.join(sorted(_MATCHERS))}: {one_of(name, _MATCHERS)}"
         ) from None
 
 

@@ -12,7 +12,7 @@ from typing import Any
 
 from torch.utils.data import Dataset, IterableDataset
 
-from tokenmerge.errors import DamagedFileError, InputError, TokenMergeError, shown
+from tokenmerge.errors import DamagedFileError, InputError, TokenMergeError, nearest, shown
 from tokenmerge.files import words_of
 from tokenmerge.tools.folders import Item, class_map_of, labels_of
 from tokenmerge.tools.media import IMAGES, Medium, medium_of
@@ -26,6 +26,12 @@ PACKAGES = {
     "torch": "torchvision",
 }
 """Package that reads the data sets of each prefix of timm."""
+
+
+def _installed_by(package: str) -> str:
+    """Return what pip installs a package by: an extra, where one of ours has it."""
+    extra = {"datasets": "datasets", "webdataset": "datasets", "torchvision": "torchvision"}.get(package)
+    return package.replace("_", "-") if extra is None else f"'tokenmerge[{extra}]'"
 
 
 def medium_for(data: Path | None, dataset: str | None) -> Medium:
@@ -162,15 +168,17 @@ def labelled(
     prefix = prefix.lower()
     if prefix not in PACKAGES or not slash:
         known = ", ".join(f"{one}/NAME" for one in PACKAGES)
+        near = nearest(prefix, PACKAGES)
+        hint = "" if near is None else f": did you mean {near}/?"
         raise InputError(
-            f"--dataset {shown(name)} is unknown, but one of {known} was expected, or class folders without it"
+            f"--dataset {shown(name)} is unknown, but one of {known} was expected, or class folders without it{hint}"
         )
     package = PACKAGES[prefix]
     try:
         module = importlib.import_module(package)
     except ImportError:
         raise InputError(
-            f"{package} is not installed, but --dataset {prefix}/… is read by it: pip install {package.replace('_', '-')}"
+            f"{package} is not installed, but --dataset {prefix}/… is read by it: pip install {_installed_by(package)}"
         ) from None
     opened: dict[str, Callable[[Any, str, Any, str], Reader]] = {
         "hfds": Arrow,

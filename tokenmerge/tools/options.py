@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import os
 import types
 import typing
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from tokenmerge.errors import InputError, shown
+from tokenmerge.errors import InputError, nearest, shown
 
 GROUPS = {
     "model": "Model",
@@ -63,6 +64,7 @@ class Flag:
         rare: whether short help pages list only its name.
         negatable: whether `--no-NAME` turns it off.
         pairs: whether the value is a mapping, given as NAME=VALUE.
+        empty: whether an empty text is a value.
     """
 
     help: str
@@ -77,6 +79,7 @@ class Flag:
     rare: bool = False
     negatable: bool = False
     pairs: bool = False
+    empty: bool = False
 
 
 def option(default: Any, help: str, group: str, *names: str, **more: Any) -> Any:
@@ -117,12 +120,55 @@ class Options:
         hints = _hints(type(self))
         for field in dataclasses.fields(self):
             flag: Flag = field.metadata["flag"]
-            value = _checked(field.name, getattr(self, field.name), hints[field.name], flag)
-            object.__setattr__(self, field.name, value)
+            value = getattr(self, field.name)
+            if value == "" and not flag.empty and value != field.default:  # as from an unset variable of a shell
+                raise OptionError(field.name, "an empty text was given, but a value was expected: leave the option out")
+            object.__setattr__(self, field.name, _checked(field.name, value, hints[field.name], flag))
+        _check_outputs(self)
 
     def as_json(self) -> dict[str, Any]:
         """Return all options as JSON values, for records and reports."""
         return {field.name: plain(getattr(self, field.name)) for field in dataclasses.fields(self)}
+
+
+def _check_outputs(options: Options) -> None:
+    """Raise if a file that is to be written is also read, or written twice."""
+    read: list[tuple[str, Path]] = []
+    written: list[tuple[str, Path]] = []
+    for field in dataclasses.fields(options):
+        value = getattr(options, field.name)
+        if field.metadata["flag"].group != "output":
+            read += [
+                (field.name, one) for one in (value if isinstance(value, tuple) else [value]) if isinstance(one, Path)
+            ]
+        elif isinstance(value, Path) or (field.name in ("json", "html") and isinstance(value, str) and value != "-"):
+            written.append((field.name, Path(value)))
+    read += [("model", path) for path in _files_of_model(getattr(options, "model", None))]
+    for number, (name, path) in enumerate(written):
+        twin = next((other for other, one in [*read, *written[:number]] if _same(path, one)), None)
+        if twin is not None:
+            raise OptionError(
+                name, f"{shown(str(path))} was given, but {twin} names this file, too: choose another name"
+            )
+
+
+def _files_of_model(model: Any) -> list[Path]:
+    """Return the files in a model's folder that loading it reads; none for other models."""
+    kind, _, place = str(model).partition(":")
+    if kind not in ("local-dir", "hf") or not place or not os.path.isdir(place):
+        return []
+    ends = (".safetensors", ".bin", ".pth", ".pt", "config.json", ".index.json")
+    return [path for path in Path(place).iterdir() if path.name.endswith(ends)]
+
+
+def _same(first: Path, second: Path) -> bool:
+    """Return whether two paths are the same file; devices such as /dev/null, and folders, are none."""
+    try:
+        if first.exists() and second.exists():
+            return first.is_file() and second.is_file() and first.samefile(second)
+        return not first.exists() and not second.exists() and os.path.realpath(first) == os.path.realpath(second)
+    except (OSError, ValueError):  # a name that is not possible; whoever opens it says so
+        return False
 
 
 def default_of(field: dataclasses.Field[Any]) -> Any:
@@ -226,6 +272,8 @@ def _pairs(name: str, value: Any, form: str) -> dict[str, Any]:
         if odd is not None:
             raise OptionError(name, f"{shown(value):.80} has the key {shown(odd):.40}, but names were expected")
         return {str(key): one for key, one in value.items()}
+    if not isinstance(value, str | Sequence):
+        raise OptionError(name, f"{shown(value):.80} was given, but {form or 'NAME=VALUE'} was expected")
     found: dict[str, Any] = {}
     for text in [value] if isinstance(value, str) else value:
         key, equals, rest = str(text).partition("=")
@@ -252,14 +300,6 @@ def value_of(name: str, text: str) -> Any:
     except (ValueError, RecursionError) as error:
         raise OptionError(name, f"{text[:40]!r} is not understood ({error!s:.60}): give a number or a word") from None
     return found
-
-
-def nearest(word: str, known: Sequence[str], alike: float = 0.7) -> str | None:
-    """Return the known word that is most similar to a misspelt one; `None` if none is."""
-    import difflib
-
-    found = difflib.get_close_matches(word, known, n=1, cutoff=alike)
-    return found[0] if found else None
 
 
 def only_one(first: str, second: str, both: bool) -> None:

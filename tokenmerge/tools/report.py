@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import importlib.util
 import math
-import os
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
@@ -19,36 +17,34 @@ from tokenmerge import files
 from tokenmerge.errors import InputError
 from tokenmerge.tools.pages import Table, finite, write_report
 from tokenmerge.tools.signals import deferred
+from tokenmerge.tools.streams import one_terminal, to_nowhere, writing
 
 Row = dict[str, Any]
 
 
 class _Console(Console):
-    """Console that raises `BrokenPipeError` if a pipe is closed, for the caller to handle (rich would exit with 1)."""
+    """Console that raises `BrokenPipeError` if a pipe is closed (`| head`), for the caller to handle; rich would exit with 1.
+
+    Args:
+        goes_on: whether nothing is raised, and nothing printed from then on, because the command has files to write.
+    """
+
+    def __init__(self, goes_on: bool = False, **options: Any) -> None:
+        super().__init__(**options)
+        self._goes_on = goes_on
 
     def on_broken_pipe(self) -> None:
         raise BrokenPipeError
 
     def print(self, *objects: Any, **kwargs: Any) -> None:
         """Print as rich does; a full disk behind the stream becomes an `InputError`."""
-        with _writing(self.stderr):
-            super().print(*objects, **kwargs)
-
-
-@contextlib.contextmanager
-def _writing(to_stderr: bool = False) -> Iterator[None]:
-    """Turn the error of a stream that cannot be written, such as /dev/full, into an `InputError`; closed pipes pass."""
-    try:
-        yield
-    except BrokenPipeError:
-        raise
-    except OSError as error:
-        name = "error" if to_stderr else "output"
-        if not to_stderr:
-            files.to_nowhere(sys.stdout)
-        raise InputError(
-            f"standard {name} cannot be written ({files.words_of(error)}): make room, or send it elsewhere"
-        ) from None
+        try:
+            with writing(self.stderr):
+                super().print(*objects, **kwargs)
+        except BrokenPipeError:
+            if not self._goes_on:
+                raise
+            to_nowhere(self.file)
 
 
 class Bars(Progress):
@@ -85,14 +81,6 @@ class Bars(Progress):
             super().reset(*args, **values)
 
 
-def _one_terminal(*files: Any) -> bool:
-    """Return whether files are the same terminal."""
-    try:
-        return all(file.isatty() for file in files) and len({os.fstat(file.fileno()).st_rdev for file in files}) == 1
-    except (AttributeError, OSError, ValueError):  # no real files
-        return False
-
-
 class Report:
     """Receiver of the results of a command.
 
@@ -100,12 +88,13 @@ class Report:
         json_path: file for the rows as a JSON list; "-" is standard output, and tables then go to standard error;
             `None` writes no JSON.
         html_path: file for an HTML page with the tables, figures and rows; `None` writes no page.
+        writes: whether the command writes other files; it then goes on when a pipe that it prints to is closed.
 
     Raises:
         InputError: if a path is a folder, or its folder does not exist; this is checked before any work is done.
     """
 
-    def __init__(self, json_path: str | None = None, html_path: str | None = None) -> None:
+    def __init__(self, json_path: str | None = None, html_path: str | None = None, writes: bool = False) -> None:
         self._json_path, self._html_path = json_path, html_path
         self._tables: list[Table] = []
         self._said: list[str] = []
@@ -121,8 +110,9 @@ class Report:
         missing = [name for name in ("jinja2", "matplotlib") if html_path and importlib.util.find_spec(name) is None]
         if missing:
             raise InputError(f"{missing[0]} is not installed, but pages need it: pip install 'tokenmerge[visualize]'")
-        self.out: Console = _Console(stderr=json_path == "-", highlight=False, soft_wrap=False)
-        self.err: Console = _Console(stderr=True, highlight=False)
+        goes_on = writes or html_path is not None or json_path not in (None, "-")
+        self.out: Console = _Console(goes_on, stderr=json_path == "-", highlight=False, soft_wrap=False)
+        self.err: Console = _Console(goes_on, stderr=True, highlight=False)
 
     def say(self, text: str, style: str | None = None, whole: bool = False) -> None:
         """Print one line.
@@ -154,7 +144,7 @@ class Report:
         If both outputs are one terminal, it is the console of the progress bars, which stay below everything that it prints;
         the bars would erase what another one prints.
         """
-        return self.err if _one_terminal(self.out.file, self.err.file) else self.out
+        return self.err if one_terminal(self.out.file, self.err.file) else self.out
 
     def table(self, title: str, columns: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
         """Print a table in which all columns except the first are right-aligned numbers."""
@@ -197,7 +187,7 @@ class Report:
         """
         rows = self.finite(rows)
         if self._json_path == "-":
-            with _writing():
+            with writing():
                 sys.stdout.write(files.to_json(rows, "the rows") + "\n")
                 sys.stdout.flush()
         elif self._json_path is not None:

@@ -9,7 +9,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-from tokenmerge.errors import ConfigError
+from tokenmerge.errors import ConfigError, one_of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -185,5 +185,7 @@ def get_experiment(name: str) -> Experiment:
         ConfigError: if there is no such experiment.
     """
     if name not in EXPERIMENTS:
-        raise ConfigError(f"--paper {name!r} is not known; known are {', '.join(EXPERIMENTS)}")
+        raise ConfigError(
+            f"--paper {name!r:.60} is not known; known are {', '.join(EXPERIMENTS)}: {one_of(name, EXPERIMENTS)}"
+        )
     return EXPERIMENTS[name]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import filecmp
 import os
 import tempfile
 from pathlib import Path
@@ -32,15 +33,31 @@ def export_demo(folder: Path) -> tuple[Path, Path]:
         with tempfile.TemporaryDirectory(prefix=".tokenmerge-", dir=folder) as place:
             _write_model(Path(place, "model"))
             export_images(Path(place))
+            _check_free(folder, Path(place))
             for file in sorted(path for path in Path(place).rglob("*") if path.is_file()):
                 target = folder / file.relative_to(place)
                 target.parent.mkdir(parents=True, exist_ok=True)
                 os.replace(file, target)
+    except InputError:
+        raise
     except (OSError, ValueError) as error:  # ValueError: a null byte in the name
         raise InputError(
             f"{str(folder)!r} cannot be written ({files.words_of(error)}): choose another folder"
         ) from None
     return folder / "model", folder / "val"
+
+
+def _check_free(folder: Path, new: Path) -> None:
+    """Raise `InputError` if a folder holds anything but what an earlier export of the demo wrote."""
+    for path in sorted(folder.rglob("*")):
+        if path == new or new in path.parents or (path.is_dir() and not path.is_symlink()):
+            continue
+        ours = new / path.relative_to(folder)
+        if not (ours.is_file() and path.is_file() and filecmp.cmp(ours, path, shallow=False)):
+            raise InputError(
+                f"{str(folder)!r} holds {str(path.relative_to(folder))!r}, but an empty folder was expected for the demo's files: choose "
+                "another one"
+            )
 
 
 def export_images(folder: Path) -> None:

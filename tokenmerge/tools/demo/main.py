@@ -37,7 +37,7 @@ def run(options: DemoOptions, report: Report | None = None) -> list[Row]:
     Raises:
         InputError: if scikit-learn is missing, or a file cannot be written.
     """
-    report = report or Report(options.json, options.html)
+    report = report or Report(options.json, options.html, writes=True)
     settings, fields, output, export = options.schedules(), options.merging(), options.output, options.export
     try:
         _, _, images, labels = load_digits()

@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 
-from tokenmerge.tools.common import R_HELP, MergeOptions, PageOptions
+from tokenmerge.tools.common import MergeOptions, PageOptions
 from tokenmerge.tools.options import option
 
 
@@ -20,7 +20,7 @@ class DemoOptions(MergeOptions, PageOptions):
         export: folder to write the model and its images to, to try the other commands with; `None` writes none.
     """
 
-    r: Sequence[str | int] = option(("0", "8", "16", "24"), R_HELP, "merging", metavar="R")
+    r: Sequence[str | int] = option(("0", "8", "16", "24"), "tokens merged per block", "merging", metavar="R")
     output: Path = option(Path("tokenmerge-demo.png"), "picture to write", "output", metavar="FILE")
     export: Path | None = option(
         None, "also write the model (DIR/model) and its images (DIR/train, DIR/val)", "output", metavar="DIR"

@@ -32,7 +32,7 @@ def run(options: ExportOptions, report: Report | None = None) -> list[Row]:
     Raises:
         InputError: if the model cannot be exported, or the file cannot be written or run.
     """
-    report = report or Report(options.json, options.html)
+    report = report or Report(options.json, options.html, writes=True)
     (setting,), fields = merging_of(options, report.say)
     path = options.output or Path(
         f"{_file_name(options.model)}_r{_file_name(str(setting.label))}{SUFFIXES[options.format]}"

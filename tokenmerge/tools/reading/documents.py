@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,11 @@ _BINARY = (".pkl", ".pickle", ".npy", ".npz", ".pt", ".pth", ".joblib", ".bin", 
 
 
 class _Loader(yaml.SafeLoader):
-    """Loader that refuses a name that stands twice in a mapping, and numbers of too many digits."""
+    """Loader that refuses a name that stands twice in a mapping, and numbers of too many digits.
+
+    Numbers and truth values are those of YAML 1.2. In YAML 1.1, the schedule 16:1 would be 961 (to base 60), 010 would be 8,
+    and `on` a truth value.
+    """
 
     def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
         found = super().construct_mapping(node, deep=True)
@@ -36,6 +41,20 @@ class _Loader(yaml.SafeLoader):
         return self.construct_yaml_int(node)
 
 
+_Loader.yaml_implicit_resolvers = {}
+for _tag, _pattern, _first in (
+    ("bool", r"true|True|TRUE|false|False|FALSE", "tTfF"),
+    ("int", r"[-+]?(0|[1-9][0-9]*)", "-+0123456789"),
+    (
+        "float",
+        r"[-+]?(\.[0-9]+|(0|[1-9][0-9]*)(\.[0-9]*)?)([eE][-+]?[0-9]+)?|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)",
+        "-+0123456789.",
+    ),
+    ("null", r"~|null|Null|NULL|", "~nN"),
+):
+    _Loader.add_implicit_resolver(
+        f"tag:yaml.org,2002:{_tag}", re.compile(f"^(?:{_pattern})$"), [*_first, *([""] if _tag == "null" else [])]
+    )
 _Loader.add_constructor("tag:yaml.org,2002:int", _Loader.construct_short)
 
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import tokenmerge
 from tokenmerge.errors import InputError, shown
-from tokenmerge.files import read_json
+from tokenmerge.files import read_json, refuse_link
 from tokenmerge.tools.datasets import Labelled
 from tokenmerge.tools.folders import ClassFolder
 from tokenmerge.tools.folders import batches as evaluation_batches
@@ -74,7 +74,7 @@ def run(options: TrainOptions, report: Report | None = None) -> list[Row]:
         InputError: if data, model or options do not fit, or the folder holds another run.
         TrainingError: if the run cannot continue.
     """
-    report = report or Report(options.json)
+    report = report or Report(options.json, writes=True)
     with handled():
         accelerator = make_accelerator(options)
         try:
@@ -94,6 +94,7 @@ def _run(args: TrainOptions, report: Report, accelerator: Any) -> list[Row]:
         raise InputError(
             f"{str(args.output)!r} already holds a run: give --resume auto to go on with it, or another --output"
         )
+    args = merging.as_saved(args, report.say if accelerator.is_main_process else len)
     loop, images = build(args, accelerator, checkpoints, report)
     about = {
         "args": args.as_json(),
@@ -124,6 +125,8 @@ def _alone(args: TrainOptions, accelerator: Any, report: Report) -> Iterator[Non
     with contextlib.ExitStack() as stack:
         with agree(InputError):
             if accelerator.is_main_process:
+                for entry in sorted(args.output.iterdir()) if args.output.is_dir() else ():
+                    refuse_link(entry, "the run's")
                 stack.enter_context(locked(args.output, report.warn))
         yield
 

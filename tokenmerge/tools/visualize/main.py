@@ -43,7 +43,7 @@ def run(options: VisualizeOptions, report: Report | None = None) -> list[Row]:
         InputError: if a file cannot be read or written.
         ConfigError: if there is no such layer.
     """
-    report = report or Report(options.json)
+    report = report or Report(options.json, writes=True)
     settings, fields = merging_of(options, report.say, usual=["8"])
     suffix = _checked_suffix(options.out)
     model = load_model(options)
