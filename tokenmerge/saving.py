@@ -17,16 +17,14 @@ import torch
 from torch import nn
 
 from tokenmerge.config import MergeConfig
-from tokenmerge.errors import ConfigError, InputError, TokenMergeError, UnknownFieldError, shown
+from tokenmerge.errors import InputError, TokenMergeError, shown
 from tokenmerge.files import plain_file, read_json, words_of, write_json
 from tokenmerge.patching import handle_of, is_patched, patch
-from tokenmerge.patching.kept import KEY, config_of, lasting
+from tokenmerge.patching.kept import KEY, SETTINGS, as_config, config_of, entry_of, holder_of, lasting, settings_in
 from tokenmerge.patching.predictors import FILE as PREDICTORS
 from tokenmerge.patching.predictors import load_predictors, split_state
 from tokenmerge.patching.target import find_target
 
-SETTINGS = "tokenmerge.json"
-"""Name of the file of settings in a saved folder: a config, as `MergeConfig.save` writes it."""
 WEIGHTS = "model.safetensors"
 
 
@@ -37,10 +35,11 @@ def save(
     model_args: Mapping[str, Any] | None = None,
     label_names: Sequence[str] | None = None,
 ) -> None:
-    """Save a patched model in the format of its own library, with its merging in tokenmerge.json.
+    """Save a patched model in the format of its own library, with its merging.
 
-    A timm model is written in the hub's format (config.json and model.safetensors), a transformers model by
-    `save_pretrained`. Earlier files of the same names are replaced only when all new ones are written.
+    A timm model is written in the hub's format (config.json and model.safetensors), with its merging in tokenmerge.json; a
+    transformers model by `save_pretrained`, with its merging in config.json. Earlier files of the same names are replaced
+    only when all new ones are written.
 
     Args:
         model: a patched timm or transformers model.
@@ -62,9 +61,14 @@ def save(
         >>> tokenmerge.handle_of(tokenmerge.load(folder)).config == handle.config
         True
     """
+    model = _unwrapped(model)
     config = lasting(handle_of(model).config)
+    if any(one.is_meta for one in model.state_dict().values()):
+        raise InputError(
+            "the model is on the meta device, where weights have no values: move it to a device with weights"
+        )
     state = {name: one.detach().cpu() for name, one in model.state_dict().items()}
-    write_model(model, state, config, Path(folder), model_args=model_args, label_names=label_names)
+    write_model(model, state, config, _path(folder), model_args=model_args, label_names=label_names)
 
 
 def write_model(
@@ -91,24 +95,59 @@ def write_model(
         more: function that writes further files into a folder.
     """
     config.to_json()  # raises before anything is written
+    if not isinstance(model_args or {}, Mapping):
+        raise InputError(
+            f"model_args={shown(model_args)}, but names and values were expected: give model_args={{'img_size': 64}}"
+        )
+    _check_labels(model, label_names)
+    folder = _path(folder)
+    of_transformers = hasattr(model, "save_pretrained")
     state, predictors = split_state(model, {name: one.contiguous() for name, one in state.items()})
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=".tokenmerge-", dir=folder) as place:
             beside = Path(place)
-            if hasattr(model, "save_pretrained"):
+            if of_transformers:
                 _save_transformers(model, state, config, label_names, beside)
             else:
                 _save_timm(model, state, config, beside, {**(model_args or {})}, label_names)
                 _complete_timm(model, state, beside, without)
             _save_predictors(predictors, beside)
             more(beside)
-            write_json(beside / SETTINGS, json.loads(config.to_json()), "the settings")
+            if not of_transformers:  # whose own config.json keeps them, in one place only
+                write_json(beside / SETTINGS, json.loads(config.to_json()), "the settings")
             move_into(beside, folder)
+            if of_transformers:  # a file of an earlier model would contradict
+                (folder / SETTINGS).unlink(missing_ok=True)
     except OSError as error:
         raise InputError(
             f"the model cannot be written to {shown(str(folder))} ({words_of(error)}): make room, or choose another folder"
         ) from None
+
+
+def _unwrapped(model: nn.Module) -> nn.Module:
+    """Return the model inside the wrapper that `torch.compile` returns, whose weights have other names."""
+    while isinstance(inner := getattr(model, "_orig_mod", None), nn.Module):
+        model = inner
+    return model
+
+
+def _path(folder: Any) -> Path:
+    if not isinstance(folder, str | os.PathLike) or not str(folder):
+        raise InputError(f"{shown(folder)} was given, but the path of a folder was expected: give one")
+    return Path(folder)
+
+
+def _check_labels(model: Any, labels: Sequence[str] | None) -> None:
+    """Raise unless there is one name for each output."""
+    if labels is None:
+        return
+    if isinstance(labels, str) or not all(isinstance(name, str) for name in labels):
+        raise InputError(f"label_names={shown(labels)}, but a list of names was expected: give one for each class")
+    config = getattr(model, "config", None)
+    classes = getattr(model, "num_classes", None) if config is None else getattr(config, "num_labels", None)
+    if classes is not None and len(labels) != classes:
+        raise InputError(f"label_names has {len(labels)} names, but the model has {classes} classes: give one for each")
 
 
 def move_into(beside: Path, folder: Path) -> None:
@@ -142,9 +181,8 @@ def _save_transformers(
     except Exception as error:  # safetensors raises its own type for a full disk
         raise InputError(f"the model cannot be saved ({type(error).__name__}: {words_of(error)}): make room") from None
     about = read_json(folder / "config.json", "the model's config", finite=False)
-    if KEY in about:  # (a tower inside keeps its settings in its own part of the config)
-        about[KEY] = json.loads(config.to_json())
-        (folder / "config.json").write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
+    (holder_of(about) or about)[KEY] = json.loads(config.to_json())
+    (folder / "config.json").write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
 
 
 def _save_timm(
@@ -165,7 +203,14 @@ def _save_timm(
         )
     about = {} if labels is None else {"label_names": list(labels)}
     path: Any = folder / "config.json"  # older versions of timm take a path only, newer ones are annotated with text
-    save_config_for_hf(model, path, model_config=about, model_args=model_args)
+    try:
+        save_config_for_hf(model, path, model_config=about, model_args=model_args)
+    except OSError:
+        raise
+    except Exception as error:  # such as a class among the arguments, which JSON cannot hold
+        raise InputError(
+            f"timm cannot write the config of this model ({words_of(error)}): give plain model_args"
+        ) from None
     (folder / WEIGHTS).write_bytes(as_bytes(state, metadata={"format": "pt", KEY: config.to_json()}))
 
 
@@ -180,13 +225,16 @@ def _complete_timm(model: Any, state: Mapping[str, torch.Tensor], folder: Path, 
     kept = {name: value for name, value in written.get("model_args", {}).items() if name not in without}
     written["model_args"] = kept
     (folder / "config.json").write_text(json.dumps(written, indent=2) + "\n", encoding="utf-8")
-    with torch.device("meta"):
-        again = _create_timm(folder)
     wanted = {name: one.shape for name, one in state.items()}
-    if {name: one.shape for name, one in again.state_dict().items()} != wanted:
+    try:
+        with torch.device("meta"):
+            found = {name: one.shape for name, one in _create_timm(folder).state_dict().items()}
+        reason = "" if found == wanted else "because its keyword arguments are not recorded"
+    except Exception as error:  # timm and its models raise their own types
+        reason = f"because timm cannot create it from that ({type(error).__name__}: {words_of(error)})"
+    if reason:
         raise InputError(
-            "the saved config would not give this model again, because its keyword arguments are not recorded: give them as "
-            "model_args={...}, as in timm.create_model"
+            f"the saved config would not give this model again, {reason}: give them as model_args={{...}}, as in timm.create_model"
         )
 
 
@@ -211,7 +259,7 @@ def load(source: Path | str | nn.Module) -> nn.Module:
     if isinstance(source, nn.Module):
         patch(source, _kept_in(source))
         return source
-    folder = Path(source)
+    folder = _path(source)
     about = read_json(folder / "config.json", "the model's config", finite=False)
     if not isinstance(about, dict) or not ("architecture" in about or "model_type" in about):
         raise InputError(
@@ -232,48 +280,15 @@ def load(source: Path | str | nn.Module) -> nn.Module:
     return model
 
 
-def settings_in(folder: Path) -> MergeConfig | None:
-    """Return the settings that were saved with a model; `None` if there are none.
-
-    Raises:
-        InputError: if they cannot be read.
-    """
-    if (folder / SETTINGS).exists():
-        return MergeConfig.load(folder / SETTINGS)
-    if not (folder / "config.json").exists():
-        return None
-    found = _entry(read_json(folder / "config.json", "the model's config", finite=False))
-    return None if found is None else _as_config(found, str(folder / "config.json"))
-
-
-def _entry(about: Any) -> Any:
-    """Return the entry of settings in a config or in one of the configs inside it (of a tower)."""
-    if not isinstance(about, dict):
-        return None
-    if KEY in about:
-        return about[KEY]
-    inside = [_entry(value) for name, value in about.items() if str(name).endswith("config")]
-    return next((one for one in inside if one is not None), None)
-
-
 def _kept_in(model: nn.Module) -> MergeConfig:
     place = config_of(model)
-    found = None if place is None else _entry(place.to_dict())
+    found = None if place is None else entry_of(place.to_dict())
     if found is None:
         raise InputError(
             f"{type(model).__name__} keeps no settings of merging: give the folder that it was saved in, or call "
             "tokenmerge.patch(model, r=8)"
         )
-    return _as_config(found, f"the config of {type(model).__name__}")
-
-
-def _as_config(found: Any, where: str) -> MergeConfig:
-    if isinstance(found, dict) and set(found) == {"error"}:
-        raise InputError(f"{where} keeps no settings of merging, because {found['error']}")
-    try:
-        return MergeConfig.from_json(json.dumps(found))
-    except (ConfigError, UnknownFieldError) as error:
-        raise InputError(f"the settings of merging in {shown(where)} cannot be used ({error})") from None
+    return as_config(found, f"the config of {type(model).__name__}")
 
 
 def _create_timm(folder: Path) -> Any:
@@ -288,7 +303,10 @@ def _load_timm(folder: Path) -> Any:
     weights = plain_file(folder / WEIGHTS, "the weights")
     try:
         model = _create_timm(folder)
-        model.load_state_dict(load_file(weights))
+        state = load_file(weights)
+        check_kinds(model, state, str(weights))
+        _take_dtypes(model, state)
+        model.load_state_dict(state)
     except TokenMergeError:
         raise
     except Exception as error:  # timm, safetensors and torch raise their own types
@@ -298,18 +316,54 @@ def _load_timm(folder: Path) -> Any:
     return model
 
 
+def check_kinds(model: nn.Module, state: Mapping[str, torch.Tensor], where: str) -> None:
+    """Raise `InputError` if weights are whole or complex numbers where the model's are real, or the other way round.
+
+    Loading would convert them, and thereby lose what they say.
+    """
+    for name, own in model.state_dict().items():
+        theirs = state.get(name)
+        if theirs is not None and (own.is_floating_point(), own.is_complex()) != (
+            theirs.is_floating_point(),
+            theirs.is_complex(),
+        ):
+            raise InputError(
+                f"the weights in {shown(where)} hold {name[:80]} as {theirs.dtype}, but {own.dtype} was expected: give the model's own"
+            )
+
+
+def _take_dtypes(model: nn.Module, state: Mapping[str, torch.Tensor]) -> None:
+    """Convert a model to the dtype of its weights, which the model had when it was saved."""
+    found = {one.dtype for one in state.values() if one.is_floating_point()}
+    if len(found) == 1:
+        model.to(found.pop())  # also buffers that are not saved
+        return
+    for name, own in model.state_dict(keep_vars=True).items():
+        if name in state:
+            own.data = own.data.to(state[name].dtype)
+
+
 def _load_transformers(folder: Path, about: Mapping[str, Any]) -> Any:
     import transformers
 
     name = next(iter(about.get("architectures") or ["AutoModel"]), "AutoModel")
     made = getattr(transformers, str(name), None)  # a class of transformers itself: code in the folder never runs
-    if not hasattr(made, "from_pretrained"):
+    if not (isinstance(made, type) and issubclass(made, nn.Module)) and name != "AutoModel":
         raise InputError(
             f"transformers {transformers.__version__} has no model {shown(name)}: use a version that has it"
         )
+    options = {"local_files_only": True, "use_safetensors": True, "output_loading_info": True}
     try:
-        return made.from_pretrained(folder, local_files_only=True, use_safetensors=True)  # type: ignore[union-attr]
+        model, info = made.from_pretrained(folder, **options)  # type: ignore[union-attr]
     except Exception as error:  # transformers, safetensors and torch raise their own types
         raise InputError(
             f"the model in {shown(str(folder))} cannot be loaded ({type(error).__name__}: {words_of(error)}): check that it is whole"
         ) from None
+    for kind in ("missing", "mismatched", "unexpected"):
+        for key in sorted(info[f"{kind}_keys"], key=str):
+            odd = key if isinstance(key, str) else key[0]
+            raise InputError(
+                f"the weights in {shown(str(folder))} are not those of its config ({odd} is {kind}), so that the model would be another "
+                "one: save it again"
+            )
+    return model
