@@ -47,8 +47,8 @@ def test_bench_of_a_saved_model(tmp_path: Path, capsys: pytest.CaptureFixture[st
     ("arguments", "words"),
     [
         (["inspect", "hf:nowhere/nothing"], "cannot be made"),
-        (["inspect", "torchvision:vit_z"], "cannot be made"),
-        (["inspect", "open_clip:ViT-Z"], "cannot be made"),
+        (["inspect", "torchvision:vit_z"], "has no model 'vit_z'"),
+        (["inspect", "open_clip:ViT-Z"], "has no model"),
         (["inspect", "hf:vit", "--num-classes", "3"], "--num-classes is for timm models"),
         (["bench", "hf:vit", "--pretrained", "--r", "4"], "model type without weights"),
         (["bench", "hf:siglip2_vision_model", "--r", "4"], "takes several inputs"),

@@ -8,8 +8,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from tokenmerge.config import PRESETS
+from tokenmerge.config import PRESETS, MergeConfig
 from tokenmerge.errors import InputError
+from tokenmerge.tools.building import MOST_CLASSES
 from tokenmerge.tools.options import Options, option
 from tokenmerge.tools.settings import Setting, merging_fields, parse_setting
 
@@ -31,7 +32,7 @@ class ModelOptions(Options):
 
     model: str = option(dataclasses.MISSING, MODEL_HELP, "model", metavar="MODEL", positional=True)
     num_classes: int | None = option(
-        None, "classes of the head (default: the model's own)", "model", least=0, rare=True
+        None, "classes of the head (default: the model's own)", "model", least=0, most=MOST_CLASSES, rare=True
     )
     img_size: int | None = option(
         None, "side of the image (default: the model's own)", "model", least=1, most=16_384, metavar="PIXELS"
@@ -80,14 +81,16 @@ class MergeOptions(Options):
 
     Attributes:
         r: schedules, such as 8 or "16:-1"; see `tokenmerge help settings`.
-        prop_attn: proportional attention: "auto", "on" or "off".
+        prop_attn: proportional attention: "auto", "on" or "off"; `None` is as saved with the model, otherwise "auto".
         preset: name of a set of settings.
         matcher: name of a matching algorithm.
         set: other fields of `MergeConfig`, and arguments of the matcher, by name.
     """
 
     r: Sequence[str | int] = option((), R_HELP, "merging", metavar="R")
-    prop_attn: str = option("auto", "proportional attention", "merging", choices=("auto", "on", "off"))
+    prop_attn: str | None = option(
+        None, "proportional attention (default: as saved, or auto)", "merging", choices=("auto", "on", "off")
+    )
     preset: str | None = option(None, "named set of settings", "merging", choices=tuple(sorted(PRESETS)))
     matcher: str | None = option(
         None,
@@ -111,14 +114,21 @@ class MergeOptions(Options):
         """
         return [parse_setting(str(text)) for text in self.r]
 
-    def merging(self) -> dict[str, Any]:
-        """Return the fields of `MergeConfig` other than the schedule.
+    def merging(self, saved: MergeConfig | None = None) -> dict[str, Any]:
+        """Return the fields of `MergeConfig` other than the schedule, without those that were saved with the model.
+
+        Args:
+            saved: the settings that were saved with the model, which the fields must fit.
 
         Raises:
             ConfigError: if there is no such setting or matcher.
         """
-        switch = {"auto": "auto", "on": True, "off": False}[self.prop_attn]
-        return merging_fields(self.set, prop_attn=switch, preset=self.preset, matcher=self.matcher)
+        switch = None if self.prop_attn is None else {"auto": "auto", "on": True, "off": False}[self.prop_attn]
+        texts = self.r if isinstance(self.r, tuple) else [] if self.r is None else [self.r]  # (train takes one)
+        files = [setting.fields for text in texts if (setting := parse_setting(str(text))).of_file]
+        base = {} if saved is None else saved.changed()
+        bases = [*files, *([base] if len(files) < len(texts) or not texts else [])]
+        return merging_fields(self.set, bases, prop_attn=switch, preset=self.preset, matcher=self.matcher)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

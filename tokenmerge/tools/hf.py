@@ -6,14 +6,18 @@ import contextlib
 import dataclasses
 import functools
 import importlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
+
+import torch
 
 from tokenmerge.errors import InputError, TokenMergeError, shown
 from tokenmerge.files import read_json
 from tokenmerge.patching.swap import original_class
 from tokenmerge.patching.target import find_target
+from tokenmerge.tools.building import MOST_CLASSES
 
 _AUTO = {"images": "Image", "videos": "Video", "sounds": "Audio"}
 """Word for each medium in the names of transformers' Auto classes."""
@@ -97,9 +101,10 @@ def refuse_code(entries: Any, what: str) -> None:
         InputError: if it has `auto_map`, or attention from a repository of code.
     """
     entries = entries if isinstance(entries, dict) else {}
-    attention = next((str(v) for k, v in entries.items() if "attn_implementation" in str(k) and "/" in str(v)), None)
-    if entries.get("auto_map") or attention is not None:
-        named = f"attention {shown(attention)}" if attention is not None else f"auto_map {shown(entries['auto_map'])}"
+    odd = next((k for k, v in entries.items() if "attn_implementation" in str(k) and "/" in str(v)), None)
+    odd = odd or next((k for k in ("auto_map", "trust_remote_code", "code_revision") if entries.get(k)), None)
+    if odd is not None:
+        named = f"{'attention' if 'attn' in str(odd) else odd} {shown(entries[odd])}"
         raise InputError(
             f"{what} names code of its own ({named}), but such code is never run: give a model whose classes are transformers' own, "
             "without that entry"
@@ -113,7 +118,7 @@ def create_transformers(
     num_classes: int | None = None,
     head: str | None = None,
     new_head: bool = False,
-    **values: Any,
+    values: Mapping[str, Any] = MappingProxyType({}),
 ) -> Any:
     """Create a model from a folder, a hub id, or a model type such as `vit` or `videomae-large`.
 
@@ -130,6 +135,8 @@ def create_transformers(
         InputError: if it brings code of its own, has no weights although they are wanted, or has no such head.
     """
     transformers = transformers_library()
+    refuse_code(dict(values), "--model-kwargs")
+    _check_classes(values.get("num_labels"), "--model-kwargs num_labels")
     types = importlib.import_module("transformers.models.auto.configuration_auto").CONFIG_MAPPING
     kind, _, scale = name.rpartition("-") if name.rpartition("-")[2] in _SCALES else (name, "", "")
     folder = Path(name) if Path(name).exists() else None
@@ -161,6 +168,7 @@ def create_transformers(
                 f"{flag} was given, but the config of hf:{name} ({type(config).__name__}) has no {entry}: leave it out"
             )
     config = make(**given) if given else config
+    config.return_dict = True  # commands read outputs by name
     config.architectures = config.architectures or []  # None makes transformers fail for types of several classifiers
     made = _auto_class(transformers, medium, config, name)
     if pretrained:
@@ -198,6 +206,7 @@ def _stored_config(transformers: Any, name: str, folder: Path | None, pretrained
     else:
         entries, _ = transformers.PretrainedConfig.get_config_dict(name)
     refuse_code(entries, f"the config of hf:{name}")
+    _check_classes(entries.get("num_labels"), f"num_labels of hf:{name}")
     offline = {} if folder is None else {"local_files_only": True}
     return transformers.AutoConfig.from_pretrained(name, trust_remote_code=False, **offline, **values)
 
@@ -228,6 +237,12 @@ def _with_classes(medium: str | None, num_classes: int | None, name: str, values
             f"--num-classes is for timm models and classifiers, but 'hf:{name}' was given, a tower without a head: leave it out"
         )
     return {**values, "num_labels": num_classes}
+
+
+def _check_classes(count: Any, what: str) -> None:
+    """Raise if the number of classes is absurd: a config names each of them, which would take for ever."""
+    if isinstance(count, int) and count > MOST_CLASSES:
+        raise InputError(f"{what} is {count}, but at most {MOST_CLASSES:,} classes were expected: check it")
 
 
 def _auto_class(transformers: Any, medium: str | None, config: Any, name: str) -> Any:
@@ -270,6 +285,13 @@ def _check_loaded(model: Any, info: dict[str, Any], name: str, new_head: bool) -
         raise InputError(
             f"the weights of hf:{name} lack {key}, so that the model would be partly random: give a folder with all weights of a "
             f"{type(model).__name__}"
+        )
+    # what a config leaves out of the blocks that it describes; further heads and poolers are common, and harmless
+    stacks = [f"{path}." for path, module in model.named_modules() if isinstance(module, torch.nn.ModuleList)]
+    for key in sorted(key for key in info["unexpected_keys"] if any(key.startswith(stack) for stack in stacks)):
+        raise InputError(
+            f"the weights of hf:{name} hold {key}, which its config leaves out, so that the model would be another one: give the config of "
+            "these weights"
         )
     for key, old, new in other:
         raise InputError(

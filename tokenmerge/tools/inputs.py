@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor
 
-from tokenmerge.errors import InputError
+from tokenmerge.errors import InputError, shown
 from tokenmerge.tools.hf import classified_medium, origin_of
 from tokenmerge.tools.media import IMAGES, SOUNDS, VIDEOS, Medium
 from tokenmerge.tools.models import input_shape
 from tokenmerge.tools.zero_shot import ZeroShot
 
+_CROPS = ("center", "squash", "border", None)
+"""Values of `crop_mode` that timm knows."""
 _WANTED: dict[str, tuple[str, Callable[[tuple[int, ...]], bool]]] = {
     IMAGES.name: ("RGB images", lambda shape: len(shape) == 3 and shape[0] == 3),
     SOUNDS.name: (
@@ -60,13 +63,24 @@ def class_names(model: Any) -> list[str] | None:
     """Return the class names of a model in the order of its outputs; `None` if it does not know them."""
     if hasattr(model, "pretrained_cfg"):
         names = (model.pretrained_cfg or {}).get("label_names")
-        return None if names is None else list(names)
+        if names is None:
+            return None
+        if not isinstance(names, list | tuple) or not all(isinstance(name, str) for name in names):
+            raise InputError(
+                f"label_names of the model is {shown(names):.80}, but a list of names was expected: correct its config"
+            )
+        return list(names)
     if hasattr(model, "weights"):
         names = getattr(model, "label_names", None) or model.weights.meta["categories"]
         return list(names) if len(names) == model.num_classes else None
     if isinstance(model, ZeroShot):
         return list(model.names)
     labels = model.config.id2label
+    if sorted(labels) != list(range(len(labels))):
+        raise InputError(
+            f"id2label of the model names the classes {shown(sorted(labels, key=str)):.80}, but 0 to {len(labels) - 1} were expected: "
+            "correct its config"
+        )
     return [str(labels[index]) for index in range(len(labels))]
 
 
@@ -75,12 +89,37 @@ def preprocessing(model: Any, overrides: dict[str, Any]) -> dict[str, Any]:
     from timm.data.config import resolve_data_config
 
     if not hasattr(model, "weights"):
-        return dict(resolve_data_config(overrides, model=model))
+        stored = (
+            getattr(model, "pretrained_cfg", None) or {}
+        )  # timm passes over a value such as 0, and takes its default
+        _checked({name: value for name, value in stored.items() if value is not None and name not in overrides})
+        return _checked(dict(resolve_data_config(overrides, model=model)))
     own = model.weights.transforms()  # torchvision resizes the shorter side, then crops the centre
     (crop,), (resize,) = own.crop_size, own.resize_size
     found = {"mean": tuple(own.mean), "std": tuple(own.std), "crop_pct": crop / resize, "crop_mode": "center"}
     stored = getattr(model, "stored_preprocessing", {})  # of a checkpoint that train wrote
-    return {**found, "interpolation": own.interpolation.value, **stored, **overrides}
+    return _checked({**found, "interpolation": own.interpolation.value, **stored, **overrides})
+
+
+def _checked(config: dict[str, Any]) -> dict[str, Any]:
+    """Return a data config of timm; raise `InputError` if a value of it, such as one from a model's folder, cannot be right."""
+    odd = None
+    for name in ("mean", "std"):
+        values = config.get(name, (1.0,))
+        usual = isinstance(values, list | tuple) and values and all(isinstance(one, int | float) for one in values)
+        if not usual or not all(math.isfinite(one) and (name == "mean" or one > 0) for one in values or ()):
+            odd = name
+    crop = config.get("crop_pct", 1.0)
+    if not isinstance(crop, int | float) or not 0.1 <= crop <= 2:
+        odd = "crop_pct"
+    if config.get("crop_mode", "center") not in _CROPS:
+        odd = "crop_mode"
+    if odd is not None:
+        raise InputError(
+            f"the preprocessing of the model has {odd}={shown(config.get(odd)):.60}, which no images are made with: correct its config, or "
+            f"give --{odd.replace('_', '-')}"
+        )
+    return config
 
 
 def logits_of(output: Any) -> Tensor:

@@ -11,20 +11,33 @@ from typing import Any
 import torch
 from torch import nn
 
-from tokenmerge.errors import InputError, TokenMergeError, shown
+from tokenmerge.errors import InputError, TokenMergeError, nearest, one_of, shown
 from tokenmerge.files import read_json
 from tokenmerge.patching.predictors import FILE, load_predictors
 from tokenmerge.patching.target import find_target
+from tokenmerge.tools.building import limited
 from tokenmerge.tools.common import DeviceOptions, ModelOptions, WeightOptions
 from tokenmerge.tools.device import DTYPES, check_device
 from tokenmerge.tools.hf import origin_of, set_origin
-from tokenmerge.tools.reading.weights import check_folder, quiet_timm, read_weights
+from tokenmerge.tools.reading.weights import check_dtypes, check_folder, quiet_timm, read_weights
 from tokenmerge.tools.sources import SOURCES, create
 
 TORCHVISION = "torchvision.json"
 """File beside the weights of a trained torchvision model, with its name, classes and preprocessing."""
 RANDOM_WEIGHTS = "the model has random weights, so its results mean nothing: give --pretrained or --checkpoint FILE"
 """Sentence of every command whose results depend on the weights, for models without trained ones."""
+
+
+_PREFIXES = ("local-dir", "hf_hub", "hf-hub", *SOURCES)
+"""What may stand before a colon in MODEL."""
+_BY_OPTIONS = {
+    "model_name": "MODEL",
+    "name": "MODEL",
+    "pretrained": "--pretrained",
+    "checkpoint_path": "--checkpoint",
+    "cache_dir": "the environment variable HF_HOME",
+}
+"""Arguments of `timm.create_model` that are no arguments of a model, and what sets them here."""
 
 
 def _names_weights(model: str) -> bool:
@@ -51,12 +64,20 @@ def warn_if_random(options: WeightOptions, warn: Callable[[str], None]) -> bool:
 
 def _create(options: ModelOptions, pretrained: bool, head: str | None = None, new_head: bool = False) -> Any:
     kind, _, place = options.model.partition(":")
-    values = dict(options.model_kwargs)
+    _check_prefix(options.model)
+    with limited(options.model):
+        if kind in SOURCES and place:
+            if kind == "hf" and os.path.isdir(place):
+                check_folder(Path(place))
+            values = dict(options.model_kwargs)
+            model = create(options.model, pretrained, options.img_size, options.num_classes, head, new_head, values)
+        else:
+            model = _create_timm(options.model, pretrained=pretrained, **_model_kwargs(options))
+    if pretrained and kind in ("local-dir", "hf") and os.path.isdir(place):
+        for file in sorted(Path(place).glob("*.safetensors")):
+            check_dtypes(model, file)
     if kind in SOURCES and place:
-        if kind == "hf" and os.path.isdir(place):
-            check_folder(Path(place))
-        return create(options.model, pretrained, options.img_size, options.num_classes, head, new_head, **values)
-    model = _create_timm(options.model, pretrained=pretrained, **_model_kwargs(options))
+        return model
     own = (getattr(model, "pretrained_cfg", None) or {}).get("num_classes")
     if pretrained and head is not None and not new_head and options.num_classes not in (None, 0, own):
         raise InputError(
@@ -64,6 +85,17 @@ def _create(options: ModelOptions, pretrained: bool, head: str | None = None, ne
             "be random: leave it out, or give --checkpoint FILE"
         )
     return model
+
+
+def _check_prefix(model: str) -> None:
+    """Raise if MODEL begins with a word and a colon that no library stands for."""
+    prefix, colon, place = model.partition(":")
+    if colon and (prefix not in _PREFIXES or not place):
+        odd = f"nothing after {prefix}:" if prefix in _PREFIXES else f"the prefix {shown(prefix)}"
+        raise InputError(
+            f"the model {shown(model)} has {odd}, but one of {', '.join(f'{one}:NAME' for one in _PREFIXES)} was expected, or a timm name: "
+            f"{one_of(prefix, _PREFIXES).replace('?', ':?')}"
+        )
 
 
 def _create_timm(name: str, **kwargs: Any) -> Any:
@@ -93,7 +125,9 @@ def _create_timm(name: str, **kwargs: Any) -> Any:
         raise
     except Exception as error:  # timm, safetensors, the hub client and torch raise their own types
         reason = (str(error).splitlines() or [type(error).__name__])[0]
-        known = [] if ":" in name else timm.list_models(f"*{name.split('.')[0]}*")[:3]
+        every = [] if ":" in name else timm.list_models()
+        bare = name.split(".")[0]
+        known = [one for one in every if bare in one][:3] or [one for one in [nearest(bare, every)] if one is not None]
         hint = (
             f"did you mean {', '.join(known)}?"
             if known and name not in known
@@ -110,6 +144,9 @@ def _create_timm(name: str, **kwargs: Any) -> Any:
 
 
 def _model_kwargs(options: ModelOptions) -> dict[str, Any]:
+    odd = next((name for name in options.model_kwargs if name in _BY_OPTIONS), None)
+    if odd is not None:
+        raise InputError(f"--model-kwargs {odd} was given, which {_BY_OPTIONS[odd]} says: leave it out")
     kwargs = {"num_classes": options.num_classes, "img_size": options.img_size}
     return {**{name: value for name, value in kwargs.items() if value is not None}, **options.model_kwargs}
 

@@ -27,6 +27,8 @@ FILES = ("preprocessor_config.json", "video_preprocessor_config.json", "processo
 """Files of a folder that describe its processor."""
 _NEEDED = {"images": ("mean", "std", "crop_pct", "interpolation"), "videos": ("mean", "std", "crop_pct"), "sounds": ()}
 """Overrides that replace a missing processor config when all of them are given."""
+_MOST_LARGER = 16
+"""Most times that a processor's pictures, before they are cropped, may be as large as the model's inputs."""
 _OUTPUTS = ("pixel_values", "pixel_values_videos", "input_values", "input_features")
 
 
@@ -129,11 +131,20 @@ def processor_of(model: Any, overrides: dict[str, Any] | None = None) -> Process
             raise InputError(_missing(origin, medium))
         inner = _default(model, medium)
     processor = Processor(inner, medium)
-    if not origin.trained or origin.resized or by_default:
-        processor = _resized(processor, model)
-    if overrides:
-        processor = _overridden(processor, model, overrides)
-    _check_fits(processor, model, origin)
+    _check_sizes(processor, input_shape(model), origin)
+    try:
+        if not origin.trained or origin.resized or by_default:
+            processor = _resized(processor, model)
+        if overrides:
+            processor = _overridden(processor, model, overrides)
+        _check_fits(processor, model, origin)
+    except TokenMergeError:
+        raise
+    except Exception as error:  # unusual values raise many exception types
+        raise InputError(
+            f"the preprocessing of hf:{origin.name} does not work ({type(error).__name__}: {words_of(error)}): check its "
+            "preprocessor_config.json, --crop-pct, --crop-mode, --interpolation, --mean and --std"
+        ) from None
     return processor
 
 
@@ -317,18 +328,42 @@ def _normalized(processor: Processor, shape: Sequence[int], mean: Any, std: Any)
     return {"do_normalize": True, "image_mean": [m for m, _ in found], "image_std": [s for _, s in found]}
 
 
+def _check_sizes(processor: Processor, shape: Sequence[int], origin: Origin) -> None:
+    """Raise before any picture is made if the processor resizes pictures to a size that fills the memory."""
+    if processor.medium == "sounds":
+        return
+    entries = processor.inner.to_dict()
+    sizes = [
+        size for name in ("size", "crop_size") for size in (entries.get(name) or {}).values() if isinstance(size, int)
+    ]
+    most = _MOST_LARGER * max(shape[-2:])
+    if max(sizes, default=0) > most:
+        raise InputError(
+            f"the processor of hf:{origin.name} resizes to {max(sizes)} pixels, but the model takes {max(shape[-2:])}, and at most {most} "
+            "were expected: give the model's own preprocessor_config.json"
+        )
+
+
 def _check_fits(processor: Processor, model: Any, origin: Origin) -> None:
     """Raise if the model cannot take the processor's outputs: of another shape, although it has no other positions."""
     shape = tuple(input_shape(model))
-    try:
-        made = processor.probe(shape)
-    except TokenMergeError:
-        raise
-    except Exception as error:  # unusual values raise many exception types
+    made = processor.probe(shape)
+    if made.device.type != "cpu" or not bool(made.isfinite().all()):
+        odd = "numbers that are not finite" if made.device.type == "cpu" else f"tensors on the device {made.device}"
         raise InputError(
-            f"the preprocessing of hf:{origin.name} does not work ({type(error).__name__}: {words_of(error)}): check its "
-            "preprocessor_config.json, --crop-pct, --crop-mode, --interpolation, --mean and --std"
-        ) from None
+            f"the processor of hf:{origin.name} makes {odd}, but finite numbers on the CPU were expected: correct its "
+            "preprocessor_config.json"
+        )
+    if processor.medium != "sounds":
+        height, width = shape[-2:]
+        for other in ((height, 2 * width), (2 * height, width)):  # pictures of a batch are stacked
+            theirs = processor.probe((*shape[:-2], *other))
+            if theirs.shape != made.shape:
+                raise InputError(
+                    f"the processor of hf:{origin.name} makes inputs of the shape {tuple(theirs.shape)} from oblong {processor.medium}, and "
+                    f"{tuple(made.shape)} from square ones, but one shape was expected: add do_resize and do_center_crop, or a size with "
+                    "height and width, to its preprocessor_config.json"
+                )
     if tuple(made.shape) == shape or (made.dim() == len(shape) and _embeds(model, made)):
         return
     raise InputError(

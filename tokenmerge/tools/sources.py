@@ -7,12 +7,13 @@ import importlib
 import io
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 import torch
 
-from tokenmerge.errors import InputError, TokenMergeError
+from tokenmerge.errors import InputError, TokenMergeError, nearest, shown
 from tokenmerge.files import words_of
 from tokenmerge.tools.hf import create_transformers
 from tokenmerge.tools.zero_shot import ZeroShot
@@ -46,6 +47,7 @@ def _torchvision(name: str, pretrained: bool, img_size: int | None, num_classes:
     """
     models = _library("torchvision").models
     name, _, tag = name.partition(":")
+    _check_known(name, models.list_models(), "torchvision")
     known = models.get_model_weights(name)
     if tag and tag not in known.__members__:
         raise InputError(
@@ -71,6 +73,14 @@ def _torchvision(name: str, pretrained: bool, img_size: int | None, num_classes:
     return model
 
 
+def _check_known(name: str, known: Sequence[str], library: str) -> None:
+    """Raise if a library has no model of this name."""
+    if name not in known:
+        near = nearest(name, known)
+        hint = f"see {library}'s list_models()" if near is None else f"did you mean {library}:{near}?"
+        raise InputError(f"{library} has no model {shown(name)}: {hint}")
+
+
 def _open_clip(name: str, pretrained: bool, img_size: int | None, head: str | None) -> Any:
     """Create the image tower of an open_clip model from NAME or NAME:TAG, where TAG names pretrained weights.
 
@@ -78,6 +88,8 @@ def _open_clip(name: str, pretrained: bool, img_size: int | None, head: str | No
     """
     open_clip = _library("open_clip")
     architecture, _, tag = name.partition(":")
+    if not architecture.startswith(("hf-hub", "local-dir")):
+        _check_known(architecture, open_clip.list_models(), "open_clip")
     if pretrained and not tag:
         tag = next((tag for model, tag in open_clip.list_pretrained() if model == architecture), "")
         if not tag:
@@ -106,7 +118,7 @@ def create(
     num_classes: int | None,
     head: str | None = None,
     new_head: bool = False,
-    **values: Any,
+    values: Mapping[str, Any] = MappingProxyType({}),
 ) -> Any:
     """Create a model of one of `SOURCES`; of a transformers model with several towers, return the vision tower.
 
@@ -123,21 +135,26 @@ def create(
         InputError: if the library is missing, or the model cannot be created.
     """
     prefix, _, name = model.partition(":")
-    odd = "--model-kwargs" if values and prefix != "hf" else ""
+    odd = f"--model-kwargs {next(iter(values))}" if values and prefix != "hf" else ""
+    rate = {"drop_rate": "--drop", "drop_path_rate": "--drop-path"}.get(
+        next(iter(values), "")
+    )  # as train passes them on
+    odd = rate if odd and rate is not None else odd
     odd = "--num-classes" if num_classes is not None and prefix == "open_clip" else odd
     if odd:
-        raise InputError(f"{odd} is for timm models, but {model!r} was given: leave it out")
+        raise InputError(f"{odd} was given, but {model!r} has no such argument: leave it out")
     try:
         with _quiet():
             if prefix == "hf":
-                return create_transformers(name, pretrained, img_size, num_classes, head, new_head, **values)
+                return create_transformers(name, pretrained, img_size, num_classes, head, new_head, values)
             if prefix == "torchvision":
                 return _torchvision(name, pretrained, img_size, num_classes, new_head)
             return _open_clip(name, pretrained, img_size, head)
     except TokenMergeError:
         raise
     except Exception as error:  # every library and hub client raises its own exception types
+        absent = " (there is no folder of this name)" if prefix == "hf" and not os.path.exists(name) else ""
         raise InputError(
-            f"the model {model!r} cannot be made ({type(error).__name__}: {words_of(error)}): check the name, and that the "
+            f"the model {model!r} cannot be made ({type(error).__name__}: {words_of(error)}): check the name{absent}, and that the "
             "network is there if it is to be downloaded"
         ) from None

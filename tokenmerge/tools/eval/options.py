@@ -44,7 +44,7 @@ class EvalOptions(DeviceOptions, DataOptions, MergeOptions, TuneOptions, PageOpt
         None,
         "side of the centre crop ÷ side of the image (default: the model's own)",
         "data",
-        above=0,
+        least=0.1,
         most=1,
         rare=True,
     )

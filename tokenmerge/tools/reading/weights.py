@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import warnings
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from tokenmerge import files
 from tokenmerge.errors import InputError, TokenMergeError, shown
@@ -23,12 +24,14 @@ MOST_METADATA = 2**20
 
 @contextlib.contextmanager
 def quiet_timm() -> Iterator[None]:
-    """Silence the logging of timm; the command reports results itself."""
+    """Silence the logging of timm, and warnings of torch while it loads; the command reports results itself."""
     logger = logging.getLogger("timm")
     level = logger.level
     logger.setLevel(logging.ERROR)
     try:
-        yield
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
     finally:
         logger.setLevel(level)
 
@@ -98,6 +101,24 @@ def check_folder(folder: Path) -> None:
     for entry in sorted(folder.iterdir()):
         if not entry.is_dir():
             files.plain_file(entry, "the model's")
+
+
+def check_dtypes(model: nn.Module, path: Path, what: str = "the weights") -> None:
+    """Raise `InputError` if a safetensors file holds whole or complex numbers where the model has real ones, or the other way round.
+
+    Libraries would convert them, and thereby lose what they say.
+    """
+    from safetensors import safe_open
+
+    own = model.state_dict()
+    with safe_open(files.plain_file(path, what), framework="pt") as file:
+        for name in sorted(own.keys() & set(file.keys())):
+            stored = file.get_slice(name).get_dtype()
+            real = stored.startswith(("F", "BF"))
+            if own[name].is_floating_point() != real:
+                raise InputError(
+                    f"{what} {shown(str(path))} hold {name[:80]} as {stored}, but {own[name].dtype} was expected: give the model's own"
+                )
 
 
 def read_metadata(path: Path | str, key: str, what: str = "the checkpoint") -> Any:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from tokenmerge.errors import InputError
 from tokenmerge.patching import Handle, patch
-from tokenmerge.tools.inputs import class_names, num_classes
+from tokenmerge.tools.inputs import check_finite, class_names, num_classes
 from tokenmerge.tools.settings import Setting
 from tokenmerge.tools.variants import share_weights
 from tokenmerge.tools.visualize.load import Shown
@@ -68,7 +68,7 @@ class Merged:
     def look(self, shown: Shown) -> Look:
         """Run one pass on an input."""
         output = self.model(shown.batch)
-        top = top_of(output, self.names) if self.classifies else ()
+        top = top_of(output, self.names, self.title) if self.classifies else ()
         return Look(self.title, self.handle.trace, top, self.gflops, self.class_token)
 
 
@@ -114,11 +114,16 @@ def class_names_of(model: Any) -> list[str] | None:
     return names
 
 
-def top_of(output: Any, names: Sequence[str] | None) -> tuple[tuple[str, float], ...]:
-    """Return the five most likely classes and their probabilities; empty if the output has no logits."""
+def top_of(output: Any, names: Sequence[str] | None, title: str) -> tuple[tuple[str, float], ...]:
+    """Return the five most likely classes and their probabilities; empty if the output has no logits.
+
+    Raises:
+        InputError: if an output is NaN or infinite.
+    """
     logits = output if isinstance(output, Tensor) else getattr(output, "logits", None)
     if not isinstance(logits, Tensor) or logits.dim() != 2:
         return ()
+    check_finite(logits, title)
     share, order = logits[0].float().softmax(dim=0).sort(descending=True, stable=True)
     return tuple(
         (names[index] if names is not None and index < len(names) else f"class {index}", value)
