@@ -39,7 +39,7 @@ def test_eval_gives_one_row_per_r(run: Run, model_dir: Path, data: Path, tmp_pat
     assert code == 0, err
     assert [row["r"] for row in rows] == [0, 4, *settings[2:]]
     for row in rows:
-        assert {"model", "r", "top1", "top5", "images_per_second", "gflops", "images", "skipped"} <= row.keys()
+        assert {"model", "r", "top1", "top5", "images_per_second", "gflops", "images", "skipped", "config"} <= row.keys()
         assert (row["images"], row["skipped"], row["top5"]) == (12, 0, 100.0)
         assert row["images_per_second"] > 0
     assert rows[0]["gflops"] > rows[1]["gflops"]
@@ -204,7 +204,10 @@ def test_checkpoints(run: Run, model_dir: Path, data: Path, tmp_path: Path) -> N
         (("bench", "vit_tiny_patch16_224", "--r", "4", "--device", "hpu"), "device 'hpu' cannot be used here"),
         (("inspect", "vit_tiny_patch16_224", "--r", ","), "is not understood"),
         (("inspect", "vit_tiny_patch16_224", "--json", "."), "is a folder"),
-        (("eval", "vit_tiny_patch16_224", "--r", "4", "--data", ".", "--crop-pct", "nan"), "a finite number above 0"),
+        (
+            ("eval", "vit_tiny_patch16_224", "--r", "4", "--data", ".", "--crop-pct", "nan"),
+            "a finite number of at least 0.1",
+        ),
         (("eval", "vit_tiny_patch16_224", "--r", "4", "--data", ".", "--std", "0", "0", "0"), "a number above 0"),
         (("eval", "vit_tiny_patch16_224", "--r", "4", "--data", ".", "--interpolation", "foo"), "was expected"),
         (("nope",), "there is no command"),
@@ -258,7 +261,7 @@ def test_bench(run: Run, model_dir: Path) -> None:
     )
     rows = json.loads(out)
     assert [row["r"] for row in rows] == [0, 4]
-    needed = "model r batch_size device dtype images_per_second speedup flops_ratio realised overhead peak_memory_mb"
+    needed = "model r batch_size device dtype images_per_second speedup flops_ratio realised overhead peak_memory_mb config"
     assert set(needed.split()) <= rows[1].keys()
     base, merged = rows
     assert (base["speedup"], base["flops_ratio"], base["overhead"]) == (1, 1, 1)

@@ -386,7 +386,7 @@ def test_a_worker_that_dies_loses_no_update(data: Path, tmp_path: Path, capsys: 
         (("--num-classes", "7"), "holds 2 class folders"),
         (("--model-kwargs", "x"), "NAME=VALUE was expected"),
         (("--fsdp",), "but there is one: launch with torchrun"),
-        (("--crop-pct", "2"), "2.0 was given, but a number of at least 0 and of at most 1"),
+        (("--crop-pct", "2"), "2.0 was given, but a number of at least 0.1 and of at most 1"),
     ],
 )
 def test_bad_input_is_one_sentence(train: Run, tmp_path: Path, args: tuple[str, ...], message: str) -> None:

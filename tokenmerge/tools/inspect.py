@@ -64,8 +64,8 @@ def run(options: InspectOptions, report: Report | None = None) -> list[Row]:
     rows = []
     for setting in settings:
         with patched(model, setting.config(**fields)) as handle:
-            summary = handle.summary()
-        rows.append(_row(options.model, setting, summary))
+            summary, config = handle.summary(), handle.config.to_json()
+        rows.append({**_row(options.model, setting, summary), "config": config})
         _print(report, options.model, setting, summary)
     report.write(rows)
     return rows

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import Any
 
 from tokenmerge import files
 from tokenmerge.config import FIELDS, SCHEDULE_FIELDS, MergeConfig
 from tokenmerge.errors import ConfigError, InputError, UnknownFieldError, shown
-from tokenmerge.patching.kept import KEY
-from tokenmerge.saving import SETTINGS, settings_in
+from tokenmerge.patching.kept import KEY, SETTINGS, lasting, settings_in
 from tokenmerge.tools.reading.weights import read_metadata
-from tokenmerge.tools.settings import Setting, in_words, label_of, parse_setting
+from tokenmerge.tools.settings import Setting, in_words, label_of, parse_setting, remaining
 
 
 def merging_of(
@@ -21,7 +21,8 @@ def merging_of(
 ) -> tuple[list[Setting], dict[str, Any]]:
     """Return the schedules and the other fields of `MergeConfig` for a command, from its options and from the model's folder.
 
-    What the options say overrides what was saved. A matcher or a preset of the options replaces the saved way of matching.
+    What the options say overrides what was saved. A matcher or a preset of the options replaces the saved way of matching, and a
+    config file given to `--r` replaces all that was saved.
 
     Args:
         options: options of model, weights and merging.
@@ -32,64 +33,79 @@ def merging_of(
         InputError: if no schedule is known, or the saved settings are damaged.
         ConfigError: if an option is invalid.
     """
-    schedules = options.schedules()
-    saved, fields = fields_of(options, say)
-    if not schedules and saved is not None and saved.scheduled:
-        schedules = [Setting(label_of(saved), saved.changed("schedule"))]
-    schedules = schedules or [parse_setting(text) for text in usual]
-    if not schedules and saved is None:
+    saved = saved_with(options)
+    given = options.merging(saved)
+    settings = schedules_of(options.schedules(), saved, usual)
+    return on_saved(settings, saved, given, say), given
+
+
+def schedules_of(given: Sequence[Setting], saved: MergeConfig | None, usual: Sequence[str] = ()) -> list[Setting]:
+    """Return the schedules that were given, otherwise the one saved with the model, otherwise the usual ones.
+
+    Raises:
+        InputError: if there are none.
+    """
+    settings = list(given)
+    if not settings and saved is not None and saved.scheduled:
+        settings = [Setting(label_of(saved), saved.changed("schedule"))]
+    settings = settings or [parse_setting(text) for text in usual]
+    if not settings and saved is None:
         raise InputError("nothing says how much to merge: give --r, such as --r 8 16")
-    if not schedules:
+    if not settings:
         raise InputError("nothing says how much to merge, and the model was saved without: give --r, such as --r 8")
-    return schedules, fields
+    return settings
 
 
-def fields_of(options: Any, say: Callable[[str], Any]) -> tuple[MergeConfig | None, dict[str, Any]]:
-    """Return the settings that were saved with the model, if any, and its fields other than the schedule, overridden by the options.
+def on_saved(
+    settings: Sequence[Setting], saved: MergeConfig | None, given: dict[str, Any], say: Callable[[str], Any]
+) -> list[Setting]:
+    """Return settings with the fields that were saved with the model and that `given` leaves; config files stay as they are.
 
     Args:
-        options: options of model, weights and merging.
+        settings: the schedules.
+        saved: settings saved with the model, if any.
+        given: fields that the options give.
         say: function that prints a line; it is told what was taken from the model.
     """
-    given = options.merging()
-    saved = saved_with(options)
     if saved is None:
-        return None, given
-    say(f"merging as saved with the model: {in_words(saved)} (options override it)")
-    return saved, combined(saved, given)
+        return list(settings)
+    kept = remaining(_without_schedule(saved), given)
+    schedule = saved.changed("schedule")
+    used = set() if all(setting.of_file for setting in settings) else set(kept)
+    used |= {name for name, value in schedule.items() if any(one.fields.get(name) == value for one in settings)}
+    say_used(saved, used, say)
+    return [
+        setting if setting.of_file else dataclasses.replace(setting, fields={**kept, **setting.fields})
+        for setting in settings
+    ]
 
 
-def apart_from_matching(options: Any, given: dict[str, Any], say: Callable[[str], Any]) -> dict[str, Any]:
+def say_used(saved: MergeConfig, used: Collection[str], say: Callable[[str], Any]) -> None:
+    """Say in one line which of the settings saved with a model are used, and which are not."""
+    unused = [name for name in saved.changed() if name not in used]
+    if unused and not used:
+        say(f"the merging saved with the model ({in_words(saved)}) is not used, because the options give another")
+        return
+    but = f" (not its {', '.join(unused)}: the options give others)" if unused else ""
+    say(f"merging as saved with the model: {in_words(saved, used)}{but}")
+
+
+def apart_from_matching(saved: MergeConfig | None, given: dict[str, Any], say: Callable[[str], Any]) -> dict[str, Any]:
     """Return saved fields that commands keep that compare ways of matching, such as proportional attention, overridden by `given`."""
-    saved = saved_with(options)
     if saved is None:
         return given
-    kept = _without_matching(_without_schedule(saved))
+    kept = {
+        name: value
+        for name, value in _without_schedule(saved).items()
+        if FIELDS[name].metadata["group"] != "matching" and name not in given
+    }
     if kept:
         say(f"as saved with the model: {', '.join(f'{name} {value}' for name, value in kept.items())}")
-    return _overridden(kept, given)
-
-
-def combined(saved: MergeConfig, given: dict[str, Any]) -> dict[str, Any]:
-    """Return the fields of a saved config, other than its schedule, overridden by fields that were given."""
-    kept = _without_schedule(saved)
-    matcher = FIELDS["matcher"].name
-    if "preset" in given or given.get(matcher, saved.matcher) != saved.matcher:
-        kept = _without_matching(kept)
-    return _overridden(kept, given)
+    return {**kept, **given}
 
 
 def _without_schedule(saved: MergeConfig) -> dict[str, Any]:
     return {name: value for name, value in saved.changed().items() if name not in SCHEDULE_FIELDS}
-
-
-def _without_matching(fields: dict[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in fields.items() if FIELDS[name].metadata["group"] != "matching"}
-
-
-def _overridden(kept: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
-    """Return saved fields overridden by given ones; "auto" leaves a saved field as it is."""
-    return {**kept, **{name: value for name, value in given.items() if value != "auto" or name not in kept}}
 
 
 def saved_with(options: Any) -> MergeConfig | None:
@@ -117,7 +133,7 @@ def _of_hub(name: str, file: str) -> MergeConfig | None:
         path = Path(hf_hub_download(name, file))
     except Exception:  # the client raises many types; a repository without the file holds no settings
         return None
-    return MergeConfig.load(path) if file == SETTINGS else settings_in(path.parent)
+    return settings_in(path.parent)
 
 
 def _of_weights(path: Path) -> MergeConfig | None:
@@ -128,6 +144,6 @@ def _of_weights(path: Path) -> MergeConfig | None:
     if found is None:
         return None
     try:
-        return MergeConfig.from_json(files.to_json(found, "the settings"))
+        return lasting(MergeConfig.from_json(files.to_json(found, "the settings")))
     except (ConfigError, UnknownFieldError) as error:
         raise InputError(f"the settings of merging in {shown(str(path))} cannot be used ({error})") from None

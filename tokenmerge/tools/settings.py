@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from tokenmerge.config import FIELDS, SCHEDULE_FIELDS, MergeConfig
-from tokenmerge.errors import ConfigError, UnknownFieldError
+from tokenmerge.errors import ConfigError, UnknownFieldError, nearest
 from tokenmerge.patching.match import check_matching
-from tokenmerge.tools.options import nearest
 
 GRAMMAR = "8 (in every block), 16:-1 (r:inflect), 8,8,0 (a list per block), keep=0.9, flops=0.5, speedup=2, or a config file ending in .json"
 
@@ -28,10 +28,14 @@ class Setting:
     fields: dict[str, Any]
 
     @property
+    def of_file(self) -> bool:
+        """Whether this is a whole config from a file, and not a schedule alone."""
+        return str(self.label).endswith(".json")
+
+    @property
     def title(self) -> str:
         """Label for tables and pictures, such as "r=8" or "flops=0.5"."""
-        of_file = str(self.label).endswith(".json")
-        return f"r={self.label}" if set(self.fields) == {"r"} and not of_file else str(self.label)
+        return f"r={self.label}" if "r" in self.fields and not self.of_file else str(self.label)
 
     @property
     def is_baseline(self) -> bool:
@@ -39,9 +43,26 @@ class Setting:
         return self.label == 0
 
     def config(self, **fields: Any) -> MergeConfig:
-        """Return the config with this schedule and `fields`, which override those of a config file unless they are "auto"."""
-        given = {name: value for name, value in fields.items() if value != "auto" or name not in self.fields}
-        return MergeConfig.create(**{**self.fields, **given})
+        """Return the config with this schedule and `fields`, which override those of a config file."""
+        return MergeConfig.create(**overridden(self.fields, fields))
+
+
+def overridden(fields: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the fields of a whole config, overridden by others; another matcher or a preset replaces its way of matching."""
+    left = remaining(fields, given)
+    options = {**left.get("options", {}), **given.get("options", {})}
+    return {**left, **given, **({"options": options} if options else {})}
+
+
+def remaining(fields: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the fields of a whole config that others leave as they are, with arguments of its matcher; see `overridden`."""
+    usual = FIELDS["matcher"].default
+    own = fields.get("matcher", usual)
+    anew = "preset" in given or given.get("matcher", own) != own
+    gone = {name for name in fields if anew and FIELDS[name].metadata["group"] == "matching"}
+    return {
+        name: value for name, value in fields.items() if name not in gone and (name not in given or name == "options")
+    }
 
 
 def parse_setting(text: str) -> Setting:
@@ -55,7 +76,9 @@ def parse_setting(text: str) -> Setting:
     try:
         fields = _fields(text)
     except ValueError:
-        raise ConfigError(f"r={text!r:.60} is not understood, but one of these was expected: {GRAMMAR}") from None
+        near = nearest(text.partition("=")[0], ("keep", "flops", "speedup")) if "=" in text else None
+        hint = "" if near is None or text.startswith(f"{near}=") else f"; did you mean {near}=?"
+        raise ConfigError(f"r={text!r:.60} is not understood, but one of these was expected: {GRAMMAR}{hint}") from None
     MergeConfig.create(**fields)
     label = fields["r"] if isinstance(fields.get("r"), int) else text
     return Setting(label, fields)
@@ -76,7 +99,10 @@ def _fields(text: str) -> dict[str, Any]:
     if equals:
         if name not in ("keep", "flops", "speedup"):
             raise ValueError(name)
-        return {name: float(value)}
+        values = [float(part) for part in value.split(",")]
+        if len(values) > 1 and name != "keep":
+            raise ValueError(value)
+        return {name: values[0] if len(values) == 1 else values}
     if ":" in text:
         r, inflect = text.split(":")
         return {"r": (int(r), float(inflect))}
@@ -94,21 +120,25 @@ def label_of(config: MergeConfig) -> int | str:
     return listed if name == SCHEDULE_FIELDS[0] else f"{name}={listed}"
 
 
-def in_words(config: MergeConfig) -> str:
-    """Return the settings of a config that differ from the defaults, in a few words, such as "r=8, combine norm"."""
-    label = label_of(config) if config.scheduled else ""
-    parts = [] if not config.scheduled else [f"r={label}" if "=" not in str(label) else str(label)]
-    changed = {name: value for name, value in config.changed().items() if name not in SCHEDULE_FIELDS}
+def in_words(config: MergeConfig, names: Collection[str] = tuple(FIELDS)) -> str:
+    """Return the settings of a config that differ from the defaults, of those named, such as "r=8, combine norm"."""
+    scheduled = any(name in names for name in config.changed("schedule"))
+    label = label_of(config) if scheduled else ""
+    parts = [] if not scheduled else [f"r={label}" if "=" not in str(label) else str(label)]
+    changed = {n: value for n, value in config.changed().items() if n in names and n not in SCHEDULE_FIELDS}
     for name, value in changed.items():
         parts.append(f"{name} {dict(value)}" if isinstance(value, Mapping) else f"{name} {value}")
     return ", ".join(parts) or "the paper's settings"
 
 
-def merging_fields(given: Mapping[str, Any], **flags: Any) -> dict[str, Any]:
+def merging_fields(
+    given: Mapping[str, Any], bases: Sequence[Mapping[str, Any]] = (MappingProxyType({}),), **flags: Any
+) -> dict[str, Any]:
     """Return the fields of `MergeConfig` other than the schedule, after checking them.
 
     Args:
         given: fields of `MergeConfig` (from `--set`); any other name is an argument of the matcher.
+        bases: fields of the configs that they will override, such as one saved with the model.
         **flags: fields that have flags of their own, and the preset; `None` if not given.
 
     Raises:
@@ -123,13 +153,14 @@ def merging_fields(given: Mapping[str, Any], **flags: Any) -> dict[str, Any]:
         if name in SCHEDULE_FIELDS or name in ("options", "trace"):
             hint = f"give it to --r, as {name}={value}" if name in SCHEDULE_FIELDS else "leave it out"
             raise ConfigError(f"--set {name} was given, but it does not say how tokens merge: {hint}")
-        if fields.get(name, "auto") != "auto":
+        if name in fields:
             raise ConfigError(f"--set {name} and --{name.replace('_', '-')} were both given: give one of them")
         fields[name] = value
     if options:
         fields["options"] = options
     try:
-        check_matching(MergeConfig.create(**fields))
+        for base in bases:
+            check_matching(MergeConfig.create(**overridden(base, fields)))
     except ConfigError as error:
         odd = next((name for name in options if repr(name) in str(error)), None)
         near = None if odd is None else nearest(odd, list(FIELDS))

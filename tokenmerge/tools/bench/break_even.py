@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from tokenmerge.config import MergeConfig
+from tokenmerge.config import SCHEDULE_FIELDS, MergeConfig
 from tokenmerge.errors import InputError
 from tokenmerge.ops.timing import Spread, take_turns
 from tokenmerge.patching import patch
@@ -26,7 +26,7 @@ from tokenmerge.tools.bench.options import BenchOptions
 from tokenmerge.tools.device import place
 from tokenmerge.tools.models import input_shape, load_model
 from tokenmerge.tools.report import Report, Row
-from tokenmerge.tools.saved import fields_of
+from tokenmerge.tools.saved import on_saved, saved_with
 from tokenmerge.tools.settings import Setting
 from tokenmerge.tools.tuning import check_tuning, tune
 from tokenmerge.tools.variants import share_weights
@@ -56,14 +56,15 @@ def run_break_even(options: BenchOptions, report: Report) -> list[Row]:
         report: receiver of the results.
     """
     settings = options.schedules()
-    _, fields = fields_of(options, report.say)
+    saved = saved_with(options)
+    fields = options.merging(saved)
     model = load_model(options)
     wanted = [setting for setting in settings if not setting.is_baseline]
     if settings and not wanted:
         raise InputError(
             "--break-even was given r=0 alone, which is the unmerged model: give other r, or none for a ladder"
         )
-    wanted = wanted or ladder(model)
+    wanted = on_saved(wanted or ladder(model), saved, fields, report.say)
     check_tuning(options, wanted, options.compile)
     if options.tune_schedule or options.tuning is not None:
         raise InputError(
@@ -94,7 +95,8 @@ def _measure(
     rows.sort(key=lambda row: (sum(row["schedule"]), row["schedule"]))
     if not any(row["pays"] for row in rows):
         schedule = list(spaced(tuple(rows[-1]["schedule"]), _SPARSE, late=True))
-        setting = Setting(",".join(map(str, schedule)), {"r": schedule})
+        kept = {name: value for name, value in settings[0].fields.items() if name not in SCHEDULE_FIELDS}
+        setting = Setting(",".join(map(str, schedule)), {**kept, "r": schedule})
         rows += _turns(model, options, images, [(setting, setting.config(**fields))], report, sparse=True)
     return rows
 

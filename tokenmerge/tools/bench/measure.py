@@ -49,6 +49,7 @@ class _Variant:
     summary: Summary | None
     merged: Forward
     yardstick: Forward | None
+    config: str | None = None
 
 
 def prepare(module: Any, compiled: bool) -> Forward:
@@ -76,7 +77,8 @@ def _variants(
         tune(copy, handle, images, options, setting.title, report.say)
         yardstick = sliced(model, handle.schedule)
         forward = None if yardstick is None else prepare(yardstick, compiled)
-        variants.append(_Variant(setting, handle.summary(), prepare(copy, compiled), forward))
+        merged = prepare(copy, compiled)
+        variants.append(_Variant(setting, handle.summary(), merged, forward, handle.config.to_json()))
     return variants
 
 
@@ -191,6 +193,7 @@ def _row(
         "realised": speedup / flops_ratio,
         "overhead": None if yardstick is None else ratio(times, yardstick, options.statistic),
         "peak_memory_mb": memory / 2**20,
+        "config": variant.config,
     }
 
 

@@ -24,7 +24,7 @@ from tokenmerge.tools.compare.scoring import Scores, score
 from tokenmerge.tools.compare.statistics import bootstrap
 from tokenmerge.tools.compare.variants import Variant, fingerprint, make_variant, r_for_speedup, time_variants
 from tokenmerge.tools.report import Report, Row
-from tokenmerge.tools.saved import apart_from_matching
+from tokenmerge.tools.saved import apart_from_matching, saved_with, schedules_of
 from tokenmerge.tools.settings import Setting, parse_setting
 
 _CALIBRATION = 8
@@ -42,15 +42,20 @@ def run(options: CompareOptions, report: Report | None = None) -> list[Row]:
         InputError: if model, data or output cannot be used.
         ConfigError: if a method cannot run on this model.
     """
-    report = report or Report(options.json)
+    report = report or Report(options.json, writes=True)
     if not options.model and options.experiment is not None:
         options = dataclasses.replace(options, model=options.experiment.model, pretrained=True)
+    saved = saved_with(options)
+    settings = options.schedules()
+    if not (options.r or options.speedups or options.experiment):
+        settings = [setting for setting in schedules_of(settings, saved) if not setting.is_baseline]
     folder = make_folder(options.output / "scores", "--output")
     keep_memory()
     model = load_scored(options, report)
     images = Images(model, options, options.limit)
     context = fingerprint({"model": describe(options), "data": images.fingerprint(), "batch_size": options.batch_size})
-    variants = _variants(model, images, options, report)
+    fields = apart_from_matching(saved, options.merging(), report.say)
+    variants = _variants(model, images, options, settings, fields, report)
     timing = None
     if options.rounds:
         report.say(f"timing {len(variants)} variants in turns, batch {options.batch_size} …")
@@ -66,9 +71,15 @@ def run(options: CompareOptions, report: Report | None = None) -> list[Row]:
     return rows
 
 
-def _variants(model: Any, images: Images, options: CompareOptions, report: Report) -> list[Variant]:
+def _variants(
+    model: Any,
+    images: Images,
+    options: CompareOptions,
+    settings: Sequence[Setting],
+    fields: dict[str, Any],
+    report: Report,
+) -> list[Variant]:
     """Return all variants; the first variant of every group is the baseline of the others."""
-    fields, settings = apart_from_matching(options, options.merging(), report.say), options.schedules()
     if options.experiment is not None:
         return [
             make_variant(model, line.label, setting, {**fields, **line.fields})

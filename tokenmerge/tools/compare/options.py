@@ -29,7 +29,7 @@ class CompareOptions(DeviceOptions, DataOptions, MergeOptions, RowOptions):
         rounds: rounds of timing, in which all variants take turns; 0 skips timing.
 
     Raises:
-        InputError: if options contradict each other, or none says how much to merge.
+        InputError: if options contradict each other.
     """
 
     model: str = option("", MODEL_HELP, "model", metavar="[MODEL]", positional=True)
@@ -57,8 +57,6 @@ class CompareOptions(DeviceOptions, DataOptions, MergeOptions, RowOptions):
             get_experiment(self.paper)  # raises if there is no such experiment
         if not self.model and self.paper is None:
             raise InputError("compare was given no MODEL: name one, or give --paper for the paper's own")
-        if not (self.r or self.speedups or self.paper):
-            raise InputError("nothing says how much to merge: give --r 8 16, or --speedups 1.5 2")
 
     @functools.cached_property
     def experiment(self) -> Experiment | None:

@@ -82,6 +82,7 @@ class Score:
             "tuned": None if self.handle is None else self.handle.summary().tuned,
             "images": self.images,
             "skipped": skipped,
+            "config": None if self.handle is None else self.handle.config.to_json(),
         }
 
 

@@ -9,11 +9,13 @@ import re
 import socket
 import tempfile
 import threading
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from tokenmerge.config import SCHEDULE_FIELDS
 from tokenmerge.errors import InputError, TokenMergeError
 from tokenmerge.ops.timing import Spread, take_turns
 from tokenmerge.tools.explore.options import ExploreOptions
@@ -22,13 +24,15 @@ from tokenmerge.tools.media import IMAGES
 from tokenmerge.tools.models import load_model, random_weights, warn_if_random
 from tokenmerge.tools.pages import printable
 from tokenmerge.tools.report import Report, Row
-from tokenmerge.tools.saved import fields_of
-from tokenmerge.tools.settings import Setting
+from tokenmerge.tools.saved import saved_with, say_used
+from tokenmerge.tools.settings import Setting, label_of, remaining
 from tokenmerge.tools.visualize.load import Loader, Shown
 from tokenmerge.tools.visualize.looks import Merged, merged_copies
 from tokenmerge.tools.visualize.page import explorer_page, image_data
 
 _ROUNDS = 3
+_USUAL = ("8", "16")
+"""Initial schedules of models that were saved without one."""
 _HEADERS = {
     "X-Content-Type-Options": "nosniff",
     "X-Frame-Options": "DENY",
@@ -54,7 +58,7 @@ class Explorer:
         self.random = random_weights(options)
         self.loader = Loader(self.model)
         self.remarks: list[str] = []
-        _, self.fields = fields_of(options, self.remarks.append)
+        self.texts, self.fields = _merging(options, self.remarks.append)
         self.samples, self.left_out = ([], []) if data is None else samples_in(data, self.loader.medium)
         self.sample_names = [] if data is None else [printable(str(path.relative_to(data))) for path in self.samples]
         self.unmerged = merged_copies(self.model, [Setting(0, {"r": 0})], {})[0]
@@ -111,6 +115,18 @@ class Explorer:
         calls: list[Any] = [lambda one=one: one(shown.batch) for one in (self.model, *(m.model for m in merged))]
         times = take_turns(calls, shown.batch.device, 1, _ROUNDS)
         return [Spread.of_ratios(times[0], mine).p50 for mine in times[1:]]
+
+
+def _merging(options: ExploreOptions, say: Callable[[str], Any]) -> tuple[list[str], dict[str, Any]]:
+    """Return the initial schedules as text, and the other fields of `MergeConfig`: as given, otherwise as saved with the model."""
+    saved = saved_with(options)
+    given = options.merging(saved)
+    if saved is None:
+        return options.texts or list(_USUAL), given
+    texts = options.texts or ([str(label_of(saved))] if saved.scheduled else list(_USUAL))
+    kept = remaining({name: value for name, value in saved.changed().items() if name not in SCHEDULE_FIELDS}, given)
+    say_used(saved, {*kept, *(saved.changed("schedule") if not options.texts else ())}, say)
+    return texts, {**kept, **given}
 
 
 def make_app(explorer: Explorer, hosts: list[str], r: str = "8") -> Any:
@@ -206,7 +222,8 @@ def run(options: ExploreOptions, report: Report | None = None) -> list[Row]:
         import uvicorn
     except ImportError:
         raise InputError("uvicorn is not installed, but explore needs it: pip install 'tokenmerge[explore]'") from None
-    settings_of(options.texts)
+    if options.texts:
+        settings_of(options.texts)
     everywhere = host in ("0.0.0.0", "::")
     app_hosts = ["*"] if everywhere else ["127.0.0.1", "localhost", "[::1]", host]
     try:
@@ -224,7 +241,7 @@ def run(options: ExploreOptions, report: Report | None = None) -> list[Row]:
         warn_if_random(options, report.warn)
         if explorer.loader.note:
             report.warn(explorer.loader.note)
-        app = make_app(explorer, app_hosts, " ".join(options.texts))
+        app = make_app(explorer, app_hosts, " ".join(explorer.texts))
         shown = f"[{host}]" if ":" in host else host
         report.say(f"http://{shown}:{listening.getsockname()[1]}/ (Ctrl+C ends it)")
         if host not in ("127.0.0.1", "localhost", "::1"):

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
 from pathlib import Path
 
-from tokenmerge.tools.common import R_HELP, DeviceOptions, MergeOptions
+from tokenmerge.tools.common import DeviceOptions, MergeOptions
 from tokenmerge.tools.options import option
 
 
@@ -16,7 +15,6 @@ class ExploreOptions(DeviceOptions, MergeOptions):
 
     Attributes:
         data: folder of files that the page offers; `None` offers none.
-        r: initial settings.
         host: address to listen on.
         port: port to listen on; 0 takes a free one.
     """
@@ -24,11 +22,10 @@ class ExploreOptions(DeviceOptions, MergeOptions):
     data: Path | None = option(
         None, "folder of files that the page offers", "data", "--data", "--data-dir", metavar="DIR"
     )
-    r: Sequence[str | int] = option(("8", "16"), R_HELP, "merging", metavar="R")
     host: str = option("127.0.0.1", "address to listen on", "output")
     port: int = option(8765, "port to listen on; 0 takes a free one", "output", least=0, most=65535, metavar="N")
 
     @property
     def texts(self) -> list[str]:
-        """The initial settings, also from one argument such as "8 16"."""
+        """The initial settings that were given, also from one argument such as "8 16"; see `MergeOptions.r`."""
         return [word for text in self.r for word in str(text).split()]

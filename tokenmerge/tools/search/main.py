@@ -18,12 +18,13 @@ from tokenmerge.errors import ConfigError, InputError, TokenMergeError
 from tokenmerge.flops import ModelCost
 from tokenmerge.ops.timing import Spread, keep_memory, take_turns
 from tokenmerge.patching import model_cost, patch
+from tokenmerge.patching.kept import lasting
 from tokenmerge.tools.compare.data import Images, describe, load_scored
 from tokenmerge.tools.compare.scoring import Scores, score
 from tokenmerge.tools.compare.statistics import bootstrap
 from tokenmerge.tools.compare.variants import r_for_speedup
 from tokenmerge.tools.report import Report, Row
-from tokenmerge.tools.saved import apart_from_matching
+from tokenmerge.tools.saved import apart_from_matching, saved_with
 from tokenmerge.tools.search.figures import figures
 from tokenmerge.tools.search.options import SearchOptions
 from tokenmerge.tools.search.space import START, config_fields, full, random_parameters, suggest
@@ -78,7 +79,7 @@ def run(options: SearchOptions, report: Report | None = None) -> list[Row]:
         InputError: if Optuna is missing, or data, storage or output cannot be used.
         ConfigError: if no setting reached the speed-up.
     """
-    report = report or Report(options.json, options.html)
+    report = report or Report(options.json, options.html, writes=True)
     try:
         import optuna
     except ImportError:
@@ -93,6 +94,8 @@ def run(options: SearchOptions, report: Report | None = None) -> list[Row]:
             f"{len(images)} images are too few to search on and to check on: give at least {2 * options.batch_size}"
         )
     batches = list(images)
+    if sum(len(labels) for _, labels in batches) < 2:
+        raise InputError(f"none of the files in {images.place} could be read, or one: check --data")
     cut = max(1, round(len(batches) * options.calibration / both))
     mine, others = _shuffled(batches, cut)
     judge = Judge(model, mine, images.first(options.batch_size), options.rounds)
@@ -175,7 +178,7 @@ def _space(study: Any, judge: Judge, search: SearchOptions, say: Callable[[str],
 
     # measured once for all workers of a study: what runs differently would be compared, and not what merges differently
     if "running" not in study.user_attrs:
-        study.set_user_attr("running", apart_from_matching(search, _running(judge, search), say))
+        study.set_user_attr("running", apart_from_matching(saved_with(search), _running(judge, search), say))
 
     # small models and batches need a larger reduction than the speed-up; all workers of a study must share it
     flops = study.user_attrs.get("flops_speedup")
@@ -339,7 +342,7 @@ def _check(
     ]
     beside = search.output.with_suffix(".frontier.json")
     try:
-        files.write_json(search.output, json.loads(best.to_json()), "--output")
+        files.write_json(search.output, json.loads(lasting(best).to_json()), "--output")
         files.write_json(beside, sorted(frontier, key=lambda point: point["speedup"]), "the frontier")
     except InputError:
         report.say(f"found: {best.to_json()}")

@@ -2,17 +2,50 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
+from typing import Any
 
 from torch import Tensor, nn
 
+from tokenmerge.config import SCHEDULE_FIELDS
 from tokenmerge.errors import InputError
+from tokenmerge.frozen import thawed
 from tokenmerge.matching import entry_for
 from tokenmerge.patching import Handle, model_cost
 from tokenmerge.patching.predictors import add_predictors, predicting, ratio_loss, remove_predictors
 from tokenmerge.schedule import cut
-from tokenmerge.tools.settings import Setting
+from tokenmerge.tools.common import MergeOptions
+from tokenmerge.tools.saved import saved_with, say_used
+from tokenmerge.tools.settings import Setting, label_of, remaining
 from tokenmerge.tools.train.options import TrainOptions
+
+
+def as_saved(args: TrainOptions, say: Callable[[str], Any]) -> TrainOptions:
+    """Return the options with the merging that was saved with the model, where they do not say otherwise.
+
+    Args:
+        args: the options.
+        say: function that prints a line; it is told what was taken from the model.
+    """
+    saved = saved_with(args)
+    if saved is None:
+        return dataclasses.replace(args, r="0" if args.r is None else args.r)
+    takes_r = args.r is None and saved.scheduled
+    r = str(label_of(saved)) if takes_r else "0" if args.r is None else args.r
+    fields = {} if str(r).endswith(".json") else saved.changed()
+    kept = {
+        name: value
+        for name, value in remaining(fields, MergeOptions.merging(args, saved)).items()
+        if name not in SCHEDULE_FIELDS
+    }
+    say_used(saved, {*kept, *(saved.changed("schedule") if takes_r else ())}, say)
+    if "prop_attn" in kept and args.prop_attn is None:
+        args = dataclasses.replace(args, prop_attn="on" if kept["prop_attn"] else "off")
+    options = kept.pop("options", {})
+    matcher = kept.pop("matcher", args.matcher)
+    kept.pop("prop_attn", None)
+    return dataclasses.replace(args, r=r, matcher=matcher, set={**kept, **thawed(options), **args.set})
 
 
 def set_epoch(handle: Handle, args: TrainOptions, epoch: int) -> None:

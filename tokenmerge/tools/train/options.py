@@ -9,6 +9,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
+from tokenmerge.config import MergeConfig
 from tokenmerge.errors import InputError, TokenMergeError
 from tokenmerge.tools.common import DeviceOptions, MergeOptions, RowOptions, WeightOptions
 from tokenmerge.tools.options import OptionError, option
@@ -40,7 +41,7 @@ class AugmentationOptions(RowOptions):
     """
 
     aa: str | None = option(
-        None, "policy of automatic augmentation: rand-m9-mstd0.5-inc1", "augmentation", metavar="POLICY"
+        None, "policy of automatic augmentation: rand-m9-mstd0.5-inc1", "augmentation", metavar="POLICY", empty=True
     )
     mixup: float = option(0.0, "alpha of mixup; 0 turns it off", "augmentation", least=0)
     cutmix: float = option(0.0, "alpha of cutmix; 0 turns it off", "augmentation", least=0)
@@ -92,7 +93,7 @@ class AugmentationOptions(RowOptions):
         4, "stride between the sampled frames of a video", "augmentation", least=1, most=10_000, metavar="N", rare=True
     )
     crop_pct: float | None = option(
-        None, "centre crop of validation (default: the model's own)", "augmentation", least=0, most=1, rare=True
+        None, "centre crop of validation (default: the model's own)", "augmentation", least=0.1, most=1, rare=True
     )
     interpolation: str | None = option(
         None, "interpolation of validation (default: the model's own)", "augmentation", rare=True
@@ -180,7 +181,7 @@ class TrainOptions(WeightOptions, MergeOptions, OptimizationOptions):
         dataset: data set that timm reads instead, such as "hfds/NAME".
         train_split, val_split: subfolders or splits; an empty `val_split` trains without validation.
         workers: data loader processes per training process.
-        r: the schedule.
+        r: the schedule; `None` is as saved with the model, otherwise 0.
         r_warmup_epochs: epochs over which r grows from 0.
         r_milestones: schedules by the epoch from which they hold.
         eval_r: schedules to evaluate after every epoch; the one of training if empty.
@@ -194,8 +195,8 @@ class TrainOptions(WeightOptions, MergeOptions, OptimizationOptions):
         InputError: if two options contradict each other.
     """
 
-    r: str | int = option(  # type: ignore[assignment]
-        "0", "tokens merged per block while training, in one of the forms of --r", "merging", metavar="R"
+    r: str | int | None = option(  # type: ignore[assignment]
+        None, "tokens merged per block while training (default: as saved with the model, or 0)", "merging", metavar="R"
     )
     eval_r: Sequence[str | int] = option(
         (), "values of r to evaluate after every epoch (default: the r of training)", "merging", metavar="R"
@@ -219,7 +220,12 @@ class TrainOptions(WeightOptions, MergeOptions, OptimizationOptions):
     )
     train_split: str = option("train", "subfolder or split with the training images", "data", metavar="NAME", rare=True)
     val_split: str = option(
-        "val", "subfolder or split with the validation images; '' trains without", "data", metavar="NAME", rare=True
+        "val",
+        "subfolder or split with the validation images; '' trains without",
+        "data",
+        metavar="NAME",
+        rare=True,
+        empty=True,
     )
     workers: int = option(2, "data loader processes per training process", "data", "-j", least=0, most=512, metavar="N")
     device: str = option(
@@ -271,7 +277,7 @@ class TrainOptions(WeightOptions, MergeOptions, OptimizationOptions):
     @functools.cached_property
     def setting(self) -> Setting:
         """The schedule of training."""
-        return parse_setting(str(self.r))
+        return parse_setting("0" if self.r is None else str(self.r))
 
     @functools.cached_property
     def evaluated(self) -> tuple[Setting, ...]:
@@ -296,13 +302,14 @@ class TrainOptions(WeightOptions, MergeOptions, OptimizationOptions):
         """Return the peak learning rate."""
         return self.lr if self.lr is not None else self.lr_base * self.global_batch(processes) / self.lr_base_size
 
-    def merging(self) -> dict[str, Any]:
-        """Return the fields of `MergeConfig` other than the schedule, with proportional attention on if it is "auto".
+    def merging(self, saved: MergeConfig | None = None) -> dict[str, Any]:
+        """Return the fields of `MergeConfig` other than the schedule, with proportional attention on unless it is said to be off.
 
         The paper trains with it, also the MAE models that "auto" would leave it off for.
         """
-        fields = super().merging()
-        return {**fields, "prop_attn": True} if fields.get("prop_attn", "auto") == "auto" else fields
+        fields = super().merging(saved)
+        said = fields.get("prop_attn", self.setting.fields.get("prop_attn", "auto"))  # (a config file may say it)
+        return {**fields, "prop_attn": True} if said == "auto" else fields
 
     def model_options(self, classes: int) -> DeviceOptions:
         """Return the options of the model to train, on the CPU, with the rates of dropout and stochastic depth.

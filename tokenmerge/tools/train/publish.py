@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from tokenmerge import files
 from tokenmerge.config import MergeConfig
-from tokenmerge.patching.kept import KEY, lasting
-from tokenmerge.saving import SETTINGS, WEIGHTS, write_model
+from tokenmerge.patching.kept import KEY, SETTINGS, lasting
+from tokenmerge.saving import WEIGHTS, write_model
 from tokenmerge.tools.datasets import Labelled
 from tokenmerge.tools.folders import ClassFolder
 from tokenmerge.tools.inputs import preprocessing
