@@ -16,6 +16,9 @@ if not torch.cuda.is_available():
     # read by Triton when it is imported, so before anything that imports it: test_ops.py needs the interpreter then
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
+# by Inductor when it is imported: these tests ask whether an exported file is right, and not how fast its wrapper runs
+os.environ.setdefault("AOT_INDUCTOR_COMPILE_WRAPPER_OPT_LEVEL", "O0")
+
 # and by huggingface_hub: a name that nobody has is looked for on this machine only, at once and not after five tries
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 

@@ -39,7 +39,17 @@ def test_eval_gives_one_row_per_r(run: Run, model_dir: Path, data: Path, tmp_pat
     assert code == 0, err
     assert [row["r"] for row in rows] == [0, 4, *settings[2:]]
     for row in rows:
-        assert {"model", "r", "top1", "top5", "images_per_second", "gflops", "images", "skipped", "config"} <= row.keys()
+        assert {
+            "model",
+            "r",
+            "top1",
+            "top5",
+            "images_per_second",
+            "gflops",
+            "images",
+            "skipped",
+            "config",
+        } <= row.keys()
         assert (row["images"], row["skipped"], row["top5"]) == (12, 0, 100.0)
         assert row["images_per_second"] > 0
     assert rows[0]["gflops"] > rows[1]["gflops"]
@@ -261,7 +271,9 @@ def test_bench(run: Run, model_dir: Path) -> None:
     )
     rows = json.loads(out)
     assert [row["r"] for row in rows] == [0, 4]
-    needed = "model r batch_size device dtype images_per_second speedup flops_ratio realised overhead peak_memory_mb config"
+    needed = (
+        "model r batch_size device dtype images_per_second speedup flops_ratio realised overhead peak_memory_mb config"
+    )
     assert set(needed.split()) <= rows[1].keys()
     base, merged = rows
     assert (base["speedup"], base["flops_ratio"], base["overhead"]) == (1, 1, 1)
