@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import random
+import shutil
 from pathlib import Path
 
 import pytest
@@ -140,6 +141,7 @@ def test_the_papers_experiments_run_on_any_model(run: Run, model_dir: Path, data
         (("compare", "m", "--data", "d", "--paper", "nope"), "known are ablation"),
         (("compare", "m", "--data", "d", "--paper", "table2", "--methods", "tome"), "exclude each other"),
         (("compare", "m", "--data", "d", "--r", "4", "--plugin", "nope.py"), "failed (FileNotFoundError"),
+        (("compare", "m", "--data", "d", "--r", "4", "--plugin", "EXIT"), "failed (SystemExit: 3)"),
         (("bench", "deit_tiny_patch16_224", "--r", "4", "--matcher", "nope"), "is not registered"),
         (("bench", "deit_tiny_patch16_224", "--r", "4", "--set", "iterations=3"), "has no option 'iterations'"),
         (("bench", "deit_tiny_patch16_224", "--r", "4", "--set", "iterations"), "NAME=VALUE"),
@@ -147,8 +149,9 @@ def test_the_papers_experiments_run_on_any_model(run: Run, model_dir: Path, data
         (("search", "deit_tiny_patch16_224", "--data", "nowhere"), "does not exist"),
     ],
 )
-def test_bad_input_is_one_sentence(run: Run, args: tuple[str, ...], words: str) -> None:
-    code, _, err = run(*args)
+def test_bad_input_is_one_sentence(run: Run, tmp_path: Path, args: tuple[str, ...], words: str) -> None:
+    (tmp_path / "exit.py").write_text("import sys; sys.exit(3)")
+    code, _, err = run(*(str(tmp_path / "exit.py") if word == "EXIT" else word for word in args))
     assert code == 2
     assert words in err
     assert len(err.strip().splitlines()) == 1 or err.startswith("warning")
@@ -192,6 +195,17 @@ def test_search_finds_writes_and_resumes(run: Run, model_dir: Path, data: Path, 
         assert run("bench", f"local-dir:{model_dir}", "--r", "best.json", "--num-bench-iter", 1)[0] == 0
     _, out, _ = run(*words, "--trials", 8, "--output", "best.json", "--random", 3)
     assert "7 trials were there already" in out
+    for more, what in (
+        (("--holdout", 7), "another holdout"),
+        (("--data", shutil.copytree(data, tmp_path / "other")), "another data"),
+        (("--speedup", 1.02, "--calibration", 5), "another speed-up and another calibration"),
+    ):
+        code, _, err = run(*words, *more, "--trials", 8)
+        assert (code, what in err) == (2, True), err
+    before = (tmp_path / "s.db").read_bytes()
+    code, _, err = run(*words, "--trials", 8, "--output", "s.db")
+    assert (code, "storage names this file, too" in err) == (2, True)
+    assert (tmp_path / "s.db").read_bytes() == before
     assert "of 3 random schedules of the same FLOPs" in out
 
 

@@ -184,3 +184,21 @@ def test_classes_are_not_told_from_nan() -> None:
     with pytest.raises(InputError, match="at r=2 are NaN"):
         top_of(torch.tensor([[0.0, float("nan")]]), None, "r=2")
     assert top_of(torch.tensor([[0.0, 1.0]]), ["a", "b"], "r=2")[0][0] == "b"
+
+
+@pytest.mark.parametrize("kind", ["vit", "deit", "dinov2", "videomae", "vivit", "ast", "whisper"])
+def test_a_checkpoint_of_save_pretrained_has_names_of_its_own(tmp_path: Path, kind: str) -> None:
+    """transformers renames weights when it saves and loads them."""
+    model = KINDS[kind].model().eval()
+    model.save_pretrained(tmp_path)
+    file = tmp_path / "model.safetensors"
+    options = DeviceOptions(model=f"hf:{tmp_path}", checkpoint=file)
+    state = load_model(options, head=KINDS[kind].medium.name).state_dict()
+    assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
+    stored = load_file(file)
+    name = next(name for name in stored if stored[name].shape[:1] > (1,))
+    rest, value = {other: stored[other] for other in stored if other != name}, stored[name].clone()
+    for spoilt in ({}, {name: value.int()}, {name: value[:1]}, {name: value, f"{name}.more": value.clone()}):
+        save_file({**rest, **spoilt}, file, {"format": "pt"})
+        with pytest.raises(InputError, match="does not fit the model"):
+            load_model(options, head=KINDS[kind].medium.name)

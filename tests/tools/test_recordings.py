@@ -18,7 +18,7 @@ from tests.tools.test_reading import CHANGES, Change, changed, one_error
 from tokenmerge.errors import DamagedFileError
 from tokenmerge.tools.folders import ClassFolder
 from tokenmerge.tools.media import SOUNDS, VIDEOS, frame_rate, read_frames, read_sound
-from tokenmerge.tools.reading import recordings
+from tokenmerge.tools.reading import recordings, wholeness
 from tokenmerge.tools.sounds import Spectrogram
 from tokenmerge.tools.videos import Clip
 
@@ -237,3 +237,56 @@ def test_a_data_set_skips_them(whole: dict[str, bytes], tmp_path: Path) -> None:
     found = [videos[number] for number in range(3)]
     assert isinstance(found[0][0], torch.Tensor)
     assert [problem.partition(": ")[0] for _, _, problem in found[1:]] == ["low/b.mp4", "low/c.mp4"]
+
+
+def test_recordings_that_were_cut_off(tmp_path: Path) -> None:
+    """FFmpeg decodes the rest of them without a word."""
+    write_wav(tmp_path / "a.wav", samples=4000)
+    write_video(tmp_path / "a.mkv")
+    write_video(tmp_path / "a.avi")
+    for name in ("a.wav", "a.mkv", "a.avi"):
+        data = (tmp_path / name).read_bytes()
+        read: Any = read_sound if name.endswith("wav") else CLIP
+        assert len(read(tmp_path / name))
+        for share in (0.5, 0.9):
+            (tmp_path / f"cut-{name}").write_bytes(data[: int(share * len(data))])
+            with pytest.raises(DamagedFileError, match=f"it is cut off: it states {len(data):,} bytes"):
+                read(tmp_path / f"cut-{name}")
+        (tmp_path / f"more-{name}").write_bytes(data + b"tags of a player")
+        assert len(read(tmp_path / f"more-{name}"))
+    wav = (tmp_path / "a.wav").read_bytes()
+    for size in (0, 0xFFFFFFFF):  # written to a pipe
+        (tmp_path / "piped.wav").write_bytes(wav[:4] + struct.pack("<I", size) + wav[8:40] + b"\xff" * 4 + wav[44:])
+        assert len(read_sound(tmp_path / "piped.wav")) == 4000
+
+
+@pytest.mark.parametrize(
+    ("head", "size"),
+    [
+        (b"", None),
+        (b"RIFF", None),
+        (b"RIFF\x10\x00\x00\x00WAVE", 24),
+        (b"\x1a\x45\xdf\xa3\x82ab\x18\x53\x80\x67\x40\x20", 13 + 32),
+        (b"\x1a\x45\xdf\xa3\x82ab\x18\x53\x80\x67\x01" + b"\xff" * 7, None),  # of a live stream
+        (b"\x1a\x45\xdf\xa3\x82ab\x18\x53\x80\x67\x01\x00", None),
+        (b"\x1a\x45\xdf\xa3\x00", None),
+        (b"\x1a\x45\xdf\xa3", None),
+        (b"\x1a\x45\xdf\xa3\x81a\x00\x00\x00\x00\x81", None),
+    ],
+)
+def test_sizes_that_headers_state(head: bytes, size: int | None) -> None:
+    assert wholeness._stated_size(head) == size
+
+
+def test_samples_that_are_far_too_loud(whole: dict[str, bytes], tmp_path: Path) -> None:
+    """Their spectra would overflow, and end the evaluation of all others."""
+    data = bytearray(whole["a.wav"])
+    data[20:22], data[32:36] = struct.pack("<H", 3), struct.pack("<HH", 4, 32)  # real numbers of 32 bits
+    for level, fine in ((1.0, True), (32768.0, True), (1e30, False), (-3e38, False)):
+        data[44:] = np.full(4000, level, "<f4").tobytes()[: len(data) - 44]
+        (tmp_path / "a.wav").write_bytes(data)
+        if fine:
+            assert np.abs(read_sound(tmp_path / "a.wav")).max() == pytest.approx(level)
+        else:
+            with pytest.raises(DamagedFileError, match=r"its loudest sample is \de\+\d+, and at most 1e\+06"):
+                read_sound(tmp_path / "a.wav")

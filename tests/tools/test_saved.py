@@ -95,6 +95,11 @@ def test_what_does_not_fit_the_saved_matcher_is_an_error(saved: Path) -> None:
         merging_of(options, str)
 
 
+def test_a_folder_that_is_not_there_is_named_first() -> None:
+    with pytest.raises(InputError, match="'no/folder' is not a folder, but MODEL names one"):
+        merging_of(EvalOptions(model="local-dir:no/folder", data=Path("d")), str)
+
+
 def test_training_goes_on_with_what_was_saved(saved: Path) -> None:
     def resolved(model: str, **given: Any) -> MergeConfig:
         said: list[str] = []

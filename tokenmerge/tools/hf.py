@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import dataclasses
 import functools
 import importlib
@@ -298,6 +299,24 @@ def _check_loaded(model: Any, info: dict[str, Any], name: str, new_head: bool) -
             f"the weights of hf:{name} hold {key} of shape {old}, but {new} was expected: leave out --num-classes, --img-size and "
             "--model-kwargs, or give those of the weights"
         )
+
+
+def renamed(model: Any, state: dict[str, Any]) -> dict[str, Any]:
+    """Return weights with the names of the model's parameters; those of files differ, and transformers alone can translate them.
+
+    Weights that do not fit the model come back as they are.
+    """
+    if not all(one.is_floating_point() for one in state.values()):  # they would be converted
+        return state
+    try:
+        made, info = original_class(model).from_pretrained(  # type: ignore[attr-defined]
+            None, config=copy.deepcopy(model.config), state_dict=dict(state), output_loading_info=True
+        )
+    except Exception:  # another model's; the caller compares names and shapes
+        return state
+    if any(info[f"{kind}_keys"] for kind in ("missing", "unexpected", "mismatched")):
+        return state
+    return dict(made.state_dict())
 
 
 def _predicts(model: Any) -> bool:

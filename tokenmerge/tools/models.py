@@ -18,7 +18,7 @@ from tokenmerge.patching.target import find_target
 from tokenmerge.tools.building import limited
 from tokenmerge.tools.common import DeviceOptions, ModelOptions, WeightOptions
 from tokenmerge.tools.device import DTYPES, check_device
-from tokenmerge.tools.hf import origin_of, set_origin
+from tokenmerge.tools.hf import origin_of, renamed, set_origin
 from tokenmerge.tools.reading.weights import check_dtypes, check_folder, quiet_timm, read_weights
 from tokenmerge.tools.sources import SOURCES, create
 
@@ -242,6 +242,8 @@ def load_checkpoint(model: nn.Module, path: Path) -> None:
     """
     state = read_weights(path)
     own = model.state_dict()
+    if own.keys() != state.keys() and origin_of(model) is not None:
+        state = renamed(model, state)
     missing, extra = sorted(own.keys() - state.keys()), sorted(state.keys() - own.keys())
     both = sorted(own.keys() & state.keys())
     wrong = [name for name in both if own[name].shape != state[name].shape]

@@ -33,6 +33,10 @@ _MOST = 10**12
 """Largest whole number without a limit of its own; larger ones overflow somewhere below."""
 
 
+_DATABASE = "sqlite:///"
+"""Beginning of the URL of a database in a file."""
+
+
 class OptionError(InputError):
     """Error for the value of one option.
 
@@ -137,6 +141,8 @@ def _check_outputs(options: Options) -> None:
     written: list[tuple[str, Path]] = []
     for field in dataclasses.fields(options):
         value = getattr(options, field.name)
+        if isinstance(value, str) and value.startswith(_DATABASE):
+            value = Path(value.removeprefix(_DATABASE))
         if field.metadata["flag"].group != "output":
             read += [
                 (field.name, one) for one in (value if isinstance(value, tuple) else [value]) if isinstance(one, Path)

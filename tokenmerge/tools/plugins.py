@@ -25,14 +25,14 @@ def load_plugins(files: Iterable[Path]) -> None:
             raise InputError(f"--plugin {str(file)!r} is no Python file: give one that ends in .py")
         try:
             spec.loader.exec_module(importlib.util.module_from_spec(spec))
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             raise InputError(
                 f"--plugin {str(file)!r} failed ({type(error).__name__}: {error}): run it with python to see where"
             ) from None
     for point in entry_points(group=GROUP):
         try:
             point.load()
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             raise InputError(
                 f"the plugin {point.name!r} of an installed package failed ({type(error).__name__}: {error}): "
                 "update or uninstall that package"

@@ -118,6 +118,8 @@ def saved_with(options: Any) -> MergeConfig | None:
     checkpoint = getattr(options, "checkpoint", None)  # inspect reads no weights
     if checkpoint is not None:
         return _of_weights(checkpoint)
+    if kind == "local-dir" and not os.path.isdir(place):
+        raise InputError(f"{shown(place)} is not a folder, but MODEL names one with {kind}: check the path")
     if kind in ("local-dir", "hf") and place and os.path.isdir(place):
         return settings_in(Path(place))
     if kind in ("hf_hub", "hf-hub", "hf") and getattr(options, "pretrained", False):

@@ -11,6 +11,7 @@ import numpy as np
 
 from tokenmerge.errors import InputError
 from tokenmerge.tools.reading.damage import check_file, damaged, decoding
+from tokenmerge.tools.reading.wholeness import check_whole
 
 SAMPLE_RATE = 16_000
 """Sample rate of decoded sounds in Hz, as AST, AudioMAE and AudioSet use it."""
@@ -26,6 +27,8 @@ MOST_FRAMES = 10_000_000
 """Most frames that are decoded to find the selected ones: 46 hours at 60 frames per second."""
 MOST_OBLONG = 64
 """Largest aspect ratio of a frame, because its shorter side is resized to what the model takes."""
+MOST_LOUD = 1e6
+"""Loudest sample: integers that were stored as floats reach 32,768, and the spectra of far larger ones overflow."""
 _RATES = (1000, 768_000)
 # demuxers of the suffixes of SOUNDS and VIDEOS; none of these reads a list of other files
 _DEMUXERS = "wav,flac,ogg,mp3,aac,mov,mp4,m4a,3gp,3g2,mj2,avi,matroska,webm,mpeg,mpegvideo,mpegts"
@@ -54,6 +57,7 @@ def _opened(path: Path, kind: str) -> Iterator[Any]:
     av = pyav()
     check_file(path, MOST_BYTES)
     with decoding(path):
+        check_whole(path)
         try:
             # "file:" and an absolute path, because FFmpeg takes a name such as concat:a|b for a list of other files
             container = av.open(f"file:{path.absolute()}", options=dict(_OPTIONS), metadata_errors="replace")
@@ -96,6 +100,11 @@ def read_sound(path: Path, rate: int = SAMPLE_RATE) -> np.ndarray[Any, Any]:
     samples = np.concatenate(parts)
     if not np.isfinite(samples).all():
         raise damaged(path, "some of its samples are not finite")
+    loudest = float(np.abs(samples).max())
+    if loudest > MOST_LOUD:
+        raise damaged(
+            path, f"its loudest sample is {loudest:.0e}, and at most {MOST_LOUD:.0e} is read, where 1 is full scale"
+        )
     return samples
 
 

@@ -9,6 +9,8 @@ import os
 from collections.abc import Iterator
 from typing import Any
 
+import torch
+
 import tokenmerge
 from tokenmerge.errors import InputError, shown
 from tokenmerge.files import read_json, refuse_link
@@ -164,7 +166,7 @@ def make_accelerator(args: TrainOptions) -> Any:
 
     precision = {"float16": "fp16", "bfloat16": "bf16"}[args.amp_dtype] if args.amp else "no"
     accelerator = Accelerator(
-        cpu=args.device == "cpu",
+        cpu=args.device == "cpu" or not torch.accelerator.is_available(),  # (Accelerate would see one process)
         mixed_precision=precision,
         gradient_accumulation_steps=args.grad_accum_steps,
         step_scheduler_with_optimizer=False,
