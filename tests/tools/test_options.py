@@ -15,6 +15,7 @@ from tokenmerge.cli.flags import all_flags, names_of
 from tokenmerge.cli.parsing import parse, unknown
 from tokenmerge.errors import InputError
 from tokenmerge.tools import bench, compare, eval, train
+from tokenmerge.tools.inspect import InspectOptions
 from tokenmerge.tools.options import Flag, Options, option, value_of
 
 # a caller may give text for paths and lists for tuples, which the fields then hold
@@ -167,6 +168,17 @@ def test_what_is_wrong_is_one_sentence(words: str, sentence: str) -> None:
     with pytest.raises(InputError) as caught:
         parse(COMMANDS["eval"], EvalOptions, words.split(), {})
     assert sentence in str(caught.value)
+
+
+def test_files_of_the_command_line_are_not_written(tmp_path: Path) -> None:
+    config, plugin = tmp_path / "a.yaml", tmp_path / "b.py"
+    config.write_text("r: 8")
+    plugin.write_text("")
+    for words in (["--config", config, "--json", config], ["--plugin", plugin, "--html", plugin]):
+        with pytest.raises(InputError, match=f"{words[0]} names this file, too"):
+            parse(COMMANDS["inspect"], InspectOptions, ["m", *map(str, words)], {})
+    made, _ = parse(COMMANDS["inspect"], InspectOptions, ["m", "--config", str(config), "--json", "c.json"], {})
+    assert made.json == "c.json"
 
 
 def test_the_last_one_counts() -> None:

@@ -23,7 +23,7 @@ from tokenmerge.cli.config_file import values_of
 from tokenmerge.cli.flags import all_flags, names_of
 from tokenmerge.config import FIELDS
 from tokenmerge.errors import InputError, nearest
-from tokenmerge.tools.options import Flag, OptionError, Options, default_of, flags_of, without_none
+from tokenmerge.tools.options import Flag, OptionError, Options, check_outputs, default_of, flags_of, without_none
 
 
 def parse(
@@ -52,8 +52,11 @@ def parse(
         flag = flags[absent][1]
         name = flag.metavar if flag.positional else names_of(absent, flag)[0]
         raise InputError(f"{name} is missing: {flag.help}; for example: {command.example}")
+    read = [*(("--config", path) for path in [config] if path is not None), *(("--plugin", path) for path in plugins)]
     try:
-        return options(**values), plugins
+        made = options(**values)
+        check_outputs(made, read)
+        return made, plugins
     except OptionError as error:
         name = _shown_name(error.option, flags[error.option][1])
         raise InputError(f"{name}: {error.reason}") from None

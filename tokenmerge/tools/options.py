@@ -128,16 +128,21 @@ class Options:
             if value == "" and not flag.empty and value != field.default:  # as from an unset variable of a shell
                 raise OptionError(field.name, "an empty text was given, but a value was expected: leave the option out")
             object.__setattr__(self, field.name, _checked(field.name, value, hints[field.name], flag))
-        _check_outputs(self)
+        check_outputs(self)
 
     def as_json(self) -> dict[str, Any]:
         """Return all options as JSON values, for records and reports."""
         return {field.name: plain(getattr(self, field.name)) for field in dataclasses.fields(self)}
 
 
-def _check_outputs(options: Options) -> None:
-    """Raise if a file that is to be written is also read, or written twice."""
-    read: list[tuple[str, Path]] = []
+def check_outputs(options: Options, also: Sequence[tuple[str, Path]] = ()) -> None:
+    """Raise `OptionError` if a file that is to be written is also read, or written twice.
+
+    Args:
+        options: the options.
+        also: names and files that are read besides, such as the config file of the command line.
+    """
+    read = list(also)
     written: list[tuple[str, Path]] = []
     for field in dataclasses.fields(options):
         value = getattr(options, field.name)
