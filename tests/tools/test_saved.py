@@ -96,7 +96,7 @@ def test_what_does_not_fit_the_saved_matcher_is_an_error(saved: Path) -> None:
 
 
 def test_a_folder_that_is_not_there_is_named_first() -> None:
-    with pytest.raises(InputError, match="'no/folder' is not a folder, but MODEL names one"):
+    with pytest.raises(InputError, match=r"'no/folder' holds no config.json"):
         merging_of(EvalOptions(model="local-dir:no/folder", data=Path("d")), str)
 
 

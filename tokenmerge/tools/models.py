@@ -19,7 +19,7 @@ from tokenmerge.tools.building import limited
 from tokenmerge.tools.common import DeviceOptions, ModelOptions, WeightOptions
 from tokenmerge.tools.device import DTYPES, check_device
 from tokenmerge.tools.hf import origin_of, renamed, set_origin
-from tokenmerge.tools.reading.weights import check_dtypes, check_folder, quiet_timm, read_weights
+from tokenmerge.tools.reading.weights import check_dtypes, check_folder, check_hub_format, quiet_timm, read_weights
 from tokenmerge.tools.sources import SOURCES, create
 
 TORCHVISION = "torchvision.json"
@@ -106,10 +106,7 @@ def _create_timm(name: str, **kwargs: Any) -> Any:
         raise InputError("timm is not installed, but models are made by it: pip install 'tokenmerge[timm]'") from None
     if name.startswith("local-dir:"):
         folder = Path(name.removeprefix("local-dir:"))
-        if not os.path.isfile(folder / "config.json"):
-            raise InputError(
-                f"{str(folder)!r} holds no config.json, but local-dir: needs a folder in timm's hub format: check the path"
-            )
+        check_hub_format(folder)
         if kwargs.get("pretrained") and not any(
             path.suffix in (".safetensors", ".bin", ".pth", ".pt") for path in folder.iterdir()
         ):

@@ -12,7 +12,7 @@ from tokenmerge import files
 from tokenmerge.config import FIELDS, SCHEDULE_FIELDS, MergeConfig
 from tokenmerge.errors import ConfigError, InputError, UnknownFieldError, shown
 from tokenmerge.patching.kept import KEY, SETTINGS, lasting, settings_in
-from tokenmerge.tools.reading.weights import read_metadata
+from tokenmerge.tools.reading.weights import check_hub_format, read_metadata
 from tokenmerge.tools.settings import Setting, in_words, label_of, parse_setting, remaining
 
 
@@ -118,8 +118,8 @@ def saved_with(options: Any) -> MergeConfig | None:
     checkpoint = getattr(options, "checkpoint", None)  # inspect reads no weights
     if checkpoint is not None:
         return _of_weights(checkpoint)
-    if kind == "local-dir" and not os.path.isdir(place):
-        raise InputError(f"{shown(place)} is not a folder, but MODEL names one with {kind}: check the path")
+    if kind == "local-dir":
+        check_hub_format(Path(place))
     if kind in ("local-dir", "hf") and place and os.path.isdir(place):
         return settings_in(Path(place))
     if kind in ("hf_hub", "hf-hub", "hf") and getattr(options, "pretrained", False):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import os
 import warnings
 import zipfile
 from collections.abc import Iterator
@@ -90,6 +91,14 @@ def _check_tensors(state: Any) -> None:
             odd = "which is no dense tensor with values"
         if odd is not None:
             raise ValueError(f"it holds {shown(name)[:80]}, {odd}")
+
+
+def check_hub_format(folder: Path) -> None:
+    """Raise `InputError` unless there is a folder with the config of a timm model."""
+    if not os.path.isfile(folder / "config.json"):
+        raise InputError(
+            f"{str(folder)!r} holds no config.json, but local-dir: needs a folder in timm's hub format: check the path"
+        )
 
 
 def check_folder(folder: Path) -> None:
