@@ -10,7 +10,7 @@ import os
 import random
 import signal
 import typing
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -235,10 +235,12 @@ def _check(words: list[str], capfd: pytest.CaptureFixture[str], seconds: int = _
 
 @pytest.fixture
 def run_checked(
-    limited: None, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    limited: None, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> Callable[[list[str]], int]:
-    """Runs a command line; a server would serve for ever, so it ends at once."""
+    """Runs a command line in a folder of its own; a server would serve for ever, so it ends at once."""
     import uvicorn
+
+    monkeypatch.chdir(tmp_path)
 
     monkeypatch.setattr(uvicorn.Server, "run", lambda self, sockets=None: None)
     return lambda words: _check(words, capfd)
@@ -259,23 +261,29 @@ _COMMON = (
 )
 
 
+def _codes(
+    run_checked: Callable[[list[str]], int],
+    place: Path,
+    small: tuple[str, Path],
+    seed: int,
+    count: int,
+    commands: Sequence[str],
+) -> list[int]:
+    """Run drawn command lines, and return their exit codes."""
+    (place / "out").mkdir(exist_ok=True)
+    draw = random.Random(seed)
+    return [run_checked(_line(draw, place, small[0], small[1] / "val", draw.choice(commands))) for _ in range(count)]
+
+
 @pytest.mark.parametrize("seed", range(8))
 def test_bad_values_are_one_sentence(
     run_checked: Callable[[list[str]], int],
     place: Path,
     small: tuple[str, Path],
-    monkeypatch: pytest.MonkeyPatch,
-    tmp_path: Path,
     seed: int,
 ) -> None:
     """512 runs in all."""
-    monkeypatch.chdir(tmp_path)
-    (place / "out").mkdir(exist_ok=True)
-    draw = random.Random(seed)
-    codes = []
-    for _ in range(_RUNS):
-        words = _line(draw, place, small[0], small[1] / "val", draw.choice(_COMMON))
-        codes.append(run_checked(words))
+    codes = _codes(run_checked, place, small, seed, _RUNS, _COMMON)
     assert codes.count(2) > _RUNS // 3
     assert not (place / "ran").exists()
 
@@ -286,14 +294,8 @@ def test_bad_values_for_longer(
     run_checked: Callable[[list[str]], int],
     place: Path,
     small: tuple[str, Path],
-    monkeypatch: pytest.MonkeyPatch,
-    tmp_path: Path,
     seed: int,
 ) -> None:
     if not os.environ.get("TOKENMERGE_FUZZ"):
         pytest.skip("TOKENMERGE_FUZZ=1 runs it: some ten minutes")
-    monkeypatch.chdir(tmp_path)
-    (place / "out").mkdir(exist_ok=True)
-    draw = random.Random(seed)
-    for _ in range(4 * _RUNS):
-        run_checked(_line(draw, place, small[0], small[1] / "val", draw.choice((*_COMMON, "demo"))))
+    _codes(run_checked, place, small, seed, 4 * _RUNS, (*_COMMON, "demo"))

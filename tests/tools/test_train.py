@@ -23,30 +23,20 @@ from safetensors.torch import load_file, save_file
 
 from tests.helpers import processes
 from tests.helpers.processes import Command
+from tests.helpers.training import KWARGS, MODEL, write_classes
 from tokenmerge.cli import main
 from tokenmerge.tools.folders import ShareOfBatches
 from tokenmerge.tools.train.data import EpochBatches
 from tokenmerge.tools.train.lock import locked
 from tokenmerge.tools.train.options import TrainOptions
 
-MODEL = "vit_tiny_patch16_224"
-KWARGS = ("--model-kwargs", "img_size=32", "patch_size=8", "embed_dim=32", "depth=2", "num_heads=2")
 Run = Callable[..., tuple[int, str, str]]
 
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Two classes that differ in brightness: 16 images to train on, 6 to validate."""
-    root = tmp_path_factory.mktemp("data")
-    generator = torch.Generator().manual_seed(0)
-    for split, count in (("train", 8), ("val", 3)):
-        for label, name in enumerate(("dark", "light")):
-            folder = root / split / name
-            folder.mkdir(parents=True)
-            for number in range(count):
-                pixels = torch.randint(0, 100, (32, 32, 3), generator=generator) + 150 * label
-                Image.fromarray(pixels.to(torch.uint8).numpy()).save(folder / f"{number}.png")
-    return root
+    return write_classes(tmp_path_factory.mktemp("data"))
 
 
 @pytest.fixture

@@ -19,6 +19,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from tests.helpers.processes import Command
+from tests.helpers.training import KWARGS, MODEL, write_classes
 from tokenmerge import files
 from tokenmerge.cli import main
 from tokenmerge.errors import InputError
@@ -27,34 +28,30 @@ from tokenmerge.tools.train.checkpoints import Checkpoints, damage
 from tokenmerge.tools.train.lock import locked
 from tokenmerge.tools.train.logbook import Logbook
 
-MODEL = (
-    "vit_tiny_patch16_224",
-    "--model-kwargs",
-    "img_size=32",
-    "patch_size=8",
-    "embed_dim=32",
-    "depth=2",
-    "num_heads=2",
-)
-
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Two classes that differ in brightness."""
-    root = tmp_path_factory.mktemp("data with spaces")
-    generator = torch.Generator().manual_seed(0)
-    for split, count in (("train", 8), ("val", 3)):
-        for label, name in enumerate(("dark", "light")):
-            (root / split / name).mkdir(parents=True)
-            for number in range(count):
-                pixels = torch.randint(0, 100, (32, 32, 3), generator=generator) + 150 * label
-                Image.fromarray(pixels.to(torch.uint8).numpy()).save(root / split / name / f"{number}.png")
-    return root
+    return write_classes(tmp_path_factory.mktemp("data with spaces"))
 
 
 def words(data: Path, output: Path, *more: object) -> list[str]:
     """A run of `tokenmerge train`."""
-    common = ["train", *MODEL, "--data", data, "--output", output, "-b", 4, "--warmup-epochs", 0, "--device", "cpu"]
+    common = [
+        "train",
+        MODEL,
+        *KWARGS,
+        "--data",
+        data,
+        "--output",
+        output,
+        "-b",
+        4,
+        "--warmup-epochs",
+        0,
+        "--device",
+        "cpu",
+    ]
     return [str(word) for word in (*common, *more, *(() if "--workers" in more else ("--workers", 0)))]
 
 

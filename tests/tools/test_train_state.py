@@ -22,6 +22,7 @@ from timm.optim import create_optimizer_v2, list_optimizers
 from timm.utils import ModelEmaV3
 from torch import nn
 
+from tests.helpers.training import KWARGS, MODEL
 from tokenmerge.cli import main
 from tokenmerge.errors import InputError
 from tokenmerge.tools.train.checkpoints import Checkpoints, damage
@@ -29,15 +30,6 @@ from tokenmerge.tools.train.options import TrainingError
 from tokenmerge.tools.train.packing import equal, pack, read_tensors, unpack, write_tensors
 from tokenmerge.tools.train.state import RunState
 
-MODEL = (
-    "vit_tiny_patch16_224",
-    "--model-kwargs",
-    "img_size=32",
-    "patch_size=8",
-    "embed_dim=32",
-    "depth=2",
-    "num_heads=2",
-)
 DTYPES = (
     torch.float32,
     torch.float64,
@@ -353,7 +345,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[list[str], Path]:
         (root / "data" / place).mkdir(parents=True)
         for number in range(4):
             Image.new("RGB", (32, 32), (50 * number, 9, 9)).save(root / "data" / place / f"{number}.png")
-    words = ["train", *MODEL, "--data", str(root / "data"), "-b", "4", "--epochs", "1", "--warmup-epochs", "0"]
+    words = ["train", MODEL, *KWARGS, "--data", str(root / "data"), "-b", "4", "--epochs", "1", "--warmup-epochs", "0"]
     words += ["--device", "cpu", "--workers", "0", "--model-ema"]
     assert main([*words, "--output", str(root / "run")]) == 0
     return words, next((root / "run" / "checkpoints").iterdir())
