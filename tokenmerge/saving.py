@@ -303,8 +303,8 @@ def _load_timm(folder: Path) -> Any:
     weights = plain_file(folder / WEIGHTS, "the weights")
     try:
         model = _create_timm(folder)
+        check_kinds(model, weights)
         state = load_file(weights)
-        check_kinds(model, state, str(weights))
         _take_dtypes(model, state)
         model.load_state_dict(state)
     except TokenMergeError:
@@ -316,19 +316,23 @@ def _load_timm(folder: Path) -> Any:
     return model
 
 
-def check_kinds(model: nn.Module, state: Mapping[str, torch.Tensor], where: str) -> None:
-    """Raise `InputError` if weights are whole or complex numbers where the model's are real, or the other way round.
+def check_kinds(model: nn.Module, path: Path | str) -> None:
+    """Raise `InputError` if a safetensors file holds whole or complex numbers where a model has real ones, or the other way round.
 
     Loading would convert them, and thereby lose what they say.
     """
-    for name, own in model.state_dict().items():
-        theirs = state.get(name)
+    from safetensors import safe_open
+
+    with safe_open(path, framework="pt") as file:
+        stored = {name: file.get_slice(name).get_dtype() for name in file.keys()}  # noqa: SIM118 (no mapping)
+    for name, own in sorted(model.state_dict().items()):
+        theirs = stored.get(name)  # such as F32, BF16, I64, C64
         if theirs is not None and (own.is_floating_point(), own.is_complex()) != (
-            theirs.is_floating_point(),
-            theirs.is_complex(),
+            theirs.startswith(("F", "BF")),
+            theirs.startswith("C"),
         ):
             raise InputError(
-                f"the weights in {shown(where)} hold {name[:80]} as {theirs.dtype}, but {own.dtype} was expected: give the model's own"
+                f"the weights {shown(str(path))} hold {name[:80]} as {theirs}, but {own.dtype} was expected: give the model's own"
             )
 
 

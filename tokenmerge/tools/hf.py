@@ -19,6 +19,7 @@ from tokenmerge.files import read_json
 from tokenmerge.patching.swap import original_class
 from tokenmerge.patching.target import find_target
 from tokenmerge.tools.building import MOST_CLASSES
+from tokenmerge.tools.packages import needed
 
 _AUTO = {"images": "Image", "videos": "Video", "sounds": "Audio"}
 """Word for each medium in the names of transformers' Auto classes."""
@@ -67,12 +68,7 @@ def transformers_library() -> Any:
     Raises:
         InputError: if it is not installed.
     """
-    try:
-        return importlib.import_module("transformers")
-    except ImportError:
-        raise InputError(
-            "transformers is not installed, but the model is one of its: pip install 'tokenmerge[transformers]'"
-        ) from None
+    return needed("transformers", "the model is one of its", "transformers")
 
 
 def medium_of_class(name: str) -> str | None:

@@ -12,14 +12,15 @@ import torch
 from torch import nn
 
 from tokenmerge.errors import InputError, TokenMergeError, nearest, one_of, shown
-from tokenmerge.files import read_json
+from tokenmerge.files import plain_file, read_json
 from tokenmerge.patching.predictors import FILE, load_predictors
 from tokenmerge.patching.target import find_target
+from tokenmerge.saving import check_kinds
 from tokenmerge.tools.building import limited
 from tokenmerge.tools.common import DeviceOptions, ModelOptions, WeightOptions
 from tokenmerge.tools.device import DTYPES, check_device
 from tokenmerge.tools.hf import origin_of, renamed, set_origin
-from tokenmerge.tools.reading.weights import check_dtypes, check_folder, check_hub_format, quiet_timm, read_weights
+from tokenmerge.tools.reading.weights import check_folder, check_hub_format, quiet_timm, read_weights
 from tokenmerge.tools.sources import SOURCES, create
 
 TORCHVISION = "torchvision.json"
@@ -65,8 +66,9 @@ def warn_if_random(options: WeightOptions, warn: Callable[[str], None]) -> bool:
 def _create(options: ModelOptions, pretrained: bool, head: str | None = None, new_head: bool = False) -> Any:
     kind, _, place = options.model.partition(":")
     _check_prefix(options.model)
+    elsewhere = kind in SOURCES and bool(place)  # another library than timm
     with limited(options.model):
-        if kind in SOURCES and place:
+        if elsewhere:
             if kind == "hf" and os.path.isdir(place):
                 check_folder(Path(place))
             values = dict(options.model_kwargs)
@@ -75,8 +77,8 @@ def _create(options: ModelOptions, pretrained: bool, head: str | None = None, ne
             model = _create_timm(options.model, pretrained=pretrained, **_model_kwargs(options))
     if pretrained and kind in ("local-dir", "hf") and os.path.isdir(place):
         for file in sorted(Path(place).glob("*.safetensors")):
-            check_dtypes(model, file)
-    if kind in SOURCES and place:
+            check_kinds(model, plain_file(file, "the weights"))
+    if elsewhere:
         return model
     own = (getattr(model, "pretrained_cfg", None) or {}).get("num_classes")
     if pretrained and head is not None and not new_head and options.num_classes not in (None, 0, own):

@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from tokenmerge import files
-from tokenmerge.config import FIELDS, SCHEDULE_FIELDS, MergeConfig
+from tokenmerge.config import FIELDS, MergeConfig
 from tokenmerge.errors import ConfigError, InputError, UnknownFieldError, shown
 from tokenmerge.patching.kept import KEY, SETTINGS, lasting, settings_in
 from tokenmerge.tools.reading.weights import check_hub_format, read_metadata
-from tokenmerge.tools.settings import Setting, in_words, label_of, parse_setting, remaining
+from tokenmerge.tools.settings import Setting, in_words, label_of, parse_setting, remaining, without_schedule
 
 
 def merging_of(
@@ -69,7 +69,7 @@ def on_saved(
     """
     if saved is None:
         return list(settings)
-    kept = remaining(_without_schedule(saved), given)
+    kept = kept_of(saved, given)
     schedule = saved.changed("schedule")
     used = set() if all(setting.of_file for setting in settings) else set(kept)
     used |= {name for name, value in schedule.items() if any(one.fields.get(name) == value for one in settings)}
@@ -96,7 +96,7 @@ def apart_from_matching(saved: MergeConfig | None, given: dict[str, Any], say: C
         return given
     kept = {
         name: value
-        for name, value in _without_schedule(saved).items()
+        for name, value in without_schedule(saved.changed()).items()
         if FIELDS[name].metadata["group"] != "matching" and name not in given
     }
     if kept:
@@ -104,8 +104,9 @@ def apart_from_matching(saved: MergeConfig | None, given: dict[str, Any], say: C
     return {**kept, **given}
 
 
-def _without_schedule(saved: MergeConfig) -> dict[str, Any]:
-    return {name: value for name, value in saved.changed().items() if name not in SCHEDULE_FIELDS}
+def kept_of(saved: MergeConfig, given: dict[str, Any]) -> dict[str, Any]:
+    """Return the fields saved with a model, other than the schedule, that the given ones leave."""
+    return remaining(without_schedule(saved.changed()), given)
 
 
 def saved_with(options: Any) -> MergeConfig | None:

@@ -65,6 +65,11 @@ def remaining(fields: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, 
     }
 
 
+def without_schedule(fields: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the fields of a config that do not say how many tokens merge."""
+    return {name: value for name, value in fields.items() if name not in SCHEDULE_FIELDS}
+
+
 def parse_setting(text: str) -> Setting:
     """Parse one entry of `--r`.
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import importlib
 import io
 import logging
 import os
@@ -16,16 +15,12 @@ import torch
 from tokenmerge.errors import InputError, TokenMergeError, nearest, shown
 from tokenmerge.files import words_of
 from tokenmerge.tools.hf import create_transformers
+from tokenmerge.tools.packages import needed
 from tokenmerge.tools.zero_shot import ZeroShot
 
 
 def _library(name: str) -> Any:
-    try:
-        return importlib.import_module(name)
-    except ImportError:
-        raise InputError(
-            f"{name} is not installed, but the model is one of its: pip install 'tokenmerge[{name}]'"
-        ) from None
+    return needed(name, "the model is one of its", name)
 
 
 @contextlib.contextmanager

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from tokenmerge.config import SCHEDULE_FIELDS, MergeConfig
+from tokenmerge.config import MergeConfig
 from tokenmerge.errors import InputError
 from tokenmerge.ops.timing import Spread, take_turns
 from tokenmerge.patching import patch
@@ -27,7 +27,7 @@ from tokenmerge.tools.device import place
 from tokenmerge.tools.models import input_shape, load_model
 from tokenmerge.tools.report import Report, Row
 from tokenmerge.tools.saved import on_saved, saved_with
-from tokenmerge.tools.settings import Setting
+from tokenmerge.tools.settings import Setting, without_schedule
 from tokenmerge.tools.tuning import check_tuning, tune
 from tokenmerge.tools.variants import share_weights
 
@@ -95,8 +95,7 @@ def _measure(
     rows.sort(key=lambda row: (sum(row["schedule"]), row["schedule"]))
     if not any(row["pays"] for row in rows):
         schedule = list(spaced(tuple(rows[-1]["schedule"]), _SPARSE, late=True))
-        kept = {name: value for name, value in settings[0].fields.items() if name not in SCHEDULE_FIELDS}
-        setting = Setting(",".join(map(str, schedule)), {**kept, "r": schedule})
+        setting = Setting(",".join(map(str, schedule)), {**without_schedule(settings[0].fields), "r": schedule})
         rows += _turns(model, options, images, [(setting, setting.config(**fields))], report, sparse=True)
     return rows
 

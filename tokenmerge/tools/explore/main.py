@@ -15,7 +15,6 @@ from typing import Any
 
 import torch
 
-from tokenmerge.config import SCHEDULE_FIELDS
 from tokenmerge.errors import InputError, TokenMergeError
 from tokenmerge.ops.timing import Spread, take_turns
 from tokenmerge.tools.explore.options import ExploreOptions
@@ -24,8 +23,8 @@ from tokenmerge.tools.media import IMAGES
 from tokenmerge.tools.models import load_model, random_weights, warn_if_random
 from tokenmerge.tools.pages import printable
 from tokenmerge.tools.report import Report, Row
-from tokenmerge.tools.saved import saved_with, say_used
-from tokenmerge.tools.settings import Setting, label_of, remaining
+from tokenmerge.tools.saved import kept_of, saved_with, say_used
+from tokenmerge.tools.settings import Setting, label_of
 from tokenmerge.tools.visualize.load import Loader, Shown
 from tokenmerge.tools.visualize.looks import Merged, merged_copies
 from tokenmerge.tools.visualize.page import explorer_page, image_data
@@ -124,7 +123,7 @@ def _merging(options: ExploreOptions, say: Callable[[str], Any]) -> tuple[list[s
     if saved is None:
         return options.texts or list(_USUAL), given
     texts = options.texts or ([str(label_of(saved))] if saved.scheduled else list(_USUAL))
-    kept = remaining({name: value for name, value in saved.changed().items() if name not in SCHEDULE_FIELDS}, given)
+    kept = kept_of(saved, given)
     say_used(saved, {*kept, *(saved.changed("schedule") if not options.texts else ())}, say)
     return texts, {**kept, **given}
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import importlib
 import io
 import json
 import logging
@@ -24,6 +23,7 @@ from torch.utils import _pytree as pytree
 from tokenmerge import files
 from tokenmerge.errors import InputError, TokenMergeError
 from tokenmerge.tools.export.options import ExportOptions
+from tokenmerge.tools.packages import needed
 
 
 @dataclasses.dataclass(frozen=True)
@@ -116,12 +116,7 @@ RUNNERS = {"onnx": _run_onnx, "pt2": _run_pt2, "aoti": _run_aoti}
 
 
 def _needs(module: str) -> Any:
-    try:
-        return importlib.import_module(module)
-    except ImportError:
-        raise InputError(
-            f"{module} is not installed, but exporting to ONNX needs it: pip install 'tokenmerge[export]'"
-        ) from None
+    return needed(module, "exporting to ONNX needs it", "export")
 
 
 def _tensors(output: Any) -> list[Tensor]:

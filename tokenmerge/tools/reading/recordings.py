@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from tokenmerge.errors import InputError
+from tokenmerge.tools.packages import needed
 from tokenmerge.tools.reading.damage import check_file, damaged, decoding
 from tokenmerge.tools.reading.wholeness import check_whole
 
@@ -41,12 +41,7 @@ def pyav() -> Any:
     Raises:
         InputError: if it is not installed.
     """
-    try:
-        import av
-    except ImportError:
-        raise InputError(
-            "PyAV is not installed, but sounds and videos are decoded by it: pip install 'tokenmerge[media]'"
-        ) from None
+    av = needed("av", "sounds and videos are decoded by it", "media", "PyAV")
     av.logging.set_level(None)  # the command itself lists damaged files
     return av
 

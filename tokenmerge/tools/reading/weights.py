@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from tokenmerge import files
 from tokenmerge.errors import InputError, TokenMergeError, shown
@@ -110,24 +110,6 @@ def check_folder(folder: Path) -> None:
     for entry in sorted(folder.iterdir()):
         if not entry.is_dir():
             files.plain_file(entry, "the model's")
-
-
-def check_dtypes(model: nn.Module, path: Path, what: str = "the weights") -> None:
-    """Raise `InputError` if a safetensors file holds whole or complex numbers where the model has real ones, or the other way round.
-
-    Libraries would convert them, and thereby lose what they say.
-    """
-    from safetensors import safe_open
-
-    own = model.state_dict()
-    with safe_open(files.plain_file(path, what), framework="pt") as file:
-        for name in sorted(own.keys() & set(file.keys())):
-            stored = file.get_slice(name).get_dtype()
-            real = stored.startswith(("F", "BF"))
-            if own[name].is_floating_point() != real:
-                raise InputError(
-                    f"{what} {shown(str(path))} hold {name[:80]} as {stored}, but {own[name].dtype} was expected: give the model's own"
-                )
 
 
 def read_metadata(path: Path | str, key: str, what: str = "the checkpoint") -> Any:

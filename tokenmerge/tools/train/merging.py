@@ -8,7 +8,6 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from tokenmerge.config import SCHEDULE_FIELDS
 from tokenmerge.errors import InputError
 from tokenmerge.frozen import thawed
 from tokenmerge.matching import entry_for
@@ -16,8 +15,8 @@ from tokenmerge.patching import Handle, model_cost
 from tokenmerge.patching.predictors import add_predictors, predicting, ratio_loss, remove_predictors
 from tokenmerge.schedule import cut
 from tokenmerge.tools.common import MergeOptions
-from tokenmerge.tools.saved import saved_with, say_used
-from tokenmerge.tools.settings import Setting, label_of, remaining
+from tokenmerge.tools.saved import kept_of, saved_with, say_used
+from tokenmerge.tools.settings import Setting, label_of
 from tokenmerge.tools.train.options import TrainOptions
 
 
@@ -33,12 +32,7 @@ def as_saved(args: TrainOptions, say: Callable[[str], Any]) -> TrainOptions:
         return dataclasses.replace(args, r="0" if args.r is None else args.r)
     takes_r = args.r is None and saved.scheduled
     r = str(label_of(saved)) if takes_r else "0" if args.r is None else args.r
-    fields = {} if str(r).endswith(".json") else saved.changed()
-    kept = {
-        name: value
-        for name, value in remaining(fields, MergeOptions.merging(args, saved)).items()
-        if name not in SCHEDULE_FIELDS
-    }
+    kept = {} if str(r).endswith(".json") else kept_of(saved, MergeOptions.merging(args, saved))
     say_used(saved, {*kept, *(saved.changed("schedule") if takes_r else ())}, say)
     if "prop_attn" in kept and args.prop_attn is None:
         args = dataclasses.replace(args, prop_attn="on" if kept["prop_attn"] else "off")
