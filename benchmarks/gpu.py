@@ -1,7 +1,7 @@
 """Run all GPU benchmarks and GPU checks within 300 seconds.
 
     python benchmarks/gpu.py                        # all steps, the most important first
-    python benchmarks/gpu.py --steps ops families   # selected steps, or the optional ones: families, compile-graphs, graphed
+    python benchmarks/gpu.py --steps ops families   # selected steps, or one of the optional ones
     python benchmarks/gpu.py --rehearse             # the same steps with small inputs on a CPU, in under a minute
     python benchmarks/gpu.py --into-results FOLDER  # append the rows of an earlier run to results.csv
 
@@ -48,7 +48,8 @@ def models_table(rows: list[dict[str, Any]]) -> list[list[str]]:
     ratios: dict[tuple[str, str], float] = {}
     for row in rows:
         if row.get("what") == "model":
-            key = (f"{row['model']}@{row['img_size']}", str(row["batch_size"]))
+            name = row["model"].removeprefix("vit_").replace("_patch", "/").removesuffix("_224")
+            key = (f"{name}@{row['img_size']}", str(row["batch_size"]))
             times.setdefault(key, {}).setdefault(row["mode"], {})[row["variant"]] = row["ms"]
             ratios[key] = row["flops_ratio"]
     lines = []
@@ -71,15 +72,18 @@ def show(report: Report, rows: list[dict[str, Any]], minutes: list[list[str]]) -
         for row in rows
         if row.get("what") == "op"
     ]
-    report.table("operations", ("operation", "N", "D", "ms", "floor", "over floor"), shapes)
+    if shapes:
+        report.table("operations", ("operation", "N", "D", "ms", "floor", "over floor"), shapes)
     forms = [
         [row["form"], str(row["tokens"]), f"{row['ms']:.3f}", f"{row['first_ms']:.0f}", f"{row['tflops']:.0f}"]
         for row in rows
         if row.get("what") == "attention" and "ms" in row
     ]
-    report.table("attention", ("form", "N", "ms", "first call, ms", "TFLOP/s"), forms)
+    if forms:
+        report.table("attention", ("form", "N", "ms", "first call, ms", "TFLOP/s"), forms)
     columns = ("model", "batch", "mode", "dense,\nms", "merged,\nms", "/ dense", "/ best\ndense", "FLOPs")
-    report.table("models", columns, models_table(rows))
+    if lines := models_table(rows):
+        report.table("models", columns, lines)
     report.table("steps", ("step", "seconds", "limit", "ended"), minutes)
 
 

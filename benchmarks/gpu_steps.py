@@ -26,6 +26,7 @@ if "--rehearse" in sys.argv:
 
 import torch
 from common import where
+from gpu_commands import commands
 from gpu_graphs import graphed
 from torch import Tensor
 
@@ -67,7 +68,10 @@ class Bench:
         with (self.folder / ROWS).open("a") as file:
             file.write(json.dumps({**self.made_by, **values}) + "\n")
         print(
-            "  " + ", ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in values.items()),
+            "  "
+            + ", ".join(
+                f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in values.items() if k != "printed"
+            ),
             flush=True,
         )
 
@@ -359,6 +363,7 @@ FURTHER: dict[str, tuple[Callable[[Bench], None], int]] = {
     "families": (families, 100),
     "compile-graphs": (compiled_graphs, 110),
     "graphed": (graphed, 60),
+    "commands": (commands, 240),
 }
 """Those that are run when they are asked for."""
 

@@ -8,6 +8,7 @@ import math
 import os
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -445,6 +446,16 @@ def test_the_demo_is_exported_to_a_folder_of_its_own(tmp_path: Path) -> None:
     assert [str(path.relative_to(tmp_path)) for path in (tmp_path / "data").rglob("*") if path.is_file()] == [
         "data/val/dark/0.png"
     ]
+
+
+def test_the_demo_is_exported_to_a_relative_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("sklearn")
+    made = tempfile.mkdtemp
+    # as Python 3.12 and newer do it
+    monkeypatch.setattr(tempfile, "mkdtemp", lambda *args, **kwargs: os.path.abspath(made(*args, **kwargs)))
+    monkeypatch.chdir(tmp_path)
+    assert export_demo(Path("digits")) == (Path("digits/model"), Path("digits/val"))
+    assert {path.name for path in Path("digits").iterdir()} == {"model", "train", "val"}
 
 
 @pytest.mark.slow

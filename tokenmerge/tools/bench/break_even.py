@@ -21,7 +21,7 @@ from tokenmerge.patching.target import find_target
 from tokenmerge.patching.tuning.measure import GAIN, pays
 from tokenmerge.patching.tuning.schedules import spaced
 from tokenmerge.schedule import max_merges
-from tokenmerge.tools.bench.measure import compile_now, passes, prepare
+from tokenmerge.tools.bench.measure import compile_now, further, passes, prepare
 from tokenmerge.tools.bench.options import BenchOptions
 from tokenmerge.tools.device import place
 from tokenmerge.tools.models import input_shape, load_model
@@ -186,11 +186,11 @@ def _advice(options: BenchOptions, by_batch: dict[int, list[Row]]) -> list[str]:
     if not losing:
         return []
     winning = [batch for batch in by_batch if batch > losing[-1]]
-    advice = [
+    tips = [
         f"use batches of {winning[0]} or more" if winning else "try larger batches or images (--batch-size, --img-size)"
     ]
-    if not options.compile:
-        advice.append("try --compile")
-    advice.append("or a larger r in fewer blocks (--r 24,0,0,24,0,0)")
+    if ways := further(options):
+        tips.append(f"try {' or '.join(ways)}")
+    tips.append("or a larger r in fewer blocks (--r 24,0,0,24,0,0)")
     listed = ", ".join(map(str, losing))
-    return [f"Merging does not pay at batch {listed} with any r that was tried: {'; '.join(advice)}."]
+    return [f"Merging does not pay at batch {listed} with any r that was tried: {'; '.join(tips)}."]

@@ -197,6 +197,15 @@ def _row(
     }
 
 
+def further(options: BenchOptions) -> list[str]:
+    """Return other ways to run a model in which merging may pay.
+
+    On a GPU, an eager pass of a small model waits for its kernel launches, which merging adds to; a CUDA graph has none.
+    """
+    graph = torch.device(options.device).type == "cuda"
+    return [*([] if options.compile else ["--compile"]), *(["a CUDA graph"] if graph else [])]
+
+
 def _print(report: Report, options: BenchOptions, rows: Sequence[Row]) -> None:
     report.table(
         f"{options.model}, batch {options.batch_size}, {options.device}, {options.dtype}{', compiled' if options.compile else ''}",
@@ -205,7 +214,7 @@ def _print(report: Report, options: BenchOptions, rows: Sequence[Row]) -> None:
             (
                 str(row["r"]),
                 f"{row['ms']:.1f}",
-                f"{row['ms_p20']:.0f}-{row['ms_p80']:.0f}",
+                "-".join(f"{row[name]:.{0 if row['ms_p80'] >= 100 else 1}f}" for name in ("ms_p20", "ms_p80")),
                 f"{row['images_per_second']:.1f}",
                 f"{row['speedup']:.2f}x",
                 f"{row['flops_ratio']:.2f}",
@@ -224,6 +233,6 @@ def _print(report: Report, options: BenchOptions, rows: Sequence[Row]) -> None:
         if row["speedup"] < 1.02:
             report.say(
                 f"Merging does not pay at this shape: r={row['r']} runs at {row['speedup']:.2f}x the unmerged speed. "
-                f"Try a larger batch, larger images or a larger r{'' if options.compile else ', or --compile'}.",
+                f"Try a larger batch, larger images or a larger r{''.join(f', or {way}' for way in further(options))}.",
                 style="bold yellow",
             )

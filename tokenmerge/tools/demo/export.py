@@ -30,11 +30,12 @@ def export_demo(folder: Path) -> tuple[Path, Path]:
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=".tokenmerge-", dir=folder) as place:
-            _write_model(Path(place, "model"))
-            export_images(Path(place))
-            _check_free(folder, Path(place))
-            for file in sorted(path for path in Path(place).rglob("*") if path.is_file()):
+        with tempfile.TemporaryDirectory(prefix=".tokenmerge-", dir=folder) as made:
+            place = folder / Path(made).name  # `made` itself is absolute from Python 3.12 on, even if `folder` is not
+            _write_model(place / "model")
+            export_images(place)
+            _check_free(folder, place)
+            for file in sorted(path for path in place.rglob("*") if path.is_file()):
                 target = folder / file.relative_to(place)
                 target.parent.mkdir(parents=True, exist_ok=True)
                 os.replace(file, target)
