@@ -74,5 +74,6 @@ def expected(pixels: Any, names: Any, grid: tuple[int, int]) -> Any:
     for y in range(height):
         for x in range(width):
             if (y and token[y, x] != token[y - 1, x]) or (x and token[y, x] != token[y, x - 1]):
-                out[y, x] = out[y, x] * 0.25 + 255 * 0.45 * 0.75
+                dark = (out[y, x] / 255) ** 2.2 @ [0.2126, 0.7152, 0.0722] < 0.18
+                out[y, x] = out[y, x] * 0.25 + (255 * 0.75 if dark else 0)
     return out

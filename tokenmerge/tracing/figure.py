@@ -142,16 +142,17 @@ def _show(axes: Axes, pixels: Tensor, title: str) -> None:
     axes.set_axis_off()
 
 
-def plot_spectrograms(parts: Sequence[tuple[str, Tensor]], seconds: float, bands: Sequence[float]) -> Figure:
+def plot_spectrograms(parts: Sequence[tuple[str, Tensor]], rate: float, bands: Sequence[float]) -> Figure:
     """Draw painted spectrograms, one above the other, with axes.
 
     Args:
         parts: pairs of a title and a spectrogram `[3, bands, frames]` in [0, 1], lowest band first.
-        seconds: duration of the sound.
+        rate: frames per second.
         bands: centre frequency of each band in Hz.
     """
     figure = new_figure(10, 0.6 + 2.4 * len(parts))
     rows = figure.subplots(len(parts), sharex=True, squeeze=False)[:, 0]
+    longest = max(painted.shape[2] for _, painted in parts)
     marks = [hertz for hertz in (125, 250, 500, 1000, 2000, 4000, 8000) if bands[0] <= hertz <= bands[-1]]
     places = [min(range(len(bands)), key=lambda i: abs(bands[i] - hertz)) for hertz in marks]
     for axes, (title, painted) in zip(rows, parts, strict=True):
@@ -160,8 +161,9 @@ def plot_spectrograms(parts: Sequence[tuple[str, Tensor]], seconds: float, bands
             origin="lower",
             aspect="auto",
             interpolation="nearest",
-            extent=(0, seconds, -0.5, len(bands) - 0.5),
+            extent=(0, painted.shape[2] / rate, -0.5, len(bands) - 0.5),
         )
+        axes.set_xlim(0, longest / rate)  # shared, because the scale of time is the same for all
         axes.set_yticks(places, [str(mark) for mark in marks])
         axes.set_ylabel("frequency, Hz (mel)", fontsize=8)
         axes.set_title(title, fontsize=9, loc="left", parse_math=False)  # titles are file names, which may contain $

@@ -12,13 +12,16 @@ import torch
 from torch import Tensor
 
 from tokenmerge.errors import InputError
+from tokenmerge.tracing.colours import distinct
 from tokenmerge.tracing.regions import borders
 
 View = Literal["picture", "outlines", "sizes", "tokens"]
 VIEWS = ("picture", "outlines", "sizes", "tokens")
-_BORDER, _GREY = 0.25, 0.45  # share of its own colour in a border pixel, and the grey that it is mixed with
+_LINE = 0.75
+"""Share of black or white in a pixel of a border: black on light colours, white on dark ones."""
+_WEIGHTS, _MIDDLE = (0.2126, 0.7152, 0.0722), 0.18
+"""Weights of the primaries in luminance, and the luminance on which black and white have the same contrast (WCAG 2)."""
 _DROPPED = 0.12  # brightness of dropped patches
-_GOLDEN = (math.sqrt(5) - 1) / 2
 
 
 def paint(pixels: Tensor, region: Tensor, view: View = "picture", span: tuple[float, float] | None = None) -> Tensor:
@@ -29,7 +32,7 @@ def paint(pixels: Tensor, region: Tensor, view: View = "picture", span: tuple[fl
         region: `[H, W]` or `[T, H, W]` int64: the token of each pixel (`Trace.regions`); −1 for dropped patches.
         view: "picture", each token in the mean colour of its pixels over all frames; "outlines", the picture with the
             borders of tokens; "sizes", the size of tokens on a logarithmic scale, dark for single patches; "tokens", a
-            colour per token that differs from its neighbours' and stays the same from block to block.
+            colour of its own for each token, the same from block to block.
         span: for "sizes", the numbers of pixels of the darkest and of the brightest colour; `None` takes the smallest and
             the largest token of `region`.
 
@@ -54,7 +57,14 @@ def paint(pixels: Tensor, region: Tensor, view: View = "picture", span: tuple[fl
         painted = _sizes(region, span)
     else:
         painted = _named(region)
-    return torch.where(borders(region), painted * _BORDER + _GREY * (1 - _BORDER), painted)
+    return torch.where(borders(region), lined(painted), painted)
+
+
+def lined(colours: Tensor) -> Tensor:
+    """Return colours `[3, …]` in [0, 1] as pixels of a border have them: towards black if they are light, towards white if dark."""
+    weights = colours.new_tensor(_WEIGHTS).view(3, *(1,) * (colours.dim() - 1))
+    dark = (colours.clamp_min(0) ** 2.2 * weights).sum(dim=0) < _MIDDLE
+    return colours * (1 - _LINE) + _LINE * dark
 
 
 def _mean_colours(pixels: Tensor, region: Tensor) -> Tensor:
@@ -79,9 +89,10 @@ def _sizes(region: Tensor, span: tuple[float, float] | None) -> Tensor:
 
 
 def _named(region: Tensor) -> Tensor:
-    level = torch.remainder((region.reshape(-1) + 1) * _GOLDEN, 1.0)
-    colour = table("viridis")[(level * 255).long()].T.clone()
-    colour[:, region.reshape(-1) < 0] = _DROPPED
+    flat = region.reshape(-1)
+    colour = distinct(int(flat.max()) + 1)[flat.clamp_min(0)].T.clone() if bool((flat >= 0).any()) else None
+    colour = torch.zeros(3, len(flat)) if colour is None else colour
+    colour[:, flat < 0] = _DROPPED
     return colour.reshape(3, *region.shape)
 
 

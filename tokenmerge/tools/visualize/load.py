@@ -18,7 +18,7 @@ from torch import Tensor
 from tokenmerge.errors import DamagedFileError, InputError
 from tokenmerge.tools.hf import origin_of
 from tokenmerge.tools.inputs import preprocessing
-from tokenmerge.tools.media import IMAGES, SOUNDS, VIDEOS, Medium, frame_rate, read_sound
+from tokenmerge.tools.media import IMAGES, SAMPLE_RATE, SOUNDS, VIDEOS, Medium, frame_rate, read_sound
 from tokenmerge.tools.models import input_shape
 from tokenmerge.tools.pages import printable
 from tokenmerge.tools.processors import Processor, lacks_processor, processor_of
@@ -30,6 +30,8 @@ from tokenmerge.tools.zero_shot import clip_transform
 from tokenmerge.tracing.paint import table
 from tokenmerge.tracing.trace import Trace
 
+FRAMES_PER_SECOND = 100
+"""Frames of a spectrogram per second, in all models of sounds that are known."""
 _HALF = (0.5, 0.5, 0.5)
 
 
@@ -45,6 +47,8 @@ class Shown:
             `[3, bands, frames]` with the lowest band first.
         rate: frames per second of videos.
         bands: centre frequency of each band of sounds in Hz.
+        heard: frames of a spectrogram that hold sound; the model sees padding after them.
+        samples: samples of a sound in [−1, 1], at most as many as the model hears, and their number per second.
     """
 
     name: str
@@ -53,6 +57,8 @@ class Shown:
     pixels: Tensor
     rate: float = 8.0
     bands: tuple[float, ...] = ()
+    heard: int = 0
+    samples: tuple[Any, int] | None = None
 
     def regions(self, trace: Trace, block: int | None) -> Tensor:
         """Return the token of every pixel after a block."""
@@ -151,18 +157,25 @@ class Loader:
         return Shown(printable(path.name), VIDEOS, self._batch(clip), self._pixels(clip.transpose(0, 1)), rate)
 
     def _sound(self, path: Path) -> Shown:
+        rate = SAMPLE_RATE if self._processor is None else self._processor.rate
+        samples = read_sound(path, rate)
         if self._processor is None:
-            made = spectrum = Spectrogram((1, *self.shape[-2:]))(read_sound(path))[0]
+            made = spectrum = Spectrogram((1, *self.shape[-2:]))(samples)[0]
         else:
             transform = of_processor(self._processor, self.shape, self.sampling_rate)
-            made = transform(read_sound(path, self._processor.rate))
+            made = transform(samples)
             spectrum = made if transform.time_axis == 0 else made.T
-        level = (spectrum - spectrum.min()) / (spectrum.max() - spectrum.min()).clamp_min(1e-6)
+        by_whisper = self._processor is not None and not hasattr(self._processor.inner, "max_length")
+        # Whisper pads the ends of a sound to frames of their own; Kaldi's frames of 25 ms lie within the sound
+        inner = 0 if by_whisper else rate * 25 // 1000 - rate // FRAMES_PER_SECOND
+        heard = min(len(spectrum), max(1, (len(samples) - inner) * FRAMES_PER_SECOND // rate))
+        low, high = spectrum[:heard].min(), spectrum[:heard].max()  # padding must not take part of the scale
+        level = ((spectrum - low) / (high - low).clamp_min(1e-6)).clamp(0, 1)
         pixels = table("viridis")[(level.T * 255).round().long()].permute(2, 0, 1)
         batch = self._batch(made if len(self.shape) == 2 else made[None])
-        by_whisper = self._processor is not None and not hasattr(self._processor.inner, "max_length")
         bands = slaney_bands(spectrum.shape[1]) if by_whisper else mel_bands(spectrum.shape[1])
-        return Shown(printable(path.name), SOUNDS, batch, pixels, bands=tuple(bands))
+        played = (samples[: heard * rate // FRAMES_PER_SECOND], rate)
+        return Shown(printable(path.name), SOUNDS, batch, pixels, bands=tuple(bands), heard=heard, samples=played)
 
     def _batch(self, tensor: Tensor) -> Tensor:
         return tensor[None].to(**self._place)

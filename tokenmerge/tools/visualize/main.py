@@ -17,7 +17,7 @@ from tokenmerge.tools.report import Report, Row
 from tokenmerge.tools.saved import merging_of
 from tokenmerge.tools.settings import Setting
 from tokenmerge.tools.visualize.film import write_film
-from tokenmerge.tools.visualize.load import Loader, Shown
+from tokenmerge.tools.visualize.load import FRAMES_PER_SECOND, Loader, Shown
 from tokenmerge.tools.visualize.looks import Look, merged_copies
 from tokenmerge.tools.visualize.options import VisualizeOptions
 from tokenmerge.tools.visualize.page import write_page
@@ -154,8 +154,7 @@ def _draw_sounds(
             for block in blocks:
                 after = "input" if block < 0 else f"after block {block + 1}"
                 parts.append((f"{_caption(each, look)} – {after}", painted(each, look, block, options.view)))
-    frames = shown[0].pixels.shape[2]
-    figure = plot_spectrograms(parts, frames / 100, shown[0].bands)
+    figure = plot_spectrograms(parts, FRAMES_PER_SECOND, shown[0].bands)
     if foot:
         figure.supxlabel(foot, fontsize=8)
     figure.savefig(path, dpi=120)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
+import wave
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -16,14 +17,14 @@ from tokenmerge.tools.media import IMAGES, Medium
 from tokenmerge.tools.models import RANDOM_WEIGHTS
 from tokenmerge.tools.pages import about_this, embedded, finite, render
 from tokenmerge.tools.visualize.flat import Flat, flat
-from tokenmerge.tools.visualize.load import Shown
+from tokenmerge.tools.visualize.load import FRAMES_PER_SECOND, Shown
 from tokenmerge.tools.visualize.looks import Look
+from tokenmerge.tracing.colours import distinct
 from tokenmerge.tracing.paint import table
-from tokenmerge.tracing.regions import anchors
 from tokenmerge.tracing.sheet import to_image
 
-_GONE = 65535
-"""Code of a dropped patch (−1 in plans), in unsigned 16-bit integers."""
+_GONE, _HIDDEN = 65535, 65534
+"""Codes in place of a cell, in unsigned 16-bit integers: of a dropped patch (−1 in plans), and of a token that lies in padding."""
 
 
 def write_page(
@@ -52,7 +53,7 @@ def explorer_page(model: str, data: dict[str, Any], r: str = "", random: bool = 
     """
     heat = (table("cividis") * 255).round().to(torch.uint8)
     return render(
-        "explorer.html.j2",
+        "explorer/explorer.html.j2",
         model=model,
         live=data["live"],
         r=r,
@@ -74,21 +75,22 @@ def image_data(shown: Shown, looks: Sequence[Look], speeds: Sequence[float | Non
     picture = flat(shown, looks[0].trace)
     pixels, grid = picture.pixels, picture.grid
     height, width = pixels.shape[1:]
-    file = io.BytesIO()
-    to_image(pixels).save(file, "PNG")
-    # sums and counts of pixels in each patch, from which the page computes the exact mean colour of tokens
+    # sums of pixels in each patch, from which the page computes the exact mean colour of tokens
     cells = _cells(grid, height, width)
-    count = torch.bincount(cells, minlength=grid[0] * grid[1])
     levels = (pixels * 255).round().reshape(3, -1).double()
-    total = torch.zeros(3, len(count), dtype=torch.float64).index_add_(1, cells, levels)
+    total = torch.zeros(3, grid[0] * grid[1], dtype=torch.float64).index_add_(1, cells, levels)
     found: dict[str, Any] = finite(
         {
             "name": shown.name,
+            "medium": shown.medium.name,
             "width": width,
             "height": height,
             "grid": list(grid),
-            "picture": "data:image/png;base64," + base64.b64encode(file.getvalue()).decode("ascii"),
+            "patches": len(picture.cell),
+            "picture": _picture(pixels),
             "sums": _packed(total.T.float()),
+            "palette": _packed((distinct(len(picture.cell)) * 255).round().to(torch.uint8)),
+            **_in_time(shown, picture),
             "attention": "attention of the class token" if looks[0].class_token else "attention, mean of all tokens",
             "unmerged": _about(looks[0], None),
             "looks": [
@@ -98,6 +100,34 @@ def image_data(shown: Shown, looks: Sequence[Look], speeds: Sequence[float | Non
         }
     )
     return found
+
+
+def _picture(pixels: Tensor) -> str:
+    file = io.BytesIO()
+    to_image(pixels).save(file, "PNG")
+    return "data:image/png;base64," + base64.b64encode(file.getvalue()).decode("ascii")
+
+
+def _in_time(shown: Shown, picture: Flat) -> dict[str, Any]:
+    """Return what only videos and sounds have: the tiles of the sheet, or the sound itself and its scales."""
+    if picture.tiles is not None:
+        count, across, seconds = picture.tiles
+        return {"tiles": {"count": count, "across": across, "seconds": seconds}}
+    if shown.samples is None:
+        return {}
+    samples, rate = shown.samples
+    file = io.BytesIO()
+    with wave.open(file, "wb") as sound:
+        sound.setnchannels(1)
+        sound.setsampwidth(2)
+        sound.setframerate(rate)
+        sound.writeframes((samples.clip(-1, 1) * 32767).round().astype("<i2").tobytes())
+    return {
+        "sound": "data:audio/wav;base64," + base64.b64encode(file.getvalue()).decode("ascii"),
+        "seconds": picture.pixels.shape[2] / FRAMES_PER_SECOND,
+        "padding": (shown.pixels.shape[2] - picture.pixels.shape[2]) / FRAMES_PER_SECOND,
+        "bands": list(shown.bands),
+    }
 
 
 def _cells(grid: Sequence[int], height: int, width: int) -> Tensor:
@@ -116,16 +146,21 @@ def _about(look: Look, speed: float | None) -> dict[str, Any]:
 
 
 def blocks_of(trace: Any, picture: Flat) -> list[dict[str, Any]]:
-    """Return for each block the token of each cell (named by the cell of its first patch), the merges, and the attention."""
+    """Return for each block the token of each cell (named by its first cell), the merges, and the attention."""
     protected, found = trace.protected, []
     before = torch.arange(trace.tokens)
     for number, plan in enumerate(trace.plans):
         after = trace.source(number)[0].cpu()
-        names = anchors(after[protected:])
+        patches = after[protected:]
+        names = _names(after, protected, picture)[patches.clamp_min(0)].where(patches >= 0, _GONE)
         block: dict[str, Any] = {
-            "names": _packed(_in_cells(_named(names, picture), picture, _GONE).to(torch.int32), "<u2"),
+            "names": _packed(_in_cells(names, picture, _GONE).to(torch.int32), "<u2"),
             "tokens": int(trace.size(number).shape[1]) - protected,
         }
+        if bool((picture.cell < 0).any()):  # members that are not drawn
+            padding = torch.bincount(patches[(patches >= 0) & (picture.cell < 0)], minlength=int(after.max()) + 1)
+            unseen = padding[patches.clamp_min(0)] * (patches >= 0)
+            block["unseen"] = _packed(_in_cells(unseen, picture, 0).to(torch.int32), "<u2")
         if plan is not None and plan.r:
             block |= _events(trace, number, before, picture)
         attention = trace.attention[number] if number < len(trace.attention) else None
@@ -139,10 +174,12 @@ def blocks_of(trace: Any, picture: Flat) -> list[dict[str, Any]]:
     return found
 
 
-def _named(patches: Tensor, picture: Flat) -> Tensor:
-    """Return the cells of patches; `_GONE` for patches that were dropped."""
-    held = (patches >= 0) & (patches != _GONE)
-    return picture.cell[patches.where(held, 0)].where(held, _GONE)
+def _names(source: Tensor, protected: int, picture: Flat) -> Tensor:
+    """Return the first cell of each token, by which the page calls it; `_HIDDEN` for tokens of which no cell is drawn."""
+    first = torch.full((int(source.max()) + 1,), _HIDDEN)
+    patches = source[protected:]
+    drawn = (patches >= 0) & (picture.cell >= 0)
+    return first.scatter_reduce_(0, patches[drawn], picture.cell[drawn], "amin")
 
 
 def _in_cells(values: Tensor, picture: Flat, empty: int) -> Tensor:
@@ -151,26 +188,18 @@ def _in_cells(values: Tensor, picture: Flat, empty: int) -> Tensor:
 
 
 def _events(trace: Any, number: int, before: Tensor, picture: Flat) -> dict[str, str]:
-    """Return the merges of a block: sources and targets by their first cell, and similarities in units of 1/10,000."""
-    plan, protected = trace.plans[number], trace.protected
-    first = _first_patch(before, protected)
+    """Return the merges of a block: sources and targets by their first cell, and similarities."""
+    plan = trace.plans[number]
+    names = _names(before, trace.protected, picture)
     source, target = plan.source[0].cpu(), plan.target[0].cpu()
     joined = plan.kept[0].cpu()[target.clamp_min(0)]
     similarity = trace.similarities[number][0].float().cpu()
-    to = first[joined].where(target >= 0, _GONE)
+    to = names[joined].where(target >= 0, _GONE)
     return {
-        "from": _packed(_named(first[source], picture).to(torch.int32), "<u2"),
-        "to": _packed(_named(to, picture).to(torch.int32), "<u2"),
-        "similarity": _packed((similarity.nan_to_num(0) * 10000).round().to(torch.int16), "<i2"),
+        "from": _packed(names[source].to(torch.int32), "<u2"),
+        "to": _packed(to.to(torch.int32), "<u2"),
+        "similarity": _packed(similarity),  # NaN for dropped tokens
     }
-
-
-def _first_patch(source: Tensor, protected: int) -> Tensor:
-    """Return the first patch of each token."""
-    first = torch.full((int(source.max()) + 1,), _GONE, dtype=torch.int64)
-    patches = source[protected:]
-    alive = patches >= 0
-    return first.scatter_reduce_(0, patches[alive], torch.arange(len(patches))[alive], "amin")
 
 
 def _attention(attention: Tensor, before: Tensor, protected: int, picture: Flat) -> str:

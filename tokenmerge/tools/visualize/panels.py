@@ -22,11 +22,14 @@ def scale_of(shown: Shown) -> int:
 def painted(shown: Shown, look: Look, block: int, view: View, scale: int = 1) -> Tensor:
     """Return `[3, …, H·scale, W·scale]`: the tokens of an input after a block, with borders of one pixel.
 
-    Block −1 is the input itself. The colour scale of sizes is the same for all blocks: it ends at the largest token after the
+    Of a spectrogram, the part that holds sound is drawn. Block −1 is the input itself.
+
+    The colour scale of sizes is the same for all blocks: it ends at the largest token after the
     last block.
     """
-    pixels = enlarged(shown.pixels, scale)
+    heard = shown.heard or None
+    pixels = enlarged(shown.pixels[..., :heard], scale)
     if block < 0:
         return pixels
-    region, last = (enlarged(shown.regions(look.trace, one), scale) for one in (block, None))
+    region, last = (enlarged(shown.regions(look.trace, one)[..., :heard], scale) for one in (block, None))
     return paint(pixels, region, view, span_of(last, look.trace.tokens - look.trace.protected))
