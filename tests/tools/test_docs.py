@@ -72,9 +72,10 @@ class Reader:
 
     def command(self, line: str) -> None:
         """Run a command, which does not know what the page's Python registered, because it is another process."""
+        matchers, named = self.registries
         with self.monkeypatch.context() as fresh:
-            for module, name, kept in zip((registry, methods), ("_MATCHERS", "_METHODS"), self.registries, strict=True):
-                fresh.setattr(module, name, dict(kept))
+            fresh.setattr(registry, "_MATCHERS", dict(matchers))
+            fresh.setattr(methods, "_METHODS", dict(named))
             assert main(words(line)) == 0, line
 
 
