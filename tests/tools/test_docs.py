@@ -160,6 +160,34 @@ def test_every_command_has_a_page_that_runs() -> None:
         assert page.stem == "explore" or page.stem in {line.split()[1] for line in commands(page)}
 
 
+def test_the_readme_is_short() -> None:
+    """Prose, without code and tables."""
+    text = re.sub(r"^```.*?^```", "", (ROOT / "README.md").read_text(), flags=re.DOTALL | re.MULTILINE)
+    prose = [line for line in text.splitlines() if not line.startswith("|")]
+    assert 300 < len(" ".join(prose).split()) < 900
+
+
+def test_the_readme_counts_what_the_models_page_lists() -> None:
+    """Whose tables a script writes."""
+    page = (ROOT / "docs" / "models.md").read_text()
+    timm, transformers, rest = (part.split("\n## ")[0] for part in re.split(r"^## \w+$", page, flags=re.MULTILINE)[1:4])
+    patched, flat = re.findall(r"\d+", timm)[:2]
+    towers = len(re.findall(r"^\| `", transformers, re.MULTILINE))
+    names = len(re.findall(r"`vit_\w+`", rest))
+    counts = "\n".join(re.findall(r"^\|.*\| ([^|]*) \|$", (ROOT / "README.md").read_text(), re.MULTILINE))
+    assert f"{patched} of {flat} names" in counts
+    assert sum(int(number) for number in re.findall(r"(\d+) towers", counts)) == towers
+    assert f"{names} names\n" in counts
+
+
+@pytest.mark.parametrize(
+    "page", [*GUIDES, INDEX, INDEX.with_name("faq.md"), INDEX.with_name("how-it-works.md")], ids=lambda page: page.name
+)
+def test_code_fits_its_column(page: Path) -> None:
+    """A browser 1,280 pixels wide cuts longer lines."""
+    assert not [line for _, _, text in steps(page) for line in text.splitlines() if len(line) > 78]
+
+
 def test_the_first_pages_show_the_same_commands() -> None:
     """README.md and the first page of the site, whose commands the next test runs."""
     first = commands(ROOT / "README.md")
