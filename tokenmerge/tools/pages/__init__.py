@@ -6,7 +6,9 @@ import dataclasses
 import datetime
 import json
 import math
+import os
 import platform
+import re
 import shlex
 import sys
 from collections.abc import Mapping, Sequence
@@ -18,6 +20,7 @@ import torch
 import tokenmerge
 from tokenmerge import files
 from tokenmerge.errors import InputError
+from tokenmerge.tools.pages import theme
 
 
 def render(template: str, **values: Any) -> str:
@@ -54,6 +57,41 @@ def printable(text: str) -> str:
     return text.encode("utf-8", "replace").decode("utf-8")
 
 
+def title_of(model: str) -> str:
+    """Return the name of a model for titles: MODEL as it was given, with the last part of a path in place of the path.
+
+    A folder often has a name such as "model", so its architecture follows in parentheses, if its config.json names one.
+
+    Example:
+        >>> from tokenmerge.tools.pages import title_of
+        >>> title_of("hf_hub:timm/vit_tiny_patch16_224"), title_of("open_clip:ViT-B-32:/weights/mine.pt")
+        ('hf_hub:timm/vit_tiny_patch16_224', 'open_clip:ViT-B-32:mine.pt')
+        >>> title_of("local-dir:/home/me/digits")
+        'digits'
+    """
+    kind, _, place = model.partition(":")
+    if kind in ("local-dir", "hf") and (kind == "local-dir" or _is_path(place)):
+        folder = os.path.abspath(place)
+        name, architecture = os.path.basename(folder) or "model", _architecture(folder)
+        return printable(name if architecture in ("", name) else f"{name} ({architecture})")
+    parts = model.split(":")
+    return printable(":".join(os.path.basename(part) if _is_path(part) else part for part in parts))
+
+
+def _is_path(text: str) -> bool:
+    return os.path.isabs(text) or text.startswith((".", "~")) or os.path.exists(text)
+
+
+def _architecture(folder: str) -> str:
+    """Return the architecture in a folder's config.json, of timm or transformers; empty if there is none."""
+    try:
+        found = files.read_json(os.path.join(folder, "config.json"), "the config")
+        names = found.get("architectures") or [found.get("architecture") or found.get("model_type")]
+        return names[0][:80] if isinstance(names[0], str) else ""
+    except (OSError, ValueError, AttributeError, LookupError, TypeError):
+        return ""
+
+
 def about_this() -> dict[str, Any]:
     """Return the command, versions and date for the footer of a page."""
     return {
@@ -65,6 +103,19 @@ def about_this() -> dict[str, Any]:
         },
         "date": datetime.date.today().isoformat(),
     }
+
+
+@dataclasses.dataclass(frozen=True)
+class Figure:
+    """One figure of a report.
+
+    Attributes:
+        caption: what it shows, in a sentence.
+        svg: the SVG document.
+    """
+
+    caption: str
+    svg: str
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,13 +132,29 @@ class Table:
     columns: Sequence[str]
     rows: Sequence[Sequence[Any]]
 
+    @property
+    def kinds(self) -> list[str]:
+        """Classes of the columns for the style sheet: words are aligned to the left, and long ones wrap."""
+        found = []
+        for number in range(len(self.columns)):
+            cells = [str(row[number]) for row in self.rows if number < len(row)]
+            longest = max(map(len, cells), default=0)
+            words = number == 0 or any(_WORDS.search(cell) for cell in cells)
+            found.append("text long" if words and longest > _LONG else "text" if words else "")
+        return found
+
+
+_LONG = 28
+"""Characters from which the words of a cell wrap."""
+_WORDS = re.compile(r"[^\W\d]{3}")
+
 
 def write_report(
     path: Path | str,
     title: str,
     lead: Sequence[str],
     tables: Sequence[Table],
-    figures: Sequence[str | None],
+    figures: Sequence[Figure | None],
     data: Sequence[Mapping[str, Any]],
 ) -> None:
     """Write a page with sortable tables, figures, and the rows to download.
@@ -97,7 +164,7 @@ def write_report(
         title: title of the page.
         lead: paragraphs below the title.
         tables: tables in order.
-        figures: SVG documents; `None` is skipped.
+        figures: the figures; `None` is skipped.
         data: the rows to download.
 
     Raises:
@@ -108,7 +175,12 @@ def write_report(
         title=title,
         lead=lead,
         tables=tables,
-        figures=[figure[figure.index("<svg") :] for figure in figures if figure is not None],
+        figures=[
+            (one.caption, theme.themed(one.svg, one.caption, number))
+            for number, one in enumerate((one for one in figures if one is not None), 1)
+        ],
+        light=theme.variables(dark=False),
+        dark=theme.variables(dark=True),
         data=embedded(list(data)),
         about=about_this(),
     )
