@@ -12,6 +12,7 @@ from torch import nn
 from tokenmerge.config import MergeConfig
 from tokenmerge.errors import PatchError
 from tokenmerge.patching.check import check_block, check_rotary
+from tokenmerge.patching.decisions import log_settings
 from tokenmerge.patching.entering import count_again
 from tokenmerge.patching.handle import Handle, take_off, turns
 from tokenmerge.patching.install import install, restore
@@ -71,6 +72,7 @@ def patch(model: nn.Module, config: MergeConfig | None = None, **fields: Any) ->
         except BaseException:
             restore(target.model)
             raise
+        log_settings(target, record.settings)
     return Handle(target.model, record)
 
 

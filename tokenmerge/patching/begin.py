@@ -14,6 +14,7 @@ from tokenmerge.ops.basics import is_exporting, unit
 from tokenmerge.ops.modes import require
 from tokenmerge.patching.entering import was_asked
 from tokenmerge.patching.hooks import full_wanted, take_grid
+from tokenmerge.patching.log import log_cut
 from tokenmerge.patching.record import BlockRecord
 from tokenmerge.patching.running import runs_by_hand
 from tokenmerge.patching.state import GRID, UNMERGED, Pass, TokenState, attach, state_of
@@ -147,7 +148,9 @@ def begin_pass(record: BlockRecord, x: Tensor, mask: Tensor | None, given: Tenso
         grid = None  # patches were dropped or masked out after the embedding
     entry = settings.entry
     if not (entry.adaptive or entry.learned):  # such matchers may leave other numbers of tokens
-        schedule = cut(schedule, tokens, settings.protected, entry.most)
+        asked, schedule = schedule, cut(schedule, tokens, settings.protected, entry.most)
+        if not torch.compiler.is_compiling():
+            log_cut(settings, tokens, asked, schedule)
     run = Pass(settings, batch, tokens, grid, schedule, full, size, size is not None)
     state = TokenState(run, size)
     if torch.is_grad_enabled() and not torch.compiler.is_compiling():

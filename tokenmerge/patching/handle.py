@@ -15,13 +15,15 @@ from tokenmerge.config import FIELDS, MergeConfig
 from tokenmerge.errors import InputError, PatchError
 from tokenmerge.patching.added import matching_flops
 from tokenmerge.patching.check import attention_choice
+from tokenmerge.patching.decisions import log_settings
 from tokenmerge.patching.entering import check_blocks, count_again
 from tokenmerge.patching.install import remove_hooks, restore
 from tokenmerge.patching.kept import forget, keep
+from tokenmerge.patching.log import logger
 from tokenmerge.patching.match import cost_of
 from tokenmerge.patching.record import RECORD, ModelRecord
 from tokenmerge.patching.running import is_running
-from tokenmerge.patching.settings import backend_choice, matching_in_words, settings_for
+from tokenmerge.patching.settings import backend_choice, matching_in_words, prop_attn_choice, settings_for
 from tokenmerge.patching.summary import Summary, summarize
 from tokenmerge.patching.swap import original_class
 from tokenmerge.patching.target import (
@@ -115,9 +117,11 @@ class Handle:
             model, record = self._live()
             config = MergeConfig.create(record.settings.config if config is None else config, **fields)
             check_blocks(record, record.settings.layers, model)
-            record.settings = settings_for(_target(model, record), config, record.readers)
+            target = _target(model, record)
+            record.settings = settings_for(target, config, record.readers)
             record.latest = record.tuned = None
             keep(model, record)
+            log_settings(target, record.settings)
 
     def tune(
         self,
@@ -171,6 +175,7 @@ class Handle:
                     record.settings = before
             self.update(**tuning.chosen)
             record.tuned = tuning
+            logger.info("%s: %s", original_class(model).__name__, tuning.words)
             return tuning
 
     def remove(self) -> None:
@@ -212,6 +217,7 @@ class Handle:
             settings,
             model=original_class(model).__name__,
             pooling=target.family.pooling(model),
+            proportional=prop_attn_choice(target, settings.config),
             choice=attention_choice(target, settings.config),
             backend=backend_choice(target, settings.config),
             matcher=matching_in_words(settings.config),
@@ -270,7 +276,8 @@ class Handle:
         name = original_class(self._model).__name__
         if patch_of(self._model) is not self._record:
             return f"<Handle of {name}: removed>"
-        return f"<Handle of {name}: {self._record.settings.config}>"
+        changed = self._record.settings.config.changed()
+        return f"<Handle of {name}: {', '.join(f'{field}={value!r:.200}' for field, value in changed.items())}>"
 
 
 def _target(model: nn.Module, record: ModelRecord) -> Target:

@@ -70,12 +70,24 @@ def settings_for(target: Target, config: MergeConfig, misreaders: tuple[str, ...
         protected=protected,
         # a model may have register tokens but no class token; without `cls_token`, the first prefix token counts as one
         class_token=protected > 0 and getattr(model, "cls_token", model) is not None,
-        prop_attn=not family.mae(model) if config.prop_attn == "auto" else bool(config.prop_attn),
+        prop_attn=prop_attn_choice(target, config).form == "on",
         full_output=output == "full",
         merged_states=bool(family.collectors(model)) and output != "full",
         keep_plans=config.traces or needs_plans or output == "full",
         one_call=config.backend in ("auto", "c") and config.order == "partition" and not config.changed("matching"),
     )
+
+
+def prop_attn_choice(target: Target, config: MergeConfig) -> Choice:
+    """Return whether attention is proportional to sizes, "on" or "off", and the reason."""
+    if config.prop_attn != "auto":
+        return Choice("on" if config.prop_attn else "off", "as the config asks")
+    if target.family.mae(target.model):
+        return Choice(
+            "off",
+            "its weights come from MAE pretraining, and the paper finds such models better without it off the shelf",
+        )
+    return Choice("on", "its weights are not known to come from MAE pretraining")
 
 
 def matching_in_words(config: MergeConfig) -> str:

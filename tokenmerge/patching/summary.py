@@ -22,6 +22,7 @@ class Summary:
         protected: prefix tokens, which never merge.
         pooling: how the head reads the tokens, in words.
         prop_attn: whether attention is proportional.
+        prop_attn_reason: the reason for that, in words.
         attention: form in which attention takes the sizes (see `MergeConfig.attention`).
         attention_reason: the reason for that form, in words.
         backend: backend of matching and merging: "triton", "c" or "torch".
@@ -45,6 +46,7 @@ class Summary:
     protected: int
     pooling: str
     prop_attn: bool
+    prop_attn_reason: str
     attention: str
     attention_reason: str
     backend: str
@@ -86,11 +88,11 @@ class Summary:
             f"{self.model}: {self.blocks} blocks patched, matcher {self.matcher}",
             f"  for {self.shape_in_words}: {self.tokens[0]} tokens",
             f"  prefix tokens {self.protected}, pooling {self.pooling}",
-            f"  proportional attention {'on' if self.prop_attn else 'off'}",
+            *_wrapped(f"proportional attention {'on' if self.prop_attn else 'off'}: {self.prop_attn_reason}"),
             *(["  r is what merges on average: the matcher goes by what is in the images"] if self.adaptive else []),
-            *textwrap.wrap(f"  attention form {self.attention}: {self.attention_reason}", 80, subsequent_indent="    "),
-            *textwrap.wrap(f"  backend {self.backend}: {self.backend_reason}", 80, subsequent_indent="    "),
-            *(textwrap.wrap(f"  {self.tuned}", 80, subsequent_indent="    ") if self.tuned else []),
+            *_wrapped(f"attention form {self.attention}: {self.attention_reason}"),
+            *_wrapped(f"backend {self.backend}: {self.backend_reason}"),
+            *(_wrapped(self.tuned) if self.tuned else []),
             f"  {self.flops_before / 1e9:.4g} -> {self.flops_after / 1e9:.4g} GFLOPs per image "
             f"({100 / self.flops_ratio:.1f} %); {self.matching_in_words}",
             "  block   tokens in   merged   tokens out   GFLOPs",
@@ -103,11 +105,17 @@ class Summary:
         return "\n".join(lines)
 
 
+def _wrapped(text: str) -> list[str]:
+    """Return a sentence in lines of at most 80 columns."""
+    return textwrap.wrap(text, 80, initial_indent="  ", subsequent_indent="    ")
+
+
 def summarize(
     settings: Settings,
     *,
     model: str,
     pooling: str,
+    proportional: Choice,
     choice: Choice,
     backend: Choice,
     matcher: str,
@@ -123,6 +131,7 @@ def summarize(
         settings: settings of the model.
         model: class name of the model.
         pooling: how the head reads the tokens, in words.
+        proportional: whether attention is proportional, and the reason for it.
         choice: form of attention, and the reason for it.
         backend: backend, and the reason for it.
         matcher: name of the matcher, and further options in words.
@@ -138,6 +147,7 @@ def summarize(
         protected=cost.protected,
         pooling=pooling,
         prop_attn=settings.prop_attn,
+        prop_attn_reason=proportional.reason,
         attention=choice.form,
         attention_reason=choice.reason,
         backend=backend.form,

@@ -30,7 +30,9 @@ def distinct(count: int) -> Tensor:
     lab = oklab(colours).numpy()
     distance = np.full(len(lab), np.inf, dtype=np.float32)
     chosen = []
-    current = int(np.square(lab - np.array([0.62, 0.0, -0.15], dtype=np.float32)).sum(axis=1).argmin())  # a blue comes first
+    current = int(
+        np.square(lab - np.array([0.62, 0.0, -0.15], dtype=np.float32)).sum(axis=1).argmin()
+    )  # a blue comes first
     for _ in range(min(count, _FARTHEST)):
         chosen.append(current)
         np.minimum(distance, np.square(lab - lab[current]).sum(axis=1), out=distance)

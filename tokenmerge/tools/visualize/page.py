@@ -15,7 +15,7 @@ from torch import Tensor
 from tokenmerge import files
 from tokenmerge.tools.media import IMAGES, Medium
 from tokenmerge.tools.models import RANDOM_WEIGHTS
-from tokenmerge.tools.pages import about_this, embedded, finite, render
+from tokenmerge.tools.pages import about_this, embedded, finite, render, title_of
 from tokenmerge.tools.visualize.flat import Flat, flat
 from tokenmerge.tools.visualize.load import FRAMES_PER_SECOND, Shown
 from tokenmerge.tools.visualize.looks import Look
@@ -43,7 +43,7 @@ def write_page(
         InputError: if Jinja2 is missing, or the file cannot be written.
     """
     images = [image_data(each, of_image) for each, of_image in zip(shown, looks, strict=True)]
-    page = explorer_page(model, {"images": images, "live": False}, random=random)
+    page = explorer_page(title_of(model), {"images": images, "live": False}, random=random)
     files.write(path, page, "--out")
 
 
