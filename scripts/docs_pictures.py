@@ -24,7 +24,7 @@ IMAGES = Path(__file__).parents[1] / "docs" / "images"
 
 
 def screenshot(page: Path, out: Path) -> None:
-    """Take a screenshot of the interactive page with two settings and one highlighted token."""
+    """Take a screenshot of the interactive page with one token pinned."""
     from playwright.sync_api import sync_playwright
 
     with sync_playwright() as playwright:
@@ -32,14 +32,13 @@ def screenshot(page: Path, out: Path) -> None:
             executable_path=shutil.which("chromium"),
             args=["--no-sandbox", "--disable-background-networking", "--disable-quic"],
         )
-        view: Any = browser.new_page(viewport={"width": 1000, "height": 1010})
+        view: Any = browser.new_page(viewport={"width": 1280, "height": 800}, color_scheme="light")
         view.goto(page.as_uri())
         view.wait_for_selector("canvas")
-        view.keyboard.press("2")
         view.locator("#step").fill("9")
         view.locator("#step").blur()
-        box = view.locator("canvas").first.bounding_box()
-        view.mouse.move(box["x"] + 0.5 * box["width"], box["y"] + 0.45 * box["height"])
+        box = view.locator(".panel canvas").nth(1).bounding_box()
+        view.mouse.click(box["x"] + 0.5 * box["width"], box["y"] + 0.45 * box["height"])
         view.screenshot(path=out)
         browser.close()
 
@@ -52,9 +51,9 @@ def main() -> None:
         cat = Path(folder, "cat.png")
         pixels = data.chelsea()  # type: ignore[no-untyped-call]  # 300 × 451, of which the central square is used
         Image.fromarray(pixels[:, 90:390]).save(cat)
-        Path(folder, "model").symlink_to(Path(sys.argv[1]).resolve())
+        Path(folder, "tiny-imagenet").symlink_to(Path(sys.argv[1]).resolve())
         os.chdir(folder)  # so that pages contain no local paths
-        base = ["visualize", "local-dir:model", "cat.png", "--pretrained", "--r", "16"]
+        base = ["visualize", "local-dir:tiny-imagenet", "cat.png", "--pretrained", "--r", "16"]
         for view, name in (("picture", "cat"), ("sizes", "cat-sizes")):
             if tokenmerge([*base, "--view", view, "--out", str(IMAGES / f"{name}.png")]):
                 sys.exit("the picture could not be made")
