@@ -12,7 +12,7 @@ function predictions(image) {
     });
     table.append(element("tr", {}, ...cells));
   }
-  at("classes").append(element("h2", { textContent: "What the model sees" }), table);
+  at("classes").append(element("h2", { textContent: "What the model answers" }), table);
 }
 
 function figureOf(image, panel, i) {
@@ -29,8 +29,9 @@ function figureOf(image, panel, i) {
     image.looks.forEach((one, k) => choose.append(element("option", { value: k, textContent: one.title })));
     choose.value = panel.look;
     choose.addEventListener("change", () => { state.shown[i - 1] = Number(choose.value); makePanels(); });
-    const speed = look.speed ? `, ${look.speed.toFixed(2)}× as fast here` : "";
-    head.append(choose, panel.caption, element("span", { className: "quiet", textContent: `${look.gflops.toPrecision(3)} of ${image.unmerged.gflops.toPrecision(3)} GFLOPs${speed}` }));
+    const speed = look.speed ? `${look.speed.toFixed(2)}× as fast here, ` : "";
+    const cost = `${speed}${look.gflops.toPrecision(3)} of ${image.unmerged.gflops.toPrecision(3)} GFLOPs`;
+    head.append(choose, panel.caption, element("span", { className: "quiet", textContent: cost, title: cost }));
   }
   panel.figure = element("figure", { className: "panel" }, head, canvas);
   pointing(canvas, i);

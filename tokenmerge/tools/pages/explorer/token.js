@@ -51,11 +51,12 @@ function memberList(image, members, size) {
     all.addEventListener("click", () => { list.textContent = members.map(p => `(${short(image, p)})`).join(" "); });
     list.append(" ", all);
   }
-  const numbers = image.sound ? image.grid[0] === 1 ? "seconds" : "seconds, Hz" : image.tiles ? "frame, row, column" : "row, column";
+  const numbers = image.sound ? image.grid[0] === 1 ? "begin, s" : "begin, s; Hz" : image.tiles ? "frame, row, column" : "row, column";
   return element("section", {}, element("h3", { textContent: `Members (${numbers})` }), element("p", { textContent: text }), list);
 }
 
-const short = (image, cell) => place(image, cell).replace(/(frame|row|column) /g, "").replace(/ k?Hz$/, unit => unit === " kHz" ? "k" : "").replace(" s", "");
+// the same in numbers alone; of a moment, where it begins
+const short = (image, cell) => place(image, cell).replace(/(frame|row|column) /g, "").replace(/–[\d.]+ s/, "").replace(/ k?Hz$/, unit => unit === " kHz" ? "k" : "");
 
 // merges of these members up to this block, the latest first
 function eventsOf(image, look, members) {
