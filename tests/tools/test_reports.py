@@ -15,7 +15,7 @@ from xml.etree import ElementTree
 import pytest
 
 from tests.conftest import Run
-from tokenmerge.tools.pages import Figure, Table, theme, write_report
+from tokenmerge.tools.pages import Figure, Table, theme, title_of, write_report
 from tokenmerge.tools.pages.figures import Axis, lines
 
 pytest.importorskip("matplotlib")
@@ -179,6 +179,29 @@ def test_the_page_is_whole(report: Path) -> None:
     assert found.headings == ["h1", "h2", "h2", "h2"]
     assert len(found.ids) == len(set(found.ids))
     assert all(one.startswith(("#", "data:")) for one in found.addresses), "nothing is loaded"
+
+
+def test_titles_hold_no_paths(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "mine").mkdir()
+    assert title_of(f"local-dir:{tmp_path / 'mine'}") == "mine"
+    (tmp_path / "mine" / "config.json").write_text('{"architecture": "vit_b"}')
+    assert title_of(f"local-dir:{tmp_path / 'mine'}/") == "mine (vit_b)"
+    (tmp_path / "mine" / "config.json").write_text('{"architectures": ["ViTModel"], "model_type": "vit"}')
+    assert title_of(f"hf:{tmp_path / 'mine'}") == "mine (ViTModel)"
+    for odd in ("[]", '{"architectures": [3]}', '{"architectures": {"a": 1}}', "{", '{"architecture": null}'):
+        (tmp_path / "mine" / "config.json").write_text(odd)
+        assert title_of(f"local-dir:{tmp_path / 'mine'}") == "mine"
+    monkeypatch.chdir(tmp_path / "mine")
+    assert title_of("local-dir:.") == "mine"
+    assert title_of(f"torchvision:vit_b_16:{tmp_path / 'a.safetensors'}") == "torchvision:vit_b_16:a.safetensors"
+    for same in (
+        "vit_tiny_patch16_224",
+        "hf_hub:timm/vit",
+        "hf:google/vit",
+        "hf:vit",
+        "torchvision:vit_b_16:IMAGENET1K_V1",
+    ):
+        assert title_of(same) == same
 
 
 def test_columns_of_words_and_numbers() -> None:
