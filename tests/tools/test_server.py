@@ -7,7 +7,6 @@ import dataclasses
 import http.client
 import io
 import json
-import shutil
 import socket
 import struct
 import threading
@@ -20,6 +19,7 @@ from typing import Any
 import pytest
 from PIL import Image
 
+from tests.helpers.browser import Open
 from tests.helpers.pictures import photo, write_model
 from tokenmerge.tools.explore import ExploreOptions
 from tokenmerge.tools.explore.app import make_app
@@ -27,11 +27,9 @@ from tokenmerge.tools.explore.explorer import Explorer
 from tokenmerge.tools.explore.headers import policy_of
 from tokenmerge.tools.explore.limits import Limits
 from tokenmerge.tools.explore.serving import make_server
-from tokenmerge.tools.pages import title_of
 
 pytest.importorskip("uvicorn")
 
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 QUICK = Limits(head=1, idle=1, pause=1, whole=3, connections_each=40, connections=60, waiting=4, waiting_each=3)
 HALF = b"GET / HTTP/1.1\r\nHost: 127.0.0.1\r\nX-Slow: "
 Started = Callable[..., "Server"]
@@ -317,29 +315,6 @@ def test_no_answer_names_a_folder(start: Started, explorer: Explorer) -> None:
     assert said == "a b/c.png: 'x.bin' and 1/2, see http://a.b/c/d"
 
 
-def test_titles_hold_no_paths(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "mine").mkdir()
-    assert title_of(f"local-dir:{tmp_path / 'mine'}") == "mine"
-    (tmp_path / "mine" / "config.json").write_text('{"architecture": "vit_b"}')
-    assert title_of(f"local-dir:{tmp_path / 'mine'}/") == "mine (vit_b)"
-    (tmp_path / "mine" / "config.json").write_text('{"architectures": ["ViTModel"], "model_type": "vit"}')
-    assert title_of(f"hf:{tmp_path / 'mine'}") == "mine (ViTModel)"
-    for odd in ("[]", '{"architectures": [3]}', '{"architectures": {"a": 1}}', "{", '{"architecture": null}'):
-        (tmp_path / "mine" / "config.json").write_text(odd)
-        assert title_of(f"local-dir:{tmp_path / 'mine'}") == "mine"
-    monkeypatch.chdir(tmp_path / "mine")
-    assert title_of("local-dir:.") == "mine"
-    assert title_of(f"torchvision:vit_b_16:{tmp_path / 'a.safetensors'}") == "torchvision:vit_b_16:a.safetensors"
-    for same in (
-        "vit_tiny_patch16_224",
-        "hf_hub:timm/vit",
-        "hf:google/vit",
-        "hf:vit",
-        "torchvision:vit_b_16:IMAGENET1K_V1",
-    ):
-        assert title_of(same) == same
-
-
 def exif(orientation: bytes, count: int = 1, kind: int = 3) -> bytes:
     """EXIF with an orientation of any type, value and number, and a pointer to nowhere."""
     entries = struct.pack("<HHI", 0x0112, kind, count) + orientation.ljust(4, b"\0")
@@ -380,24 +355,14 @@ def test_broken_exif_is_a_sentence_or_the_picture(start: Started, kind: str) -> 
         assert server.call("/api/run?r=2", data[:33] + chunk + data[33:])[0] in (200, 400)
 
 
-def test_the_page_works_under_its_policy(start: Started) -> None:
-    api = pytest.importorskip("playwright.sync_api")
-    if CHROMIUM is None:
-        pytest.skip("no chromium on this machine")
-    server = start()
-    with api.sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
-        page = browser.new_page()
-        problems: list[str] = []
-        page.on("console", lambda one: problems.append(one.text) if one.type in ("error", "warning") else None)
-        page.on("pageerror", lambda error: problems.append(str(error)))
-        page.goto(f"http://127.0.0.1:{server.port}/")
-        page.wait_for_selector("canvas", timeout=20_000)
-        assert not problems
-        page.evaluate(
-            "() => { const s = document.createElement('script'); s.text = 'window.hacked = 1'; document.body.append(s); }"
-        )
-        assert page.evaluate("window.hacked") is None, "a script that the server did not send does not run"
-        assert len(problems) == 1
-        assert "Content Security Policy" in problems[0]
-        browser.close()
+def test_the_page_works_under_its_policy(start: Started, open_page: Open) -> None:
+    browser = open_page(f"http://127.0.0.1:{start().port}/")
+    page = browser.page
+    page.wait_for_selector("canvas", timeout=20_000)
+    assert not browser.problems
+    page.evaluate(
+        "() => { const s = document.createElement('script'); s.text = 'window.hacked = 1'; document.body.append(s); }"
+    )
+    assert page.evaluate("window.hacked") is None, "a script that the server did not send does not run"
+    assert len(browser.problems) == 1
+    assert "Content Security Policy" in browser.problems[0]

@@ -61,7 +61,7 @@ def write_outputs(
         }
         for row in rows
     ]
-    accuracy = Axis("top1", "top-1, %", 0, 100, ("top1_end_low", "top1_end_high"))
+    accuracy = Axis("top1", "top-1, %", 0, 100, ("top1_end_low", "top1_end_high"), span=2)
     figures: list[Figure | None] = []
     for name, across, caption in (
         (

@@ -122,7 +122,7 @@ def _run(
 
 def _figures(rows: Sequence[Row]) -> list[Figure | None]:
     labelled = [{**row, "name": title_of_label(row["r"])} for row in rows]
-    accuracy = Axis("top1", "top-1, %", 0, 100, ("top1_low", "top1_high"))
+    accuracy = Axis("top1", "top-1, %", 0, 100, ("top1_low", "top1_high"), span=2)
     speed = Axis("images_per_second", "images per second", 0)
     cost = Axis("gflops", "GFLOPs (multiply-adds) per image", 0)
     found = [
@@ -133,7 +133,11 @@ def _figures(rows: Sequence[Row]) -> list[Figure | None]:
     if any(row["top1_difference"] is not None for row in rows):
         compared = [{**row, "top1_difference": row["top1_difference"] or 0.0} for row in labelled]
         change = Axis(
-            "top1_difference", "change of top-1, points", ends=("top1_difference_low", "top1_difference_high"), mark=0
+            "top1_difference",
+            "change of top-1, points",
+            ends=("top1_difference_low", "top1_difference_high"),
+            mark=0,
+            span=1,
         )
         text = "Change of top-1 to r=0 on the same images, and cost; bars: 95 % interval of the change."
         return [*found, captioned(text, lines(compared, cost, change, names="name"))]

@@ -126,11 +126,13 @@ class Table:
         title: heading of the table.
         columns: column headings.
         rows: cells; numeric cells are sorted as numbers.
+        folded: whether the rows are shown only on request.
     """
 
     title: str
     columns: Sequence[str]
     rows: Sequence[Sequence[Any]]
+    folded: bool = False
 
     @property
     def kinds(self) -> list[str]:

@@ -17,12 +17,11 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure as Drawing
 
 _MARKS = ("o", "s", "^", "D", "v", "P", "X", "*", "<", ">")
-_SIZE = (6.0, 3.9)
+_SIZE = (5.0, 3.4)
 """Width and height in inches of the axes and their labels: two figures fit beside each other, and the words stay legible."""
 _MOST_MARKED = 40
 """Most points of a line that are marked; more would hide it."""
-_PADDING = 0.07
-_LEGEND_WIDTH = 84
+_LEGEND_WIDTH = 68
 """Characters that fit beside each other below the axes."""
 
 
@@ -37,6 +36,8 @@ class Axis:
         most: largest possible value.
         ends: columns of the ends of an interval around each value, for error bars.
         mark: value to which others are compared, such as a speed-up of 1; the axis includes it, and a thin line shows it.
+        span: smallest range of the axis, because a difference of nothing would fill it otherwise.
+        whole: whether only whole numbers are marked.
     """
 
     column: str
@@ -45,6 +46,8 @@ class Axis:
     most: float | None = None
     ends: tuple[str, str] | None = None
     mark: float | None = None
+    span: float = 0.0
+    whole: bool = False
 
     def values(self, rows: Sequence[Mapping[str, Any]]) -> list[float]:
         """Return all values that the axis must include."""
@@ -52,13 +55,14 @@ class Axis:
         found = [float(row[name]) for row in rows for name in columns if row.get(name) is not None]
         return found if self.mark is None else [*found, self.mark]
 
-    def limits(self, rows: Sequence[Mapping[str, Any]]) -> tuple[float, float]:
-        """Return the ends of the axis: a little beyond the values, and never beyond what is possible."""
+    def limits(self, rows: Sequence[Mapping[str, Any]], padding: float = 0.07) -> tuple[float, float]:
+        """Return the ends of the axis: a little beyond the values (by `padding` of their range), and never beyond possible values."""
         values = self.values(rows)
         low, high = min(values), max(values)
-        span = max(high - low, 0.02 * abs(high), 1e-9)
+        span = max(high - low, self.span or 0.02 * abs(high), 1e-9)
         from_zero = self.least == 0 and 0 <= low < high / 4
-        low, high = low - _PADDING * span, high + _PADDING * span
+        wider = (span - (high - low)) / 2 + padding * span
+        low, high = low - wider, high + wider
         if self.most is not None:
             high = min(high, self.most)
         if self.least is not None:
@@ -116,11 +120,12 @@ def lines(
     for number, group in enumerate(groups):
         mine = sorted((row for row in shown if by is None or row[by] == group), key=lambda row: row[x.column])
         _line(axes, mine, x, y, number, "" if group is None else str(group), group not in alone)
-    axes.set_xlim(*x.limits(shown))
+    axes.set_xlim(*x.limits(shown, 0.07 if names is None else 0.11))  # names need room beside the outer points
     axes.set_ylim(*y.limits(shown))
     _style(figure, axes, x, y)
     if diagonal:
-        axes.axline((1, 1), slope=1, color=GRID, linewidth=1, linestyle=(0, (5, 3)), zorder=0.5)
+        ends = [max(x.limits(shown)[0], y.limits(shown)[0]), min(axes.get_xlim()[1], axes.get_ylim()[1])]
+        axes.plot(ends, ends, color=INK, alpha=0.6, linewidth=0.9, linestyle=(0, (5, 3)), zorder=0.5)
     if legend:
         figure.legend(
             fontsize=9, ncols=columns, loc="outside lower center", frameon=False, labelcolor=INK, handlelength=1.6
@@ -136,7 +141,11 @@ def _line(
     up = [row[y.column] for row in rows]
     bars = None
     if y.ends is not None:
-        lower, upper = ([row[y.column] if row.get(end) is None else row[end] for row in rows] for end in y.ends)
+        lower, upper = ([row[y.column if row.get(end) is None else end] for row in rows] for end in y.ends)
+        if y.least is not None:
+            lower = [max(y.least, end) for end in lower]
+        if y.most is not None:
+            upper = [min(y.most, end) for end in upper]
         # a value outside its interval, such as a minimum of times, has a bar on one side alone
         bars = [
             [max(0.0, value - end) for value, end in zip(up, lower, strict=True)],
@@ -146,7 +155,6 @@ def _line(
         [row[x.column] for row in rows],
         up,
         yerr=bars,
-        label=label.replace("$", r"\$"),
         color=COLOURS[number % len(COLOURS)],
         marker=_MARKS[number % len(_MARKS)] if len(rows) <= _MOST_MARKED or not joined else "",
         linewidth=1.4 if joined else 0,
@@ -155,6 +163,7 @@ def _line(
         markersize=5.5,
         clip_on=False,  # a mark at the end of an axis, such as 100 %, is shown whole
     )
+    drawn.lines[0].set_label(label.replace("$", r"\$"))  # without the bars, which would fill the legend
     drawn.lines[0].set_gid(f"line-{number}")
     if bars is not None:
         for part in drawn.lines[2]:
@@ -163,12 +172,16 @@ def _line(
 
 def _style(figure: Drawing, axes: Axes, x: Axis, y: Axis) -> None:
     """Set words, lines and colours, which the page replaces by those of its theme."""
+    from matplotlib import ticker
+
     figure.set_facecolor(PAPER)
     axes.set_facecolor("none")
     axes.set_xlabel(x.label, fontsize=10, color=INK)
     axes.set_ylabel(y.label, fontsize=10, color=INK)
     axes.tick_params(labelsize=9, colors=INK)
     axes.ticklabel_format(useOffset=False)
+    for one, axis in ((x, axes.xaxis), (y, axes.yaxis)):
+        axis.set_major_locator(ticker.MaxNLocator(6, steps=[1, 2, 2.5, 5, 10], integer=one.whole))
     axes.grid(color=GRID, linewidth=0.6)
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-    from matplotlib.transforms import Bbox
+    from matplotlib.path import Path
+    from matplotlib.transforms import Bbox, Transform
 
 _PLACES = (
     (6, 5, "left", "bottom"),
@@ -43,9 +44,10 @@ def place_labels(axes: Axes, points: Sequence[tuple[float, float, str]], colour:
     figure.draw_without_rendering()  # sets the layout, on which all positions depend
     scale = figure.dpi / 72
     taken = [_around(axes, x, y, _MARK * scale) for x, y, _ in points]
-    bars = [box for line in axes.collections for box in _boxes(line.get_paths(), axes)]
-    chords = [part for line in axes.lines if line.get_linestyle() != "None" for part in _boxes([line.get_path()], axes)]
-    frame = axes.bbox.padded(4)
+    bars = [box for one in axes.collections for box in _boxes(one.get_paths(), one.get_transform())]
+    drawn = [line for line in axes.lines if line.get_linestyle() != "None"]
+    chords = [box for line in drawn for box in _boxes([line.get_path()], line.get_transform())]
+    frame = axes.bbox.padded(-2)
     written: list[Bbox] = []
     for x, y, text in points:
         best, least = None, float("inf")
@@ -63,7 +65,7 @@ def place_labels(axes: Axes, points: Sequence[tuple[float, float, str]], colour:
             )
             box = one.get_window_extent()
             cost = 100 * sum(_shared(box, other) for other in written) + 4 * sum(_shared(box, other) for other in taken)
-            cost += sum(_shared(box, other) for other in (*bars, *chords)) + 20 * _outside(box, frame) + 0.01 * number
+            cost += sum(_shared(box, other) for other in (*bars, *chords)) + 60 * _outside(box, frame) + 0.01 * number
             if cost < least:
                 if best is not None:
                     best.remove()
@@ -85,13 +87,13 @@ def _around(axes: Axes, x: float, y: float, reach: float) -> Bbox:
     return Bbox.from_extents(across - reach, up - reach, across + reach, up + reach)
 
 
-def _boxes(paths: Sequence[object], axes: Axes) -> list[Bbox]:
-    """Return boxes that cover the segments of paths in data coordinates, eight for each, because a slanted one would fill one box."""
+def _boxes(paths: Sequence[Path], transform: Transform) -> list[Bbox]:
+    """Return boxes that cover the segments of paths, eight for each, because a slanted segment does not fill one box."""
     from matplotlib.transforms import Bbox
 
     found = []
     for path in paths:
-        corners = axes.transData.transform(path.vertices)  # type: ignore[attr-defined]
+        corners = transform.transform(path.vertices)
         for first, second in itertools.pairwise(corners):
             for step in range(8):
                 one, other = (first + (second - first) * part / 8 for part in (step, step + 1))

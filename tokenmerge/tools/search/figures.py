@@ -26,7 +26,7 @@ def figures(study: Any, rows: Sequence[Row]) -> list[Figure | None]:
     speed = Axis("speedup", "speed-up, measured", 0, mark=1)
     divergence = Axis("divergence", "KL to the unmerged model", 0)
     caption = "All trials: the predictions change less towards the bottom, and the model is faster towards the right."
-    accuracy = Axis("top1", "top-1, %", 0, 100, ("top1_low", "top1_high"))
+    accuracy = Axis("top1", "top-1, %", 0, 100, ("top1_low", "top1_high"), span=2)
     checked = "The result and a constant r of equal speed, on images that the search did not see; bars: 95 % interval of each accuracy."
     return [
         captioned(caption, lines(trials, speed, divergence, by="kind", alone=["trial"])),

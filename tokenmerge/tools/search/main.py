@@ -383,7 +383,7 @@ def _check(
 
 def _print(report: Report, rows: Sequence[Row], search: SearchOptions) -> None:
     report.table(
-        f"{title_of(search.model)}: settings on {rows[0]['images']} other images",
+        f"search on {title_of(search.model)}, checked on {rows[0]['images']} other images",
         ("setting", "speed-up", "top-1", "KL"),
         ((r["setting"], f"{r['speedup']:.2f}x", f"{r['top1']:.2f}", f"{r['divergence']:.3f}") for r in rows),
     )

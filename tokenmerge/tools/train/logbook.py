@@ -141,8 +141,12 @@ class Logbook:
             figure.savefig(beside, dpi=120)
         scores = [row for row in rows if row["kind"] == "eval"]
         columns = [name for name in _COLUMNS if any(name in row for row in scores)]
-        table = Table("evaluations", columns, [[_cell(row.get(name)) for name in columns] for row in scores])
-        asked = Table("asked for", ["name", "value"], [[name, str(value)] for name, value in about["args"].items()])
+        table = Table(
+            "Evaluations",
+            [_COLUMNS[name] for name in columns],
+            [[_cell(row.get(name)) for name in columns] for row in scores],
+        )
+        asked = Table("Options", ["name", "value"], [[n, str(v)] for n, v in about["args"].items()], folded=True)
         lead = [f"{about['data']['images']} images of {about['data']['classes']} classes, commit {about['commit']}."]
         title = f"training {title_of(about['args']['model'])}"
         write_report(self.folder / "report.html", title, lead, [table, asked], _figures(rows), rows)
@@ -151,7 +155,15 @@ class Logbook:
 _MOST_ROWS = 2**31
 _KINDS = {"train": "loss", "eval": "top1"}
 """Kinds of rows, each with an entry that it must have."""
-_COLUMNS = ("epoch", "update", "r", "top1", "top5", "gflops", "images")
+_COLUMNS = {
+    "epoch": "epoch",
+    "update": "update",
+    "r": "r",
+    "top1": "top-1",
+    "top5": "top-5",
+    "gflops": "GFLOPs",
+    "images": "images",
+}
 
 
 def _cell(value: Any) -> str:
@@ -168,9 +180,9 @@ def _writing(what: str, path: Path) -> Iterator[None]:
         ) from None
 
 
-_EPOCH = Axis("epoch", "epoch", 0)
+_EPOCH = Axis("epoch", "epoch", 0, whole=True)
 _LOSS = Axis("loss", "training loss", 0)
-_TOP1 = Axis("top1", "top-1, %", 0, 100)
+_TOP1 = Axis("top1", "top-1, %", 0, 100, span=2)
 
 
 def _figures(rows: Sequence[Row]) -> list[Figure | None]:
