@@ -17,17 +17,18 @@ function sheetOf() {
 }
 
 function savePNG() {
-  const { wide, high, text, box, width, height } = sheetOf(), canvas = element("canvas", { width, height }), context = canvas.getContext("2d");
+  const { wide, high, text, box, width, height } = sheetOf(), canvas = new OffscreenCanvas(width, height), context = canvas.getContext("2d");
   const style = getComputedStyle(document.body);
   context.fillStyle = style.backgroundColor; context.fillRect(0, 0, width, height);
   panels.forEach((panel, i) => {
-    const part = element("canvas", { width: wide, height: high });
+    const part = new OffscreenCanvas(wide, high);
     paintInto(part.getContext("2d"), panel, wide, high, 2);
     context.drawImage(part, box(i).x, box(i).y);
     context.fillStyle = style.color; context.font = "26px system-ui, sans-serif";
     context.fillText(captionOf(panel), box(i).x, box(i).y + high + text - 10, wide);
   });
-  canvas.toBlob(blob => offer(blob, `${stem()}.png`), "image/png");
+  const name = `${stem()}.png`;
+  canvas.convertToBlob({ type: "image/png" }).then(blob => offer(blob, name));  // `toBlob` waits for an idle page, seconds long
 }
 
 const escaped = text => text.replace(/[&<>"']/g, c => `&#${c.codePointAt(0)};`);
