@@ -17,7 +17,7 @@ function sheetOf() {
 }
 
 function savePNG() {
-  const { wide, high, text, box, width, height } = sheetOf(), canvas = new OffscreenCanvas(width, height), context = canvas.getContext("2d");
+  const { wide, high, text, box, width, height } = sheetOf(), canvas = element("canvas", { width, height }), context = canvas.getContext("2d");
   const style = getComputedStyle(document.body);
   context.fillStyle = style.backgroundColor; context.fillRect(0, 0, width, height);
   panels.forEach((panel, i) => {
@@ -27,8 +27,8 @@ function savePNG() {
     context.fillStyle = style.color; context.font = "26px system-ui, sans-serif";
     context.fillText(captionOf(panel), box(i).x, box(i).y + high + text - 10, wide);
   });
-  const name = `${stem()}.png`;
-  canvas.convertToBlob({ type: "image/png" }).then(blob => offer(blob, name));  // `toBlob` waits for an idle page, seconds long
+  // `toBlob` waits until the page is idle, for up to seven seconds
+  offer(new Blob([unpacked(canvas.toDataURL("image/png").split(",")[1], Uint8Array)], { type: "image/png" }), `${stem()}.png`);
 }
 
 const escaped = text => text.replace(/[&<>"']/g, c => `&#${c.codePointAt(0)};`);
