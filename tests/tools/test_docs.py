@@ -99,16 +99,35 @@ def brief(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(demo, "load_digits", lambda: [part[-60:] for part in load_digits()])
 
 
+def shape_of(line: str) -> str:
+    """A line of output without what differs between machines and data: numbers, widths and frames of tables."""
+    return " ".join(re.sub(r"[┃│]", " ", re.sub(r"-?\d[\d.,]*(e-\d+)?", "#", line)).split())
+
+
+def promised(page: Path) -> list[str]:
+    """Lines that a page says its first command prints: titles, heads of tables and sentences, not the rows."""
+    shown = re.search(r"^```sh\n[^`]*```\n\n```text\n(.*?)^```", page.read_text(), re.DOTALL | re.MULTILINE)
+    lines = [] if shown is None else shown[1].splitlines()
+    return [shape_of(line) for line in lines if not line.startswith(("│", "┏", "┡", "└", "…"))]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("page", COMMANDS, ids=lambda page: page.stem)
 def test_every_command_of_the_pages_runs(
-    page: Path, digits: Path, brief: None, monkeypatch: pytest.MonkeyPatch
+    page: Path, digits: Path, brief: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    """And the first one prints what the page shows below it."""
     monkeypatch.chdir(digits)
     lines = commands(page)
     assert lines or page.stem == "explore"  # which would serve for ever
+    printed = []
     for line in lines:
         assert main(words(line)) == 0, line
+        output = capsys.readouterr()
+        printed.append([shape_of(one) for one in (output.out + output.err).splitlines()])
+    if lines:
+        assert promised(page), "the page shows no output"
+        assert [line for line in promised(page) if line not in printed[0]] == []
 
 
 @pytest.mark.slow
