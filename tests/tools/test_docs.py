@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import glob
+import importlib
 import re
 import shlex
 import shutil
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 import tokenmerge
+from tokenmerge import methods
 from tokenmerge.cli import main
+from tokenmerge.cli.main import COMMANDS as CLI
+from tokenmerge.matching import registry
 from tokenmerge.ops import timing
 from tokenmerge.tools.bench import break_even
 from tokenmerge.tools.bench import measure as bench
@@ -25,10 +30,19 @@ from tokenmerge.tools.search import main as search
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 COMMANDS = sorted((ROOT / "docs" / "commands").glob("*.md"))
+# pages that lead a reader from step to step, with the digits that `tokenmerge demo --export digits` writes
+GUIDES = [ROOT / "README.md", *sorted((ROOT / "docs" / "tutorials").glob("*.md"))]
+INDEX = ROOT / "docs" / "index.md"
+
+
+def steps(page: Path) -> list[tuple[str, str, str]]:
+    """Blocks of a page in order: the language, the name of the file that a reader saves it as (or ""), the text."""
+    pattern = r'^```(\w+)(?: title="([^"\n]+)")?\n(.*?)^```'
+    return re.findall(pattern, page.read_text(), re.DOTALL | re.MULTILINE)
 
 
 def blocks(page: Path, language: str) -> list[str]:
-    return re.findall(rf"^```{language}\n(.*?)^```", page.read_text(), re.DOTALL | re.MULTILINE)
+    return [text for found, _, text in steps(page) if found == language]
 
 
 def words(line: str) -> list[str]:
@@ -37,27 +51,61 @@ def words(line: str) -> list[str]:
     return [word for part in parts for word in (sorted(glob.glob(part))[:3] or [part])]
 
 
-def is_tested_elsewhere(page: Path) -> bool:
-    """Whether a page without Python code is a command's, or is made by a script or from docstrings, or has a test of its own."""
+def is_made(page: Path) -> bool:
+    """Whether a script writes the page, or it is made from docstrings, whose examples are tested where they stand."""
     text = page.read_text()
-    made = "<!-- written by scripts/" in text or re.search(r"^::: ", text, re.MULTILINE)
-    return page in COMMANDS or bool(made) or (Path(__file__).parent / f"test_{page.stem}.py").exists()
+    return "<!-- written by scripts/" in text or re.search(r"^::: ", text, re.MULTILINE) is not None
+
+
+class Reader:
+    """Somebody in an empty folder who follows a page from top to bottom."""
+
+    def __init__(self, page: Path, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.page, self.folder, self.monkeypatch = page, folder, monkeypatch
+        self.names: dict[str, object] = {"__name__": "__main__"}
+        self.registries = dict(registry._MATCHERS), dict(methods._METHODS)
+        monkeypatch.chdir(folder)
+        monkeypatch.syspath_prepend(folder)
+
+    def python(self, file: str, text: str) -> None:
+        """Run a block, or save it if it has the name of a file, to be imported or given to a command later."""
+        if not file:
+            exec(compile(text, str(self.page), "exec"), self.names)
+            return
+        (self.folder / file).write_text(text)
+        self.monkeypatch.delitem(sys.modules, Path(file).stem, raising=False)
+        importlib.invalidate_caches()
+
+    def command(self, line: str) -> None:
+        """Run a command, which does not know what the page's Python registered, because it is another process."""
+        matchers, named = self.registries
+        with self.monkeypatch.context() as fresh:
+            fresh.setattr(registry, "_MATCHERS", dict(matchers))
+            fresh.setattr(methods, "_METHODS", dict(named))
+            assert main(words(line)) == 0, line
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
-def test_python_blocks_run_in_order(page: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.chdir(tmp_path)
-    names: dict[str, object] = {"__name__": "__main__"}
-    code = blocks(page, "python")
-    assert code or is_tested_elsewhere(page) or page.stem == "faq"
-    for block in code:
-        exec(compile(block, str(page), "exec"), names)
+def test_python_blocks_run_in_order(
+    page: Path, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    if page in (*GUIDES, INDEX):
+        request.getfixturevalue("digits")
+    reader = Reader(page, tmp_path, monkeypatch)
+    code = [(file, text) for language, file, text in steps(page) if language == "python"]
+    assert code or is_made(page)
+    for file, text in code:
+        reader.python(file, text)
+
+
+def lines_of(block: str) -> list[str]:
+    """Lines that start the command, without what is said beside them; a line that ends in a backslash goes on in the next."""
+    lines = block.replace("\\\n", " ").splitlines()
+    return [" ".join(line.split(" #")[0].split()) for line in lines if line.startswith("tokenmerge ")]
 
 
 def commands(page: Path) -> list[str]:
-    """Lines of a page that start the command, without what is said beside them."""
-    lines = [line for block in blocks(page, "sh") for line in block.splitlines()]
-    return [line.split(" #")[0].strip() for line in lines if line.startswith("tokenmerge ")]
+    return [line for block in blocks(page, "sh") for line in lines_of(block)]
 
 
 @pytest.fixture(scope="module")
@@ -130,19 +178,62 @@ def test_every_command_of_the_pages_runs(
         assert [line for line in promised(page) if line not in printed[0]] == []
 
 
+def test_every_command_has_a_page_that_runs() -> None:
+    """Which the test above runs line by line; `explore` alone would serve for ever."""
+    assert {page.stem for page in COMMANDS} == set(CLI)
+    for page in COMMANDS:
+        assert page.stem == "explore" or page.stem in {line.split()[1] for line in commands(page)}
+
+
+def test_the_readme_is_short() -> None:
+    """Prose, without code and tables."""
+    text = re.sub(r"^```.*?^```", "", (ROOT / "README.md").read_text(), flags=re.DOTALL | re.MULTILINE)
+    prose = [line for line in text.splitlines() if not line.startswith("|")]
+    assert 300 < len(" ".join(prose).split()) < 900
+
+
+def test_the_readme_counts_what_the_models_page_lists() -> None:
+    """Whose tables a script writes."""
+    page = (ROOT / "docs" / "models.md").read_text()
+    timm, transformers, rest = (part.split("\n## ")[0] for part in re.split(r"^## \w+$", page, flags=re.MULTILINE)[1:4])
+    patched, flat = re.findall(r"\d+", timm)[:2]
+    towers = len(re.findall(r"^\| `", transformers, re.MULTILINE))
+    names = len(re.findall(r"`vit_\w+`", rest))
+    counts = "\n".join(re.findall(r"^\|.*\| ([^|]*) \|$", (ROOT / "README.md").read_text(), re.MULTILINE))
+    assert f"{patched} of {flat} names" in counts
+    assert sum(int(number) for number in re.findall(r"(\d+) towers", counts)) == towers
+    assert f"{names} names\n" in counts
+
+
+@pytest.mark.parametrize(
+    "page", [*GUIDES, INDEX, INDEX.with_name("faq.md"), INDEX.with_name("how-it-works.md")], ids=lambda page: page.name
+)
+def test_code_fits_its_column(page: Path) -> None:
+    """A browser 1,280 pixels wide cuts longer lines."""
+    assert not [line for _, _, text in steps(page) for line in text.splitlines() if len(line) > 78]
+
+
+def test_the_first_pages_show_the_same_commands() -> None:
+    """README.md and the first page of the site, whose commands the next test runs."""
+    first = commands(ROOT / "README.md")
+    assert {"demo", "inspect", "bench", "eval"} == {line.split()[1] for line in first}
+    assert commands(INDEX)
+    assert set(commands(INDEX)) <= set(first)
+
+
 @pytest.mark.slow
-def test_every_command_of_the_readme_runs(digits: Path, brief: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Those that no page of a command has as well."""
-    monkeypatch.chdir(digits)
-    lines = commands(ROOT / "README.md")
-    names = "demo inspect inspect bench bench export eval visualize compare search train"
-    assert [line.split()[1] for line in lines] == names.split()
-    assert set(names.split()) == {page.stem for page in COMMANDS} - {"explore"}
-    elsewhere = [line for page in COMMANDS for line in commands(page)]
-    ours = [line for line in lines if not any(other.startswith(line) for other in elsewhere)]
-    assert len(ours) < len(lines)
-    for line in ours:
-        assert main(words(line)) == 0, line
+@pytest.mark.parametrize("page", GUIDES, ids=lambda page: page.stem)
+def test_guides_run_from_top_to_bottom(page: Path, digits: Path, brief: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Python and commands in turns, because each uses what the other wrote; a line that a page of a command has runs there."""
+    elsewhere = {line for other in COMMANDS for line in commands(other)}
+    reader = Reader(page, digits, monkeypatch)
+    for language, file, text in steps(page):
+        if language == "python":
+            reader.python(file, text)
+        elif language == "sh":
+            for line in lines_of(text):
+                if line not in elsewhere:
+                    reader.command(line)
 
 
 @pytest.mark.slow
