@@ -35,9 +35,9 @@ from tokenmerge.patching.state import carry, state_of
 from tokenmerge.tools.compare import CompareOptions
 from tokenmerge.tools.compare.data import Images
 from tokenmerge.tools.compare.scoring import Scores, score
-from tokenmerge.tools.compare.statistics import bootstrap
 from tokenmerge.tools.models import load_model
 from tokenmerge.tools.report import Report
+from tokenmerge.tools.statistics import bootstrap
 from tokenmerge.tools.variants import share_weights
 
 _INPUT: dict[int, Tensor] = {}

@@ -25,9 +25,9 @@ from tokenmerge.patching import patch
 from tokenmerge.tools.compare import CompareOptions
 from tokenmerge.tools.compare.data import Images
 from tokenmerge.tools.compare.scoring import score
-from tokenmerge.tools.compare.statistics import bootstrap
 from tokenmerge.tools.models import load_model
 from tokenmerge.tools.report import Report
+from tokenmerge.tools.statistics import bootstrap
 from tokenmerge.tools.variants import share_weights
 
 

@@ -15,9 +15,9 @@ import tokenmerge
 from tests.conftest import Run
 from tokenmerge.tools.compare.paper import EXPERIMENTS
 from tokenmerge.tools.compare.scoring import Scores
-from tokenmerge.tools.compare.statistics import bootstrap
 from tokenmerge.tools.pages import Table, write_report
 from tokenmerge.tools.search.space import START, full, random_parameters, shaped
+from tokenmerge.tools.statistics import bootstrap
 
 PLUGIN = '''
 import tokenmerge

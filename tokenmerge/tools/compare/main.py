@@ -21,11 +21,11 @@ from tokenmerge.tools.compare.options import CompareOptions
 from tokenmerge.tools.compare.pages import write_outputs
 from tokenmerge.tools.compare.paper import Experiment
 from tokenmerge.tools.compare.scoring import Scores, score
-from tokenmerge.tools.compare.statistics import bootstrap
 from tokenmerge.tools.compare.variants import Variant, fingerprint, make_variant, r_for_speedup, time_variants
 from tokenmerge.tools.report import Report, Row
 from tokenmerge.tools.saved import apart_from_matching, saved_with, schedules_of
 from tokenmerge.tools.settings import Setting, parse_setting
+from tokenmerge.tools.statistics import bootstrap
 
 _CALIBRATION = 8
 """Number of batches that thresholds of adaptive methods are calibrated on."""

@@ -65,7 +65,11 @@ def run(options: DemoOptions, report: Report | None = None) -> list[Row]:
             progress.advance(task, _BATCH)
     base = next(score for score in running if score.setting.is_baseline)
     rows = [
-        {**score.row(_NAME, 0), "images": len(images), "speedup": Spread.of_ratios(base.times, score.times).p50}
+        {
+            **score.row(_NAME, 0, rounds),
+            "images": len(images),
+            "speedup": Spread.of_ratios(base.times, score.times).p50,
+        }
         for score in running
     ]
     _print(report, rows)

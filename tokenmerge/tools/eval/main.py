@@ -24,6 +24,7 @@ from tokenmerge.tools.eval.options import EvalOptions
 from tokenmerge.tools.eval.scores import Score, add_in_turns, scores
 from tokenmerge.tools.folders import batches
 from tokenmerge.tools.models import load_model, warn_if_random
+from tokenmerge.tools.pages import title_of
 from tokenmerge.tools.pages.figures import lines
 from tokenmerge.tools.processes import Processes, agree, launched
 from tokenmerge.tools.report import Report, Row
@@ -126,19 +127,32 @@ def _figures(rows: Sequence[Row]) -> list[str | None]:
 
 def _print(report: Report, options: EvalOptions, rows: Sequence[Row], skipped: Sequence[str], medium: str) -> None:
     report.table(
-        f"{options.model}, {rows[0]['images']} {medium}",
-        ("r", "top-1", "top-5", "img/s", "GFLOPs"),
+        f"{title_of(options.model)}, {rows[0]['images']} {medium}",
+        ("r", "top-1", "95 %", "top-5", "95 %", "img/s", "GFLOPs"),
         (
             (
                 str(row["r"]),
                 f"{row['top1']:.2f}",
+                f"{row['top1_low']:.1f}-{row['top1_high']:.1f}",
                 f"{row['top5']:.2f}",
+                f"{row['top5_low']:.1f}-{row['top5_high']:.1f}",
                 f"{row['images_per_second']:.1f}",
                 f"{row['gflops']:.4g}",
             )
             for row in rows
         ),
     )
+    compared = [row for row in rows if row["top1_difference"] is not None]
+    if compared:
+        ends = ("difference", "difference_low", "difference_high")
+        report.table(
+            "change to r=0 on the same images in points, 95 % intervals",
+            ("r", "top-1", "from", "to", "top-5", "from", "to"),
+            (
+                (str(row["r"]), *(f"{row[f'{name}_{end}']:+.2f}" for name in ("top1", "top5") for end in ends))
+                for row in compared
+            ),
+        )
     if skipped:
         report.warn(f"{len(skipped)} unreadable {medium} were skipped:")
         for problem in skipped[:20]:

@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from tokenmerge.ops.timing import synchronize
@@ -15,6 +16,7 @@ from tokenmerge.tools.inputs import check_finite, logits_of
 from tokenmerge.tools.processes import Processes
 from tokenmerge.tools.report import Row
 from tokenmerge.tools.settings import Setting
+from tokenmerge.tools.statistics import paired_difference, wilson
 from tokenmerge.tools.variants import share_weights
 
 
@@ -30,6 +32,8 @@ class Score:
         top1: number of images whose most likely class is the label.
         top5: number of images whose five most likely classes contain the label.
         images: number of images evaluated.
+        changes: numbers of images on which this setting is right and the unmerged model wrong, and the other way round, for top-1
+            and then for top-5; `None` for the unmerged model, and if it does not run.
         times: seconds of each forward pass.
     """
 
@@ -40,6 +44,7 @@ class Score:
     top1: int = 0
     top5: int = 0
     images: int = 0
+    changes: tuple[int, int, int, int] | None = None
     times: list[float] = dataclasses.field(default_factory=list)
 
     @property
@@ -47,8 +52,11 @@ class Score:
         """Time of all forward passes."""
         return sum(self.times)
 
-    def add(self, images: Tensor, labels: Tensor) -> None:
+    def add(self, images: Tensor, labels: Tensor) -> Tensor:
         """Evaluate one batch and add its results to the totals.
+
+        Returns:
+            `[2, b]` bool: whether the label is the most likely class, and whether it is among the five most likely ones.
 
         Raises:
             InputError: if an output of the model is not finite.
@@ -60,29 +68,67 @@ class Score:
         self.times.append(time.perf_counter() - start)
         check_finite(logits, self.setting.title)
         best = logits.topk(min(5, logits.shape[1]), dim=1).indices == labels.unsqueeze(1)
-        self.top1 += int(best[:, 0].sum())
-        self.top5 += int(best.sum())
+        right = torch.stack((best[:, 0], best.any(dim=1))).cpu()
+        self.top1 += int(right[0].sum())
+        self.top5 += int(right[1].sum())
         self.images += len(labels)
+        return right
+
+    def compare(self, right: Tensor, unmerged: Tensor) -> None:
+        """Count the images of one batch on which this setting and the unmerged model differ.
+
+        Args:
+            right: what `add` returned for this setting.
+            unmerged: what `add` returned for the unmerged model.
+        """
+        first, second = ((right & ~unmerged).sum(dim=1).tolist(), (unmerged & ~right).sum(dim=1).tolist())
+        before = self.changes or (0, 0, 0, 0)
+        self.changes = (before[0] + first[0], before[1] + second[0], before[2] + first[1], before[3] + second[1])
 
     def join(self, processes: Processes) -> None:
         """Add the totals of the other processes; the time is the longest one, because all run at the same time."""
-        totals = processes.gather([(self.top1, self.top5, self.images, self.seconds)])
+        totals = processes.gather([(self.top1, self.top5, self.images, self.seconds, self.changes)])
         self.top1, self.top5, self.images = (sum(one[i] for one in totals) for i in range(3))
         self.times = [max(one[3] for one in totals)]
+        every = [one[4] for one in totals if one[4] is not None]  # a process without an image has none
+        if every:
+            first, second, third, fourth = (sum(one[i] for one in every) for i in range(4))
+            self.changes = (first, second, third, fourth)
 
-    def row(self, model: str, skipped: int) -> Row:
-        """Return the result row of this setting, with percentages and speed."""
+    def row(self, model: str, skipped: int, passes: int = 1) -> Row:
+        """Return the result row of this setting: percentages with 95 % intervals, differences to the unmerged model, and speed.
+
+        Args:
+            model: name of the model.
+            skipped: number of unreadable files.
+            passes: how often every image was evaluated, because an image gives no evidence twice.
+        """
         return {
             "model": model,
             "r": self.setting.label,
-            "top1": 100 * self.top1 / self.images,
-            "top5": 100 * self.top5 / self.images,
+            **self._accuracy("top1", self.top1, 0, passes),
+            **self._accuracy("top5", self.top5, 2, passes),
             "images_per_second": self.images / self.seconds,
             "gflops": self.gflops,
             "tuned": None if self.handle is None else self.handle.summary().tuned,
             "images": self.images,
             "skipped": skipped,
             "config": None if self.handle is None else self.handle.config.to_json(),
+        }
+
+    def _accuracy(self, name: str, right: int, place: int, passes: int) -> Row:
+        images = self.images // passes
+        own, change = wilson(right // passes, images), None
+        if self.changes is not None:
+            gained, lost = (number // passes for number in self.changes[place : place + 2])
+            change = paired_difference(gained, lost, images)
+        return {
+            name: 100 * right / self.images,
+            f"{name}_low": 100 * own.low,
+            f"{name}_high": 100 * own.high,
+            f"{name}_difference": None if change is None else 100 * change.mean,
+            f"{name}_difference_low": None if change is None else 100 * change.low,
+            f"{name}_difference_high": None if change is None else 100 * change.high,
         }
 
 
@@ -94,8 +140,15 @@ def add_in_turns(running: Sequence[Score], images: Tensor, labels: Tensor, numbe
     if number == 0:
         for score in running:
             score.forward(images)
+    right: dict[int, Tensor] = {}
     for step in range(len(running)):
-        running[(number + step) % len(running)].add(images, labels)
+        place = (number + step) % len(running)
+        right[place] = running[place].add(images, labels)
+    unmerged = next((place for place, score in enumerate(running) if score.setting.is_baseline), None)
+    if unmerged is not None:
+        for place, score in enumerate(running):
+            if place != unmerged:
+                score.compare(right[place], right[unmerged])
 
 
 def scores(model: Any, settings: Sequence[Setting], fields: dict[str, Any]) -> list[Score]:

@@ -6,6 +6,7 @@ import dataclasses
 import datetime
 import json
 import math
+import os
 import platform
 import shlex
 import sys
@@ -52,6 +53,41 @@ def finite(data: Any) -> Any:
 def printable(text: str) -> str:
     """Return text that can be encoded: undecodable bytes of a file name become question marks."""
     return text.encode("utf-8", "replace").decode("utf-8")
+
+
+def title_of(model: str) -> str:
+    """Return the name of a model for titles: MODEL as it was given, with the last part of a path in place of the path.
+
+    A folder often has a name such as "model", so its architecture follows in parentheses, if its config.json names one.
+
+    Example:
+        >>> from tokenmerge.tools.pages import title_of
+        >>> title_of("hf_hub:timm/vit_tiny_patch16_224"), title_of("open_clip:ViT-B-32:/weights/mine.pt")
+        ('hf_hub:timm/vit_tiny_patch16_224', 'open_clip:ViT-B-32:mine.pt')
+        >>> title_of("local-dir:/home/me/digits")
+        'digits'
+    """
+    kind, _, place = model.partition(":")
+    if kind in ("local-dir", "hf") and (kind == "local-dir" or _is_path(place)):
+        folder = os.path.abspath(place)
+        name, architecture = os.path.basename(folder) or "model", _architecture(folder)
+        return printable(name if architecture in ("", name) else f"{name} ({architecture})")
+    parts = model.split(":")
+    return printable(":".join(os.path.basename(part) if _is_path(part) else part for part in parts))
+
+
+def _is_path(text: str) -> bool:
+    return os.path.isabs(text) or text.startswith((".", "~")) or os.path.exists(text)
+
+
+def _architecture(folder: str) -> str:
+    """Return the architecture in a folder's config.json, of timm or transformers; empty if there is none."""
+    try:
+        found = files.read_json(os.path.join(folder, "config.json"), "the config")
+        names = found.get("architectures") or [found.get("architecture") or found.get("model_type")]
+        return names[0][:80] if isinstance(names[0], str) else ""
+    except (OSError, ValueError, AttributeError, LookupError, TypeError):
+        return ""
 
 
 def about_this() -> dict[str, Any]:

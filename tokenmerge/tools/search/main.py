@@ -22,7 +22,6 @@ from tokenmerge.patching import model_cost, patch
 from tokenmerge.patching.kept import lasting
 from tokenmerge.tools.compare.data import Images, describe, load_scored
 from tokenmerge.tools.compare.scoring import Scores, score
-from tokenmerge.tools.compare.statistics import bootstrap
 from tokenmerge.tools.compare.variants import r_for_speedup
 from tokenmerge.tools.report import Report, Row
 from tokenmerge.tools.saved import apart_from_matching, saved_with
@@ -30,6 +29,7 @@ from tokenmerge.tools.search.figures import figures
 from tokenmerge.tools.search.options import SearchOptions
 from tokenmerge.tools.search.space import START, config_fields, full, random_parameters, suggest
 from tokenmerge.tools.signals import check
+from tokenmerge.tools.statistics import bootstrap
 from tokenmerge.tools.variants import share_weights
 
 _AGAIN = 6
