@@ -1,7 +1,7 @@
 # Each of these commands also sets up the environment; Python 3.11 or newer and make are required:
 #   make demo   create the virtual environment, install the package, run the demo
 #   make test   the same set-up, then run all tests
-# README.md gives the equivalent commands with pip.
+# README.md and CONTRIBUTING.md give the equivalent commands with pip.
 
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV := .venv

@@ -25,7 +25,7 @@ from tokenmerge.patching.tuning.record import processor_of
 
 Row = dict[str, Any]
 RESULTS = Path(__file__).with_name("results.csv")
-CPU_MODELS = (  # model, image size, r, batch of the table in README.md
+CPU_MODELS = (  # model, image size, r, batch of the first table in docs/performance.md
     ("deit_tiny_patch16_224", 224, 13, 16),
     ("vit_small_patch16_224", 224, 13, 8),
     ("vit_base_patch16_224", 224, 16, 4),

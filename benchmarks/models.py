@@ -1,6 +1,6 @@
 """Measure whole models: dense, straightforward token merging, this library and slicing; eager and compiled.
 
-    python benchmarks/models.py                                                   # the README's five models, CPU
+    python benchmarks/models.py                                                   # the five models of docs/performance.md, CPU
     python benchmarks/models.py --device cuda --dtype bfloat16 --batch-sizes 1 8 64 256   # the paper's models
 
 All variants share their weights and take turns in every round; `speedup` is relative to the first variant, which is the eager

@@ -1,4 +1,4 @@
-"""Measure the cost of merging beyond dropping tokens, on the models of the table in README.md.
+"""Measure the cost of merging beyond dropping tokens, on the models of the first table in docs/performance.md.
 
     python benchmarks/overhead.py [--rounds 7] [--processes 5] [--only deit_tiny]
     python benchmarks/overhead.py --against COMMIT   # merged models of this tree against those of COMMIT

@@ -1,4 +1,4 @@
-"""Draw the figures of README.md and docs/performance.md from results.csv.
+"""Draw the figures of docs/performance.md and docs/training.md from results.csv.
 
     python benchmarks/plot.py [--processor "AMD EPYC"]
 

@@ -193,7 +193,7 @@ def test_wrong_plans_are_refused_in_compiled_models_and_right_ones_break_no_grap
 
 @pytest.mark.parametrize("name", [name for name in STATIC if name in ("bipartite", "kmeans")])
 def test_called_in_a_forward_of_ones_own_it_compiles(name: str) -> None:
-    """What the README recommends for models that cannot be patched: a matcher called directly, checks and all."""
+    """What the docs recommend for models that cannot be patched: a matcher called directly, checks and all."""
     entry, metric = get_entry(name), torch.randn(2, 18, 6)
     offered = {k: v for k, v in offered_for(2, (4, 4), 2, 1).items() if k in entry.offered}
 
