@@ -1,4 +1,4 @@
-"""The explorer and the reports in a real browser; the live server, with what strangers may send it."""
+"""The explorer in a real browser; the live server, with what strangers may send it."""
 
 from __future__ import annotations
 
@@ -24,7 +24,6 @@ from tests.conftest import Run
 from tests.helpers.pictures import expected, photo, write_model
 from tokenmerge.tools.common import DeviceOptions
 from tokenmerge.tools.models import load_model
-from tokenmerge.tools.pages import Table, write_report
 from tokenmerge.tools.visualize.load import Loader
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
@@ -232,36 +231,6 @@ def test_a_large_page_stays_small(tmp_path: Path, run: Run) -> None:
     code, _, err = run("visualize", name, tmp_path / "in.png", "--r", "25", "8", "--out", tmp_path / "out.html")
     assert code == 0, err
     assert (tmp_path / "out.html").stat().st_size < 8e6
-
-
-def test_reports_sort_download_and_escape(tmp_path: Path, open_page: Open) -> None:
-    path = tmp_path / "report.html"
-    rows = [["a", "10.5"], [EVIL, "9"], ["c", "−3"]]
-    figure = '<?xml version="1.0"?><svg xmlns="http://www.w3.org/2000/svg" width="9" height="9"></svg>'
-    write_report(
-        path, EVIL, [EVIL], [Table(EVIL, ["name", EVIL], rows)], [figure, None], [{"name": EVIL, "value": 1.5}]
-    )
-    browser = open_page(path.as_uri())
-    page = browser.page
-    head = page.locator("th button").nth(1)
-
-    def column() -> list[str]:
-        return list(page.locator("tbody td:nth-child(2)").all_inner_texts())
-
-    head.click()
-    assert column() == ["−3", "9", "10.5"]
-    head.click()
-    assert column() == ["10.5", "9", "−3"]
-    with page.expect_download() as download:
-        page.click("#json")
-    assert json.loads(Path(download.value.path()).read_text()) == [{"name": EVIL, "value": 1.5}]
-    with page.expect_download() as download:
-        page.click("#csv")
-    assert Path(download.value.path()).read_text().splitlines()[0] == '"name","value"'
-    with page.expect_download() as download:
-        page.click("figure a")
-    assert "<svg" in Path(download.value.path()).read_text()
-    browser.check(path.as_uri())
 
 
 @dataclasses.dataclass

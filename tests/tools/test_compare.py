@@ -15,7 +15,7 @@ import tokenmerge
 from tests.conftest import Run
 from tokenmerge.tools.compare.paper import EXPERIMENTS
 from tokenmerge.tools.compare.scoring import Scores
-from tokenmerge.tools.pages import Table, write_report
+from tokenmerge.tools.pages import Figure, Table, write_report
 from tokenmerge.tools.search.space import START, full, random_parameters, shaped
 from tokenmerge.tools.statistics import bootstrap
 
@@ -264,7 +264,7 @@ def test_scores_survive_only_whole(tmp_path: Path) -> None:
 def test_nothing_from_outside_becomes_markup(tmp_path: Path) -> None:
     evil = "</script><script>alert(1)</script><img src=x onerror=alert(1)>"
     table = Table(evil, [evil], [[evil]])
-    write_report(tmp_path / "page.html", evil, [evil], [table], ["<?xml?><svg></svg>"], [{evil: evil}])
+    write_report(tmp_path / "page.html", evil, [evil], [table], [Figure(evil, "<?xml?><svg></svg>")], [{evil: evil}])
     page = (tmp_path / "page.html").read_text()
     assert "<script>alert" not in page
     assert "<img" not in page

@@ -27,7 +27,6 @@ from tokenmerge.tools.explore.explorer import Explorer
 from tokenmerge.tools.explore.headers import policy_of
 from tokenmerge.tools.explore.limits import Limits
 from tokenmerge.tools.explore.serving import make_server
-from tokenmerge.tools.pages import title_of
 
 pytest.importorskip("uvicorn")
 
@@ -315,29 +314,6 @@ def test_no_answer_names_a_folder(start: Started, explorer: Explorer) -> None:
     assert explorer.name == "net (vit_tiny_patch16_224)"
     said = explorer.without_paths(f"{Path.home() / 'a b' / 'c.png'}: '/opt/my/x.bin' and 1/2, see http://a.b/c/d")
     assert said == "a b/c.png: 'x.bin' and 1/2, see http://a.b/c/d"
-
-
-def test_titles_hold_no_paths(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "mine").mkdir()
-    assert title_of(f"local-dir:{tmp_path / 'mine'}") == "mine"
-    (tmp_path / "mine" / "config.json").write_text('{"architecture": "vit_b"}')
-    assert title_of(f"local-dir:{tmp_path / 'mine'}/") == "mine (vit_b)"
-    (tmp_path / "mine" / "config.json").write_text('{"architectures": ["ViTModel"], "model_type": "vit"}')
-    assert title_of(f"hf:{tmp_path / 'mine'}") == "mine (ViTModel)"
-    for odd in ("[]", '{"architectures": [3]}', '{"architectures": {"a": 1}}', "{", '{"architecture": null}'):
-        (tmp_path / "mine" / "config.json").write_text(odd)
-        assert title_of(f"local-dir:{tmp_path / 'mine'}") == "mine"
-    monkeypatch.chdir(tmp_path / "mine")
-    assert title_of("local-dir:.") == "mine"
-    assert title_of(f"torchvision:vit_b_16:{tmp_path / 'a.safetensors'}") == "torchvision:vit_b_16:a.safetensors"
-    for same in (
-        "vit_tiny_patch16_224",
-        "hf_hub:timm/vit",
-        "hf:google/vit",
-        "hf:vit",
-        "torchvision:vit_b_16:IMAGENET1K_V1",
-    ):
-        assert title_of(same) == same
 
 
 def exif(orientation: bytes, count: int = 1, kind: int = 3) -> bytes:

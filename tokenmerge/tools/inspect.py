@@ -15,6 +15,7 @@ from tokenmerge.patching.check import check_block
 from tokenmerge.patching.target import find_target
 from tokenmerge.tools.common import MergeOptions, ModelOptions, PageOptions
 from tokenmerge.tools.models import skeleton
+from tokenmerge.tools.pages import title_of
 from tokenmerge.tools.report import Report, Row
 from tokenmerge.tools.saved import merging_of
 from tokenmerge.tools.settings import Setting
@@ -95,7 +96,7 @@ def _row(model: str, setting: Setting, summary: Summary) -> Row:
 def _print(report: Report, model: str, setting: Setting, summary: Summary) -> None:
     cuts = any(asked != r for asked, r in zip(summary.requested, summary.r, strict=True))
     report.table(
-        f"{model}, {setting.title}: supported",
+        f"{title_of(model)}, {setting.title}: supported",
         ("block", "tokens in", "merged", "tokens out", "GFLOPs", *(("asked for",) if cuts else ())),
         (
             (

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
 import math
 import sys
@@ -15,7 +16,7 @@ from rich.text import Text
 
 from tokenmerge import files
 from tokenmerge.errors import InputError
-from tokenmerge.tools.pages import Table, finite, write_report
+from tokenmerge.tools.pages import Figure, Table, finite, write_report
 from tokenmerge.tools.signals import deferred
 from tokenmerge.tools.streams import one_terminal, to_nowhere, writing
 
@@ -173,14 +174,14 @@ class Report:
             disable=not self.err.is_terminal,
         )
 
-    def write(self, rows: Sequence[Row], figures: Callable[[], Sequence[str | None]] = tuple) -> None:
+    def write(self, rows: Sequence[Row], figures: Callable[[], Sequence[Figure | None]] = tuple) -> None:
         """Write the rows as a JSON list and the HTML page, if their paths were given.
 
         Numbers that are not finite become null, because JSON has none; a warning names them.
 
         Args:
             rows: the result rows.
-            figures: function that returns the figures of the page as SVG; called only if a page is written.
+            figures: function that returns the figures of the page; called only if a page is written.
 
         Raises:
             InputError: if a file cannot be written, or a package that the page needs is missing.
@@ -194,7 +195,11 @@ class Report:
             files.write_json(self._json_path, rows, "--json")
         if self._html_path is not None:
             title = self._tables[0].title if self._tables else "tokenmerge"
-            write_report(self._html_path, title, self._said, self._tables, figures(), rows)
+            tables = [dataclasses.replace(one, title="Results") for one in self._tables[:1]]
+            tables += [
+                dataclasses.replace(one, title=one.title[:1].upper() + one.title[1:]) for one in self._tables[1:]
+            ]
+            write_report(self._html_path, title, self._said, tables, figures(), rows)
             self.say(f"wrote {self._html_path}")
 
     def finite(self, rows: Sequence[Row]) -> list[Row]:

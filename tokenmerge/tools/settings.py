@@ -47,6 +47,11 @@ class Setting:
         return MergeConfig.create(**overridden(self.fields, fields))
 
 
+def title_of_label(label: int | str) -> str:
+    """Return the title of the setting with this label in a row, such as "r=8" or "flops=0.5"."""
+    return str(label) if "=" in str(label) or str(label).endswith(".json") else f"r={label}"
+
+
 def overridden(fields: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
     """Return the fields of a whole config, overridden by others; another matcher or a preset replaces its way of matching."""
     left = remaining(fields, given)

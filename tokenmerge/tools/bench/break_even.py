@@ -25,6 +25,8 @@ from tokenmerge.tools.bench.measure import compile_now, further, passes, prepare
 from tokenmerge.tools.bench.options import BenchOptions
 from tokenmerge.tools.device import place
 from tokenmerge.tools.models import input_shape, load_model
+from tokenmerge.tools.pages import Figure, title_of
+from tokenmerge.tools.pages.figures import Axis, captioned, lines
 from tokenmerge.tools.report import Report, Row
 from tokenmerge.tools.saved import on_saved, saved_with
 from tokenmerge.tools.settings import Setting, without_schedule
@@ -77,7 +79,7 @@ def run_break_even(options: BenchOptions, report: Report) -> list[Row]:
             rows += _measure(model, options, batch, wanted, fields, report)
             progress.advance(task)
     _print(report, options, rows)
-    report.write(rows)
+    report.write(rows, lambda: _figures(rows))
     return rows
 
 
@@ -146,6 +148,14 @@ def _turns(
     return rows
 
 
+def _figures(rows: Sequence[Row]) -> list[Figure | None]:
+    labelled = [{**row, "batch": f"batch {row['batch_size']}"} for row in rows]
+    fewer = Axis("flops_ratio", "FLOPs before ÷ after", 0, mark=1)
+    speed = Axis("speedup", "speed-up, measured", 0, ends=("speedup_p20", "speedup_p80"), mark=1)
+    caption = "Speed-up over the unmerged model for each batch size; bars: 20th to 80th percentile of the rounds."
+    return [captioned(caption, lines(labelled, fewer, speed, by="batch"))]
+
+
 def _print(report: Report, options: BenchOptions, rows: Sequence[Row]) -> None:
     by_batch: dict[int, list[Row]] = {}
     for row in rows:
@@ -165,7 +175,7 @@ def _print(report: Report, options: BenchOptions, rows: Sequence[Row]) -> None:
         )
     compiled = ", compiled" if options.compile else ""
     report.table(
-        f"{options.model}, {options.device}, {options.dtype}{compiled}",
+        f"{title_of(options.model)}, {options.device}, {options.dtype}{compiled}",
         ("batch", "smallest r that pays", "fastest r", "p20-p80"),
         table,
     )

@@ -20,10 +20,11 @@ from tokenmerge.patching import Summary, patch
 from tokenmerge.tools.bench.options import BenchOptions
 from tokenmerge.tools.device import place
 from tokenmerge.tools.models import input_shape, load_model
-from tokenmerge.tools.pages.figures import lines
+from tokenmerge.tools.pages import Figure, title_of
+from tokenmerge.tools.pages.figures import Axis, captioned, lines
 from tokenmerge.tools.report import Report, Row
 from tokenmerge.tools.saved import merging_of
-from tokenmerge.tools.settings import Setting
+from tokenmerge.tools.settings import Setting, title_of_label
 from tokenmerge.tools.tuning import check_tuning, tune
 from tokenmerge.tools.variants import share_weights, sliced
 
@@ -150,9 +151,21 @@ def run_bench(options: BenchOptions, report: Report) -> list[Row]:
     return rows
 
 
-def _figures(rows: Sequence[Row]) -> list[str | None]:
-    labels = ("FLOPs before ÷ after", "speed-up, measured")
-    return [lines(rows, "flops_ratio", "speedup", labels, names="r")]
+def _figures(rows: Sequence[Row]) -> list[Figure | None]:
+    labelled = [{**row, "name": title_of_label(row["r"])} for row in rows]
+    fewer = Axis("flops_ratio", "FLOPs before ÷ after", 0, mark=1)
+    speed = Axis("speedup", "speed-up, measured", 0, mark=1)
+    times = Axis("ms_p50", "milliseconds per batch", 0, ends=("ms_p20", "ms_p80"))
+    return [
+        captioned(
+            "Speed-up and saved computation; on the dashed line, time falls as much as FLOPs.",
+            lines(labelled, fewer, speed, names="name", diagonal=True),
+        ),
+        captioned(
+            "Median time of a batch; bars: 20th to 80th percentile of the rounds.",
+            lines(labelled, fewer, times, names="name"),
+        ),
+    ]
 
 
 def _row(
@@ -208,7 +221,7 @@ def further(options: BenchOptions) -> list[str]:
 
 def _print(report: Report, options: BenchOptions, rows: Sequence[Row]) -> None:
     report.table(
-        f"{options.model}, batch {options.batch_size}, {options.device}, {options.dtype}{', compiled' if options.compile else ''}",
+        f"{title_of(options.model)}, batch {options.batch_size}, {options.device}, {options.dtype}{', compiled' if options.compile else ''}",
         ("r", "ms", "p20-p80", "img/s", "speed-\nup", "FLOPs\nratio", "real-\nised", "over-\nhead", "MiB"),
         (
             (

@@ -22,6 +22,7 @@ from tokenmerge.tools.compare.pages import write_outputs
 from tokenmerge.tools.compare.paper import Experiment
 from tokenmerge.tools.compare.scoring import Scores, score
 from tokenmerge.tools.compare.variants import Variant, fingerprint, make_variant, r_for_speedup, time_variants
+from tokenmerge.tools.pages import title_of
 from tokenmerge.tools.report import Report, Row
 from tokenmerge.tools.saved import apart_from_matching, saved_with, schedules_of
 from tokenmerge.tools.settings import Setting, parse_setting
@@ -229,7 +230,7 @@ def _print(report: Report, rows: Sequence[Row], model: str, images: int, experim
         )
 
     report.table(
-        f"{model}, {images} images",
+        f"{title_of(model)}, {images} images",
         (
             "method",
             "r",

@@ -11,8 +11,8 @@ from typing import Any
 from tokenmerge import files
 from tokenmerge.tools.compare.options import CompareOptions
 from tokenmerge.tools.compare.paper import Experiment
-from tokenmerge.tools.pages import Table, write_report
-from tokenmerge.tools.pages.figures import lines
+from tokenmerge.tools.pages import Figure, Table, title_of, write_report
+from tokenmerge.tools.pages.figures import Axis, lines
 from tokenmerge.tools.report import Report, Row
 
 _COLUMNS = {
@@ -61,35 +61,33 @@ def write_outputs(
         }
         for row in rows
     ]
-    figures = []
-    for name, across, label in (
-        ("compare-speed.svg", "speedup", "speed-up over the unmerged model, measured in turns"),
-        ("compare-flops.svg", "gflops", "GFLOPs (multiply-adds) per image"),
+    accuracy = Axis("top1", "top-1, %", 0, 100, ("top1_end_low", "top1_end_high"), span=2)
+    figures: list[Figure | None] = []
+    for name, across, caption in (
+        (
+            "compare-speed.svg",
+            Axis("speedup", "speed-up over the unmerged model", 0, mark=1),
+            "Top-1 and speed, measured in turns",
+        ),
+        ("compare-flops.svg", Axis("gflops", "GFLOPs (multiply-adds) per image", 0), "Top-1 and cost"),
     ):
-        drawn = lines(
-            around,
-            across,
-            "top1",
-            (label, "top-1, % (bars: 95 % of the difference to the first method)"),
-            by="method",
-            error=("top1_end_low", "top1_end_high"),
-        )
+        drawn = lines(around, across, accuracy, by="method")
         if drawn is not None:
             files.write(folder / name, drawn, "the figure")
-            figures.append(drawn)
+            figures.append(Figure(f"{caption}; bars: 95 % interval of the difference to the first method.", drawn))
     shown = {name: head for name, head in _COLUMNS.items() if any(row.get(name) not in (None, "") for row in rows)}
     about = f" — {experiment.about}" if experiment is not None else ""
     first = rows[0]
     write_report(
         folder / "compare.html",
-        f"{args.model}: methods compared{about}",
+        f"{title_of(args.model)}: methods compared{about}",
         [
             f"{first['images']} images, batch {first['batch_size']} on {first['device']}, {first['dtype']}. Differences are relative "
             "to the first method of the same setting, with 95 % intervals of a bootstrap paired by image; a difference whose "
             "interval includes 0 may be due to chance. KL is the mean divergence of the predictions from the unmerged model. "
             "Overhead is the time divided by the time of the same model with as many tokens sliced off."
         ],
-        [Table("", list(shown.values()), [[_cell(row.get(name)) for name in shown] for row in rows])],
+        [Table("Results", list(shown.values()), [[_cell(row.get(name)) for name in shown] for row in rows])],
         figures,
         rows,
     )

@@ -24,12 +24,12 @@ from tokenmerge.tools.eval.options import EvalOptions
 from tokenmerge.tools.eval.scores import Score, add_in_turns, scores
 from tokenmerge.tools.folders import batches
 from tokenmerge.tools.models import load_model, warn_if_random
-from tokenmerge.tools.pages import title_of
-from tokenmerge.tools.pages.figures import lines
+from tokenmerge.tools.pages import Figure, title_of
+from tokenmerge.tools.pages.figures import Axis, captioned, lines
 from tokenmerge.tools.processes import Processes, agree, launched
 from tokenmerge.tools.report import Report, Row
 from tokenmerge.tools.saved import merging_of
-from tokenmerge.tools.settings import Setting
+from tokenmerge.tools.settings import Setting, title_of_label
 from tokenmerge.tools.tuning import check_tuning, is_asked, tune
 
 
@@ -120,9 +120,33 @@ def _run(
     return rows
 
 
-def _figures(rows: Sequence[Row]) -> list[str | None]:
-    speed = lines(rows, "images_per_second", "top1", ("images per second", "top-1, %"), names="r")
-    return [speed, lines(rows, "gflops", "top1", ("GFLOPs (multiply-adds) per image", "top-1, %"), names="r")]
+def _figures(rows: Sequence[Row]) -> list[Figure | None]:
+    labelled = [{**row, "name": title_of_label(row["r"])} for row in rows]
+    accuracy = Axis("top1", "top-1, %", 0, 100, ("top1_low", "top1_high"), span=2)
+    speed = Axis("images_per_second", "images per second", 0)
+    cost = Axis("gflops", "GFLOPs (multiply-adds) per image", 0)
+    found = [
+        captioned(
+            "Top-1 and speed; bars: 95 % interval of each accuracy.", lines(labelled, speed, accuracy, names="name")
+        )
+    ]
+    if any(row["top1_difference"] is not None for row in rows):
+        compared = [{**row, "top1_difference": row["top1_difference"] or 0.0} for row in labelled]
+        change = Axis(
+            "top1_difference",
+            "change of top-1, points",
+            ends=("top1_difference_low", "top1_difference_high"),
+            mark=0,
+            span=1,
+        )
+        text = "Change of top-1 to r=0 on the same images, and cost; bars: 95 % interval of the change."
+        return [*found, captioned(text, lines(compared, cost, change, names="name"))]
+    return [
+        *found,
+        captioned(
+            "Top-1 and cost; bars: 95 % interval of each accuracy.", lines(labelled, cost, accuracy, names="name")
+        ),
+    ]
 
 
 def _print(report: Report, options: EvalOptions, rows: Sequence[Row], skipped: Sequence[str], medium: str) -> None:

@@ -8,6 +8,7 @@ import json
 import math
 import os
 import platform
+import re
 import shlex
 import sys
 from collections.abc import Mapping, Sequence
@@ -19,6 +20,7 @@ import torch
 import tokenmerge
 from tokenmerge import files
 from tokenmerge.errors import InputError
+from tokenmerge.tools.pages import theme
 
 
 def render(template: str, **values: Any) -> str:
@@ -104,6 +106,19 @@ def about_this() -> dict[str, Any]:
 
 
 @dataclasses.dataclass(frozen=True)
+class Figure:
+    """One figure of a report.
+
+    Attributes:
+        caption: what it shows, in a sentence.
+        svg: the SVG document.
+    """
+
+    caption: str
+    svg: str
+
+
+@dataclasses.dataclass(frozen=True)
 class Table:
     """One table of a report.
 
@@ -111,11 +126,29 @@ class Table:
         title: heading of the table.
         columns: column headings.
         rows: cells; numeric cells are sorted as numbers.
+        folded: whether the rows are shown only on request.
     """
 
     title: str
     columns: Sequence[str]
     rows: Sequence[Sequence[Any]]
+    folded: bool = False
+
+    @property
+    def kinds(self) -> list[str]:
+        """Classes of the columns for the style sheet: words are aligned to the left, and long ones wrap."""
+        found = []
+        for number in range(len(self.columns)):
+            cells = [str(row[number]) for row in self.rows if number < len(row)]
+            longest = max(map(len, cells), default=0)
+            words = number == 0 or any(_WORDS.search(cell) for cell in cells)
+            found.append("text long" if words and longest > _LONG else "text" if words else "")
+        return found
+
+
+_LONG = 28
+"""Characters from which the words of a cell wrap."""
+_WORDS = re.compile(r"[^\W\d]{3}")
 
 
 def write_report(
@@ -123,7 +156,7 @@ def write_report(
     title: str,
     lead: Sequence[str],
     tables: Sequence[Table],
-    figures: Sequence[str | None],
+    figures: Sequence[Figure | None],
     data: Sequence[Mapping[str, Any]],
 ) -> None:
     """Write a page with sortable tables, figures, and the rows to download.
@@ -133,7 +166,7 @@ def write_report(
         title: title of the page.
         lead: paragraphs below the title.
         tables: tables in order.
-        figures: SVG documents; `None` is skipped.
+        figures: the figures; `None` is skipped.
         data: the rows to download.
 
     Raises:
@@ -144,7 +177,12 @@ def write_report(
         title=title,
         lead=lead,
         tables=tables,
-        figures=[figure[figure.index("<svg") :] for figure in figures if figure is not None],
+        figures=[
+            (one.caption, theme.themed(one.svg, one.caption, number))
+            for number, one in enumerate((one for one in figures if one is not None), 1)
+        ],
+        light=theme.variables(dark=False),
+        dark=theme.variables(dark=True),
         data=embedded(list(data)),
         about=about_this(),
     )

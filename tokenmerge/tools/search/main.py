@@ -23,13 +23,14 @@ from tokenmerge.patching.kept import lasting
 from tokenmerge.tools.compare.data import Images, describe, load_scored
 from tokenmerge.tools.compare.scoring import Scores, score
 from tokenmerge.tools.compare.variants import r_for_speedup
+from tokenmerge.tools.pages import title_of
 from tokenmerge.tools.report import Report, Row
 from tokenmerge.tools.saved import apart_from_matching, saved_with
 from tokenmerge.tools.search.figures import figures
 from tokenmerge.tools.search.options import SearchOptions
 from tokenmerge.tools.search.space import START, config_fields, full, random_parameters, suggest
 from tokenmerge.tools.signals import check
-from tokenmerge.tools.statistics import bootstrap
+from tokenmerge.tools.statistics import bootstrap, wilson
 from tokenmerge.tools.variants import share_weights
 
 _AGAIN = 6
@@ -118,7 +119,7 @@ def run(options: SearchOptions, report: Report | None = None) -> list[Row]:
     best, speed = _best(study, judge, options, space.attention, report)
     rows = _check(best, speed, study, judge, others, options, report)
     _print(report, rows, options)
-    report.write(rows, lambda: figures(study))
+    report.write(rows, lambda: figures(study, rows))
     return rows
 
 
@@ -361,6 +362,9 @@ def _check(
             f"the setting found is {speed:.2f}x as fast when it is measured again, and {search.speedup:g}x was asked for: give more "
             "--rounds, or a larger --batch-size"
         )
+    for row, score in zip(rows, (unmerged, scores["found"], scores["constant r"]), strict=True):
+        interval = wilson(int(score.top1.sum()), len(score.top1))
+        row |= {"top1_low": 100 * interval.low, "top1_high": 100 * interval.high}
     rows[1] |= {"top1_difference": str(difference), "divergence_difference": str(further)}
     frontier = [
         {"speedup": 1 / t.values[0], "divergence": t.values[1], "config": t.user_attrs["config"]}
@@ -379,7 +383,7 @@ def _check(
 
 def _print(report: Report, rows: Sequence[Row], search: SearchOptions) -> None:
     report.table(
-        f"checked on {rows[0]['images']} other images",
+        f"search on {title_of(search.model)}, checked on {rows[0]['images']} other images",
         ("setting", "speed-up", "top-1", "KL"),
         ((r["setting"], f"{r['speedup']:.2f}x", f"{r['top1']:.2f}", f"{r['divergence']:.3f}") for r in rows),
     )

@@ -16,9 +16,11 @@ import torch
 import tokenmerge
 from tokenmerge import files
 from tokenmerge.errors import InputError, shown
-from tokenmerge.tools.pages import Table, write_report
-from tokenmerge.tools.pages.figures import svg
+from tokenmerge.tools.pages import Figure, Table, title_of, write_report
+from tokenmerge.tools.pages.figures import Axis, captioned, lines
+from tokenmerge.tools.pages.theme import COLOURS
 from tokenmerge.tools.report import Row
+from tokenmerge.tools.settings import title_of_label
 from tokenmerge.tracing.figure import new_figure
 
 
@@ -139,17 +141,29 @@ class Logbook:
             figure.savefig(beside, dpi=120)
         scores = [row for row in rows if row["kind"] == "eval"]
         columns = [name for name in _COLUMNS if any(name in row for row in scores)]
-        table = Table("evaluations", columns, [[_cell(row.get(name)) for name in columns] for row in scores])
-        asked = Table("asked for", ["name", "value"], [[name, str(value)] for name, value in about["args"].items()])
+        table = Table(
+            "Evaluations",
+            [_COLUMNS[name] for name in columns],
+            [[_cell(row.get(name)) for name in columns] for row in scores],
+        )
+        asked = Table("Options", ["name", "value"], [[n, str(v)] for n, v in about["args"].items()], folded=True)
         lead = [f"{about['data']['images']} images of {about['data']['classes']} classes, commit {about['commit']}."]
-        title = f"training {about['args']['model']}"
-        write_report(self.folder / "report.html", title, lead, [table, asked], [svg(figure)], rows)
+        title = f"training {title_of(about['args']['model'])}"
+        write_report(self.folder / "report.html", title, lead, [table, asked], _figures(rows), rows)
 
 
 _MOST_ROWS = 2**31
 _KINDS = {"train": "loss", "eval": "top1"}
 """Kinds of rows, each with an entry that it must have."""
-_COLUMNS = ("epoch", "update", "r", "top1", "top5", "gflops", "images")
+_COLUMNS = {
+    "epoch": "epoch",
+    "update": "update",
+    "r": "r",
+    "top1": "top-1",
+    "top5": "top-5",
+    "gflops": "GFLOPs",
+    "images": "images",
+}
 
 
 def _cell(value: Any) -> str:
@@ -166,26 +180,41 @@ def _writing(what: str, path: Path) -> Iterator[None]:
         ) from None
 
 
+_EPOCH = Axis("epoch", "epoch", 0, whole=True)
+_LOSS = Axis("loss", "training loss", 0)
+_TOP1 = Axis("top1", "top-1, %", 0, 100, span=2)
+
+
+def _figures(rows: Sequence[Row]) -> list[Figure | None]:
+    """Return the figures of the report."""
+    scores = [{**row, "name": title_of_label(row["r"])} for row in rows if row["kind"] == "eval"]
+    return [
+        captioned(
+            "Loss of the training updates.", lines([row for row in rows if row["kind"] == "train"], _EPOCH, _LOSS)
+        ),
+        captioned("Top-1 on the validation images after each epoch.", lines(scores, _EPOCH, _TOP1, by="name")),
+    ]
+
+
 def curves(rows: Sequence[Row]) -> Any:
     """Return a figure of loss and accuracy over epochs."""
-    import matplotlib as mpl
-
     figure = new_figure(8, 3)
     left, right = figure.subplots(1, 2)
     train = [row for row in rows if row["kind"] == "train"]
-    left.plot([row["epoch"] for row in train], [row["loss"] for row in train], color="#0072b2")
-    left.set(xlabel="epoch", ylabel="training loss")
+    left.plot([row["epoch"] for row in train], [row["loss"] for row in train], color=COLOURS[0])
     scores = [row for row in rows if row["kind"] == "eval"]
-    settings = list(dict.fromkeys(row["r"] for row in scores))
-    for number, r in enumerate(settings):
+    for number, r in enumerate(dict.fromkeys(row["r"] for row in scores)):
         points = [row for row in scores if row["r"] == r]
-        shade = mpl.colormaps["viridis"](number / max(1, len(settings) - 1) * 0.85)
         epochs, top1 = [row["epoch"] for row in points], [row["top1"] for row in points]
-        right.plot(epochs, top1, "o-", ms=3, color=shade, label=f"r={r}")
-    right.set(xlabel="epoch", ylabel="top-1 in %")
-    if settings:
-        right.legend(frameon=False)
-    for axes in (left, right):
+        shade = COLOURS[number % len(COLOURS)]
+        right.plot(epochs, top1, "o-", ms=3, color=shade, label=title_of_label(r), clip_on=False)
+    if scores:
+        right.legend(frameon=False, fontsize=8)
+    for axes, axis, points in ((left, _LOSS, train), (right, _TOP1, scores)):
+        axes.set(xlabel=_EPOCH.label, ylabel=axis.label)
+        if points:
+            axes.set_xlim(*_EPOCH.limits(points))
+            axes.set_ylim(*axis.limits(points))
         axes.spines[["top", "right"]].set_visible(False)
     return figure
 
