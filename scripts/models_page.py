@@ -40,9 +40,11 @@ the fast tests of models pass with are torch 2.11, timm 1.0.26, transformers 5.1
 import tokenmerge, torch
 from transformers import Dinov2Config, Dinov2ForImageClassification
 
-model = Dinov2ForImageClassification(Dinov2Config(num_hidden_layers=2, hidden_size=96, num_attention_heads=3)).eval()
+config = Dinov2Config(num_hidden_layers=2, hidden_size=96, num_attention_heads=3)
+model = Dinov2ForImageClassification(config).eval()
 handle = tokenmerge.patch(model, r=16)  # finds the tower inside, and patches only it
-print(handle.output_tokens())  # 257: unmerged tokens leave the tower, so the head averages what it should
+# unmerged tokens leave the tower, so the head averages what it should
+print(handle.output_tokens())  # 257
 model(torch.randn(1, 3, 224, 224)).logits
 ```
 

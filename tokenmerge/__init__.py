@@ -12,16 +12,16 @@ Example:
 
 Shapes in every docstring use one legend:
 
-    ====  ==========================================================================================
-    B     images (clips, sounds) in a batch
-    N     tokens per image that enter a step: a block, a merge; prefix tokens such as the class token included
-    N'    tokens per image that leave it
-    N₀    tokens per image that entered the first block
-    r     tokens per image that a step merges away: N − N'
-    C     channels of a token
-    H     attention heads
-    D     channels of a head, or of the metric
-    ====  ==========================================================================================
+| symbol | meaning |
+|---|---|
+| B | images (clips, sounds) in a batch |
+| N | tokens per image that enter a step: a block, a merge; prefix tokens such as the class token included |
+| N' | tokens per image that leave it |
+| N₀ | tokens per image that entered the first block |
+| r | tokens per image that a step merges away: N − N' |
+| C | channels of a token |
+| H | attention heads |
+| D | channels of a head, or of the metric |
 
 Importing this package imports torch and nothing else that is heavy; timm and the other model libraries are imported when a
 model of theirs is patched.
@@ -47,6 +47,7 @@ from tokenmerge.saving import load, save
 from tokenmerge.tracing.trace import Trace, trace_of
 
 __version__ = "0.1.0"
+"""Version of the package."""
 
 __all__ = [
     "PRESETS",

@@ -123,7 +123,7 @@ def register_matcher(
         most: how many of the unprotected tokens it can merge away: "half" or "all but one".
 
     Returns:
-        A decorator, which returns the function with checks of its arguments: r is cut to `schedule.max_merges`, and r = 0
+        A decorator, which returns the function with checks of its arguments. These cut r to `schedule.max_merges`, and r = 0
         returns the identity plan. Blocks call the function without these checks and verify its plans instead.
 
     Raises:
