@@ -7,6 +7,7 @@ A question without a test fails, unless `NOT_RUN` in `tests/helpers/faq.py` says
 from __future__ import annotations
 
 import itertools
+import logging
 import subprocess
 import sys
 from pathlib import Path
@@ -53,6 +54,28 @@ def test_tune(monkeypatch: pytest.MonkeyPatch) -> None:
     handle = tokenmerge.patch(model, r=5)
     handle.tune(images_for(model), schedule=True, rounds=3, forms=["mask"], backends=["torch"])
     assert handle.schedule == (0, 0, 0)
+
+
+@claim(
+    "How do I see what was decided, and why?",
+    "where r was cut, the form of attention, whether attention is proportional, and the backend, each with its reason",
+    "`print(handle)` shows the settings that are not the defaults",
+    "at level `INFO` whenever a model is patched or updated, and once for each number of tokens where r was cut",
+)
+def test_what_was_decided(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO, "tokenmerge")
+    model = small()
+    handle = tokenmerge.patch(model, r=30)
+    summary = handle.summary()
+    for reason in (summary.attention_reason, summary.prop_attn_reason, summary.backend_reason):
+        assert reason in " ".join(str(summary).split())
+        assert any(record.getMessage().endswith(reason) for record in caplog.records)
+    assert "was cut to" in str(summary)
+    assert sum("r was cut" in record.getMessage() for record in caplog.records) == 1
+    assert str(handle) == f"<Handle of {summary.model}: r=30>"
+    caplog.clear()
+    handle.update(r=2)
+    assert "r 2 in each" in caplog.text
 
 
 @claim(
