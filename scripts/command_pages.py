@@ -6,6 +6,7 @@ python scripts/command_pages.py [--check]
 from __future__ import annotations
 
 import argparse
+import html
 import sys
 from pathlib import Path
 
@@ -39,8 +40,14 @@ def table(command: Command) -> str:
         for field, (hint, flag) in mine.items():
             default = options.__dataclass_fields__[field].default if field in options.__dataclass_fields__ else None
             default = 2 if field == "workers" else default  # on a machine with more than one core
-            lines.append(f"| `{_cell(usage(field, hint, flag))}` | {_cell(help_text(flag, default))} |")
+            lines.append(f"| {_code(usage(field, hint, flag))} | {_cell(help_text(flag, default))} |")
     return "\n".join(lines) + "\n"
+
+
+def _code(text: str) -> str:
+    """Return a cell of code; renderers disagree on how to write a bar between backticks in a table."""
+    text = " ".join(text.split())
+    return f"<code>{html.escape(text, quote=False).replace('|', '&#124;')}</code>" if "|" in text else f"`{text}`"
 
 
 def _cell(text: str) -> str:

@@ -273,6 +273,13 @@ def test_pages_and_the_explorer_show_every_medium(kind: str, data: dict[str, Pat
         for other in drawn:
             together = names[picture.cell[one]] == names[picture.cell[other]]
             assert bool(together) == bool(source[one] == source[other])
+    hidden = [patch for patch in range(len(source)) if picture.cell[patch] < 0]
+    if hidden:  # the size of a token counts its members in the padding, too
+        unseen = np.frombuffer(base64.b64decode(shown["looks"][0]["blocks"][-1]["unseen"]), "<u2")
+        for one in drawn:
+            assert unseen[picture.cell[one]] == sum(bool(source[one] == source[other]) for other in hidden)
+    else:
+        assert "unseen" not in shown["looks"][0]["blocks"][-1]
     with pytest.raises(tokenmerge.InputError):
         explorer.upload(b"no such file", "a.xyz")
 
