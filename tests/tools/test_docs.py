@@ -17,6 +17,8 @@ import tokenmerge
 from tokenmerge import methods
 from tokenmerge.cli import main
 from tokenmerge.cli.main import COMMANDS as CLI
+from tokenmerge.cli.main import _recipes
+from tokenmerge.cli.parsing import parse
 from tokenmerge.matching import registry
 from tokenmerge.ops import timing
 from tokenmerge.tools.bench import break_even
@@ -268,3 +270,24 @@ def test_every_method_and_option_has_its_place_in_the_docs() -> None:
     extend = (ROOT / "docs" / "extend.md").read_text()
     for name in tokenmerge.matching.OFFERED:
         assert f"`{name}`" in extend, name
+
+
+def not_run(page: Path) -> list[str]:
+    """Command lines in blocks that do not run here, because they need a GPU, ImageNet, other processes or a server for ever."""
+    text = "\n".join(blocks(page, "text")).replace("\\\n", " ")
+    lines = re.findall(r"^(?:\$ |torchrun .*|accelerate .*)?-?m?\s*(?:-- )?(tokenmerge [a-z].*)$", text, re.MULTILINE)
+    return [" ".join(line.split(" #")[0].split()) for line in lines if "…" not in line]
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if not_run(page)], ids=lambda page: page.name)
+def test_commands_that_cannot_run_here_are_understood(
+    page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Their flags exist and their values fit; placeholders such as DIR are folders and names of models."""
+    monkeypatch.chdir(tmp_path)
+    for name in ("DIR/val", "imagenet/val", "digits/val", "hf:models/vit", "photos"):
+        (tmp_path / name).mkdir(parents=True, exist_ok=True)
+    for line in not_run(page):
+        name, *rest = words(line)
+        command = CLI[name]
+        parse(command, command.load(rest)[0], rest, _recipes(command))
