@@ -83,6 +83,7 @@ def _row(model: str, setting: Setting, summary: Summary) -> Row:
         "prefix_tokens": summary.protected,
         "pooling": summary.pooling,
         "prop_attn": summary.prop_attn,
+        "prop_attn_reason": summary.prop_attn_reason,
         "r_per_block": list(summary.r),
         "tokens": list(summary.tokens),
         "gflops": summary.flops_after / 1e9,
