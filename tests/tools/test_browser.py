@@ -122,6 +122,20 @@ def test_live_in_the_browser(live: Live, open_page: Open, tmp_path: Path) -> Non
     page.set_input_files("#file", {"name": evil, "mimeType": "image/png", "buffer": encoded(9, 9, "PNG")})
     browser.shows("#status", evil[:20])
     browser.check(live.url)
+    before = sum("api/run" in url for url in browser.requests)
+    page.evaluate(
+        "for (const i of [0, 1, 0, 1, 0]) { at('sample').value = i; at('sample').dispatchEvent(new Event('change')); }"
+    )
+    browser.shows("#status", "one.png")
+    browser.until("!asked.running")
+    assert sum("api/run" in url for url in browser.requests) == before + 2, "the first one, and the last one"
+    assert page.evaluate("current().name") == "a/one.png"
+    page.evaluate("again(); take(new File([new ArrayBuffer(33 * 2 ** 20)], 'large.png'))")
+    browser.until("!asked.running")
+    page.click("#run")
+    browser.until("!asked.running")
+    browser.shows("#status", "one.png")
+    assert "sample=0" in page.evaluate("state.written")
 
     page.set_input_files("#file", {"name": "x.png", "mimeType": "image/png", "buffer": b"no picture"})
     page.wait_for_selector("#status.bad")

@@ -327,6 +327,17 @@ def test_the_address_holds_what_is_shown(page: Path, open_page: Open) -> None:
     again.shows("#where", "after block 2")
     assert again.page.input_value("#view") == "sizes"
     assert again.page.locator(".panel canvas").count() == 2
+    again.page.click("#link")
+    again.shows("#link", "copied")
+    assert again.page.evaluate("location.hash") == "#i=0&b=2&s=0&v=sizes", (
+        "a link that was pasted is the one that is copied"
+    )
+    again.page.evaluate(
+        "for (const i of [1, 0, 1, 0]) { at('image').value = i; at('image').dispatchEvent(new Event('change')); }"
+    )
+    again.page.wait_for_timeout(300)
+    assert again.page.evaluate("[state.image, at('image').value].join()") == "0,0", "the last choice wins"
+    assert "after block 2" in again.text("#where"), "of what was chosen, another input keeps the block"
     again.check(page.as_uri())
     for odd in ("#i=9&b=-1&s=x&v=none&p=1e9&z=0,0,0&f=all", "#%", "#i=constructor&v=%22]&b=1.5&z=NaN,1,1&in=7&p=3"):
         other = opened(open_page, page, odd)

@@ -34,6 +34,8 @@ from tokenmerge.tools.settings import parse_setting
 from tokenmerge.tools.visualize.flat import flat
 from tokenmerge.tools.visualize.load import Loader
 from tokenmerge.tools.visualize.looks import merged_copies
+from tokenmerge.tools.visualize.panels import painted
+from tokenmerge.tracing.paint import table
 
 transformers: Any = importlib.import_module("transformers")  # parts of it have no annotations
 
@@ -280,8 +282,18 @@ def test_pages_and_the_explorer_show_every_medium(kind: str, data: dict[str, Pat
             assert unseen[picture.cell[one]] == sum(bool(source[one] == source[other]) for other in hidden)
     else:
         assert "unseen" not in shown["looks"][0]["blocks"][-1]
+    palette = np.frombuffer(base64.b64decode(shown["palette"]), np.uint8).reshape(-1, 3)
+    assert len(np.unique(palette, axis=0)) == rows * columns, "one colour for each cell, empty ones included"
     with pytest.raises(tokenmerge.InputError):
         explorer.upload(b"no such file", "a.xyz")
+    if medium is SOUNDS:
+        write_wav(tmp_path / "long.wav", np.zeros(1000 * 601), rate=1000)
+        with pytest.raises(tokenmerge.InputError, match="longer than 10 minutes"):
+            explorer.upload((tmp_path / "long.wav").read_bytes(), "long.wav")
+        unmerged = explorer.unmerged.look(sample)
+        sizes = painted(sample, unmerged, 0, "sizes")
+        dark = table("cividis")[0]
+        assert bool((sizes == dark[:, None, None]).all(dim=0).any()), "one patch is the darkest, whatever is not drawn"
 
 
 def test_the_explorer_shows_classes_or_warns(data: dict[str, Path], tmp_path: Path) -> None:

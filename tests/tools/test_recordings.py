@@ -18,7 +18,8 @@ from tests.tools.test_reading import CHANGES, Change, changed, one_error
 from tokenmerge.errors import DamagedFileError
 from tokenmerge.tools.folders import ClassFolder
 from tokenmerge.tools.media import SOUNDS, VIDEOS, frame_rate, read_frames, read_sound
-from tokenmerge.tools.reading import recordings, wholeness
+from tokenmerge.tools.reading import wholeness
+from tokenmerge.tools.reading.recordings import Limits
 from tokenmerge.tools.sounds import Spectrogram
 from tokenmerge.tools.videos import Clip
 
@@ -161,7 +162,7 @@ def resized(path: Path, width: int, height: int) -> Path:
     return path
 
 
-def test_videos_over_a_limit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_videos_over_a_limit(tmp_path: Path) -> None:
     write_video(tmp_path / "long.avi", size=(4096, 16), frames=2, codec="rawvideo")
     resized(write_video(tmp_path / "wide.avi", codec="rawvideo"), 32768, 32768)
     resized(write_video(tmp_path / "tall.avi", codec="rawvideo"), 16, 16000)
@@ -183,15 +184,14 @@ def test_videos_over_a_limit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
             CLIP(tmp_path / name)
     with pytest.raises(DamagedFileError, match="frames per second"):
         frame_rate(tmp_path / "fast.avi")
-    monkeypatch.setattr(recordings, "MOST_CLIP", 3 * 32 * 16 * 3)
+    write_video(tmp_path / "a.mp4")
     with pytest.raises(DamagedFileError, match="4 of them would not fit"):
-        CLIP(write_video(tmp_path / "a.mp4"))
-    monkeypatch.setattr(recordings, "MOST_FRAMES", 5)
+        read_frames(tmp_path / "a.mp4", lambda total: range(4), Limits(clip=3 * 32 * 16 * 3))
     with pytest.raises(DamagedFileError, match="more than 5 frames"):
-        read_frames(tmp_path / "a.mp4", lambda total: [total - 1])
+        read_frames(tmp_path / "a.mp4", lambda total: [total - 1], Limits(frames=5))
 
 
-def test_sounds_over_a_limit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_sounds_over_a_limit(tmp_path: Path) -> None:
     write_wav(tmp_path / "slow.wav", rate=1)
     write_wav(tmp_path / "fast.wav", rate=2**31 - 1)
     write_wav(tmp_path / "none.wav", samples=0)
@@ -209,10 +209,9 @@ def test_sounds_over_a_limit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     ):
         with pytest.raises(DamagedFileError, match=words):
             read_sound(tmp_path / name)
-    monkeypatch.setattr(recordings, "MOST_SECONDS", 60)
     write_wav(tmp_path / "long.wav", samples=16000 * 61)
     with pytest.raises(DamagedFileError, match="longer than 1 minutes"):
-        read_sound(tmp_path / "long.wav")
+        read_sound(tmp_path / "long.wav", limits=Limits(seconds=60))
 
 
 def test_samples_that_are_not_finite(whole: dict[str, bytes], tmp_path: Path) -> None:

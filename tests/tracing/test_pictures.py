@@ -177,7 +177,7 @@ def test_videos(tmp_path: Path, run: Run) -> None:
     assert len(frames) == 8
     wanted = (film[:, 5].repeat_interleave(7, 1).repeat_interleave(7, 2).permute(1, 2, 0).numpy() * 255).astype(float)
     panel = frames[5][26 : 26 + 224, 10 + 234 : 10 + 234 + 224].astype(float)
-    assert np.abs(panel - wanted)[4::7, 4::7].mean() < 12, "what the codec left of it, away from borders"
+    assert np.abs(panel - wanted)[4::7, 4::7].mean() < 16, "the codec shares colour among 2×2 pixels, borders included"
     assert Image.open(tmp_path / "out.gif").n_frames == 8  # type: ignore[attr-defined]
     code, _, err = run(*base, "--out", tmp_path / "out.html")
     assert code == 0, err  # a page shows a sheet of frames

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from tokenmerge.tools.media import read_frames
+from tokenmerge.tools.reading.recordings import OWN, Limits
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 """Mean and standard deviation of ImageNet, which VideoMAE, ViViT and V-JEPA 2 normalize with."""
@@ -43,6 +44,10 @@ class Clip:
         mean, std: normalization of each channel.
         processor: function from frames `[frames, H, W, 3]` uint8 to the clip, instead of the centre crop and normalization here.
         interpolation: interpolation of resizing in training.
+        limits: limits of the files.
+
+    Attributes:
+        stride: frames of the latest video between two frames of its clip.
     """
 
     def __init__(
@@ -55,10 +60,12 @@ class Clip:
         std: Sequence[float] = STD,
         processor: Callable[[Any], Tensor] | None = None,
         interpolation: str = "bilinear",
+        limits: Limits = OWN,
     ) -> None:
         from torchvision.transforms import InterpolationMode, v2
 
         self.processor = processor if augmentation is None else None
+        self.limits, self.stride = limits, float(sampling_rate)
         resizing = {"interpolation": InterpolationMode(interpolation), "antialias": True}
         self.frames, _, height, width = shape
         self.sampling_rate, self.training = sampling_rate, augmentation is not None
@@ -80,7 +87,7 @@ class Clip:
         Raises:
             DamagedFileError: if the file cannot be decoded.
         """
-        decoded = read_frames(path, self._choose)
+        decoded = read_frames(path, self._choose, self.limits)
         if self.processor is not None:
             return self.processor(decoded)
         frames = torch.from_numpy(decoded)
@@ -89,6 +96,7 @@ class Clip:
 
     def _choose(self, total: int) -> list[int]:
         span = (self.frames - 1) * self.sampling_rate + 1
+        self.stride = float(self.sampling_rate) if total >= span else total / self.frames
         if total < span:
             return [step * total // self.frames for step in range(self.frames)]
         surplus = total - span

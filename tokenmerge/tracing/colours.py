@@ -24,9 +24,9 @@ def distinct(count: int) -> Tensor:
     """
     import numpy as np  # PyTorch takes much longer for hundreds of small steps
 
-    steps = 10
-    while len(colours := _lattice(steps)) < 2 * count:
-        steps += 2
+    steps = 26  # one lattice for any usual number of tokens, so that a colour does not change with their number
+    while len(colours := _lattice(steps)) < count:
+        steps *= 2
     lab = oklab(colours).numpy()
     distance = np.full(len(lab), np.inf, dtype=np.float32)
     chosen = []

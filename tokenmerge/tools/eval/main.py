@@ -89,13 +89,15 @@ def _run(
     ):
         total = dataset.reader.size if isinstance(dataset, LabelledStream) else len(dataset)
         task = progress.add_task("evaluating", total=total) if progress else None
-        for number, batch in enumerate(guarded(loader)):
+        done = 0  # batches of which anything could be read
+        for batch in guarded(loader):
             skipped += batch.skipped
             if len(batch.labels):
                 images = place(batch.images, options.device, options.dtype, options.channels_last)
-                if number == 0:
+                if done == 0:
                     _tune(running, images, options, processes, report)
-                add_in_turns(running, images, batch.labels.to(options.device), number)
+                add_in_turns(running, images, batch.labels.to(options.device), done)
+                done += 1
             if progress and task is not None:
                 progress.advance(task, (len(batch.labels) + len(batch.skipped)) * processes.count)
     skipped = processes.gather(skipped)

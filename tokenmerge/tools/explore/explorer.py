@@ -20,6 +20,7 @@ from tokenmerge.tools.explore.pictures import open_picture, open_sample, plain_n
 from tokenmerge.tools.media import IMAGES
 from tokenmerge.tools.models import load_model, random_weights
 from tokenmerge.tools.pages import printable, title_of
+from tokenmerge.tools.reading.recordings import FOR_VISITORS
 from tokenmerge.tools.saved import kept_of, saved_with, say_used
 from tokenmerge.tools.settings import Setting, label_of
 from tokenmerge.tools.visualize.load import Loader, Shown
@@ -48,13 +49,14 @@ class Explorer:
         self.name = title_of(options.model)
         self.model = load_model(options)
         self.random = random_weights(options)
-        self.loader = Loader(self.model)
+        self.loader = Loader(self.model, limits=FOR_VISITORS)
         self.remarks: list[str] = []
         self.texts, self.fields = _merging(options, self.remarks.append)
         self.samples, self.left_out = ([], []) if data is None else samples_in(data, self.loader.medium)
         self.sample_names = [] if data is None else [printable(str(path.relative_to(data))) for path in self.samples]
         self.unmerged = merged_copies(self.model, [Setting(0, {"r": 0})], {})[0]
-        self._folders = [os.path.abspath(one) for one in (data, tempfile.gettempdir(), Path.cwd(), Path.home()) if one]
+        folders = {os.path.abspath(one) for one in (data, tempfile.gettempdir(), Path.cwd(), Path.home()) if one}
+        self._folders = sorted(folders, key=len, reverse=True)  # a folder before the one that it lies in
 
     def sample(self, index: int) -> Shown:
         """Load a sample picture.

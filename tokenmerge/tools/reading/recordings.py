@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,14 +18,29 @@ SAMPLE_RATE = 16_000
 """Sample rate of decoded sounds in Hz, as AST, AudioMAE and AudioSet use it."""
 MOST_BYTES = 64 * 2**30
 """Largest size of a file; it is read piece by piece."""
-MOST_SECONDS = 3600
-"""Longest sound, because it is decoded as a whole; models look at seconds."""
-MOST_PIXELS = 36_000_000
-"""Most pixels of one frame of a video: 8K video has 33 million."""
-MOST_CLIP = 2**32
-"""Most bytes of the selected frames of a video together."""
-MOST_FRAMES = 10_000_000
-"""Most frames that are decoded to find the selected ones: 46 hours at 60 frames per second."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Limits:
+    """Limits of a recording.
+
+    Attributes:
+        seconds: longest sound, because it is decoded as a whole; models look at seconds.
+        pixels: most pixels of one frame of a video: 8K video has 33 million.
+        clip: most bytes of the selected frames of a video together.
+        frames: most frames that are decoded to find the selected ones: 46 hours at 60 frames per second.
+    """
+
+    seconds: int = 3600
+    pixels: int = 36_000_000
+    clip: int = 2**32
+    frames: int = 10_000_000
+
+
+OWN = Limits()
+"""Limits of the user's own files."""
+FOR_VISITORS = Limits(seconds=600, pixels=9_000_000, clip=2**29, frames=20_000)
+"""Limits of files that strangers may choose, of which one is decoded at a time."""
 MOST_OBLONG = 64
 """Largest aspect ratio of a frame, because its shorter side is resized to what the model takes."""
 MOST_LOUD = 1e6
@@ -64,15 +80,16 @@ def _opened(path: Path, kind: str) -> Iterator[Any]:
             yield container
 
 
-def read_sound(path: Path, rate: int = SAMPLE_RATE) -> np.ndarray[Any, Any]:
+def read_sound(path: Path, rate: int = SAMPLE_RATE, limits: Limits = OWN) -> np.ndarray[Any, Any]:
     """Read the first audio stream of a file as `[samples]` float32 in [−1, 1], mono.
 
     Args:
         path: the file.
         rate: sample rate in Hz to resample to.
+        limits: the limits.
 
     Raises:
-        DamagedFileError: if it is no regular file, has no audio stream, cannot be decoded, or is longer than an hour.
+        DamagedFileError: if it is no regular file, has no audio stream, cannot be decoded, or is longer than the limit.
         InputError: if PyAV is not installed.
     """
     parts: list[np.ndarray[Any, Any]] = []
@@ -88,8 +105,8 @@ def read_sound(path: Path, rate: int = SAMPLE_RATE) -> np.ndarray[Any, Any]:
                 # channels are averaged here, because FFmpeg's downmix makes two equal channels louder
                 parts.append(out.to_ndarray().mean(axis=0))
                 count += len(parts[-1])
-            if count > MOST_SECONDS * rate:
-                raise damaged(path, f"it is longer than {MOST_SECONDS // 60} minutes, and no longer ones are decoded")
+            if count > limits.seconds * rate:
+                raise damaged(path, f"it is longer than {limits.seconds // 60} minutes, and no longer ones are decoded")
         if not count:
             raise damaged(path, "its audio is empty")
     samples = np.concatenate(parts)
@@ -108,13 +125,14 @@ def _frames_then_none(container: Any) -> Iterator[Any]:
     yield None  # flushes the resampler
 
 
-def read_frames(path: Path, choose: Callable[[int], Sequence[int]]) -> np.ndarray[Any, Any]:
+def read_frames(path: Path, choose: Callable[[int], Sequence[int]], limits: Limits = OWN) -> np.ndarray[Any, Any]:
     """Read selected frames of the first video stream as `[frames, H, W, 3]` uint8 RGB.
 
     Args:
         path: the file.
         choose: function from the number of frames to the indices of the wanted frames, in order. It is called again with the true
             number if the file states more frames than it holds.
+        limits: the limits.
 
     Raises:
         DamagedFileError: if it is no regular file, has no video stream, cannot be decoded, or has too large frames.
@@ -124,38 +142,38 @@ def read_frames(path: Path, choose: Callable[[int], Sequence[int]]) -> np.ndarra
         total = container.streams.video[0].frames  # 0 if the container does not say
         total = total if total > 0 else sum(1 for packet in container.demux(video=0) if packet.size)
     wanted = list(choose(max(1, total)))
-    found, count = _decoded(path, wanted)
+    found, count = _decoded(path, wanted, limits)
     if count is not None and count <= max(wanted):
         if not count:
             raise damaged(path, "no frame of it can be decoded")
         wanted = list(choose(count))
-        found, _ = _decoded(path, wanted)
+        found, _ = _decoded(path, wanted, limits)
     return np.stack([found[number] for number in wanted])
 
 
-def _decoded(path: Path, wanted: Sequence[int]) -> tuple[dict[int, np.ndarray[Any, Any]], int | None]:
+def _decoded(path: Path, wanted: Sequence[int], limits: Limits) -> tuple[dict[int, np.ndarray[Any, Any]], int | None]:
     """Return the wanted frames by index, and the number of all frames; `None` if more frames may follow the wanted ones."""
     found: dict[int, np.ndarray[Any, Any]] = {}
     number, last, chosen = -1, max(wanted), set(wanted)
     with _opened(path, "video") as container:
         stream = container.streams.video[0]
-        _check_frame(path, stream.codec_context, len(chosen))  # before anything is decoded
+        _check_frame(path, stream.codec_context, len(chosen), limits)  # before anything is decoded
         for number, frame in enumerate(container.decode(video=0)):
             if number in chosen:
-                _check_frame(path, frame, len(chosen))
+                _check_frame(path, frame, len(chosen), limits)
                 found[number] = frame.to_ndarray(format="rgb24")
                 if found[number].shape != next(iter(found.values())).shape:
                     raise damaged(path, "its frames change their size")
             if number >= last:
                 return found, None
-            if number >= MOST_FRAMES:
-                raise damaged(path, f"it has more than {MOST_FRAMES:,} frames, and no more are decoded")
+            if number >= limits.frames:
+                raise damaged(path, f"it has more than {limits.frames:,} frames, and no more are decoded")
     return found, number + 1
 
 
-def _check_frame(path: Path, frame: Any, count: int) -> None:
+def _check_frame(path: Path, frame: Any, count: int, limits: Limits) -> None:
     width, height = frame.width, frame.height
-    if width * height > MOST_PIXELS or 3 * width * height * count > MOST_CLIP:
+    if width * height > limits.pixels or 3 * width * height * count > limits.clip:
         raise damaged(path, f"its frames have {width}×{height} pixels, and {count} of them would not fit into memory")
     if width and height and max(width, height) > MOST_OBLONG * min(width, height):
         raise damaged(

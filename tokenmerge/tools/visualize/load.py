@@ -23,6 +23,7 @@ from tokenmerge.tools.models import input_shape
 from tokenmerge.tools.pages import printable
 from tokenmerge.tools.processors import Processor, lacks_processor, processor_of
 from tokenmerge.tools.reading.pictures import read_picture
+from tokenmerge.tools.reading.recordings import OWN, Limits
 from tokenmerge.tools.sounds import Spectrogram
 from tokenmerge.tools.transforms import image_transform, of_processor
 from tokenmerge.tools.videos import Clip
@@ -82,17 +83,18 @@ class Loader:
     Args:
         model: any supported model.
         sampling_rate: stride between the sampled frames of a video.
+        limits: limits of sounds and videos.
 
     Raises:
         InputError: if the model takes several inputs.
     """
 
-    def __init__(self, model: Any, sampling_rate: int = 4) -> None:
+    def __init__(self, model: Any, sampling_rate: int = 4, limits: Limits = OWN) -> None:
         self.shape = input_shape(model)
         channels = self.shape[-3] if len(self.shape) > 2 else 1
         if channels not in (1, 3):
             raise InputError(f"the model takes {channels} channels, but pictures have three: it cannot be looked at so")
-        self.sampling_rate = sampling_rate
+        self.sampling_rate, self._limits = sampling_rate, limits
         self._model = model
         self._processor = None if origin_of(model) is None else processor_of(model)
         self.note = _note(model)
@@ -151,14 +153,16 @@ class Loader:
         return image_transform(self._model, {})
 
     def _video(self, path: Path) -> Shown:
-        processor = self._processor
-        clip = Clip(self.shape, self.sampling_rate, mean=self.mean, std=self.std, processor=processor)(path)
-        rate = frame_rate(path) / self.sampling_rate
+        read = Clip(
+            self.shape, self.sampling_rate, mean=self.mean, std=self.std, processor=self._processor, limits=self._limits
+        )
+        clip = read(path)
+        rate = frame_rate(path) / read.stride
         return Shown(printable(path.name), VIDEOS, self._batch(clip), self._pixels(clip.transpose(0, 1)), rate)
 
     def _sound(self, path: Path) -> Shown:
         rate = SAMPLE_RATE if self._processor is None else self._processor.rate
-        samples = read_sound(path, rate)
+        samples = read_sound(path, rate, self._limits)
         if self._processor is None:
             made = spectrum = Spectrogram((1, *self.shape[-2:]))(samples)[0]
         else:

@@ -89,7 +89,7 @@ def image_data(shown: Shown, looks: Sequence[Look], speeds: Sequence[float | Non
             "patches": len(picture.cell),
             "picture": _picture(pixels),
             "sums": _packed(total.T.float()),
-            "palette": _packed((distinct(len(picture.cell)) * 255).round().to(torch.uint8)),
+            "palette": _packed((distinct(len(picture.patch)) * 255).round().to(torch.uint8)),
             **_in_time(shown, picture),
             "attention": "attention of the class token" if looks[0].class_token else "attention, mean of all tokens",
             "unmerged": _about(looks[0], None),

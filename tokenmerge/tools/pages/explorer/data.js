@@ -19,8 +19,8 @@ const current = () => data.images[state.image];
 const lookOf = panel => current().looks[panel.look];
 
 // an image, unpacked once
-async function prepared(image) {
-  if (image.ready) return image;
+const prepared = image => image.preparing ??= prepare(image);
+async function prepare(image) {
   const picture = new Image();
   picture.src = image.picture;
   await picture.decode();
@@ -55,7 +55,7 @@ async function prepared(image) {
 function survival(image, look) {
   const last = new Int32Array(image.itself.length).fill(-1);
   look.blocks.forEach((block, k) => { for (const name of block.names) if (name < HIDDEN) last[name] = k; });
-  const order = [...last.keys()].sort((a, b) => last[b] - last[a] || a - b), rank = new Int32Array(order.length);
+  const order = [...last.keys()].sort((a, b) => (image.itself[a] === GONE) - (image.itself[b] === GONE) || last[b] - last[a] || a - b), rank = new Int32Array(order.length);
   order.forEach((name, i) => { rank[name] = i; });
   return rank;
 }

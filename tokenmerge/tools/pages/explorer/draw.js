@@ -19,7 +19,7 @@ function cellColours(image, look, step, view) {
   } else if (view === "tokens") {
     names.forEach((name, p) => { if (name < HIDDEN) paint(p, ...image.palette.subarray(3 * look.rank[name], 3 * look.rank[name] + 3)); });
   } else {
-    const sizes = sizesOf(image, look, step), most = largest(image, look);
+    const sizes = sizesOf(image, look, step), most = largest(image);
     const seen = view === "attention" ? seenAt(look, step) : null;
     names.forEach((name, p) => {
       if (name >= HIDDEN) return;
@@ -31,7 +31,8 @@ function cellColours(image, look, step, view) {
   return colours;
 }
 
-const largest = (image, look) => Math.max(2, ...sizesOf(image, look, look.blocks.length));
+// the largest token of all settings that are shown, which have one scale
+const largest = image => Math.max(2, ...panels.slice(1).flatMap(panel => [...sizesOf(image, lookOf(panel), lookOf(panel).blocks.length)]));
 
 // what the class token saw in the block that comes next (after the last one: in the last one)
 const seenAt = (look, step) => look.blocks[Math.min(step, look.blocks.length - 1)].attention || null;
@@ -228,9 +229,11 @@ function arrange() {
   for (const panel of panels) { panel.canvas.style.aspectRatio = String(aspect); panel.canvas.style.maxHeight = `${high}px`; panel.figure.style.maxWidth = `${high * aspect}px`; }
 }
 
-function drawAll() {
+// everything that shows the choice; `same` keeps the panel about the token, of which nothing changed
+function drawAll(same = false) {
   const image = current();
   if (!image || !image.ready) return;
+  if (same !== true) state.joined = null;  // its row in the panel goes
   panels.forEach(draw);
   const blocks = image.looks[0].blocks.length;
   at("where").textContent = state.step === 0 ? `input, of ${blocks} blocks` : `after block ${state.step} of ${blocks}`;
@@ -238,9 +241,9 @@ function drawAll() {
   const view = at("view").value;
   at("scale").hidden = view !== "sizes" && view !== "attention";
   at("low").textContent = view === "sizes" ? "1 patch" : "none";
-  at("high").textContent = view === "sizes" ? `${largest(image, lookOf(panels[1]))} patches` : "most";
+  at("high").textContent = view === "sizes" ? `${largest(image)} patches` : "most";
   at("fit").textContent = `${Number(state.zoom.factor.toFixed(1))}×`;
   drawFilm();
-  describe();
+  if (same !== true) describe();
   remember();
 }

@@ -1,30 +1,38 @@
 // ---- the live explorer: a sample or a file of the visitor goes to the model, and comes back as an image's data
-const asked = { count: 0, link: {}, own: null };
-async function run(body, query, values) {
-  const status = at("status"), mine = ++asked.count;  // an answer that was overtaken is not shown
-  if (body && body.size > data.limit) {
-    status.className = "bad"; status.textContent = `the file is larger than ${data.limit >> 20} MiB: make it smaller`;
-    return;
-  }
-  status.className = ""; status.textContent = "running …"; at("run").disabled = true;
+const asked = { running: false, next: null, link: {}, own: null };
+function say(text, bad = false) { at("status").className = bad ? "bad" : ""; at("status").textContent = text; }
+
+// one request at a time, and then the latest one that was wanted meanwhile
+async function run(request) {
+  if (asked.running) { asked.next = request; return; }
+  asked.running = true; asked.next = null;
+  say("running …");
   try {
-    const settings = at("r").value.trim().split(/\s+/).map(one => `r=${encodeURIComponent(one)}`).join("&");
-    const answer = await fetch(`api/run?${settings}&${query}`, { method: "POST", body, headers: { "X-Requested-With": "tokenmerge" } });
+    const settings = request.r.split(/\s+/).map(one => `r=${encodeURIComponent(one)}`).join("&");
+    const answer = await fetch(`api/run?${settings}&${request.query}`, { method: "POST", body: request.body, headers: { "X-Requested-With": "tokenmerge" } });
     const found = await answer.json();
-    if (mine !== asked.count) return;
     if (!answer.ok) throw new Error(found.error);
-    data.images = [found];
-    listImages();
-    asked.link = { r: at("r").value.trim(), ...(body ? {} : { sample: at("sample").value }) };
-    await showImage(0, values);
-    status.textContent = found.name;
-  } catch (error) {
-    if (mine === asked.count) { status.className = "bad"; status.textContent = error.message; }
-  } finally { if (mine === asked.count) at("run").disabled = false; }
+    await prepared(found);
+    if (!asked.next) {
+      data.images = [found];
+      listImages();
+      asked.link = request.link;
+      await showImage(0, request.values);
+      say(found.name);
+    }
+  } catch (error) { say(error.message, true); }
+  asked.running = false;
+  if (asked.next) run(asked.next);
 }
 function again(values = new URLSearchParams()) {
-  const own = asked.own;
-  return own ? run(own, `name=${encodeURIComponent(own.name)}`, values) : run(null, `sample=${at("sample").value}`, values);
+  const own = asked.own, r = at("r").value.trim(), sample = at("sample").value;
+  return run(own ? { r, values, body: own, query: `name=${encodeURIComponent(own.name)}`, link: { r } }
+    : { r, values, body: null, query: `sample=${sample}`, link: { r, sample } });
+}
+function take(file) {
+  if (file && file.size > data.limit) return say(`the file is larger than ${data.limit >> 20} MiB: make it smaller`, true);
+  asked.own = file || null;
+  return again(keptValues());
 }
 function openAddress() {
   const values = remembered(), sample = values.get("sample");
@@ -37,13 +45,13 @@ function openAddress() {
 }
 data.samples.forEach((name, i) => at("sample").append(element("option", { value: i, textContent: name })));
 at("sample").addEventListener("change", () => { asked.own = null; at("file").value = ""; again(keptValues()); });
-at("file").addEventListener("change", () => { asked.own = at("file").files[0] || null; again(keptValues()); });
+at("file").addEventListener("change", () => take(at("file").files[0]));
 at("run").addEventListener("click", () => again(keptValues()));
 at("r").addEventListener("keydown", event => { if (event.key === "Enter") again(keptValues()); });
 for (const kind of ["dragover", "dragleave", "drop"]) document.addEventListener(kind, event => {
   event.preventDefault();
   at("drop").classList.toggle("over", kind === "dragover");
-  if (kind === "drop" && event.dataTransfer.files.length) { asked.own = event.dataTransfer.files[0]; again(keptValues()); }
+  if (kind === "drop" && event.dataTransfer.files.length) take(event.dataTransfer.files[0]);
 });
 openAddress();
 window.addEventListener("hashchange", () => { asked.own = null; openAddress(); });

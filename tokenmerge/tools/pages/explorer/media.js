@@ -15,7 +15,7 @@ function goToFrame(frame) {
   const image = current(), last = frames(image) - 1;
   state.frame = Math.max(0, Math.min(last, frame));
   at("frame").value = state.frame;
-  drawAll();
+  drawAll(true);
 }
 function roll(on) {
   clearInterval(state.rolling);
@@ -85,8 +85,12 @@ function followSound() {
     parts.shift();
     if (parts.length) playPart(); else audio.pause();
   }
-  panels.forEach(draw);
+  if (current().sound) panels.forEach(draw);
   if (!audio.paused) requestAnimationFrame(followSound);
 }
 at("audio").addEventListener("play", () => requestAnimationFrame(followSound));
-at("audio").addEventListener("seeked", () => panels.forEach(draw));
+at("audio").addEventListener("seeked", () => {
+  const time = at("audio").currentTime;
+  if (parts.length && (time < parts[0].from - 0.05 || time > parts[0].to)) parts.length = 0;  // somebody went elsewhere
+  if (panels.length) panels.forEach(draw);
+});

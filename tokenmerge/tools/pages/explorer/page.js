@@ -15,6 +15,8 @@ function predictions(image) {
   at("classes").append(element("h2", { textContent: "What the model answers" }), table);
 }
 
+const plain = value => String(Number(value.toPrecision(3)));
+
 function figureOf(image, panel, i) {
   const canvas = element("canvas", { tabIndex: 0 });
   canvas.setAttribute("role", "img");
@@ -28,9 +30,13 @@ function figureOf(image, panel, i) {
     const choose = element("select", { ariaLabel: `setting ${i}` }), look = image.looks[panel.look];
     image.looks.forEach((one, k) => choose.append(element("option", { value: k, textContent: one.title })));
     choose.value = panel.look;
-    choose.addEventListener("change", () => { state.shown[i - 1] = Number(choose.value); makePanels(); });
+    choose.addEventListener("change", () => {
+      state.shown[i - 1] = Number(choose.value);
+      makePanels();
+      panels[i].figure.querySelector("select").focus();  // which is a new one
+    });
     const speed = look.speed ? `${look.speed.toFixed(2)}× as fast here, ` : "";
-    const cost = `${speed}${look.gflops.toPrecision(3)} of ${image.unmerged.gflops.toPrecision(3)} GFLOPs`;
+    const cost = `${speed}${plain(look.gflops)} of ${plain(image.unmerged.gflops)} GFLOPs`;
     head.append(choose, panel.caption, element("span", { className: "quiet", textContent: cost, title: cost }));
   }
   panel.figure = element("figure", { className: "panel" }, head, canvas);
@@ -105,10 +111,12 @@ document.addEventListener("keydown", event => {
 at("legend").style.background = `linear-gradient(90deg, ${[0, 64, 128, 192, 255].map(i => `rgb(${heat.slice(3 * i, 3 * i + 3).join(",")})`).join(", ")})`;
 
 // ---- inputs; a page opens merged
+let wanted = 0;
 async function showImage(index, values = new URLSearchParams()) {
   play(false); roll(false);
-  const image = await prepared(data.images[index]);
-  state.image = index;
+  const mine = ++wanted, image = await prepared(data.images[index]);
+  if (mine !== wanted) return;  // another one was chosen meanwhile
+  state.image = index; state.joined = null;
   at("image").value = index;
   const seen = image.looks.every(look => look.blocks.some(block => block.attention));
   const choice = at("view").querySelector("[value=attention]");

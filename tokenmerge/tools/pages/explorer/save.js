@@ -37,8 +37,11 @@ const rgb = (colours, p) => `#${[0, 1, 2].map(c => Math.round(colours[3 * p + c]
 function drawingOf(panel) {  // in units of one cell
   const image = current(), seen = windowOf(image), view = viewOf(panel), look = lookOf(panel.photo ? panels[1] : panel);
   const names = namesIn(panel), colours = cellColours(image, look, state.step, view), [rows, columns] = image.grid, parts = [];
-  if (view === "photo") parts.push(`<image href="${image.picture}" width="${columns}" height="${rows}" preserveAspectRatio="none"/>`);
-  else {  // neighbours of one colour in a row are one rectangle
+  if (view === "photo") {
+    parts.push(`<image href="${image.picture}" width="${columns}" height="${rows}" preserveAspectRatio="none"/>`);
+    for (const [row, column] of cellsIn(image, seen))
+      if (names[row * columns + column] === GONE) parts.push(`<rect x="${column}" y="${row}" width="1" height="1" fill="#000" fill-opacity=".76"/>`);
+  } else {  // neighbours of one colour in a row are one rectangle
     let run = null;
     const end = () => { if (run) parts.push(`<rect x="${run.x}" y="${run.y}" width="${run.w}" height="1" fill="${run.fill}"/>`); run = null; };
     for (const [row, column] of cellsIn(image, seen)) {
@@ -90,13 +93,11 @@ function remember() {
   if (current().tiles) values.f = at("sheet").checked ? "all" : state.frame;
   Object.assign(values, data.live ? asked.link : {});
   const text = `#${new URLSearchParams(values)}`;
-  if (text !== location.hash) { state.written = text; writeAddress(text); }
+  state.written = text;
+  clearTimeout(writing);
+  if (text !== location.hash) writing = setTimeout(() => history.replaceState(null, "", text), 150);  // browsers limit how often
 }
 let writing = 0;
-function writeAddress(text) {  // browsers limit how often the address may change
-  clearTimeout(writing);
-  writing = setTimeout(() => history.replaceState(null, "", text), 150);
-}
 
 const remembered = () => new URLSearchParams(location.hash.slice(1));
 function recalled(values) {
@@ -113,6 +114,7 @@ function recalled(values) {
   state.frame = number("f", 0, frames(image) - 1, 0);
   state.step = number("b", 0, image.looks[0].blocks.length, image.looks[0].blocks.length);
   state.patch = number("p", 0, image.itself.length - 1, null);
+  if (state.patch !== null && image.itself[state.patch] === GONE) state.patch = null;  // a tile without a frame
   state.pinned = state.patch !== null;
   state.panel = number("in", 0, at("two").checked ? 2 : 1, 1);
   const zoom = (values.get("z") || "").split(",").map(Number);

@@ -40,7 +40,7 @@ function droppedIn(look) {
 }
 
 function memberList(image, members, size) {
-  const share = `${(100 * size / image.patches).toPrecision(2)} % of the input`;
+  const share = `${Number((100 * size / image.patches).toPrecision(2))} % of the input`;
   const unseen = size - members.length, more = members.length - MOST_MEMBERS;
   const inFrames = image.tiles ? ` in ${new Set(members.map(p => tileOf(image, p))).size} of ${image.tiles.count} frames` : "";
   const listed = members.slice(0, MOST_MEMBERS).map(p => `(${short(image, p)})`).join(" ");
@@ -167,8 +167,11 @@ function pointing(canvas, panel) {
     const move = { ArrowLeft: -1, ArrowRight: 1, ArrowUp: -columns, ArrowDown: columns }[event.key];
     if (event.key === "Enter") pin(state.patch, panel);
     else if (move !== undefined) {
-      const patch = state.patch === null ? 0 : state.patch + move;
-      if (patch >= 0 && patch < image.itself.length && image.itself[patch] !== GONE) choosePatch(patch, panel);
+      const seen = windowOf(image), row = Math.floor(state.patch / columns), column = state.patch % columns;
+      const inside = (r, c) => r >= seen.top && c >= seen.left && r < seen.top + seen.high && c < seen.left + seen.wide;
+      const first = state.patch === null || !inside(row, column) ? seen.top * columns + seen.left : null;
+      const patch = first ?? state.patch + move, straight = first !== null || Math.abs(move) > 1 || Math.floor(patch / columns) === row;
+      if (straight && inside(Math.floor(patch / columns), patch % columns) && image.itself[patch] !== GONE) choosePatch(patch, panel);
     } else return;
     event.preventDefault(); event.stopPropagation();
   });
