@@ -275,7 +275,8 @@ def test_the_page_about_methods_of_ones_own(run: Run, model_dir: Path, data: Pat
     """Its first block is a plugin, and its command runs with it."""
     page = (Path(__file__).parents[2] / "docs" / "extend.md").read_text()
     (tmp_path / "mine.py").write_text(page.partition("```python\n")[2].partition("```")[0])
-    command = next(line for line in page.splitlines() if line.startswith("tokenmerge compare"))
+    lines = page.replace("\\\n", " ").splitlines()
+    command = next(line for line in lines if line.startswith("tokenmerge compare"))
     words = (
         command.replace("MODEL", f"local-dir:{model_dir}")
         .replace("DIR", str(data))
