@@ -11,6 +11,7 @@ import timm
 from PIL import Image
 from safetensors.torch import save_file
 
+from tests.helpers.browser import EVIL
 from tests.helpers.tiny import randomize
 
 SMALL = {"embed_dim": 48, "depth": 6, "num_heads": 3, "num_classes": 7}
@@ -44,6 +45,15 @@ def write_model(folder: Path, architecture: str = "vit_tiny_patch16_224", **argu
     }
     (folder / "config.json").write_text(json.dumps(config))
     return f"local-dir:{folder}"
+
+
+def write_evil_model(folder: Path) -> str:
+    """Write a small model with registers, whose classes have names that must be escaped, and return its MODEL argument."""
+    name = write_model(folder, "vit_medium_patch16_reg4_gap_256", img_size=64, patch_size=8)
+    config = json.loads((folder / "config.json").read_text())
+    config["label_names"] = [f"{EVIL} {i}" for i in range(7)]
+    (folder / "config.json").write_text(json.dumps(config))
+    return name
 
 
 def photo(path: Path, width: int = 64, height: int = 64, seed: int = 0) -> Path:

@@ -19,20 +19,14 @@ from PIL import Image
 
 from tests.conftest import Run
 from tests.helpers.browser import EVIL, Open
-from tests.helpers.pictures import photo, write_model
+from tests.helpers.pictures import photo, write_evil_model, write_model
 
 pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """A small model with registers, whose classes have names that must be escaped."""
-    folder = tmp_path_factory.mktemp("pages") / "model <b>&amp;"
-    name = write_model(folder, "vit_medium_patch16_reg4_gap_256", img_size=64, patch_size=8)
-    config = json.loads((folder / "config.json").read_text())
-    config["label_names"] = [f"{EVIL} {i}" for i in range(7)]
-    (folder / "config.json").write_text(json.dumps(config))
-    return name
+    return write_evil_model(tmp_path_factory.mktemp("pages") / "model <b>&amp;")
 
 
 def test_a_large_page_stays_small(tmp_path: Path, run: Run) -> None:

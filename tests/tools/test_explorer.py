@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import json
 import xml.etree.ElementTree as ET
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,7 @@ from PIL import Image
 
 import tokenmerge
 from tests.helpers.browser import EVIL, SIZES, Browser, Open
-from tests.helpers.pictures import photo, write_model
+from tests.helpers.pictures import photo, write_evil_model
 from tests.tools.test_hf_classifiers import save
 from tests.tools.test_sounds import tone, write_wav
 from tests.tools.test_videos import write_video
@@ -30,13 +29,7 @@ FIRST = ".panel:nth-child(2) canvas"
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """A small model with registers, whose classes have names that must be escaped."""
-    folder = tmp_path_factory.mktemp("explorer") / "model <b>&amp;"
-    name = write_model(folder, "vit_medium_patch16_reg4_gap_256", img_size=64, patch_size=8)
-    config = json.loads((folder / "config.json").read_text())
-    config["label_names"] = [f"{EVIL} {i}" for i in range(7)]
-    (folder / "config.json").write_text(json.dumps(config))
-    return name
+    return write_evil_model(tmp_path_factory.mktemp("explorer") / "model <b>&amp;")
 
 
 def made(out: Path, *words: Any) -> Path:

@@ -122,18 +122,23 @@ def test_slow_clients_hold_up_nobody(start: Started) -> None:
         one.close()
 
 
+def trickled(one: socket.socket, most: float, pause: float) -> float:
+    """Send a byte now and then until the server closes the connection; the seconds that it took, at most `most`."""
+    begin = time.monotonic()
+    with contextlib.suppress(ConnectionError):
+        while time.monotonic() - begin < most:
+            one.sendall(b"x")
+            time.sleep(pause)
+    return time.monotonic() - begin
+
+
 def test_a_header_has_to_come(start: Started) -> None:
     server = start()
     silent, half, after = server.open(), server.open(HALF), server.open()
     after.sendall(b"GET /nothing HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n")
     assert after.recv(65536).startswith(b"HTTP/1.1 404")
     after.sendall(HALF)  # a second header, of which a byte comes now and then
-    begin = time.monotonic()
-    with contextlib.suppress(ConnectionError):
-        while time.monotonic() - begin < 5:
-            after.sendall(b"x")
-            time.sleep(0.1)
-    assert 0.8 < time.monotonic() - begin < 3, "bytes that trickle do not extend it"
+    assert 0.8 < trickled(after, 5, 0.1) < 3, "bytes that trickle do not extend it"
     for one in (silent, half):
         assert closed_after(one)[1] == b""
 
@@ -152,13 +157,7 @@ def test_an_upload_that_stalls_ends_with_a_sentence(start: Started) -> None:
     assert found.startswith(b"HTTP/1.1 408")
     assert b"the upload stalled, and nothing came for 1 seconds: send the file again" in found
 
-    trickle = server.open(upload(10**6))
-    begin = time.monotonic()
-    with contextlib.suppress(ConnectionError):
-        while time.monotonic() - begin < 8:
-            trickle.sendall(b"x")
-            time.sleep(0.2)
-    assert 2.5 < time.monotonic() - begin < 6, "the whole upload has a limit as well"
+    assert 2.5 < trickled(server.open(upload(10**6)), 8, 0.2) < 6, "the whole upload has a limit as well"
 
 
 def test_a_client_that_does_not_read_is_dropped(start: Started, explorer: Explorer) -> None:

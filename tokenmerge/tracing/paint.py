@@ -90,8 +90,7 @@ def _sizes(region: Tensor, span: tuple[float, float] | None) -> Tensor:
 
 def _named(region: Tensor) -> Tensor:
     flat = region.reshape(-1)
-    colour = distinct(int(flat.max()) + 1)[flat.clamp_min(0)].T.clone() if bool((flat >= 0).any()) else None
-    colour = torch.zeros(3, len(flat)) if colour is None else colour
+    colour = distinct(max(0, int(flat.max())) + 1)[flat.clamp_min(0)].T.clone()
     colour[:, flat < 0] = _DROPPED
     return colour.reshape(3, *region.shape)
 

@@ -32,5 +32,5 @@ def painted(shown: Shown, look: Look, block: int, view: View, scale: int = 1) ->
     if block < 0:
         return pixels
     region, last = (enlarged(shown.regions(look.trace, one), scale) for one in (block, None))
-    low, high = span_of(last, look.trace.tokens - look.trace.protected)  # of the whole input, padding included
-    return paint(pixels, region[..., :heard], view, (low, max(low, high)))
+    span = span_of(last, look.trace.tokens - look.trace.protected)  # of the whole input, padding included
+    return paint(pixels, region[..., :heard], view, span)

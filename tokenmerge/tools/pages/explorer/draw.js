@@ -3,6 +3,11 @@ const DROPPED = 31;
 // whether black lines have more contrast than white ones (WCAG 2), on a colour of linear luminance over 0.18
 const isLight = (r, g, b) => 0.2126 * (r / 255) ** 2.2 + 0.7152 * (g / 255) ** 2.2 + 0.0722 * (b / 255) ** 2.2 > 0.18;
 
+// whether the line between two cells lies on light colours
+const isLightBetween = (colours, p, q) => isLight(...[0, 1, 2].map(c => (colours[3 * p + c] + colours[3 * q + c]) / 2));
+// pixels of the page beside a picture and below it, for the scales of a spectrogram
+const marginsOf = image => image.sound ? { left: 48, bottom: 22 } : { left: 0, bottom: 0 };
+
 function cellColours(image, look, step, view) {
   const names = namesAt(image, look, step), count = names.length, colours = new Float32Array(3 * count);
   const paint = (p, r, g, b) => { colours[3 * p] = r; colours[3 * p + 1] = g; colours[3 * p + 2] = b; };
@@ -64,8 +69,7 @@ const namesIn = panel => namesAt(current(), lookOf(panel.photo ? panels[Math.max
 function paintInto(context, panel, width, height, lines) {
   const image = current(), names = namesIn(panel), seen = windowOf(image), view = viewOf(panel);
   const look = lookOf(panel.photo ? panels[1] : panel), colours = cellColours(image, look, state.step, view);
-  const axes = image.sound ? { left: 48 * lines, bottom: 22 * lines } : { left: 0, bottom: 0 };
-  const box = { x: axes.left, y: 0, w: width - axes.left, h: height - axes.bottom };
+  const { left, bottom } = marginsOf(image), box = { x: left * lines, y: 0, w: width - left * lines, h: height - bottom * lines };
   const X = column => Math.round(box.x + (column - seen.x) / seen.w * box.w), Y = row => Math.round(box.y + (row - seen.y) / seen.h * box.h);
   context.clearRect(0, 0, width, height);
   context.save();
@@ -122,8 +126,7 @@ function strokeBorders(context, image, names, colours, seen, X, Y, lines) {
   const dark = new Path2D(), light = new Path2D();
   for (const [p, q, x0, y0, x1, y1] of edgesIn(image, seen)) {
     if (names[p] === names[q]) continue;
-    const mean = [0, 1, 2].map(c => (colours[3 * p + c] + colours[3 * q + c]) / 2);
-    const path = isLight(...mean) ? dark : light;
+    const path = isLightBetween(colours, p, q) ? dark : light;
     path.moveTo(X(x0), Y(y0)); path.lineTo(X(x1), Y(y1));
   }
   const width = Math.max(1, Math.round(lines));

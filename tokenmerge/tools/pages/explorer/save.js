@@ -55,8 +55,7 @@ function drawingOf(panel) {  // in units of one cell
     const paths = { dark: "", light: "" };
     for (const [p, q, x0, y0, x1, y1] of edgesIn(image, seen)) {
       if (names[p] === names[q]) continue;
-      const light = !isLight(...[0, 1, 2].map(c => (colours[3 * p + c] + colours[3 * q + c]) / 2));
-      paths[light ? "light" : "dark"] += `M${x0} ${y0}L${x1} ${y1}`;
+      paths[isLightBetween(colours, p, q) ? "dark" : "light"] += `M${x0} ${y0}L${x1} ${y1}`;
     }
     for (const [kind, colour] of [["dark", "#000"], ["light", "#fff"]])
       parts.push(`<path d="${paths[kind]}" stroke="${colour}" stroke-opacity=".85" stroke-width="2" vector-effect="non-scaling-stroke" fill="none"/>`);

@@ -93,7 +93,7 @@ function mergesOf(image, look, members) {
 
 function next(image, look, name) {
   for (let k = state.step; k < look.blocks.length; k++) {
-    const { from, to, similarity } = look.blocks[k], names = namesAt(image, look, k);
+    const { from, to, similarity } = look.blocks[k];
     for (let i = 0; from && i < from.length; i++) {
       const mine = from[i] === name || to[i] === name;
       if (!mine) continue;
@@ -103,7 +103,6 @@ function next(image, look, name) {
         : from[i] === name ? `In block ${k + 1} it joins ${where}${cosine}.` : `In block ${k + 1} ${where} joins it${cosine}.`;
       return [element("p", { className: "next", textContent: text })];
     }
-    if (!names.length) break;
   }
   return state.step < look.blocks.length ? [element("p", { className: "next", textContent: "It does not merge any more." })] : [];
 }
@@ -125,7 +124,7 @@ function pin(patch, panel) {
 function pointing(canvas, panel) {
   const patchUnder = event => {
     const image = current(), box = canvas.getBoundingClientRect(), seen = windowOf(image);
-    const left = image.sound ? 48 : 0, bottom = image.sound ? 22 : 0;
+    const { left, bottom } = marginsOf(image);
     const column = Math.floor(seen.x + (event.clientX - box.left - left) / (box.width - left) * seen.w);
     const row = Math.floor(seen.y + (event.clientY - box.top) / (box.height - bottom) * seen.h);
     const inside = row >= seen.top && column >= seen.left && row < seen.top + seen.high && column < seen.left + seen.wide;
