@@ -10,14 +10,14 @@ from __future__ import annotations
 import dataclasses
 import operator
 from collections.abc import Iterable
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
 
 from tokenmerge.config import Backend
 from tokenmerge.errors import InputError, shown
-from tokenmerge.ops.basics import ascending_order, counting, descending_order, is_exporting, spread_rows
+from tokenmerge.ops.basics import ascending_order, counting, descending_order, is_exporting, spread_rows, take_rows
 from tokenmerge.ops.combine import Reduce, merge_rows
 from tokenmerge.ops.modes import has_values, require
 from tokenmerge.schedule import is_count
@@ -25,6 +25,18 @@ from tokenmerge.schedule import is_count
 _INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 DROPPED = -1
 """Target position of a dropped token."""
+
+
+class Carried(NamedTuple):
+    """What a learned matcher hands to its call in the next block of the same pass.
+
+    Attributes:
+        tokens: `[B, N', K]` floating: values that belong to the tokens, in the order of the plan's new positions.
+        images: tensors `[B, …]` that belong to the images.
+    """
+
+    tokens: Tensor
+    images: tuple[Tensor, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -42,6 +54,9 @@ class MergePlan:
         weight: `[B, N]` float32: weights of the mean in place of the token sizes; `None` uses the sizes.
         gate: `[B, N']` floating: factors on the sizes after the merge, through which a matcher in training receives its
             gradient (DynamicViT); `None` otherwise.
+        features: `[B, N', C]`: tokens after the merge in place of the members' means, for a learned matcher that makes a token
+            of its own (SPViT, A-ViT); `None` otherwise.
+        carried: what a learned matcher hands to its call in the next block (A-ViT); `None` otherwise.
 
     Example:
         >>> import torch
@@ -58,6 +73,8 @@ class MergePlan:
     drops: bool = False
     weight: Tensor | None = None
     gate: Tensor | None = None
+    features: Tensor | None = None
+    carried: Carried | None = None
 
     @property
     def tokens_in(self) -> int:
@@ -154,7 +171,14 @@ class MergePlan:
         kept = self.kept.gather(1, order)
         target = _gather(ascending_order(order), self.target, self.drops)
         gate = None if self.gate is None else self.gate.gather(1, order)
-        return MergePlan(kept, self.source, target, self.drops, self.weight, gate)
+        features = None if self.features is None else take_rows(self.features, order)
+        carried = self.carried
+        carried = None if carried is None else carried._replace(tokens=take_rows(carried.tokens, order))
+        return MergePlan(kept, self.source, target, self.drops, self.weight, gate, features, carried)
+
+    def recorded(self) -> MergePlan:
+        """Return the merge alone, without gate, features and `carried`, which only its own pass needs."""
+        return MergePlan(self.kept, self.source, self.target, self.drops, self.weight)
 
     def compose(self, then: MergePlan) -> MergePlan:
         """Return one plan for this merge followed by the merge `then`; weights and gates are left out.

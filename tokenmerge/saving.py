@@ -22,7 +22,7 @@ from tokenmerge.files import plain_file, read_json, words_of, write_json
 from tokenmerge.patching import handle_of, is_patched, patch
 from tokenmerge.patching.kept import KEY, SETTINGS, as_config, config_of, entry_of, holder_of, lasting, settings_in
 from tokenmerge.patching.predictors import FILE as PREDICTORS
-from tokenmerge.patching.predictors import load_predictors, split_state
+from tokenmerge.patching.predictors import as_file, load_predictors, split_state
 from tokenmerge.patching.target import find_target
 
 WEIGHTS = "model.safetensors"
@@ -112,7 +112,7 @@ def write_model(
             else:
                 _save_timm(model, state, config, beside, {**(model_args or {})}, label_names)
                 _complete_timm(model, state, beside, without)
-            _save_predictors(predictors, beside)
+            _save_predictors(model, predictors, beside)
             more(beside)
             if not of_transformers:  # whose own config.json keeps them, in one place only
                 write_json(beside / SETTINGS, json.loads(config.to_json()), "the settings")
@@ -159,13 +159,11 @@ def move_into(beside: Path, folder: Path) -> None:
         os.replace(path, target)
 
 
-def _save_predictors(state: Mapping[str, torch.Tensor], folder: Path) -> None:
+def _save_predictors(model: nn.Module, state: Mapping[str, torch.Tensor], folder: Path) -> None:
     """Write predictors into a file of their own, because the model's library does not know them."""
-    from safetensors.torch import save as as_bytes
-
     if state:
         (folder / PREDICTORS).parent.mkdir(exist_ok=True)
-        (folder / PREDICTORS).write_bytes(as_bytes({name: one.contiguous() for name, one in state.items()}))
+        (folder / PREDICTORS).write_bytes(as_file(model, state))
 
 
 def _save_transformers(

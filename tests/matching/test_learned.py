@@ -7,8 +7,10 @@ from typing import Any
 import pytest
 import torch
 
-from tokenmerge import ConfigError
-from tokenmerge.matching.learned import _ALMOST_NOTHING, TokenPredictor, predicted_pruning
+from tokenmerge import ConfigError, InputError
+from tokenmerge.matching.avit import HaltingGate
+from tokenmerge.matching.dynamicvit import TokenPredictor, predicted_pruning
+from tokenmerge.matching.learned import ALMOST_NOTHING
 
 
 def test_a_predictor_by_its_formula() -> None:
@@ -33,8 +35,12 @@ def test_evaluated_the_least_wanted_go_and_protected_tokens_never() -> None:
     assert torch.equal(plan.source, order[:, :7])
     assert bool((plan.target == -1).all())
     given: dict[str, Any] = {"tokens": tokens, "size": size, "predictor": predictor}
-    for missing in ("tokens", "size", "predictor"):
-        with pytest.raises(ConfigError, match="no trained predictor"):
+    with pytest.raises(ConfigError, match="no trained predictor"):
+        predicted_pruning(tokens, 3, 1, **{**given, "predictor": None})
+    with pytest.raises(ConfigError, match="a predictor of 'avit'"):
+        predicted_pruning(tokens, 3, 1, **{**given, "predictor": HaltingGate(8)})
+    for missing in ("tokens", "size"):
+        with pytest.raises(InputError, match="but none was given"):
             predicted_pruning(tokens, 3, 1, **{**given, missing: None})
 
 
@@ -42,7 +48,7 @@ def test_trained_all_stay_and_gates_say_who_would_go() -> None:
     """A gate is 1 or almost nothing; what went before stays gone, and takes no further factor."""
     predictor, tokens = TokenPredictor(8).train(), torch.randn(2, 40, 8)
     size = torch.ones(2, 40).requires_grad_()
-    weighed = size * torch.cat([torch.ones(2, 20), torch.full((2, 20), _ALMOST_NOTHING)], dim=1)
+    weighed = size * torch.cat([torch.ones(2, 20), torch.full((2, 20), ALMOST_NOTHING)], dim=1)
     plan = predicted_pruning(tokens, 9, 1, tokens=tokens, size=weighed, predictor=predictor)
     assert plan.r == 0
     assert plan.gate is not None
@@ -51,7 +57,7 @@ def test_trained_all_stay_and_gates_say_who_would_go() -> None:
     drawn = plan.gate[:, 1:20].detach()
     stays = drawn > 0.5
     assert 0 < int(stays.sum()) < stays.numel()
-    torch.testing.assert_close(drawn, torch.where(stays, 1.0, _ALMOST_NOTHING))
+    torch.testing.assert_close(drawn, torch.where(stays, 1.0, ALMOST_NOTHING))
     assert predictor.kept is not None
     torch.testing.assert_close(predictor.kept, stays.sum(dim=1) / 39)
     plan.gate.sum().backward()

@@ -17,12 +17,12 @@ from tests.tools.test_train import Run, data, rows, train  # noqa: F401  (fixtur
 from tokenmerge import ConfigError, InputError, PatchError
 from tokenmerge.cli import main
 from tokenmerge.matching import get_matcher
-from tokenmerge.matching.learned import _ALMOST_NOTHING, PREDICTOR
+from tokenmerge.matching.learned import ALMOST_NOTHING, PREDICTOR
 from tokenmerge.patching.predictors import (
     add_predictors,
+    learned_loss,
     load_predictors,
     predicting,
-    ratio_loss,
     remove_predictors,
     save_predictors,
 )
@@ -37,7 +37,7 @@ def test_a_tiny_size_gives_the_gradient_of_a_masked_softmax() -> None:
 
     weights = (query @ key.transpose(2, 3) / 2).exp() * exact
     (weights / weights.sum(dim=3, keepdim=True) @ value).square().sum().backward()
-    size = ours * (1 - _ALMOST_NOTHING) + _ALMOST_NOTHING
+    size = ours * (1 - ALMOST_NOTHING) + ALMOST_NOTHING
     F.scaled_dot_product_attention(query, key, value, size.log()[None, None, None]).square().sum().backward()
     assert exact.grad is not None
     assert ours.grad is not None
@@ -53,10 +53,12 @@ def test_training_keeps_all_tokens_and_evaluation_drops_the_least_wanted() -> No
         images = images_for(model)
         logits = model.train()(images)
         assert handle.trace.size().shape == (2, 37)
-        loss = ratio_loss(model, handle.schedule, 36)
+        loss = learned_loss(model, handle.schedule, 36)
         assert loss is not None
         (loss + logits.sum()).backward()
-        assert ratio_loss(model, handle.schedule, 36) is None, "each pass counts once"
+        assert learned_loss(model, handle.schedule, 36) is None, "each pass counts once"
+        (into,) = torch.autograd.grad(loss, model.patch_embed.proj.weight, retain_graph=True)
+        assert bool((into != 0).any()), "a predictor's gradient goes on into the model, as in the paper"
         gradients = [p.grad for block in predicting(model).values() for p in getattr(block, PREDICTOR).parameters()]
         assert len(gradients) == 20
         assert all(one is not None and bool((one != 0).any()) for one in gradients)
@@ -85,7 +87,7 @@ def test_gradients_stay_finite_over_many_blocks(dtype: torch.dtype | None) -> No
         for _ in range(3):
             with torch.autocast("cpu", torch.bfloat16, enabled=dtype is not None):
                 logits = model.train()(images_for(model))
-            loss = ratio_loss(model, handle.schedule, 36)
+            loss = learned_loss(model, handle.schedule, 36)
             assert loss is not None
             (loss + logits.float().square().sum()).backward()
     assert all(p.grad is not None and bool(p.grad.isfinite().all()) for p in model.parameters())
@@ -103,7 +105,7 @@ def test_the_ratio_loss_leads_to_the_schedule() -> None:
     for _ in range(60):
         model(images)
         kept = [float(getattr(block, PREDICTOR).kept.detach().mean()) for block in predicting(model).values()]
-        loss = ratio_loss(model, handle.schedule, 36)
+        loss = learned_loss(model, handle.schedule, 36)
         assert loss is not None
         loss.backward()
         optimizer.step()

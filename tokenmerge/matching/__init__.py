@@ -14,7 +14,15 @@ from tokenmerge.matching.registry import (
 )
 
 # isort: split
-from tokenmerge.matching import clustering, informed, learned, pairing, pruning  # noqa: F401  (they register themselves)
+from tokenmerge.matching import (  # noqa: F401  (they register themselves)
+    avit,
+    clustering,
+    dynamicvit,
+    informed,
+    pairing,
+    pruning,
+    spvit,
+)
 
 __all__ = [
     "OFFERED",

@@ -1,127 +1,116 @@
-"""Token pruning by trained predictors (DynamicViT, arXiv 2106.02034).
+"""What learned matchers share: the base class of their networks, and masks through which they are trained.
 
-All other matchers work without training. A predictor is a small network inside a block, whose weights
-`tokenmerge train --matcher dynamicvit` trains together with the model.
+All other matchers work without training. A learned matcher has a small network in each block that drops tokens, its
+predictor, whose weights `tokenmerge train --matcher NAME` trains together with the model. A token that is gone while
+its row must stay has size 0: it counts nothing in attention and in means.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from tokenmerge.errors import ConfigError
-from tokenmerge.matching.joining import drop, lowest
-from tokenmerge.matching.registry import register_matcher
-from tokenmerge.plan import MergePlan
 
 PREDICTOR = "tokenmerge_predictor"
 """Name of the attribute of a block that holds its predictor."""
-_ALMOST_NOTHING = 1e-6
+ALMOST_NOTHING = 1e-6
 """Factor on the size of a token that is sampled to be dropped in training.
 
 It is not 0, because the gradient passes through `log size`. The attention to the token is proportional to
 `size · exp(qk)`, whose derivative with respect to the size is the same for a tiny size as for 0.
 """
+RATIO_WEIGHT = 2.0
+"""Weight of the loss that pulls predictors towards the target number of tokens (DynamicViT, section 3.3; SPViT)."""
 
 
-class TokenPredictor(nn.Module):
-    """Network that predicts for each token whether to keep or drop it (Rao et al. 2021, section 3.2).
-
-    Half of the channels of a projection describe the token. The mean of the other half over all tokens not yet dropped
-    describes the image. A network of three layers classifies both together.
+class Predictor(nn.Module):
+    """Network of a learned matcher in one block; a subclass for each matcher.
 
     Args:
-        channels: C of the tokens, a multiple of 4.
+        channels: C of the tokens.
+        heads: H of the block's attention; 0 if it is not known, which only SPViT asks for.
 
     Attributes:
-        kept: `[B]`, the fraction of the tokens that the latest training pass kept, with its gradient; `None` before it.
+        matcher: name of the matcher that it belongs to.
+        every_block: whether each block has one, and not only the blocks that drop tokens.
+        kept: what the latest training pass left for the loss, with its gradient; `None` before it.
 
     Raises:
-        ConfigError: if `channels` is not a multiple of 4.
+        ConfigError: if the network cannot be made for this many channels or heads.
     """
 
-    kept: Tensor | None
+    matcher: ClassVar[str]
+    every_block: ClassVar[bool] = False
+    kept: Any
 
-    def __init__(self, channels: int) -> None:
+    def __init__(self, channels: int, heads: int = 0) -> None:
         super().__init__()
-        if channels % 4:
-            raise ConfigError(
-                f"a predictor halves its channels twice, but the model has {channels}: choose another matcher"
-            )
-        self.channels = channels
-        self.project = nn.Sequential(nn.LayerNorm(channels), nn.Linear(channels, channels), nn.GELU())
-        half, quarter = channels // 2, channels // 4
-        self.classify = nn.Sequential(
-            nn.Linear(channels, half), nn.GELU(), nn.Linear(half, quarter), nn.GELU(), nn.Linear(quarter, 2)
-        )
+        self.channels, self.heads = channels, heads
         self.kept = None
-
-    def forward(self, tokens: Tensor, size: Tensor) -> Tensor:
-        """Predict the log-probabilities of keeping and of dropping each token.
-
-        Args:
-            tokens: `[B, M, C]`, floating: the unprotected tokens.
-            size: weight of each token in the mean, `[B, M]`.
-
-        Returns:
-            `[B, M, 2]` float32.
-        """
-        x = self.project(tokens.to(next(self.parameters()).dtype))
-        own, shared = x.chunk(2, dim=2)
-        weight = size.to(x.dtype).unsqueeze(2)
-        mean = (shared * weight).sum(dim=1, keepdim=True) / weight.sum(dim=1, keepdim=True).clamp_min(1e-6)
-        scores: Tensor = self.classify(torch.cat([own, mean.expand_as(own)], dim=2))
-        return F.log_softmax(scores.float(), dim=2)
 
     def __getstate__(self) -> dict[str, Any]:
         """Return the state without `kept`, which belongs to the autograd graph of the latest pass."""
         return {**self.__dict__, "kept": None}
 
+    def take(self) -> Any:
+        """Return what the latest training pass left for the loss, and let go of it, so that each pass counts once."""
+        found, self.kept = self.kept, None
+        return found
 
-@register_matcher("dynamicvit", learned=True, most="all but one")
-def predicted_pruning(
-    metric: Tensor,
-    r: int,
-    protected: int = 0,
-    tokens: Tensor | None = None,
-    size: Tensor | None = None,
-    layer: int = 0,
-    predictor: TokenPredictor | None = None,
-) -> MergePlan:
-    """Drop the r tokens with the lowest predicted probability of being kept (DynamicViT).
+    @classmethod
+    def loss(cls, predictors: Mapping[int, Any], schedule: Sequence[int], tokens: int) -> Tensor | None:
+        """Return the weighted loss of all predictors of a model after a training pass; `None` if none ran.
 
-    In training all tokens stay, as in DynamicViT: tokens that are sampled to be dropped (straight-through Gumbel-softmax)
-    lose their weight in attention, `ratio_loss` pulls the number of kept tokens towards the schedule, and no time is
-    saved. In evaluation r tokens are dropped.
+        The default is DynamicViT's ratio loss: the mean over predictors of `(kept − wanted)²`, times 2, where kept is the
+        fraction of the tokens that the predictor kept, and wanted the fraction that the schedule leaves.
+
+        Args:
+            predictors: the predictors of the model, by the position of their block.
+            schedule: tokens that each block drops, cut to the possible maximum.
+            tokens: tokens that enter the first block, without protected tokens.
+        """
+        parts = []
+        for index, predictor in predictors.items():
+            kept = predictor.take()
+            if kept is not None and schedule[index]:
+                parts.append((kept - (1 - sum(schedule[: index + 1]) / tokens)).square().mean())
+        return RATIO_WEIGHT * torch.stack(parts).mean() if parts else None
+
+
+def needed_predictor(predictor: Any, kind: type[Predictor], layer: int) -> None:
+    """Raise `ConfigError` unless a block has the predictor of its matcher."""
+    if isinstance(predictor, kind):
+        return
+    found = "no trained predictor" if predictor is None else f"a predictor of {getattr(predictor, 'matcher', '?')!r}"
+    raise ConfigError(
+        f"matcher {kind.matcher!r} drops tokens in block {layer}, which has {found}: train the model with "
+        f"`tokenmerge train --matcher {kind.matcher}`, or add_predictors(model, blocks, {kind.matcher!r}) of "
+        "tokenmerge.patching.predictors and your own loop"
+    )
+
+
+def mean_of_present(x: Tensor, size: Tensor) -> Tensor:
+    """Return the mean `[B, …, 1, D]` of the tokens `x [B, …, M, D]`, weighted by their sizes `[B, …, M]`."""
+    weight = size.to(x.dtype).unsqueeze(-1)
+    return (x * weight).sum(dim=-2, keepdim=True) / weight.sum(dim=-2, keepdim=True).clamp_min(1e-6)
+
+
+def sampled(log_score: Tensor, size: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Sample which tokens stay in a training pass, with a straight-through gradient (Gumbel-softmax).
 
     Args:
-        metric: `[B, N, D]`; only its shape and device count.
-        r: tokens to drop.
-        protected: leading tokens that are never dropped.
-        tokens: the tokens `[B, N, C]`.
-        size: patches per token `[B, N]`.
-        layer: index of the block, for messages.
-        predictor: the predictor of the block.
+        log_score: log-probabilities of keeping and of dropping each token, `[B, M, 2]`.
+        size: `[B, M]`: 1 for tokens that are still there, almost 0 for tokens dropped by earlier blocks.
 
-    Raises:
-        ConfigError: if the block has no predictor.
+    Returns:
+        `[B, M]` stays, 1 or 0 with gradient; `[B, M]` bool, whether a token was still there; and `[B, M]` factors on the
+        sizes with gradient. Tokens dropped earlier have factor 1, because products of factors would underflow.
     """
-    batch, count, _ = metric.shape
-    if predictor is None or tokens is None or size is None:
-        raise ConfigError(
-            f"matcher 'dynamicvit' drops tokens in block {layer}, which has no trained predictor: train the model with "
-            "`tokenmerge train --matcher dynamicvit`, or tokenmerge.patching.predictors.add_predictors(model, blocks) and your own loop"
-        )
-    size = size.detach()
-    score = predictor(tokens[:, protected:], size[:, protected:])
-    if not predictor.training:
-        return drop(lowest(F.pad(score[:, :, 0], (protected, 0), value=1.0), r, protected), count)
-    stays = F.gumbel_softmax(score, hard=True, dim=2)[:, :, 0]
-    here = size[:, protected:] > 0.5  # tokens dropped earlier keep their factor: products of factors would underflow
-    predictor.kept = (stays * here).mean(dim=1)
-    gate = torch.where(here, stays * (1 - _ALMOST_NOTHING) + _ALMOST_NOTHING, 1.0)
-    everything = MergePlan.identity(batch, count, metric.device)
-    return MergePlan(everything.kept, everything.source, everything.target, gate=F.pad(gate, (protected, 0), value=1.0))
+    stays = F.gumbel_softmax(log_score, hard=True, dim=2)[:, :, 0]
+    here = size > 0.5
+    return stays, here, torch.where(here, stays * (1 - ALMOST_NOTHING) + ALMOST_NOTHING, 1.0)

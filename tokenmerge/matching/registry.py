@@ -10,7 +10,7 @@ import dataclasses
 import functools
 import inspect
 from collections.abc import Callable, Mapping
-from typing import Any, Protocol, TypeVar, cast
+from typing import Any, Literal, Protocol, TypeVar, cast, get_args
 
 import torch
 from torch import Tensor, nn
@@ -35,9 +35,14 @@ OFFERED = {
     "distance": "MergeConfig.distance",
     "partition": "MergeConfig.partition",
     "predictor": "the block's trained predictor (tokenmerge.matching.learned), or None",
+    "carried": "what the plan of the block before carried (MergePlan.carried), or None; for learned matchers",
     "backend": "MergeConfig.backend; such a matcher must also take keys [B, H, N, D] not averaged over heads yet",
 }
 """Parameters that a block fills in if a matcher has them, with a description of each."""
+Requirement = Literal["sizes", "class token", "after", "every block"]
+"""What a matcher can require of a model and its settings: proportional attention, because its masks are sizes; a head
+that reads the class token alone; `place="after"`; and r above 0 in every block.
+"""
 INSIDE = frozenset({"attention", "values"})
 """The entries of `OFFERED` that come from inside attention."""
 
@@ -77,6 +82,7 @@ class Entry:
         adaptive: whether the number of tokens it leaves depends on values.
         learned: whether it needs trained weights.
         most: how many of the unprotected tokens it can merge away.
+        requires: what it requires of a model and its settings.
     """
 
     name: str
@@ -87,6 +93,7 @@ class Entry:
     adaptive: bool
     learned: bool
     most: Most
+    requires: tuple[Requirement, ...] = ()
 
     @property
     def about(self) -> str:
@@ -110,7 +117,11 @@ _M = TypeVar("_M", bound=Callable[..., MergePlan])
 
 
 def register_matcher(
-    name: str, adaptive: bool = False, learned: bool = False, most: Most = "half"
+    name: str,
+    adaptive: bool = False,
+    learned: bool = False,
+    most: Most = "half",
+    requires: tuple[Requirement, ...] = (),
 ) -> Callable[[_M], _M]:
     """Register a matching function as a matcher, so that `patch(model, matcher=name)` selects it.
 
@@ -119,8 +130,11 @@ def register_matcher(
         adaptive: whether the number of tokens it leaves depends on values. A model with such a matcher cannot be
             compiled or exported with static shapes, and merges r tokens on average.
         learned: whether it needs trained weights and so cannot work on a pretrained model without training; in training
-            it may leave more than N − r tokens.
+            it may leave more than N − r tokens, and it gets its tokens with their gradient.
         most: how many of the unprotected tokens it can merge away: "half" or "all but one".
+        requires: what it requires of a model and its settings, checked when a model is patched: "sizes" (proportional
+            attention, because its masks are sizes), "class token" (a head that reads this token alone), "after"
+            (`place="after"`) and "every block" (r above 0 in each block).
 
     Returns:
         A decorator, which returns the function with checks of its arguments. These cut r to `schedule.max_merges`, and r = 0
@@ -146,6 +160,11 @@ def register_matcher(
             f"a matcher was to be registered as {shown(name)} with most={shown(most)}, adaptive={shown(adaptive)} and learned={shown(learned)}, but "
             "its name must be text, most 'half' or 'all but one', and the others true or false: change them"
         )
+    odd = [one for one in requires if one not in get_args(Requirement)]
+    if odd:
+        raise ConfigError(
+            f"matcher {shown(name)} requires {shown(odd[0])}, but one of {', '.join(get_args(Requirement))} was expected: change it"
+        )
 
     def add(matcher: _M) -> _M:
         _check_callable(name, matcher)
@@ -162,7 +181,7 @@ def register_matcher(
         options = {parameter.name: parameter.default for parameter in further if parameter.name not in OFFERED}
         function = matcher if _is_own(matcher) else _watched(name, matcher)
         checked = _checked(name, function, "backend" in offered, most)
-        _MATCHERS[name] = Entry(name, function, checked, offered, options, adaptive, learned, most)
+        _MATCHERS[name] = Entry(name, function, checked, offered, options, adaptive, learned, most, requires)
         return cast("_M", checked)
 
     return add

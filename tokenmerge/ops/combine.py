@@ -55,6 +55,11 @@ class Plan(Protocol):
         """`[B, N']`: factors on the new sizes, or `None`."""
         ...
 
+    @property
+    def features(self) -> Tensor | None:
+        """`[B, N', C]`: tokens after the merge in place of the members' means, or `None`."""
+        ...
+
 
 class Merged(NamedTuple):
     """Result of a merge.
@@ -115,7 +120,8 @@ def merge_rows(
     """
     batch, left = plan.kept.shape
     _check(x, size, plan.kept, left + plan.source.shape[1])
-    plain = reduce == "mean" and not plan.drops and plan.weight is None and plan.gate is None
+    own = plan.gate is not None or plan.features is not None
+    plain = reduce == "mean" and not plan.drops and plan.weight is None and not own
     if plain and (x.is_cuda or backend not in ("auto", "torch", "c")) and takes_triton(backend, x):
         from tokenmerge.ops import merging
 
@@ -124,8 +130,9 @@ def merge_rows(
     if plain and takes_c(backend, x) and not native.learns(x, size):
         return Merged(*native.merge(x, size, plan.kept, plan.source, plan.target, log))
     merged, sizes = combine(x, size, _members(plan), reduce)
-    sizes = sizes.view(batch, left)
-    return Merged(merged.view(batch, left, x.shape[2]), sizes if plan.gate is None else sizes * plan.gate)
+    merged, sizes = merged.view(batch, left, x.shape[2]), sizes.view(batch, left)
+    merged = merged if plan.features is None else plan.features
+    return Merged(merged, sizes if plan.gate is None else sizes * plan.gate)
 
 
 def _check(x: Tensor, size: Tensor | None, kept: Tensor, tokens: int) -> None:

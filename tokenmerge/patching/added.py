@@ -89,6 +89,14 @@ def _of_blocks(target: Target, settings: Settings, counts: Sequence[int], grid: 
     return tuple(found)
 
 
+def heads_of(block: nn.Module, row: BlockFamily, channels: int) -> int:
+    """Return H, the heads of a block's attention; 0 if attention does not show them."""
+    try:
+        return _shown(row, block, channels).heads
+    except _UnknownError:
+        return 0
+
+
 @contextlib.contextmanager
 def _counted(total: list[int]) -> Iterator[None]:
     """Append the multiply-adds of everything that runs within the context to a list."""
@@ -175,6 +183,7 @@ def _match(
         "attention": zeros(tokens) + 1 / tokens,
         "anchor": torch.arange(tokens, device=device).unsqueeze(0),
         "predictor": getattr(block, PREDICTOR, None),
+        "carried": None,
         "backend": "torch",
     }
     offered.update({name: value for name, value in made.items() if name in settings.entry.offered})

@@ -221,6 +221,8 @@ def _r_of(block: Any, x: Tensor, state: TokenState) -> int:
     """Return r, the number of tokens per image that this block merges away."""
     run, index = state.run, block._tokenmerge.index
     entry, r = run.settings.entry, int(run.schedule[index])
+    if "every block" in entry.requires:  # also if nothing is left to drop
+        return r
     if entry.adaptive or entry.learned:  # earlier blocks may have left more or fewer tokens than scheduled
         r = min(r, max_merges(x.shape[1], run.settings.protected, entry.most))
     return r

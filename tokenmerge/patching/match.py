@@ -13,6 +13,7 @@ from tokenmerge.errors import ConfigError, PatchError
 from tokenmerge.flops import ModelCost
 from tokenmerge.matching import check_options, entry_for
 from tokenmerge.matching.learned import PREDICTOR
+from tokenmerge.matching.registry import Requirement
 from tokenmerge.matching.values import hints_of, per_block
 from tokenmerge.ops.basics import counting, unit
 from tokenmerge.patching.begin import apart_from_padding
@@ -20,7 +21,7 @@ from tokenmerge.patching.record import BlockRecord
 from tokenmerge.patching.state import TokenState
 from tokenmerge.patching.target import Target
 
-TENSORS = frozenset({"size", "tokens", "predictor", "values", "attention", "anchor"})
+TENSORS = frozenset({"size", "tokens", "predictor", "carried", "values", "attention", "anchor"})
 """Parameters of matchers for which each block must compute a tensor."""
 _FROM_ATTENTION = ("q", "v", "kv")
 
@@ -66,6 +67,33 @@ def check_matching(config: MergeConfig, layers: int | None = None) -> None:
         raise ConfigError(
             f"place='before' merges before attention runs, but matcher {entry.name!r} looks at it: use place='between'"
         )
+
+
+def check_requirements(target: Target, config: MergeConfig, every_block: bool, proportional: bool) -> None:
+    """Raise unless a model and its settings are as the matcher requires them.
+
+    Args:
+        target: the model.
+        config: the settings.
+        every_block: whether r is above 0 in each block.
+        proportional: whether attention is proportional to sizes.
+
+    Raises:
+        ConfigError: if one of the matcher's requirements is not met; the message names all of them.
+    """
+    entry, pooling = entry_for(config), target.family.pooling(target.model)
+    met: dict[Requirement, tuple[bool, str]] = {
+        "sizes": (proportional, "its masks are token sizes, so use prop_attn=True"),
+        "class token": (
+            pooling == "class token",
+            f"its result is the class token, but this model's head reads {pooling}, so use one that reads the class token alone",
+        ),
+        "after": (config.place == "after", "it looks at the output of each block, so use place='after'"),
+        "every block": (every_block, "it adds up a score in every block, so give an r above 0 for each block"),
+    }
+    faults = [words for one in entry.requires for fine, words in [met[one]] if not fine]
+    if faults:
+        raise ConfigError(f"matcher {entry.name!r} cannot run with these settings: {'; '.join(faults)}")
 
 
 def shortened(config: MergeConfig, layers: int) -> MergeConfig:
@@ -171,9 +199,11 @@ def tensors_for(block: Any, x: Tensor, tap: Tap, state: TokenState) -> dict[str,
     if "size" in wanted:
         given["size"] = torch.ones(x.shape[:2], device=x.device) if state.size is None else state.size
     if "tokens" in wanted:
-        given["tokens"] = x.detach()
+        given["tokens"] = x if settings.entry.learned else x.detach()  # what is learned needs the gradient
     if "predictor" in wanted:
         given["predictor"] = getattr(block, PREDICTOR, None)
+    if "carried" in wanted:
+        given["carried"] = state.carried
     if "values" in wanted:
         given["values"] = _inside(block, tap, "v")
     if "attention" in wanted:

@@ -49,8 +49,12 @@ def merge_tokens(
         merged = merge_rows(x, state.size, plan, _reduce_of(record, state), config.backend, log)
     steps = state.steps
     if settings.keep_plans or run.full or run.padded:
-        steps = (*steps, Step(plan, similarity=similarity_of(metric, plan) if settings.traces else None))
-    return merged.x, TokenState(run, merged.size, steps, positions, None, merged.log_size, state.rollout)
+        similarity = similarity_of(metric, plan) if settings.traces else None
+        steps = (*steps, Step(plan.recorded() if settings.entry.learned else plan, similarity=similarity))
+    carried = plan.carried if settings.entry.learned else None
+    return merged.x, TokenState(
+        run, merged.size, steps, positions, None, merged.log_size, state.rollout, carried=carried
+    )
 
 
 def _reduce_of(record: BlockRecord, state: TokenState) -> Any:

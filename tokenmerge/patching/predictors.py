@@ -1,35 +1,42 @@
-"""Trained predictors (DynamicViT, arXiv 2106.02034) in the blocks of a model: adding, training, saving and loading them."""
+"""Trained predictors of learned matchers in the blocks of a model: adding, training, saving and loading them."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-import torch
 from torch import Tensor, nn
 
 from tokenmerge import files
 from tokenmerge.errors import ConfigError, InputError, PatchError
-from tokenmerge.matching.learned import PREDICTOR, TokenPredictor
+from tokenmerge.matching.avit import HaltingGate
+from tokenmerge.matching.dynamicvit import TokenPredictor
+from tokenmerge.matching.learned import PREDICTOR, Predictor
+from tokenmerge.matching.spvit import TokenSelector
+from tokenmerge.patching.added import heads_of
 from tokenmerge.patching.target import find_target
 
+KINDS: Mapping[str, type[Predictor]] = {kind.matcher: kind for kind in (TokenPredictor, TokenSelector, HaltingGate)}
+"""Class of the predictors of each learned matcher; matchers of others get DynamicViT's."""
 FILE = "tokenmerge/predictors.safetensors"
 """Name of the predictors' file in a trained model's folder, in a subfolder because timm loads any weights beside a model."""
 
 
-def add_predictors(model: nn.Module, blocks: Sequence[int]) -> None:
+def add_predictors(model: nn.Module, blocks: Sequence[int], matcher: str = "dynamicvit") -> None:
     """Add an untrained predictor to some blocks of a model, as a submodule of the block.
 
     Args:
         model: a supported model, not patched.
         blocks: positions of the blocks, from 0.
+        matcher: name of the learned matcher: "dynamicvit", "spvit" or "avit" (which needs one in every block).
 
     Raises:
         UnsupportedModelError: if the model is not supported.
         PatchError: if a block already has a predictor.
-        ConfigError: if there is no such block, or the model's channels are not divisible by 4.
+        ConfigError: if there is no such block, or the matcher's network cannot be made for the model's channels and heads.
     """
-    target = find_target(model)
+    target, kind = find_target(model), KINDS.get(matcher, TokenPredictor)
+    made: list[tuple[nn.Module, Predictor]] = []
     for index in blocks:
         if not 0 <= index < len(target.blocks):
             raise ConfigError(
@@ -39,7 +46,10 @@ def add_predictors(model: nn.Module, blocks: Sequence[int]) -> None:
         if hasattr(block, PREDICTOR):
             raise PatchError(f"block {index} has a predictor already: remove_predictors(model) first")
         like = next(block.parameters())
-        block.add_module(PREDICTOR, TokenPredictor(target.channels).to(like.device, like.dtype).train(block.training))
+        heads = heads_of(*target.blocks[index], target.channels) if kind is TokenSelector else 0
+        made.append((block, kind(target.channels, heads).to(like.device, like.dtype).train(block.training)))
+    for block, predictor in made:
+        block.add_module(PREDICTOR, predictor)
 
 
 def remove_predictors(model: nn.Module, blocks: Sequence[int] | None = None) -> None:
@@ -54,11 +64,27 @@ def predicting(model: nn.Module) -> dict[int, nn.Module]:
     return {index: block for index, (block, _) in enumerate(find_target(model).blocks) if hasattr(block, PREDICTOR)}
 
 
-def ratio_loss(model: nn.Module, schedule: Sequence[int], tokens: int) -> Tensor | None:
-    """Return the loss by which predictors learn to keep as many tokens as the schedule leaves (DynamicViT's ratio loss).
+def kind_of(model: nn.Module) -> type[Predictor] | None:
+    """Return the class of a model's predictors, or `None` if it has none.
 
-    It is the mean of `(kept − wanted)²` over predictors. Call it once after the forward pass of each training step, and add
-    it to the loss (DynamicViT gives it a weight of 2).
+    Raises:
+        PatchError: if they belong to different matchers.
+    """
+    kinds = {type(getattr(block, PREDICTOR)) for block in predicting(model).values()}
+    if len(kinds) > 1:
+        names = " and ".join(sorted(kind.matcher for kind in kinds))
+        raise PatchError(
+            f"the blocks have predictors of {names}, but only one matcher can run: remove_predictors(model)"
+        )
+    return next(iter(kinds), None)
+
+
+def learned_loss(model: nn.Module, schedule: Sequence[int], tokens: int) -> Tensor | None:
+    """Return the loss by which a learned matcher learns, with its paper's weights.
+
+    Call it once after the forward pass of each training step, and add it to the loss. For DynamicViT and SPViT it is twice
+    the mean of `(kept − wanted)²` over predictors. For A-ViT it is the ponder loss (weight 5e-4) and the KL divergence of
+    the mean halting scores from a Gaussian over blocks (weight 0.1), whose mean is the depth that the schedule leaves.
 
     Args:
         model: the patched model.
@@ -67,15 +93,13 @@ def ratio_loss(model: nn.Module, schedule: Sequence[int], tokens: int) -> Tensor
 
     Returns:
         A scalar with gradient; `None` if no predictor ran.
+
+    Raises:
+        PatchError: if the predictors belong to different matchers.
     """
-    parts = []
-    for index, block in predicting(model).items():
-        predictor = getattr(block, PREDICTOR)
-        kept, predictor.kept = predictor.kept, None
-        if kept is not None and schedule[index]:
-            wanted = 1 - sum(schedule[: index + 1]) / tokens
-            parts.append((kept - wanted).square().mean())
-    return torch.stack(parts).mean() if parts else None
+    kind = kind_of(model)
+    found = {index: getattr(block, PREDICTOR) for index, block in predicting(model).items()}
+    return None if kind is None else kind.loss(found, schedule, tokens)
 
 
 def split_state(model: nn.Module, state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
@@ -99,14 +123,23 @@ def save_predictors(model: nn.Module, path: Path | str) -> None:
         PatchError: if the model has no predictors.
         InputError: if the file cannot be written.
     """
-    from safetensors.torch import save
-
     _, state = split_state(model, model.state_dict())
     if not state:
         raise PatchError(
             "the model has no predictors, so there is nothing to save: add_predictors(model, blocks) first"
         )
-    files.write(path, save({name: value.contiguous() for name, value in state.items()}), "the file of predictors")
+    files.write(path, as_file(model, state), "the file of predictors")
+
+
+def as_file(model: nn.Module, state: Mapping[str, Tensor]) -> bytes:
+    """Return the predictors' state of a model as a safetensors file that names their matcher."""
+    from safetensors.torch import save
+
+    kind = kind_of(model)
+    return save(
+        {name: value.contiguous() for name, value in state.items()},
+        {"matcher": TokenPredictor.matcher if kind is None else kind.matcher},
+    )
 
 
 def load_predictors(model: nn.Module, path: Path | str) -> None:
@@ -116,14 +149,17 @@ def load_predictors(model: nn.Module, path: Path | str) -> None:
         InputError: if the file cannot be read or does not fit the model, which then keeps what it had.
         PatchError: if a block already has a predictor.
     """
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
+    from safetensors import SafetensorError, safe_open
 
     path, before = files.plain_file(path, "the file of predictors"), set(predicting(model))
     try:
-        state = load_file(path)
+        with safe_open(path, "pt") as file:
+            matcher = (file.metadata() or {}).get("matcher", TokenPredictor.matcher)  # older files do not say it
+            state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (it is no mapping)
+        if matcher not in KINDS:
+            raise ValueError(f"they belong to matcher {matcher!r:.60}, which is not known")
         blocks = sorted({int(name.partition(".")[0]) for name in state})
-        add_predictors(model, blocks)
+        add_predictors(model, blocks, matcher)
         for index in blocks:
             start = f"{index}."
             mine = {name.removeprefix(start): value for name, value in state.items() if name.startswith(start)}

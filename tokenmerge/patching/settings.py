@@ -11,7 +11,15 @@ from tokenmerge.matching import entry_for
 from tokenmerge.ops.basics import autocast_dtype
 from tokenmerge.ops.choice import c_refusals, faults, triton_refusals
 from tokenmerge.patching.check import attention_choice, reaches_sdpa
-from tokenmerge.patching.match import TENSORS, check_matching, cost_of, looks_inside, offered_by, other_metric
+from tokenmerge.patching.match import (
+    TENSORS,
+    check_matching,
+    check_requirements,
+    cost_of,
+    looks_inside,
+    offered_by,
+    other_metric,
+)
 from tokenmerge.patching.record import Settings, resolved_schedule
 from tokenmerge.patching.swap import original_class
 from tokenmerge.patching.target import Target
@@ -50,7 +58,10 @@ def settings_for(target: Target, config: MergeConfig, misreaders: tuple[str, ...
     if "attention" in config.changed("running"):
         attention_choice(target, config)  # raises if the form cannot run
     cost = cost_of(target, config, output == "full")
-    resolved_schedule(config, cost)  # raises if the schedule does not fit
+    schedule = resolved_schedule(config, cost)  # raises if the schedule does not fit
+    proportional = prop_attn_choice(target, config).form == "on"
+    if any(schedule):
+        check_requirements(target, config, all(schedule), proportional)
     protected = cost.protected
     needs_plans = (
         family.needs_plans(model)
@@ -70,7 +81,7 @@ def settings_for(target: Target, config: MergeConfig, misreaders: tuple[str, ...
         protected=protected,
         # a model may have register tokens but no class token; without `cls_token`, the first prefix token counts as one
         class_token=protected > 0 and getattr(model, "cls_token", model) is not None,
-        prop_attn=prop_attn_choice(target, config).form == "on",
+        prop_attn=proportional,
         full_output=output == "full",
         merged_states=bool(family.collectors(model)) and output != "full",
         keep_plans=config.traces or needs_plans or output == "full",

@@ -18,7 +18,7 @@ from torch.fx import Proxy
 from tokenmerge.errors import InputError, PatchError
 from tokenmerge.ops.basics import spread_rows, take_rows
 from tokenmerge.patching.record import Settings
-from tokenmerge.plan import MergePlan, source_map
+from tokenmerge.plan import Carried, MergePlan, source_map
 from tokenmerge.schedule import Schedule
 
 STATE = "_tokenmerge_state"
@@ -95,6 +95,7 @@ class TokenState:
         log_size: `[B, N]`: logarithms of the sizes in the dtype of the next attention, if the merging kernel wrote them.
         rollout: `[B, N, N₀]` float32: attention rollout, the share of each original token in each current token.
         shared: whether the tensor is a gradient that all patches of a merged token share, because each has its value.
+        carried: what a learned matcher handed on in the block before, or `None`.
     """
 
     run: Pass
@@ -105,6 +106,7 @@ class TokenState:
     log_size: Tensor | None = None
     rollout: Tensor | None = None
     shared: bool = False
+    carried: Carried | None = None
 
     def __deepcopy__(self, memo: Any) -> TokenState:
         return self  # a state is immutable
@@ -125,13 +127,11 @@ class TokenState:
     def detached(self) -> TokenState:
         """Return a copy without activations and without the autograd graph of a learned matcher."""
         steps = tuple(
-            dataclasses.replace(
-                step, plan=step.plan and dataclasses.replace(step.plan, gate=None), size=_cut_off(step.size)
-            )
+            dataclasses.replace(step, plan=step.plan and step.plan.recorded(), size=_cut_off(step.size))
             for step in self.steps
         )
         return dataclasses.replace(
-            self, steps=steps, size=_cut_off(self.size), positions=None, merged=None, log_size=None
+            self, steps=steps, size=_cut_off(self.size), positions=None, merged=None, log_size=None, carried=None
         )
 
     def to(self, device: torch.device) -> TokenState:
@@ -181,6 +181,8 @@ def _cut_off(size: Tensor | None) -> Tensor | None:
 def _moved(value: Any, device: torch.device) -> Any:
     if isinstance(value, Tensor):
         return value.to(device)
+    if isinstance(value, Carried):
+        return Carried(*(_moved(entry, device) for entry in value))
     if isinstance(value, tuple):
         return tuple(_moved(entry, device) for entry in value)
     if isinstance(value, TokenState | Pass | Step | MergePlan):

@@ -12,7 +12,7 @@ from tokenmerge.errors import InputError
 from tokenmerge.frozen import thawed
 from tokenmerge.matching import entry_for
 from tokenmerge.patching import Handle, model_cost
-from tokenmerge.patching.predictors import add_predictors, predicting, ratio_loss, remove_predictors
+from tokenmerge.patching.predictors import KINDS, add_predictors, kind_of, learned_loss, predicting, remove_predictors
 from tokenmerge.schedule import cut
 from tokenmerge.tools.common import MergeOptions
 from tokenmerge.tools.saved import kept_of, saved_with, say_used
@@ -63,10 +63,6 @@ def apply(handle: Handle, setting: Setting) -> None:
     handle.update(**setting.fields)
 
 
-_RATIO_WEIGHT = 2.0
-"""Weight of the loss that pulls predictors towards the target number of tokens (DynamicViT, section 3.3)."""
-
-
 def with_predictors(model: nn.Module, handle: Handle, args: TrainOptions) -> Callable[[], Tensor | None]:
     """Add predictors to the blocks that drop tokens, if the matcher is learned, and return their additional loss.
 
@@ -74,7 +70,7 @@ def with_predictors(model: nn.Module, handle: Handle, args: TrainOptions) -> Cal
         A function that returns the loss to add after each pass, or `None` if there is none.
 
     Raises:
-        InputError: if r changes over the epochs, or proportional attention is off, which predictors do not support.
+        InputError: if r changes over the epochs, which predictors do not support.
     """
     entry = entry_for(handle.config)
     if not entry.learned:
@@ -85,20 +81,13 @@ def with_predictors(model: nn.Module, handle: Handle, args: TrainOptions) -> Cal
             f"r is to change over the epochs, but the predictors of matcher {entry.name!r} learn one r: leave out "
             "--r-warmup-epochs and --r-milestones"
         )
-    if handle.config.prop_attn is False:
-        raise InputError(
-            f"--prop-attn off was given, but matcher {entry.name!r} learns through the sizes in attention: leave it out"
-        )
     cost = model_cost(model)
-    gone = cut(handle.schedule, cost.tokens, cost.protected)
+    gone = cut(handle.schedule, cost.tokens, cost.protected, entry.most)
+    kind = kind_of(model)
+    if kind is not None and kind is not KINDS.get(entry.name, kind):
+        remove_predictors(model)  # another matcher was trained before
+    wanted = [i for i, r in enumerate(gone) if r or "every block" in entry.requires]
     have = predicting(model)
-    remove_predictors(
-        model, [index for index in have if not gone[index]]
-    )  # predictors of an earlier run that would not be trained
-    add_predictors(model, [index for index, r in enumerate(gone) if r and index not in have])
-
-    def loss() -> Tensor | None:
-        found = ratio_loss(model, gone, cost.tokens - cost.protected)
-        return None if found is None else _RATIO_WEIGHT * found
-
-    return loss
+    remove_predictors(model, [i for i in have if i not in wanted])  # of an earlier run, which would not be trained
+    add_predictors(model, [i for i in wanted if i not in have], entry.name)
+    return lambda: learned_loss(model, gone, cost.tokens - cost.protected)

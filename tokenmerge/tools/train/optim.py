@@ -8,6 +8,7 @@ from typing import Any
 from torch import nn
 
 from tokenmerge.errors import InputError
+from tokenmerge.matching.learned import PREDICTOR
 from tokenmerge.patching.block import MergeBlock
 from tokenmerge.tools.train.options import TrainOptions
 
@@ -75,7 +76,7 @@ def optimizer_of(model: Any, args: TrainOptions, processes: int) -> Any:
         layers = _layers(model)
         model.group_matcher = lambda coarse=False: layers
     try:
-        return create_optimizer_v2(
+        optimizer = create_optimizer_v2(
             model,
             opt=args.opt,
             lr=args.learning_rate(processes),
@@ -91,3 +92,21 @@ def optimizer_of(model: Any, args: TrainOptions, processes: int) -> Any:
     finally:
         if borrowed:
             del model.group_matcher
+    _scale_predictors(model, optimizer, args)
+    return optimizer
+
+
+def _scale_predictors(model: nn.Module, optimizer: Any, args: TrainOptions) -> None:
+    """Give the weights of predictors parameter groups of their own, with the learning rate times `--predictor-lr-scale`."""
+    theirs = {id(p) for name, p in model.named_parameters() if f"{PREDICTOR}." in name}
+    groups = optimizer.param_groups if theirs else []
+    for group in list(groups):
+        mine = [p for p in group["params"] if id(p) in theirs]
+        if not mine:
+            continue
+        group["params"] = [p for p in group["params"] if id(p) not in theirs]
+        # timm's schedules multiply by `lr_scale`; without a schedule nobody does
+        scale = group.get("lr_scale", 1.0) * args.predictor_lr_scale
+        rate = group["lr"] * (args.predictor_lr_scale if args.sched == "none" else 1.0)
+        groups.append({**group, "params": mine, "lr_scale": scale, "lr": rate})
+    optimizer.param_groups[:] = [group for group in optimizer.param_groups if group["params"]]

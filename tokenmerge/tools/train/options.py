@@ -118,6 +118,8 @@ class OptimizationOptions(AugmentationOptions):
         smoothing, bce_loss, drop, drop_path: the loss and regularization.
         model_ema, model_ema_decay, model_ema_warmup: moving average of the weights, which is then evaluated and saved.
         distill_weight, distill_temp: weight and temperature of distillation from the unmerged initial model.
+        predictor_lr_scale: factor of the learning rate for predictors, which start from nothing; DynamicViT trains the rest of
+            the model at 0.01 of the predictors' rate.
     """
 
     epochs: int = option(300, "number of epochs", "optimisation", least=1, metavar="N")
@@ -166,6 +168,9 @@ class OptimizationOptions(AugmentationOptions):
         0.0, "weight of distillation from the unmerged initial model", "optimisation", least=0, most=1, rare=True
     )
     distill_temp: float = option(1.0, "temperature of distillation", "optimisation", least=1e-3, rare=True)
+    predictor_lr_scale: float = option(
+        100.0, "factor of the learning rate for predictors of learned matchers", "optimisation", least=0, rare=True
+    )
     grad_accum_steps: int = option(
         1, "forward and backward passes per update", "optimisation", least=1, metavar="N", rare=True
     )

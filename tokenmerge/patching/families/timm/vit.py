@@ -259,6 +259,9 @@ def _pool_kind(model: Any, pool_type: str | None = None) -> str:
 def _pooling(model: Any) -> str:
     kind = _pool_kind(model)
     words = {
+        "token": "class token"
+        if getattr(model, "dist_token", None) is None
+        else "mean of class and distillation token",
         "": "none: weigh tokens by tokenmerge.token_sizes",
         "avg": "avg, weighted by size",
         "avgmax": "avgmax, mean weighted by size",
