@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import time
 from collections.abc import Callable, Sequence
@@ -12,6 +13,7 @@ from torch import Tensor
 
 from tokenmerge.ops.timing import synchronize
 from tokenmerge.patching import Handle, model_cost, patch
+from tokenmerge.patching.seen import TokensSeen
 from tokenmerge.tools.inputs import check_finite, logits_of
 from tokenmerge.tools.processes import Processes
 from tokenmerge.tools.report import Row
@@ -27,7 +29,8 @@ class Score:
     Attributes:
         setting: the schedule.
         forward: the model at this setting.
-        gflops: GFLOPs per image.
+        gflops: GFLOPs per image that the schedule leads to.
+        seen: counts of the tokens that really ran, for matchers that go by the images; `None` for all others.
         handle: handle of the model; `None` without merging.
         top1: number of images whose most likely class is the label.
         top5: number of images whose five most likely classes contain the label.
@@ -41,6 +44,7 @@ class Score:
     forward: Callable[[Tensor], Tensor]
     gflops: float
     handle: Handle | None = None
+    seen: TokensSeen | None = None
     top1: int = 0
     top5: int = 0
     images: int = 0
@@ -63,7 +67,8 @@ class Score:
         """
         synchronize(images.device)
         start = time.perf_counter()
-        logits = logits_of(self.forward(images))
+        with self.seen or contextlib.nullcontext():
+            logits = logits_of(self.forward(images))
         synchronize(images.device)
         self.times.append(time.perf_counter() - start)
         check_finite(logits, self.setting.title)
@@ -90,6 +95,9 @@ class Score:
         totals = processes.gather([(self.top1, self.top5, self.images, self.seconds, self.changes)])
         self.top1, self.top5, self.images = (sum(one[i] for one in totals) for i in range(3))
         self.times = [max(one[3] for one in totals)]
+        if self.seen is not None:
+            found = processes.gather([(self.seen.images, self.seen.flops)])
+            self.gflops = sum(one[1] for one in found) / max(1, sum(one[0] for one in found)) / 1e9
         every = [one[4] for one in totals if one[4] is not None]  # a process without an image has none
         if every:
             first, second, third, fourth = (sum(one[i] for one in every) for i in range(4))
@@ -160,5 +168,10 @@ def scores(model: Any, settings: Sequence[Setting], fields: dict[str, Any]) -> l
         else:
             copy = share_weights(model)
             handle = patch(copy, setting.config(**fields))
-            result.append(Score(setting, copy, handle.summary().flops_after / 1e9, handle))
+            result.append(Score(setting, copy, handle.summary().flops_after / 1e9, handle, seen_by(copy, handle)))
     return result
+
+
+def seen_by(model: Any, handle: Handle) -> TokensSeen | None:
+    """Return the counter of a model's tokens if their number depends on the images, otherwise `None`."""
+    return TokensSeen(model) if handle.summary().adaptive else None

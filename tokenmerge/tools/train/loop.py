@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from tokenmerge.errors import InputError, shown
 from tokenmerge.patching import Handle
 from tokenmerge.tools.eval.data import guarded, loading
-from tokenmerge.tools.eval.scores import Score
+from tokenmerge.tools.eval.scores import Score, seen_by
 from tokenmerge.tools.processes import Processes, agree
 from tokenmerge.tools.report import Report, Row
 from tokenmerge.tools.settings import Setting
@@ -312,7 +312,8 @@ def evaluate_settings(
     scores = []
     for setting in settings:
         merging.apply(handle, setting)
-        scores.append(Score(setting, forward(setting), handle.summary().flops_after / 1e9))
+        gflops = handle.summary().flops_after / 1e9
+        scores.append(Score(setting, forward(setting), gflops, seen=seen_by(model, handle)))
     with torch.inference_mode(), torch.compiler.set_stance("force_eager"):  # otherwise every r would be compiled
         for batch in batches:
             name(batch.skipped)
