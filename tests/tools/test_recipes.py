@@ -24,7 +24,7 @@ from tokenmerge.errors import InputError
 from tokenmerge.tools.train.optim import optimizer_of, schedule_of
 from tokenmerge.tools.train.options import TrainOptions, recipes
 
-PUBLISHED = json.loads((Path(__file__).parents[1] / "data" / "published_recipes.json").read_text())["recipes"]
+PUBLISHED = json.loads((Path(__file__).parents[1] / "data" / "published_recipes.json").read_text("utf-8"))["recipes"]
 OURS = ("digits", "laptop")
 LINE = re.compile(r"^(?P<key>\w+): (?P<value>[^#]+?)(?:\s+# (?P<comment>.+))?$")
 
@@ -47,12 +47,12 @@ def equal(found: Any, published: Any) -> bool:
 def problems(file: Path, published: dict[str, Any]) -> list[str]:
     """All that a recipe's file has against the published table."""
     comments = {}
-    for line in file.read_text().splitlines():
+    for line in file.read_text("utf-8").splitlines():
         if not line.startswith("#"):
             match = LINE.match(line)
             assert match is not None, line
             comments[match["key"]] = match["comment"] or ""
-    assert comments.keys() == yaml.safe_load(file.read_text()).keys()
+    assert comments.keys() == yaml.safe_load(file.read_text("utf-8")).keys()
     options, values, ours = parsed(file), published["values"], published["ours"]
     found = []
     for key, entry in values.items():
@@ -108,10 +108,10 @@ def test_table_says_what_its_values_rest_on(name: str) -> None:
     ],
 )
 def test_a_fault_in_a_recipe_is_found(old: str, new: str, problem: str, tmp_path: Path) -> None:
-    text = recipes()["videomae_finetune"].read_text()
+    text = recipes()["videomae_finetune"].read_text("utf-8")
     changed = re.sub(rf"^{old}", new, text, flags=re.MULTILINE)
     assert changed != text
-    (tmp_path / "changed.yaml").write_text(changed)
+    (tmp_path / "changed.yaml").write_text(changed, "utf-8")
     assert problem in problems(tmp_path / "changed.yaml", PUBLISHED["videomae_finetune"])
 
 
@@ -179,8 +179,56 @@ def test_recipe_trains_a_small_model(name: str, media: dict[str, Path], tmp_path
     words += ["--model-kwargs", *kwargs, "--epochs", 1, "--warmup-epochs", 0, "--batch-size", 4]
     words += ["--grad-accum-steps", 1, "--no-amp", "--workers", 0, "--device", "cpu"]
     assert main([str(word) for word in words]) == 0
-    about = json.loads((tmp_path / "run" / "run.json").read_text())["args"]
+    about = json.loads((tmp_path / "run" / "run.json").read_text("utf-8"))["args"]
     changed = {"epochs", "warmup_epochs", "batch_size", "grad_accum_steps", "amp", "model_kwargs"}
     for key, entry in PUBLISHED[name]["values"].items():
         assert key in changed or equal(about[key], entry["value"]), key
     assert list((tmp_path / "run" / "model").glob("*.safetensors"))
+
+
+DOCS = Path(__file__).parents[2] / "docs" / "training.md"
+
+
+def described() -> list[str]:
+    """The rows of the table in docs/training.md: value and letter of the source of every key of the recipes."""
+    order = ["deit_from_scratch", *(f"mae_finetune_{size}" for size in ("base", "large", "huge"))]
+    order += ["audiomae_finetune", "videomae_finetune"]
+    keys: dict[str, None] = {}
+    for name in order:
+        keys |= dict.fromkeys(yaml.safe_load(recipes()[name].read_text("utf-8")))
+    rows = [
+        f"| `{key}` | {' | '.join(cell(name, key) for name in order)} |"
+        for key in sorted(keys)
+        if key != "model_kwargs"
+    ]
+    for key, label in (("global_batch", "global batch"), ("learning_rate", "peak learning rate")):
+        rows.append(f"| {label} | {' | '.join(short(PUBLISHED[name][key]['value']) for name in order)} |")
+    return rows
+
+
+def cell(name: str, key: str) -> str:
+    """Value and letter of the source, with a question mark if the source itself was not seen."""
+    entry = PUBLISHED[name]["values"].get(key)
+    if entry is None:
+        ours = yaml.safe_load(recipes()[name].read_text("utf-8")).get(key)
+        return "" if ours is None else f"{short(ours)} O"
+    letter = {"guide": "G", "code": "C", "MAE's code": "C"}.get(entry["source"], "P")
+    return f"{short(entry['value'])} {letter}{'' if entry.get('seen', True) else '?'}"
+
+
+def short(value: Any) -> str:
+    """A value as people write it."""
+    if isinstance(value, list):
+        return ", ".join(short(part) for part in value)
+    if isinstance(value, float):
+        return re.sub(
+            r"e-0*", "e-", f"{value:g}" if value == 0 or value > 0.004 else f"{value:.1e}".replace(".0e", "e")
+        )
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    return "none" if value is None else str(value)
+
+
+def test_docs_describe_the_recipes() -> None:
+    text = DOCS.read_text("utf-8")
+    assert [row for row in described() if row not in text] == []
