@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -26,6 +27,8 @@ from tokenmerge.patching.predictors import (
     remove_predictors,
     save_predictors,
 )
+from tokenmerge.tools.train.optim import optimizer_of, schedule_of
+from tokenmerge.tools.train.options import TrainOptions
 
 
 def test_a_tiny_size_gives_the_gradient_of_a_masked_softmax() -> None:
@@ -173,3 +176,21 @@ def test_train_and_evaluate(train: Run, data: Path, tmp_path: Path, capsys: pyte
     code, _, err = train("--r", "5,0", "--epochs", "2", *settings, "--r-warmup-epochs", "1", output="other")
     assert code == 2
     assert "predictors" in err
+
+
+@pytest.mark.parametrize("sched", ["cosine", "none"])
+def test_predictors_learn_at_a_rate_of_their_own(sched: str, tmp_path: Path) -> None:
+    model = tiny("deit_tiny_patch16_224")
+    add_predictors(model, [1])
+    given: dict[str, Any] = {"model": "m", "data": tmp_path, "output": tmp_path, "lr": 1e-3, "warmup_epochs": 0}
+    args = TrainOptions(**given, sched=sched, layer_decay=0.5, predictor_lr_scale=10.0, epochs=2)
+    optimizer = optimizer_of(model, args, 1)
+    schedule = schedule_of(optimizer, args, 4)
+    if schedule is not None:
+        schedule.step_update(4)  # half way along the cosine
+    names = {id(p): name for name, p in model.named_parameters()}
+    found = {names[id(p)]: group["lr"] for group in optimizer.param_groups for p in group["params"]}
+    assert found.keys() == set(names.values())
+    before, inside = found["blocks.1.mlp.fc1.weight"], found[f"blocks.1.{PREDICTOR}.classify.0.weight"]
+    assert inside == pytest.approx(10 * before)
+    assert found["head.weight"] == pytest.approx(1e-3 if sched == "none" else (1e-3 + 1e-6) / 2, rel=1e-3)

@@ -15,7 +15,7 @@ from transformers import ASTFeatureExtractor
 
 from tests.conftest import Run
 from tokenmerge.tools.media import IMAGES, SAMPLE_RATE, SOUNDS, medium_of, read_sound
-from tokenmerge.tools.sounds import MEAN, STD, SoundAugmentation, Spectrogram
+from tokenmerge.tools.sounds import MEAN, STD, SoundAugmentation, Spectrogram, prepared
 
 KWARGS = ("img_size=[64,32]", "in_chans=1", "patch_size=8", "embed_dim=32", "depth=2", "num_heads=2")
 
@@ -85,6 +85,21 @@ def test_augmentation_is_a_function_of_the_generator() -> None:
     rows = (masked == 0).all(dim=2)[0]
     assert rows.sum() <= 20
     assert torch.equal(masked[0][~rows], plain[0][~rows])
+
+
+def test_rolled_sounds_are_as_loud_on_average() -> None:
+    """AudioMAE's factor is 0.5 + Beta(10, 10), and the samples are the same ones, shifted."""
+    samples, augmentation = tone(1000, 0.1).astype(np.float32), SoundAugmentation(roll=True)
+    torch.manual_seed(0)
+    factors = []
+    for _ in range(500):
+        rolled = prepared(samples, SAMPLE_RATE, augmentation)
+        factors.append(float(np.abs(rolled).max() / np.abs(samples).max()))
+        np.testing.assert_allclose(np.sort(rolled), np.sort(samples) * factors[-1], atol=1e-5)
+    assert 0.5 <= min(factors) < 0.8
+    assert 1.2 < max(factors) <= 1.5
+    assert abs(np.mean(factors) - 1) < 0.02
+    assert abs(np.std(factors) - 0.109) < 0.015  # of Beta(10, 10): 1 / sqrt(84)
 
 
 def test_what_a_folder_holds(data: Path, tmp_path: Path) -> None:

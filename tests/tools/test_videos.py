@@ -91,6 +91,47 @@ def test_clips(tmp_path: Path) -> None:
     assert not torch.equal(first, other)
 
 
+def test_automatic_augmentation_is_alike_for_all_frames(tmp_path: Path) -> None:
+    """Frames that are equal stay equal, clips differ, and the generator decides."""
+    rng = np.random.default_rng(0)
+    still = np.broadcast_to(
+        rng.integers(0, 255, (1, 8, 8, 3), dtype=np.uint8).repeat(6, 1).repeat(6, 2), (20, 48, 48, 3)
+    )
+    write_video(tmp_path / "a.mp4", still)
+    whole: dict[str, Any] = {"scale": (1.0, 1.0), "ratio": (1.0, 1.0), "hflip": 0.0}
+    plain = Clip((4, 3, 48, 48), 1, ClipAugmentation(**whole))
+    varied = Clip((4, 3, 48, 48), 1, ClipAugmentation(**whole, policy="rand-m9-n3-p1-inc1"))
+    clips = []
+    for seed in (1, 2, 1):
+        torch.manual_seed(seed)
+        clips.append(varied(tmp_path / "a.mp4"))
+    assert torch.equal(clips[0], clips[2])
+    assert not torch.equal(clips[0], clips[1])
+    for clip in clips[:2]:
+        assert (clip - plain(tmp_path / "a.mp4")).abs().mean() > 0.05
+        assert (clip - clip[:1]).abs().mean() < 0.05  # the frames differ by compression only
+
+
+def test_stochastic_depth_of_videomae() -> None:
+    """At a rate of 1, training skips the last layer, and no layer in evaluation; the config stays upstream's."""
+    from tokenmerge.tools.common import DeviceOptions
+    from tokenmerge.tools.models import load_model
+
+    kwargs: dict[str, Any] = {name: int(value) for name, value in (word.split("=") for word in KWARGS)}
+    options = DeviceOptions(model="hf:videomae", num_classes=2, model_kwargs={**kwargs, "drop_path_rate": 1.0})
+    model = load_model(options, head="videos")
+    assert not hasattr(model.config, "drop_path_rate")
+    clips = torch.randn(2, 4, 3, 32, 32)
+    tokenmerge.patch(model, r=3)
+    trained, evaluated = model.train()(clips).logits, model.eval()(clips).logits
+    assert not torch.allclose(trained, evaluated)
+    for name in ("attention.output", "output"):  # both branches of the last layer add nothing
+        linear = model.get_submodule(f"videomae.encoder.layer.1.{name}.dense")
+        torch.nn.init.zeros_(linear.weight)
+        torch.nn.init.zeros_(linear.bias)
+    torch.testing.assert_close(model(clips).logits, trained)
+
+
 def train(run: Run, data: Path, output: Path, *more: object) -> tuple[int, str, str]:
     words: tuple[object, ...] = ("train", "hf:videomae", "--model-kwargs", *KWARGS, "--data", data)
     words = (*words, "--output", output, "--workers", "0", "--device", "cpu", "--warmup-epochs", "0", "-b", "8")
@@ -111,6 +152,10 @@ def test_trains_on_videos_and_evaluates_them(data: Path, tmp_path: Path, run: Ru
         "--layer-decay",
         "0.9",
         "--model-ema",
+        "--aa",
+        "rand-m3-mstd0.5",
+        "--drop-path",
+        "0.1",
     )
     code, out, err = train(run, data, tmp_path / "run", *more, "--model-ema-decay", "0.5", "--grad-checkpointing")
     assert code == 0, err
@@ -189,7 +234,9 @@ def test_damaged_videos_are_named(data: Path, tmp_path: Path, run: Run) -> None:
     ("more", "message"),
     [
         (("--timem", "9"), "--timem is for sounds"),
-        (("--aa", "rand-m9"), "--aa is for images"),
+        (("--aa", "nonsense"), "--aa 'nonsense' was given, which timm does not know"),
+        (("--interpolation", "bicubic", "--aa", "rand-m9"), "--interpolation is for images"),
+        (("--drop-path", "0.1", "--opt", "sgd", "--opt-betas", "0.9", "0.9"), "the optimizer 'sgd' has no betas"),
     ],
 )
 def test_bad_input_is_one_sentence(data: Path, tmp_path: Path, run: Run, more: tuple[str, ...], message: str) -> None:

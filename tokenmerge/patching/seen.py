@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import torch
@@ -75,7 +76,7 @@ class TokensSeen:
         output = output if isinstance(output, Tensor) else output[0]
         self._count(len(self._blocks), output)
         batch, counts = len(output), self._counts
-        schedule = tuple(before - after for before, after in zip(counts[:-1], counts[1:], strict=True))
+        schedule = tuple(before - after for before, after in itertools.pairwise(counts))
         self.images += batch
         self.flops += batch * self._cost.at(counts[0]).total(schedule)
 

@@ -19,6 +19,7 @@ from tokenmerge.files import read_json
 from tokenmerge.patching.swap import original_class
 from tokenmerge.patching.target import find_target
 from tokenmerge.tools.building import MOST_CLASSES
+from tokenmerge.tools.depth import add_stochastic_depth, has_branches
 from tokenmerge.tools.packages import needed
 
 _AUTO = {"images": "Image", "videos": "Video", "sounds": "Audio"}
@@ -158,9 +159,14 @@ def create_transformers(
         medium, num_classes, name, {**({} if img_size is None else {"image_size": img_size}), **values}
     )
     config = make()
+    skips = not hasattr(config, "drop_path_rate") and has_branches(config)
+    depth = (
+        given.pop("drop_path_rate", None) if skips else None
+    )  # (the library has no stochastic depth for these layers)
     for entry in given:
         if entry != "num_labels" and not hasattr(config, entry):
             flag = "--img-size" if entry == "image_size" and img_size is not None else f"--model-kwargs {entry}"
+            flag = "--drop-path" if entry == "drop_path_rate" else flag  # as train passes it on
             raise InputError(
                 f"{flag} was given, but the config of hf:{name} ({type(config).__name__}) has no {entry}: leave it out"
             )
@@ -181,6 +187,8 @@ def create_transformers(
         _check_loaded(model, info, name, new_head and medium is not None)
     else:
         model = made.from_config(config)
+    if depth is not None:
+        add_stochastic_depth(model, depth)
     if medium is None:
         with contextlib.suppress(TokenMergeError):  # the caller refuses models without a tower, with reasons
             model = find_target(model).model

@@ -24,7 +24,8 @@ class SoundAugmentation:
     """Random augmentation of sounds.
 
     Attributes:
-        roll: whether sounds are shifted cyclically in time and scaled by 0.5 to 1 (AudioMAE, `--roll_mag_aug`).
+        roll: whether sounds are shifted cyclically in time, and scaled by 0.5 plus a number of Beta(10, 10), so by 0.5 to 1.5
+            with a mean of 1 (AudioMAE, `--roll_mag_aug`).
         time_mask: largest width of the time mask in frames (SpecAugment; AST's `--timem`).
         frequency_mask: largest width of the frequency mask in bands (SpecAugment; AST's `--freqm`).
     """
@@ -117,7 +118,7 @@ def masked(spectrum: Tensor, augmentation: SoundAugmentation, time_axis: int, ba
 
 def _rolled(samples: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
     start = int(torch.randint(len(samples), ()))
-    loudness = 0.5 + 0.5 * float(torch.rand(()))
+    loudness = 0.5 + float(torch.distributions.Beta(10.0, 10.0).sample())
     return np.roll(samples, start) * np.float32(loudness)
 
 

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
+import random
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from tokenmerge.errors import InputError, shown
 from tokenmerge.tools.media import read_frames
 from tokenmerge.tools.reading.recordings import OWN, Limits
 
@@ -25,12 +28,57 @@ class ClipAugmentation:
         scale, ratio: area and aspect ratio of random crops.
         hflip: probability of a horizontal flip.
         reprob: probability of random erasing.
+        policy: policy of automatic augmentation in timm's words, such as "rand-m9-mstd0.5-inc1"; `None` for none.
     """
 
     scale: tuple[float, float] = (0.08, 1.0)
     ratio: tuple[float, float] = (3 / 4, 4 / 3)
     hflip: float = 0.5
     reprob: float = 0.0
+    policy: str | None = None
+
+
+class Policy:
+    """Automatic augmentation of timm with the same operations and magnitudes for all frames of a clip.
+
+    Args:
+        policy: policy in timm's words.
+        size: height and width of the frames.
+        mean: mean of each channel, which fills what an operation uncovers.
+        interpolation: interpolation of geometric operations.
+
+    Raises:
+        InputError: if timm does not know the policy.
+    """
+
+    def __init__(self, policy: str, size: tuple[int, int], mean: Sequence[float], interpolation: str) -> None:
+        from timm.data.auto_augment import auto_augment_transform, rand_augment_transform
+        from timm.data.transforms import str_to_pil_interp
+
+        values = {
+            "translate_const": int(min(size) * 0.45),  # as in timm's own transform of images
+            "img_mean": tuple(min(255, round(255 * level)) for level in mean),
+            "interpolation": str_to_pil_interp(interpolation),
+        }
+        make = rand_augment_transform if policy.startswith("rand") else auto_augment_transform
+        try:
+            self.operations: Any = make(policy, values)
+        except Exception:  # an unknown policy fails in several ways
+            raise InputError(
+                f"--aa {shown(policy)} was given, which timm does not know: give one such as rand-m9-mstd0.5-inc1"
+            ) from None
+
+    def __call__(self, frames: Tensor) -> Tensor:
+        """Return frames `[T, 3, H, W]` uint8, changed alike."""
+        from PIL import Image
+
+        key = int(torch.randint(2**31, ()))
+        changed = []
+        for frame in frames.permute(0, 2, 3, 1).numpy():
+            random.seed(key)  # timm draws the operations with NumPy, and their magnitudes with Python's generator
+            np.random.seed(key)
+            changed.append(torch.from_numpy(np.array(self.operations(Image.fromarray(frame)))))
+        return torch.stack(changed).permute(0, 3, 1, 2)
 
 
 class Clip:
@@ -76,6 +124,8 @@ class Clip:
         else:
             steps += [v2.RandomResizedCrop((height, width), augmentation.scale, augmentation.ratio, **resizing)]
             steps += [v2.RandomHorizontalFlip(augmentation.hflip)]
+            if augmentation.policy is not None:
+                steps += [Policy(augmentation.policy, (height, width), mean, interpolation)]
         steps += [v2.ToDtype(torch.float32, scale=True), v2.Normalize(list(mean), list(std))]
         if augmentation is not None and augmentation.reprob:
             steps += [v2.RandomErasing(augmentation.reprob)]

@@ -51,9 +51,10 @@ def schedule_of(optimizer: Any, args: TrainOptions, updates: int) -> Any:
     schedule, _ = create_scheduler_v2(
         optimizer,
         sched=args.sched,
-        num_epochs=args.epochs,
+        num_epochs=args.epochs - (args.warmup_epochs if args.warmup_prefix else 0),  # (timm adds the warm-up)
         warmup_epochs=args.warmup_epochs,
         warmup_lr=args.warmup_lr,
+        warmup_prefix=args.warmup_prefix,
         min_lr=args.min_lr,
         step_on_epochs=False,
         updates_per_epoch=updates,
@@ -67,7 +68,7 @@ def optimizer_of(model: Any, args: TrainOptions, processes: int) -> Any:
     """Return timm's optimizer, with layer-wise decay by blocks for transformers models as well.
 
     Raises:
-        InputError: if timm does not know the optimizer, or it refuses a value.
+        InputError: if timm does not know the optimizer, or it refuses a value or has no betas.
     """
     from timm.optim import create_optimizer_v2
 
@@ -75,6 +76,7 @@ def optimizer_of(model: Any, args: TrainOptions, processes: int) -> Any:
     if borrowed:
         layers = _layers(model)
         model.group_matcher = lambda coarse=False: layers
+    betas: dict[str, Any] = {} if args.opt_betas is None else {"betas": args.opt_betas}
     try:
         optimizer = create_optimizer_v2(
             model,
@@ -83,6 +85,7 @@ def optimizer_of(model: Any, args: TrainOptions, processes: int) -> Any:
             weight_decay=args.weight_decay,
             momentum=args.momentum,
             layer_decay=args.layer_decay,
+            **betas,
         )
     except Exception as error:  # an unknown name, or values that this optimizer refuses
         reason = (str(error).splitlines() or [type(error).__name__])[0]
@@ -92,6 +95,8 @@ def optimizer_of(model: Any, args: TrainOptions, processes: int) -> Any:
     finally:
         if borrowed:
             del model.group_matcher
+    if betas and "betas" not in optimizer.param_groups[0]:  # timm then leaves them out
+        raise InputError(f"--opt-betas was given, but the optimizer {args.opt!r} has no betas: leave it out")
     _scale_predictors(model, optimizer, args)
     return optimizer
 

@@ -32,7 +32,7 @@ class AugmentationOptions(RowOptions):
 
     Attributes:
         aa, color_jitter, reprob, hflip, vflip, train_crop_mode, scale, ratio, train_interpolation, no_aug, aug_repeats:
-            augmentation of images; scale, ratio, hflip and reprob also of videos.
+            augmentation of images; aa, scale, ratio, hflip, reprob and aug_repeats also of videos.
         mixup, cutmix, mixup_prob, mixup_switch_prob, mixup_off_epoch: mixing of pairs of images.
         roll, timem, freqm: augmentation of sounds, by their names in AudioMAE and AST.
         sampling_rate: stride between the sampled frames of a video.
@@ -81,7 +81,7 @@ class AugmentationOptions(RowOptions):
         0, "epoch from which mixup and cutmix are off; 0 keeps them on", "augmentation", least=0, metavar="N", rare=True
     )
     roll: bool = option(
-        False, "shift sounds in time at random, and scale them down", "augmentation", negatable=True, rare=True
+        False, "shift sounds in time and change their loudness at random", "augmentation", negatable=True, rare=True
     )
     timem: int = option(
         0, "largest width of the time mask of sounds", "augmentation", least=0, metavar="FRAMES", rare=True
@@ -112,9 +112,9 @@ class OptimizationOptions(AugmentationOptions):
 
     Attributes:
         epochs, batch_size, grad_accum_steps, seed: `batch_size` is per process and forward pass.
-        opt, lr, lr_base, lr_base_size, weight_decay, layer_decay, momentum, clip_grad: the peak learning rate is `lr`, or
-            `lr_base` × global batch / `lr_base_size`.
-        sched, warmup_epochs, warmup_lr, min_lr: learning rate schedule.
+        opt, lr, lr_base, lr_base_size, weight_decay, layer_decay, momentum, opt_betas, clip_grad: the peak learning rate is
+            `lr`, or `lr_base` × global batch / `lr_base_size`.
+        sched, warmup_epochs, warmup_lr, warmup_prefix, min_lr: learning rate schedule.
         smoothing, bce_loss, drop, drop_path: the loss and regularization.
         model_ema, model_ema_decay, model_ema_warmup: moving average of the weights, which is then evaluated and saved.
         distill_weight, distill_temp: weight and temperature of distillation from the unmerged initial model.
@@ -142,6 +142,9 @@ class OptimizationOptions(AugmentationOptions):
         rare=True,
     )
     momentum: float = option(0.9, "momentum, for optimizers that use it", "optimisation", least=0, most=1, rare=True)
+    opt_betas: tuple[float, float] | None = option(
+        None, "betas of Adam and its kin (default: the optimizer's own)", "optimisation", least=0, most=1, rare=True
+    )
     clip_grad: float | None = option(None, "norm that gradients are clipped to", "optimisation", least=0)
     sched: str = option(
         "cosine",
@@ -152,6 +155,9 @@ class OptimizationOptions(AugmentationOptions):
     )
     warmup_epochs: int = option(5, "epochs of learning rate warm-up", "optimisation", least=0, metavar="N")
     warmup_lr: float = option(1e-6, "learning rate at the start of the warm-up", "optimisation", least=0, rare=True)
+    warmup_prefix: bool = option(
+        False, "let the schedule begin after the warm-up, within --epochs", "optimisation", negatable=True, rare=True
+    )
     min_lr: float = option(1e-6, "learning rate at the end of the schedule", "optimisation", least=0, rare=True)
     smoothing: float = option(0.1, "label smoothing", "optimisation", least=0, most=1)
     bce_loss: bool = option(

@@ -18,9 +18,9 @@ from tokenmerge.tools.videos import MEAN, STD, Clip, ClipAugmentation
 def check_flags(args: TrainOptions, medium: Medium) -> None:
     """Raise `InputError` if a flag is given that does not apply to this medium."""
     for_images, for_sounds, for_both = (
-        ("aa", "interpolation"),
+        ("interpolation",),
         ("roll", "timem", "freqm"),
-        ("reprob", "crop_pct", "mean", "std"),
+        ("aa", "reprob", "crop_pct", "mean", "std"),
     )
     misplaced: dict[str, dict[str, tuple[str, ...]]] = {
         IMAGES.name: {"sounds": for_sounds},
@@ -69,7 +69,7 @@ def make_transform(
 
 def _clip_transform(args: TrainOptions, augments: bool, shape: tuple[int, ...], processor: Processor | None) -> Clip:
     """Return the transform of videos."""
-    augmentation = ClipAugmentation(args.scale, args.ratio, args.hflip, args.reprob) if augments else None
+    augmentation = ClipAugmentation(args.scale, args.ratio, args.hflip, args.reprob, args.aa) if augments else None
     if processor is not None:
         mean, std = processor.normalisation(shape)
         resizing = processor.interpolation
