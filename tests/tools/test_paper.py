@@ -13,6 +13,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+import tokenmerge
 from tests.conftest import CLASSES, Run
 from tests.helpers.tiny import tiny
 from tests.tools.test_sounds import write_wav
@@ -137,7 +138,9 @@ def test_without_data_the_published_table_is_shown(run: Run, tmp_path: Path, nam
         assert place in page
     for row in rows:
         assert row["note"].startswith("not measured here")
-        assert row["published_source"] in page
+        if row["published_note"] or row["published_top1"]:
+            assert row["published_source"] in page
+            assert row["published_source"] in " ".join(out.split())
 
 
 def local(classes: int = 3) -> Model:
@@ -385,6 +388,26 @@ def test_videos_and_sounds(run: Run, tmp_path: Path) -> None:
         assert [row["method"] for row in rows] == ["unmerged", "tome"]
         nothing_is_published(rows, tmp_path / "compare")
         assert "so they are not shown" in " ".join(out.split())
+
+
+def test_weights_that_train_wrote(
+    run: Run, tmp_path: Path, data: Path, model_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The folder of a run lies below --weights, with the merging that it was trained with."""
+    folder = tmp_path / "mine" / "run_tome"
+    folder.mkdir(parents=True)
+    model_dir.rename(folder / "model")
+    tokenmerge.MergeConfig(r=5, prop_attn=True).save(folder / "model" / "tokenmerge.json")
+    model = Model("mine", "My ViT", "vit_tiny_patch16_224", 3, 37, file="run_tome/model", origin="train {weights}/x")
+    made = Experiment("mine", "a test", (Entry(model, (Line("tome", r=4),)),))
+    monkeypatch.setattr(experiments, "EXPERIMENTS", {"mine": made})
+    rows, out, _ = rows_of(run, tmp_path, "--data", data, "--weights", "mine")
+    assert [row["setting"] for row in rows] == ["r=0", "r=4"]
+    assert rows[0]["model"] == "local-dir:mine/run_tome/model"
+    assert tokenmerge.MergeConfig.from_json(rows[1]["config"]).prop_attn is True
+    assert "as saved with the model" in out
+    code, _, err = run("compare", "--paper", "mine", "--data", data)
+    assert (code, "it is made by train weights/x" in err) == (2, True)
 
 
 @pytest.mark.slow

@@ -41,7 +41,8 @@ class Layout:
         lead: paragraphs below it.
         columns: columns of the table with their headings; empty ones are left out.
         by: column that groups rows into lines of the figures.
-        listed: rows of the table; `None` lists all.
+        listed: rows of the table and the figures; `None` lists all.
+        more: tables below it.
     """
 
     title: str
@@ -49,6 +50,7 @@ class Layout:
     columns: Mapping[str, str]
     by: str = "method"
     listed: Sequence[Row] | None = None
+    more: Sequence[Table] = ()
 
 
 def write_outputs(folder: Path, rows: Sequence[Row], layout: Layout, report: Report) -> None:
@@ -69,8 +71,8 @@ def write_outputs(folder: Path, rows: Sequence[Row], layout: Layout, report: Rep
         folder / "compare.html",
         layout.title,
         layout.lead,
-        [table] if listed else [],
-        _figures(folder, rows, layout.by),
+        [*([table] if listed else []), *layout.more],
+        _figures(folder, listed, layout.by),
         rows,
     )
     report.say(f"wrote {folder / 'compare.html'}, and the rows as csv and json beside it")

@@ -212,7 +212,7 @@ EXPERIMENTS: Mapping[str, Experiment] = {
         Experiment(
             "pictures",
             "pictures of the tokens that merge, for images in --data",
-            (_tome("mae_huge_tome", 7),),
+            (Entry(MODELS["mae_huge_tome"], (Line("tome", r=7),)),),
             "tokens that end up merged follow parts of objects, in foreground and background",
         ),
         Experiment(

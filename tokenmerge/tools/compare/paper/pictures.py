@@ -78,7 +78,7 @@ def draw_pictures(experiment: Experiment, one: Chosen, options: Any, report: Rep
             for r in rows
         ),
     )
-    for line in (adapted, f"The paper: {experiment.finding}."):
+    for line in (adapted, f"the paper: {experiment.finding}"):
         if line:
             report.say(line)
     write_sheets(options.output, rows)

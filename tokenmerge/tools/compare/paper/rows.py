@@ -63,3 +63,9 @@ def published_of(entry: Entry, row: Row) -> Published | None:
     if row["method"] == "unmerged":
         return entry.unmerged
     return next((line.published for line in entry.lines if line.label == row["method"]), None)
+
+
+def published_in(row: Row) -> tuple[str, str] | None:
+    """Return what a row states as published in other units, and its source; `None` if nothing was checked for it."""
+    known = any(row[f"published_{name}"] for name in ("top1", "gflops", "ims", "note"))
+    return (row["published_note"], row["published_source"]) if known else None

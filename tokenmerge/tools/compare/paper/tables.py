@@ -11,6 +11,7 @@ from tokenmerge.tools.compare.pages import Layout, write_outputs
 from tokenmerge.tools.compare.paper.experiments import Experiment
 from tokenmerge.tools.compare.paper.published import UNCHECKED
 from tokenmerge.tools.compare.paper.random_schedules import RANDOM
+from tokenmerge.tools.pages import Table
 from tokenmerge.tools.report import Report, Row
 
 _PAGE = {
@@ -18,9 +19,7 @@ _PAGE = {
     "method": "line",
     "setting": "setting",
     "top1": "top-1",
-    "top1_difference": "difference",
-    "top1_low": "from",
-    "top1_high": "to",
+    "difference": "difference [95 %]",
     "divergence": "KL",
     "gflops": "GFLOPs",
     "images_per_second": "images/s",
@@ -39,7 +38,8 @@ _NO_FIGURE = "–"
 
 
 def _several(rows: Sequence[Row]) -> bool:
-    return len({row["model"] for row in rows}) > 1
+    """Return whether the rows belong to several models."""
+    return len({(row["model"], row["paper_model"]) for row in rows}) > 1
 
 
 def _label(row: Row, several: bool) -> str:
@@ -154,30 +154,44 @@ def show_published(report: Report, rows: Sequence[Row], several: bool) -> None:
     )
     for source in sources:
         report.say(f"{number[source]} {source}")
-    for row in rows:
-        if row["published_note"]:
-            report.say(f"{_label(row, several)}: published are {row['published_note']}")
 
 
-def write_rows(folder: Path, experiment: Experiment, rows: Sequence[Row], lead: Sequence[str], report: Report) -> None:
-    """Write the page, CSV, JSON and figures of an experiment into a folder."""
+def write_rows(
+    folder: Path,
+    experiment: Experiment,
+    rows: Sequence[Row],
+    lead: Sequence[str],
+    report: Report,
+    more: Sequence[Table] = (),
+) -> None:
+    """Write the page, CSV, JSON and figures of an experiment into a folder.
+
+    Args:
+        folder: folder of the files.
+        experiment: the experiment.
+        rows: its rows.
+        lead: lines that were said about them.
+        report: receiver of the name of the page.
+        more: further tables of the page.
+    """
     several = _several(rows)
     first = next((row for row in rows if row.get("images")), None)
-    how = (
-        []
-        if first is None
-        else [
+    about = [f"the paper: {experiment.finding}" if experiment.finding else "", *lead]
+    if first is not None:
+        about = [
             f"{first['images']:,} images, batch {first['batch_size']} on {first['device']}, {first['dtype']}. Differences are relative to "
-            "the first line of the same group, with 95 % intervals paired by image; a difference whose interval includes 0 may be due to "
-            "chance. KL is the mean divergence of the predictions from the unmerged model."
+            "the first line of the same group, with 95 % intervals paired by image; a difference whose interval includes 0 may be due "
+            "to chance. KL is the mean divergence of the predictions from the unmerged model",
+            *about,
         ]
-    )
-    found = f"The paper: {experiment.finding}." if experiment.finding else ""
+    timed = any(row.get("images_per_second") for row in rows)
+    hidden = {*(() if several else ("paper_model",)), *(() if timed else ("speedup",))}
     layout = Layout(
         f"{experiment.name}: {experiment.about}",
-        [*how, *([found] if found else []), *lead],
-        {name: head for name, head in _PAGE.items() if name != "paper_model" or several},
+        [f"{line[:1].upper()}{line[1:]}." for line in about if line],
+        {name: head for name, head in _PAGE.items() if name not in hidden},
         "paper_model" if several else "method",
-        listed(rows),
+        [{**row, "difference": difference_of(row)} for row in listed(rows)],
+        more,
     )
     write_outputs(folder, rows, layout, report)
