@@ -117,7 +117,7 @@ def method_names() -> tuple[str, ...]:
 _PAPER = "Bolya et al. 2023, Token Merging"
 for _method in (
     Method("tome", {}, source=_PAPER),
-    Method("tome_norm", {"combine": "norm"}, source=_PAPER, note="the mean keeps the length of its members"),
+    Method("tome_norm", {"combine": "norm"}, source="tokenmerge", note="the mean keeps the length of its members"),
     Method("greedy", {"matcher": "greedy"}, source=_PAPER, slow=True),
     Method("mutual", {"matcher": "mutual"}, source="mutual nearest neighbours (MPM)"),
     Method("pitome", {"matcher": "pitome"}, source="Tran et al. 2024, PiToMe"),

@@ -53,6 +53,9 @@ def page(command: Command, options: type[Options], full: bool) -> str:
         for field, (hint, flag) in shown.items():
             default = options.__dataclass_fields__[field].default if field in options.__dataclass_fields__ else None
             lines += _entry(usage(field, hint, flag), help_text(flag, default), _COLUMN)
+    for title, entries in options.EXPLAINED.items():
+        lines += ["", title]
+        lines += [line for name, text in entries.items() for line in _entry(name, text, 16)]
     if rare:
         lines += textwrap.wrap(
             f"More (tokenmerge help {command.name}): {', '.join(rare)}", _WIDTH, break_on_hyphens=False

@@ -170,8 +170,12 @@ class DataOptions(Options):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.data is None and self.dataset is None:
+        if self.data is None and self.dataset is None and self.needs_data():
             raise InputError("no data were given: give --data DIR, or --dataset NAME")
+
+    def needs_data(self) -> bool:
+        """Return whether data must be given."""
+        return True
 
     @property
     def folder(self) -> Path:

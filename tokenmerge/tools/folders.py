@@ -73,7 +73,7 @@ class ClassFolder(Dataset[Item]):
             raise InputError(
                 f"the data folder {str(root)!r} does not exist, but one folder per class was expected there: check --data"
             )
-        walk = Walk(root, _suffixes(medium))
+        walk = Walk(root, suffixes_of(medium))
         found = sorted(walk, key=natural_key)  # the order of timm
         self.left_out = walk.left_out
         if not found:
@@ -126,7 +126,8 @@ class ClassFolder(Dataset[Item]):
             return None, label, f"{path.relative_to(self.root)}: {error.reason}"
 
 
-def _suffixes(medium: Medium) -> frozenset[str]:
+def suffixes_of(medium: Medium) -> frozenset[str]:
+    """Return the file name suffixes of a medium in lower case."""
     if medium.suffixes is not None:
         return frozenset(medium.suffixes)
     from timm.data.readers.img_extensions import get_img_extensions

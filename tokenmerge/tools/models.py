@@ -227,10 +227,10 @@ def _load_predictors(model: nn.Module, file: Path | None) -> None:
         load_predictors(model, file)
 
 
-def skeleton(options: ModelOptions) -> Any:
-    """Return the model on the meta device, without values, so that models of any size can be inspected."""
+def skeleton(options: ModelOptions, head: str | None = None) -> Any:
+    """Return the model on the meta device, without values, so that models of any size can be inspected; for `head` see `load_model`."""
     with torch.device("meta"):
-        return _create(options, pretrained=False)
+        return _create(options, pretrained=False, head=head)
 
 
 def load_checkpoint(model: nn.Module, path: Path) -> None:

@@ -14,7 +14,7 @@ import types
 import typing
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from tokenmerge.errors import InputError, nearest, shown
 
@@ -116,9 +116,14 @@ def _hints(cls: type) -> dict[str, Any]:
 class Options:
     """Base of the options of a command; values are checked and brought to the types of the fields when it is made.
 
+    Attributes:
+        EXPLAINED: lists of values for help pages: for each title, the values with their meanings.
+
     Raises:
         InputError: if a value has another type, or lies outside its limits or choices.
     """
+
+    EXPLAINED: ClassVar[Mapping[str, Mapping[str, str]]] = {}
 
     def __post_init__(self) -> None:
         hints = _hints(type(self))

@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
 import io
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from tokenmerge import files
-from tokenmerge.tools.compare.options import CompareOptions
-from tokenmerge.tools.compare.paper import Experiment
-from tokenmerge.tools.pages import Figure, Table, title_of, write_report
+from tokenmerge.tools.pages import Figure, Table, write_report
 from tokenmerge.tools.pages.figures import Axis, lines
 from tokenmerge.tools.report import Report, Row
 
-_COLUMNS = {
+COLUMNS = {
     "method": "method",
     "kind": "kind",
     "setting": "setting",
@@ -25,16 +24,36 @@ _COLUMNS = {
     "top1_high": "to",
     "divergence": "KL",
     "gflops": "GFLOPs",
+    "images_per_second": "images/s",
     "speedup": "speed-up",
     "overhead": "overhead",
-    "published_top1": "published top-1",
     "note": "note",
 }
+"""Columns of the page of methods, with their headings."""
 
 
-def write_outputs(
-    folder: Path, rows: Sequence[Row], args: CompareOptions, experiment: Experiment | None, report: Report
-) -> None:
+@dataclasses.dataclass(frozen=True)
+class Layout:
+    """What a page shows of the rows.
+
+    Attributes:
+        title: title of the page.
+        lead: paragraphs below it.
+        columns: columns of the table with their headings; empty ones are left out.
+        by: column that groups rows into lines of the figures.
+        listed: rows of the table and the figures; `None` lists all.
+        more: tables below it.
+    """
+
+    title: str
+    lead: Sequence[str]
+    columns: Mapping[str, str]
+    by: str = "method"
+    listed: Sequence[Row] | None = None
+    more: Sequence[Table] = ()
+
+
+def write_outputs(folder: Path, rows: Sequence[Row], layout: Layout, report: Report) -> None:
     """Write `compare.csv`, `compare.json`, `compare-speed.svg`, `compare-flops.svg` and `compare.html` into `folder`.
 
     Each file is written whole or not at all.
@@ -42,6 +61,25 @@ def write_outputs(
     Raises:
         InputError: if a file cannot be written.
     """
+    write_sheets(folder, rows)
+    listed = list(rows if layout.listed is None else layout.listed)
+    shown = {
+        name: head for name, head in layout.columns.items() if any(row.get(name) not in (None, "") for row in listed)
+    }
+    table = Table("Results", list(shown.values()), [[_cell(row.get(name)) for name in shown] for row in listed])
+    write_report(
+        folder / "compare.html",
+        layout.title,
+        layout.lead,
+        [*([table] if listed else []), *layout.more],
+        _figures(folder, listed, layout.by),
+        rows,
+    )
+    report.say(f"wrote {folder / 'compare.html'}, and the rows as csv and json beside it")
+
+
+def write_sheets(folder: Path, rows: Sequence[Row]) -> None:
+    """Write rows into `compare.csv` and `compare.json`."""
     names = list(dict.fromkeys(name for row in rows for name in row))
     sheet = io.StringIO(newline="")
     writer = csv.DictWriter(sheet, names)
@@ -49,6 +87,10 @@ def write_outputs(
     writer.writerows(rows)
     files.write(folder / "compare.csv", sheet.getvalue(), "the table")
     files.write_json(folder / "compare.json", rows, "the rows")
+
+
+def _figures(folder: Path, rows: Sequence[Row], by: str) -> list[Figure | None]:
+    """Write the figures into files of their own, and return them for the page."""
     # intervals are of differences, so they are drawn around each method's own top-1
     around = [
         {
@@ -71,27 +113,13 @@ def write_outputs(
         ),
         ("compare-flops.svg", Axis("gflops", "GFLOPs (multiply-adds) per image", 0), "Top-1 and cost"),
     ):
-        drawn = lines(around, across, accuracy, by="method")
-        if drawn is not None:
+        drawn = lines(around, across, accuracy, by=by)
+        if drawn is None:
+            (folder / name).unlink(missing_ok=True)  # of an earlier run, whose rows it shows
+        else:
             files.write(folder / name, drawn, "the figure")
             figures.append(Figure(f"{caption}; bars: 95 % interval of the difference to the first method.", drawn))
-    shown = {name: head for name, head in _COLUMNS.items() if any(row.get(name) not in (None, "") for row in rows)}
-    about = f" — {experiment.about}" if experiment is not None else ""
-    first = rows[0]
-    write_report(
-        folder / "compare.html",
-        f"{title_of(args.model)}: methods compared{about}",
-        [
-            f"{first['images']} images, batch {first['batch_size']} on {first['device']}, {first['dtype']}. Differences are relative "
-            "to the first method of the same setting, with 95 % intervals of a bootstrap paired by image; a difference whose "
-            "interval includes 0 may be due to chance. KL is the mean divergence of the predictions from the unmerged model. "
-            "Overhead is the time divided by the time of the same model with as many tokens sliced off."
-        ],
-        [Table("Results", list(shown.values()), [[_cell(row.get(name)) for name in shown] for row in rows])],
-        figures,
-        rows,
-    )
-    report.say(f"wrote {folder / 'compare.html'}, and the rows as csv and json beside it")
+    return figures
 
 
 def _cell(value: Any) -> str:

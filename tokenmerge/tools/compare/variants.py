@@ -56,9 +56,19 @@ class Variant:
         """Whether the number of remaining tokens depends on the images."""
         return entry_for(self.config).adaptive
 
+    @property
+    def gflops(self) -> float:
+        """Multiply-adds per image in 1e9."""
+        return self.handle.summary().flops_after / 1e9
+
     def key(self, context: str) -> str:
         """Return the key of stored results, a hash of the config and of `context` (model and data)."""
-        return hashlib.sha256(f"{context}\n{self.config.to_json()}".encode()).hexdigest()[:16]
+        return key_of(self.config, context)
+
+
+def key_of(config: MergeConfig, context: str) -> str:
+    """Return the key of stored results of a config, a hash of it and of `context` (model and data)."""
+    return hashlib.sha256(f"{context}\n{config.to_json()}".encode()).hexdigest()[:16]
 
 
 def make_variant(
@@ -136,14 +146,24 @@ def r_for_speedup(
     return values[0], speeds[0]
 
 
-@torch.inference_mode()
-def time_variants(
-    model: Any, variants: Sequence[Variant], images: Tensor, rounds: int
-) -> tuple[list[Spread], list[float | None]]:
-    """Return the speed-up over the unmerged model, and the overhead over the sliced model, for each variant.
+@dataclasses.dataclass(frozen=True)
+class Timing:
+    """Speeds of variants, measured in turns.
 
-    All models take turns in every round. The overhead is `None` for models that cannot be sliced.
+    Attributes:
+        speedups: speed-up of each variant over the unmerged model.
+        overheads: time of each variant divided by the time of the sliced model; `None` for models that cannot be sliced.
+        images_per_second: median rate of the unmerged model, then of each variant.
     """
+
+    speedups: list[Spread]
+    overheads: list[float | None]
+    images_per_second: list[float]
+
+
+@torch.inference_mode()
+def time_variants(model: Any, variants: Sequence[Variant], images: Tensor, rounds: int) -> Timing:
+    """Return the speeds of the unmerged model and of each variant; all models take turns in every round."""
     slices: dict[tuple[int, ...], Any] = {}
     for variant in variants:
         schedule = variant.handle.schedule
@@ -163,7 +183,8 @@ def time_variants(
         speed.append(Spread.of_ratios(times[0], mine))
         bound = by_schedule[variant.handle.schedule]
         overhead.append(None if bound is None else Spread.of_ratios(mine, bound).p50)
-    return speed, overhead
+    rates = [len(images) / statistics.median(mine) for mine in times[: 1 + len(variants)]]
+    return Timing(speed, overhead, rates)
 
 
 def fingerprint(parts: dict[str, Any]) -> str:

@@ -53,7 +53,7 @@ def run(options: VisualizeOptions, report: Report | None = None) -> list[Row]:
         report.warn(loader.note)
     if suffix in _FILMS and loader.medium is not VIDEOS:
         raise InputError(f"{suffix} is a film, but the model takes {loader.medium.name}: choose an --out such as .png")
-    blocks = _blocks(options.layer, model)
+    blocks = blocks_of(options.layer, model)
     shown = [loader(path) for path in options.inputs]
     merged = merged_copies(model, settings, fields, attention=suffix == ".html")
     if suffix == ".html":
@@ -65,8 +65,8 @@ def run(options: VisualizeOptions, report: Report | None = None) -> list[Row]:
         looks = [of_input[1:] for of_input in looks]
     else:
         looks = [[one.look(each) for one in merged] for each in shown]
-        _draw(options, suffix, shown, looks, blocks, RANDOM_WEIGHTS if random else "")
-    rows = [_row(options.model, each, look) for each, of_input in zip(shown, looks, strict=True) for look in of_input]
+        draw(options, suffix, shown, looks, blocks, RANDOM_WEIGHTS if random else "")
+    rows = [row_of(options.model, each, look) for each, of_input in zip(shown, looks, strict=True) for look in of_input]
     _say(report, rows, options.out)
     report.write(rows)
     return rows
@@ -82,7 +82,7 @@ def _checked_suffix(out: Path) -> str:
     return suffix
 
 
-def _blocks(layer: str, model: Any) -> list[int]:
+def blocks_of(layer: str, model: Any) -> list[int]:
     """Return the indices of the blocks to show, where −1 is the input."""
     from tokenmerge.patching.target import find_target
 
@@ -96,7 +96,7 @@ def _blocks(layer: str, model: Any) -> list[int]:
     return [int(layer) - 1]
 
 
-def _draw(
+def draw(
     options: VisualizeOptions,
     suffix: str,
     shown: Sequence[Shown],
@@ -104,6 +104,7 @@ def _draw(
     blocks: Sequence[int],
     foot: str,
 ) -> None:
+    """Draw the inputs into the picture or film `options.out`, with `foot` below pictures."""
     with drawing(options.out, "--out") as beside:
         if shown[0].medium is SOUNDS:
             _draw_sounds(beside, options, shown, looks, blocks, foot)
@@ -160,7 +161,8 @@ def _draw_sounds(
     figure.savefig(path, dpi=120)
 
 
-def _row(model: str, shown: Shown, look: Look) -> Row:
+def row_of(model: str, shown: Shown, look: Look) -> Row:
+    """Return the result row of one input at one setting."""
     trace = look.trace
     return {
         "model": model,
