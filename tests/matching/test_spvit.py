@@ -89,8 +89,8 @@ def attention_by_hand(block: Any, x: Tensor, mask: Tensor) -> Tensor:
     weights = (query @ key.transpose(2, 3) * block.attn.scale).exp() * mask[:, None, None]
     out = (weights / weights.sum(dim=3, keepdim=True)) @ value
     x = x + block.attn.proj(out.transpose(1, 2).reshape(batch, count, channels))
-    out: Tensor = x + block.mlp(block.norm2(x))
-    return out
+    after: Tensor = x + block.mlp(block.norm2(x))
+    return after
 
 
 def test_training_is_that_of_a_package_that_is_appended() -> None:

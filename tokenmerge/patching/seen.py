@@ -24,6 +24,7 @@ class TokensSeen:
         images: images of all passes within the context.
         flops: multiply-adds of all these images, rows of halted tokens included, because they are computed.
         present: `[L + 1]` float64: tokens that were not gone (size above 0), summed over images.
+        each: `[images]` int64: tokens that were not gone, summed over the blocks that each image entered.
 
     Example:
         >>> import timm, torch, tokenmerge
@@ -42,7 +43,9 @@ class TokensSeen:
         self._cost: ModelCost = record_of(target.model).settings.cost
         self.images, self.flops = 0, 0
         self.present = torch.zeros(len(self._blocks) + 1, dtype=torch.float64)
+        self.each = torch.zeros(0, dtype=torch.int64)
         self._counts: list[int] = []
+        self._each: list[Tensor] = []
         self._hooks: list[Any] = []
 
     def __enter__(self) -> TokensSeen:
@@ -54,7 +57,7 @@ class TokensSeen:
     def __exit__(self, *error: object) -> None:
         for hook in self._hooks:
             hook.remove()
-        self._hooks, self._counts = [], []
+        self._hooks, self._counts, self._each = [], [], []
 
     @property
     def mean_flops(self) -> float:
@@ -69,7 +72,7 @@ class TokensSeen:
     def _enters(self, block: nn.Module, args: tuple[Any, ...]) -> None:
         place = next(i for i, one in enumerate(self._blocks) if one is block)
         if place == 0:  # a pass that ended early leaves nothing behind
-            self._counts = []
+            self._counts, self._each = [], []
         self._count(place, args[0])
 
     def _leaves(self, block: nn.Module, args: tuple[Any, ...], output: Any) -> None:
@@ -78,11 +81,15 @@ class TokensSeen:
         batch, counts = len(output), self._counts
         schedule = tuple(before - after for before, after in itertools.pairwise(counts))
         self.images += batch
+        self.each = torch.cat([self.each, torch.stack(self._each[:-1]).sum(dim=0)])
         self.flops += batch * self._cost.at(counts[0]).total(schedule)
 
     def _count(self, place: int, x: Tensor) -> None:
         state = state_of(x)
         rows = x if state is None or state.merged is None else state.merged
         self._counts.append(rows.shape[1])
-        gone = 0 if state is None or state.size is None else int((state.size == 0).sum())
-        self.present[place] += len(rows) * rows.shape[1] - gone
+        left = torch.full((len(rows),), rows.shape[1])
+        if state is not None and state.size is not None:
+            left = (state.size > 0).sum(dim=1).cpu()
+        self._each.append(left)
+        self.present[place] += left.sum()

@@ -15,21 +15,32 @@ def detail(images: Tensor) -> Tensor:
     return across.flatten(1).mean(dim=1) + down.flatten(1).mean(dim=1)
 
 
-def in_buckets(batches: Iterable[tuple[Tensor, Tensor]], depth: int = 8) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """Sort images by detail within every `depth` batches, and yield new batches with the original index of each image."""
+def in_buckets(
+    batches: Iterable[tuple[Tensor, Tensor]], depth: int = 8, keys: Tensor | None = None
+) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """Sort images within every `depth` batches, and yield new batches with the original index of each image.
+
+    Args:
+        batches: images and labels.
+        depth: number of batches that are sorted together.
+        keys: one number for each image to sort by; `None` sorts by detail.
+    """
     held: list[tuple[Tensor, Tensor]] = []
     start = 0
     for batch in batches:
         held.append(batch)
         if len(held) == depth:
-            yield from _sorted(held, start)
+            yield from _sorted(held, start, keys)
             start += sum(len(labels) for _, labels in held)
             held = []
     if held:
-        yield from _sorted(held, start)
+        yield from _sorted(held, start, keys)
 
 
-def _sorted(held: list[tuple[Tensor, Tensor]], start: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+def _sorted(
+    held: list[tuple[Tensor, Tensor]], start: int, keys: Tensor | None
+) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
     images, labels = torch.cat([one for one, _ in held]), torch.cat([one for _, one in held])
-    for index in detail(images).argsort().split(len(held[0][1])):
+    key = detail(images) if keys is None else keys[start : start + len(labels)].to(images.device)
+    for index in key.argsort().split(len(held[0][1])):
         yield images[index], labels[index], index.cpu() + start

@@ -6,7 +6,7 @@ import dataclasses
 import functools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from tokenmerge.errors import InputError
 from tokenmerge.tools.common import MODEL_HELP, DataOptions, DeviceOptions, MergeOptions, RowOptions, batch_size
@@ -25,6 +25,9 @@ class CompareOptions(DeviceOptions, DataOptions, MergeOptions, RowOptions):
         speedups: measured speed-ups to compare at; each method uses the r that reaches them.
         paper: name of an experiment of the paper, instead of methods and settings; without data, published figures are shown.
         weights: folder of the paper's weights that no library downloads.
+        train: folder of training images, one subfolder per class; `paper="pruning"` then trains each method from the model's
+            weights, and measures it.
+        train_set: options of `tokenmerge train` for that, in place of those of the recipe `laptop`.
         random: number of random schedules that `paper="schedules"` compares with a constant r.
         output: folder to write the results to.
         batch_size: images per pass, also for timing.
@@ -67,6 +70,16 @@ class CompareOptions(DeviceOptions, DataOptions, MergeOptions, RowOptions):
         metavar="DIR",
         rare=True,
     )
+    train: Path | None = option(
+        None,
+        "folder of training images for --paper pruning, which then trains its methods on MODEL",
+        "data",
+        metavar="DIR",
+        rare=True,
+    )
+    train_set: Mapping[str, Any] = option(
+        {}, "options of tokenmerge train for --train (default: recipe laptop)", "data", pairs=True, rare=True
+    )
     limit: int | None = option(None, "use only N images, evenly spaced in the data", "data", least=1, metavar="N")
     batch_size: int = batch_size(32)
     rounds: int = option(7, "rounds of timing; 0 skips timing", "measuring", least=0, metavar="N")
@@ -85,6 +98,10 @@ class CompareOptions(DeviceOptions, DataOptions, MergeOptions, RowOptions):
             get_experiment(self.paper)  # raises if there is no such experiment
         if self.random and self.paper != "schedules":
             raise InputError("--random was given without --paper schedules, which draws random schedules: give both")
+        if self.train is not None and self.paper != "pruning":
+            raise InputError("--train was given without --paper pruning, which trains its methods on it: give both")
+        if self.train_set and self.train is None:
+            raise InputError("--train-set was given without --train, the folder of training images: give both")
         if not self.model and self.paper is None:
             raise InputError("compare was given no MODEL: name one, or give --paper for the paper's own")
 

@@ -155,7 +155,7 @@ def _measure(experiment: Experiment, found: Found, options: Any, folder: Path, r
     found.rows = [named({**row, "measured": True}, entry, one.own, mine) for row in rows]
     found.rows += [named(row, entry, one.own, mine) for row in failed]
     trained = [line for line in entry.lines if line.trained]
-    for row in trained_rows(entry, trained, mine, images, report) if trained and one.own else []:
+    for row in trained_rows(trained, mine, images, report) if trained else []:
         words = not_here(row.pop("reason")) if not row["measured"] else {}
         found.rows.append(named({**row, **words}, entry, one.own, mine))
 

@@ -25,6 +25,7 @@ _PAGE = {
     "images_per_second": "images/s",
     "speedup": "speed-up",
     "overhead": "overhead",
+    "training_speedup": "training speed-up",
     "rank_top1": "rank by top-1",
     "rank_divergence": "rank by KL",
     "published_top1": "published top-1",
@@ -85,9 +86,10 @@ def show_rows(report: Report, experiment: Experiment, rows: Sequence[Row], model
         ),
     )
     timed = any(row.get("images_per_second") for row in measured)
+    learned = any(row.get("training_speedup") for row in measured)
     report.table(
         "cost" + (f", batch {measured[0]['batch_size']} on {measured[0]['device']}" if timed else ""),
-        ("line", "GFLOPs", *(("img/s", "speed", "overhead") if timed else ())),
+        ("line", "GFLOPs", *(("img/s", "speed", "overhead") if timed else ()), *(("training",) if learned else ())),
         (
             (
                 _label(row, several),
@@ -101,6 +103,7 @@ def show_rows(report: Report, experiment: Experiment, rows: Sequence[Row], model
                     if timed
                     else ()
                 ),
+                *((f"{row['training_speedup']:.2f}x" if row.get("training_speedup") else "",) if learned else ()),
             )
             for row in measured
         ),
