@@ -9,6 +9,7 @@ from typing import Any
 
 from tokenmerge.errors import ConfigError, InputError
 from tokenmerge.files import make_folder
+from tokenmerge.matching import get_entry
 from tokenmerge.methods import get_method, method_names
 from tokenmerge.ops.timing import keep_memory
 from tokenmerge.patching.calibrate import calibrate
@@ -111,10 +112,10 @@ def _variants(
 
 
 def _variant(model: Any, images: Images, name: str, setting: Setting, fields: dict[str, Any]) -> Variant:
-    """Return a method at a setting; adaptive methods are calibrated on images, without their labels."""
+    """Return a method at a setting; methods with thresholds are calibrated on images, without their labels."""
     method = get_method(name)
     fields = {**fields, **method.fields}
-    if not method.static:
+    if "thresholds" in get_entry(str(fields.get("matcher", "bipartite"))).options:
         few = itertools.islice((batch for batch, _ in images), _CALIBRATION)
         config = calibrate(model, few, setting.config(**fields))
         fields = {**fields, "options": config.options}

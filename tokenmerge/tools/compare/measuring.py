@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor
 
 from tokenmerge.patching import model_cost
+from tokenmerge.patching.seen import TokensSeen
 from tokenmerge.tools.compare.data import Images, describe
 from tokenmerge.tools.compare.scoring import Scores, score
 from tokenmerge.tools.compare.variants import Timing, Variant, fingerprint
@@ -55,10 +57,13 @@ def score_all(
         baseline, reference = score(model, watched(), None)
         found = [baseline]
         for variant, old in zip(variants, known, strict=True):
-            if old is not None and len(old.top1) == len(baseline.top1):
+            whole = old is not None and len(old.top1) == len(baseline.top1)
+            if old is not None and whole and (old.gflops is not None or not variant.adaptive):
                 found.append(old)
                 continue
-            new, _ = score(variant.model, watched(), reference, variant.adaptive)
+            with TokensSeen(variant.model) if variant.adaptive else contextlib.nullcontext() as seen:
+                new, _ = score(variant.model, watched(), reference, variant.adaptive)
+            new.gflops = None if seen is None else seen.mean_flops / 1e9
             new.save(folder / f"{variant.key(context)}.json")
             found.append(new)
     return found, reference
@@ -98,7 +103,7 @@ def make_rows(
             "kind": variant.kind,
             "setting": variant.setting,
             "group": variant.group,
-            "gflops": variant.gflops,
+            "gflops": variant.gflops if mine.gflops is None else mine.gflops,
             **accuracy(mine),
             "config": variant.config.to_json(),
             "note": variant.note,

@@ -24,11 +24,13 @@ class Scores:
         top1: `[n]`: 1 if the most likely class is the label, else 0.
         top5: `[n]`: 1 if the label is among the five most likely classes, else 0.
         divergence: `[n]`: KL divergence from the unmerged model's prediction, in nats.
+        gflops: GFLOPs per image that ran, for matchers that go by the images; `None` for all others.
     """
 
     top1: Tensor
     top5: Tensor
     divergence: Tensor
+    gflops: float | None = None
 
     def save(self, path: Path) -> None:
         """Write the scores atomically, as JSON; scores that are not finite are not kept, because JSON has no such number.
@@ -36,8 +38,9 @@ class Scores:
         Raises:
             InputError: if the file cannot be written.
         """
-        values = {name: getattr(self, name).tolist() for name in ("top1", "top5", "divergence")}
+        values: dict[str, Any] = {name: getattr(self, name).tolist() for name in ("top1", "top5", "divergence")}
         if all(bool(getattr(self, name).isfinite().all()) for name in values):
+            values["gflops"] = self.gflops
             files.write(path, files.to_json(values, "the scores", indent=None), "the scores")
 
     @classmethod
@@ -45,7 +48,10 @@ class Scores:
         """Return the scores that `save` wrote; `None` if the file is missing or damaged, so that they are measured again."""
         try:
             found = files.read_json(path, "the scores")
-            return cls(*(torch.tensor(found[name], dtype=torch.float64) for name in ("top1", "top5", "divergence")))
+            names = ("top1", "top5", "divergence")
+            top1, top5, divergence = (torch.tensor(found[name], dtype=torch.float64) for name in names)
+            gflops = found.get("gflops")
+            return cls(top1, top5, divergence, None if gflops is None else float(gflops))
         except (OSError, ValueError, KeyError, TypeError):
             return None
 

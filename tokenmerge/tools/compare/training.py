@@ -96,9 +96,7 @@ class _Quiet(Report):
 
     def say(self, text: str, style: str | None = None, whole: bool = False) -> None:
         """Log one line."""
-        self.history.append(text)
-        if self.also is not None:
-            self.also(text)
+        self._log(text)
 
 
 def trained_model(training: TrainOptions, options: Any) -> Any:
