@@ -8,7 +8,7 @@ from typing import Any
 
 from tokenmerge.errors import ConfigError, one_of
 from tokenmerge.tools.compare.paper.models import MODELS, Model
-from tokenmerge.tools.compare.paper.published import FIGURES, PAPER, Published
+from tokenmerge.tools.compare.paper.published import FIGURES, Published
 
 
 @dataclasses.dataclass(frozen=True)
@@ -241,6 +241,3 @@ def get_experiment(name: str) -> Experiment:
             f"--paper {name!r:.60} is not known; known are {', '.join(EXPERIMENTS)}: {one_of(name, EXPERIMENTS)}"
         )
     return EXPERIMENTS[name]
-
-
-__all__ = ["EXPERIMENTS", "PAPER", "Entry", "Experiment", "Line", "get_experiment"]

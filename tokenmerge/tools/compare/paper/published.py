@@ -32,7 +32,7 @@ class Published:
     @property
     def has_figures(self) -> bool:
         """Whether any number is known."""
-        return not self.top1 is self.gflops is self.ims is None
+        return any(one is not None for one in (self.top1, self.gflops, self.ims))
 
 
 _OFF = f"{PAPER}, off the shelf"

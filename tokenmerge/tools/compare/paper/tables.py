@@ -44,10 +44,11 @@ def _several(rows: Sequence[Row]) -> bool:
 
 
 def _label(row: Row, several: bool) -> str:
-    """Return the name of a row; of several models, each has one line besides the unmerged model."""
+    """Return the name of a row; of several models with the model, and the schedule in place of plain token merging's name."""
     if not several:
         return str(row["method"])
-    return str(row["paper_model"]) if row["method"] == "unmerged" else f"{row['paper_model']}, {row['setting']}"
+    line = {"unmerged": "", "tome": f", {row['setting']}"}.get(row["method"], f": {row['method']}")
+    return f"{row['paper_model']}{line}"
 
 
 def _number(value: Any, form: str = ".2f") -> str:
