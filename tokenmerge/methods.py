@@ -99,7 +99,9 @@ def get_method(name: str) -> Method:
     if isinstance(name, str) and name in _METHODS:
         return _METHODS[name]
     if isinstance(name, str) and name in matcher_names():
-        return Method(name, {"matcher": name}, source=get_entry(name).about)
+        entry = get_entry(name)
+        place = {"place": "after"} if "after" in entry.requires else {}
+        return Method(name, {"matcher": name, **place}, source=entry.about)
     known = method_names()
     raise ConfigError(f"method {name!r:.60} is not known; known are {', '.join(known)}: {one_of(name, known)}")
 

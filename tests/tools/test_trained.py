@@ -15,13 +15,13 @@ from tests.conftest import Run
 from tests.helpers.tiny import images_for, tiny
 from tests.matching.test_avit import R, halting_model
 from tokenmerge import InputError
-from tokenmerge.patching.predictors import add_predictors
-from tokenmerge.patching.seen import TokensSeen
+from tokenmerge.patching.predictors import add_predictors, learned_loss
+from tokenmerge.patching.seen import TokensSeen, flops_of
 from tokenmerge.tools.buckets import in_buckets
 from tokenmerge.tools.compare.options import CompareOptions
 from tokenmerge.tools.compare.trained import METHODS, setting_for
 from tokenmerge.tools.compare.training import training_options
-from tokenmerge.tools.compare.turns import flops_of, training_speedups
+from tokenmerge.tools.compare.turns import training_speedups
 from tokenmerge.tools.settings import parse_setting
 
 
@@ -41,7 +41,7 @@ def test_schedules_of_the_rivals(layers: int, between: tuple[int, ...], before: 
         assert {share for share in keep if share != 1} == {0.7}
     for label in ("ToMe, trained here", "A-ViT, trained here"):
         assert setting_for(METHODS[label], 13, layers).fields == {"r": 13}
-    assert list(METHODS)[0].startswith("ToMe"), "what the others are compared with"
+    assert next(iter(METHODS)).startswith("ToMe"), "what the others are compared with"
     for method in METHODS.values():
         tokenmerge.MergeConfig.create(**setting_for(method, 13, layers).fields, **method.fields)
 
@@ -85,10 +85,12 @@ def test_a_training_step_is_timed_with_the_losses_of_its_method(monkeypatch: pyt
     add_predictors(other, [0], "spvit")
     handle = tokenmerge.patch(other, r=[9, 0, 0], matcher="spvit", place="after")
     asked: list[Any] = []
-    import tokenmerge.tools.compare.turns as turns
 
-    original = turns.learned_loss
-    monkeypatch.setattr(turns, "learned_loss", lambda *args: asked.append(original(*args)) or asked[-1])
+    def noted(*args: Any) -> Any:
+        asked.append(learned_loss(*args))
+        return asked[-1]
+
+    monkeypatch.setattr("tokenmerge.tools.compare.turns.learned_loss", noted)
     with torch.inference_mode():
         images = images_for(model)
     spreads = training_speedups([(model, None), (other, handle)], images, torch.tensor([0, 1]), 2)
@@ -202,4 +204,17 @@ def test_methods_are_trained_measured_and_not_trained_again(
         "--json",
         "c.json",
     )
-    assert code == 2, "tome, which always runs, has no place for a gate"
+    assert code == 0, err
+    compared = {row["method"]: row for row in json.loads((tmp_path / "c.json").read_text())}
+    assert compared["avit"]["top1"] == pytest.approx(evaluated["top1"])
+    code, _, err = run("bench", f"local-dir:{folder}", "--num-bench-iter", 1, "--batch-size", 2, "--json", "b.json")
+    assert (code, "bench runs on noise" in err) == (0, True), err
+    merged = json.loads((tmp_path / "b.json").read_text())[1]
+    assert merged["flops_ratio"] == pytest.approx(1, abs=0.2), "as many tokens as ran, and not as the schedule says"
+    assert merged["overhead"] is None
+    for command, sentence in (
+        (("bench", "--break-even"), "use eval or compare"),
+        (("export", "--format", "pt2", "--output", "a.pt2"), "static shapes"),
+    ):
+        code, _, err = run(command[0], f"local-dir:{folder}", *command[1:])
+        assert (code, sentence in err, len(err.strip().splitlines())) == (2, True, 1), err

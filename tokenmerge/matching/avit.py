@@ -11,7 +11,7 @@ from torch import Tensor
 from tokenmerge.errors import ConfigError
 from tokenmerge.matching.learned import Predictor, needed_predictor
 from tokenmerge.matching.registry import needed, register_matcher
-from tokenmerge.ops.basics import descending_order
+from tokenmerge.ops.basics import descending_order, is_exporting
 from tokenmerge.plan import Carried, MergePlan
 
 EPSILON = 0.01
@@ -165,6 +165,11 @@ def halting(
     needed_predictor(predictor, HaltingGate, layer)
     assert predictor is not None
     tokens, size = needed(tokens, "tokens", "avit"), needed(size, "size", "avit").detach()
+    if is_exporting():
+        raise ConfigError(
+            "matcher 'avit' leaves a number of tokens that depends on the images, but exported programs have static shapes: "
+            "choose another matcher"
+        )
     if carried is None and layer:
         raise ConfigError(
             f"matcher 'avit' adds up a score in every block, but block {layer - 1} merged nothing: give r=…, above 0 in each block"

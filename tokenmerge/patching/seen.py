@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -93,3 +94,17 @@ class TokensSeen:
             left = (state.size > 0).sum(dim=1).cpu()
         self._each.append(left)
         self.present[place] += left.sum()
+
+
+@torch.inference_mode()
+def flops_of(model: nn.Module, batches: Iterable[Tensor]) -> float:
+    """Return the multiply-adds per image that run for some batches, rows of halted tokens included.
+
+    Args:
+        model: a patched model.
+        batches: inputs of the model.
+    """
+    with TokensSeen(model) as seen:
+        for batch in batches:
+            model(batch)
+    return seen.mean_flops

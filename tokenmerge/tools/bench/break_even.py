@@ -115,6 +115,11 @@ def _turns(
     for copy, handle, (setting, _) in zip(copies, handles, configs, strict=True):
         tune(copy, handle, images, options, f"batch {images.shape[0]}, {setting.title}", report.say)
     summaries = [handle.summary() for handle in handles]
+    odd = next((one.matcher for one in summaries if one.adaptive), None)
+    if odd is not None:
+        raise InputError(
+            f"how many tokens matcher {odd.split(',')[0]!r} leaves depends on the images, but break-even measures on noise: use eval or compare"
+        )
     forwards = [prepare(one, options.compile) for one in (model, *copies)]
     if options.compile:
         compile_now(forwards, images)

@@ -17,6 +17,7 @@ from torch._dynamo.exc import TorchDynamoException
 from tokenmerge.errors import InputError
 from tokenmerge.ops.timing import Call, Spread, peak_memory, ratio, take_turns
 from tokenmerge.patching import Summary, patch
+from tokenmerge.patching.seen import flops_of
 from tokenmerge.tools.bench.options import BenchOptions
 from tokenmerge.tools.device import place
 from tokenmerge.tools.models import input_shape, load_model
@@ -51,6 +52,7 @@ class _Variant:
     merged: Forward
     yardstick: Forward | None
     config: str | None = None
+    flops_ratio: float = 1.0
 
 
 def prepare(module: Any, compiled: bool) -> Forward:
@@ -76,10 +78,18 @@ def _variants(
         copy = share_weights(model)
         handle = patch(copy, setting.config(**fields))
         tune(copy, handle, images, options, setting.title, report.say)
-        yardstick = sliced(model, handle.schedule)
+        summary = handle.summary()
+        found = summary.flops_ratio
+        if summary.adaptive:  # neither the schedule nor a model sliced by it says what runs
+            found = summary.flops_before / flops_of(copy, [images])
+            report.warn(
+                f"bench runs on noise, but how many tokens matcher {summary.matcher.split(',')[0]!r} leaves depends on the images: use "
+                "eval or compare"
+            )
+        yardstick = None if summary.adaptive else sliced(model, handle.schedule)
         forward = None if yardstick is None else prepare(yardstick, compiled)
         merged = prepare(copy, compiled)
-        variants.append(_Variant(setting, handle.summary(), merged, forward, handle.config.to_json()))
+        variants.append(_Variant(setting, summary, merged, forward, handle.config.to_json(), found))
     return variants
 
 
@@ -179,7 +189,6 @@ def _row(
     spread = Spread.of(times)
     ms = 1e3 * (min(times) if options.statistic == "min" else spread.p50)
     speedup = ratio(base, times, options.statistic)
-    flops_ratio = 1.0 if variant.summary is None else variant.summary.flops_ratio
     return {
         "model": options.model,
         "r": variant.setting.label,
@@ -202,8 +211,8 @@ def _row(
         "schedule": None if variant.summary is None else list(variant.summary.r),
         "tuned": None if variant.summary is None else variant.summary.tuned,
         "speedup": speedup,
-        "flops_ratio": flops_ratio,
-        "realised": speedup / flops_ratio,
+        "flops_ratio": variant.flops_ratio,
+        "realised": speedup / variant.flops_ratio,
         "overhead": None if yardstick is None else ratio(times, yardstick, options.statistic),
         "peak_memory_mb": memory / 2**20,
         "config": variant.config,

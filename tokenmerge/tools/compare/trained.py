@@ -12,13 +12,13 @@ from torch import Tensor
 import tokenmerge
 from tokenmerge.errors import InputError
 from tokenmerge.patching import model_cost
-from tokenmerge.patching.seen import TokensSeen
+from tokenmerge.patching.seen import TokensSeen, flops_of
 from tokenmerge.patching.target import find_target
 from tokenmerge.tools.buckets import in_buckets
 from tokenmerge.tools.compare.paper.experiments import Line
 from tokenmerge.tools.compare.scoring import Scores, score
 from tokenmerge.tools.compare.training import trained_model, training_options
-from tokenmerge.tools.compare.turns import flops_of, over_batches, training_speedups
+from tokenmerge.tools.compare.turns import over_batches, training_speedups
 from tokenmerge.tools.models import load_model
 from tokenmerge.tools.report import Report, Row
 from tokenmerge.tools.settings import Setting, parse_setting

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -13,7 +13,6 @@ from torch.nn import functional as F
 from tokenmerge.ops.timing import Spread, take_turns
 from tokenmerge.patching import model_cost
 from tokenmerge.patching.predictors import learned_loss
-from tokenmerge.patching.seen import TokensSeen
 from tokenmerge.schedule import cut
 from tokenmerge.tools.inputs import logits_of
 
@@ -40,15 +39,6 @@ def over_batches(models: Sequence[tuple[Any, Batches]], rounds: int) -> tuple[li
     times = take_turns([call(*one) for one in models], device, 1, rounds)
     images = sum(len(batch) for batch in models[0][1])
     return [Spread.of_ratios(times[0], mine) for mine in times], [images / Spread.of(mine).p50 for mine in times]
-
-
-@torch.inference_mode()
-def flops_of(model: Any, batches: Iterable[Tensor]) -> float:
-    """Return the multiply-adds per image that ran, rows of halted tokens included."""
-    with TokensSeen(model) as seen:
-        for batch in batches:
-            model(batch)
-    return seen.mean_flops
 
 
 def training_speedups(
