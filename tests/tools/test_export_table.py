@@ -43,7 +43,10 @@ def _choices(field: str) -> list[Any]:
 
 MATCHERS = [name for name in matcher_names() if get_entry(name).matcher.__module__.startswith("tokenmerge.")]
 ROWS: dict[str, dict[str, Any]] = {
-    **{f"matcher `{name}`": {"matcher": name} for name in MATCHERS},
+    **{
+        f"matcher `{name}`": {"matcher": name, **({"place": "after"} if "after" in get_entry(name).requires else {})}
+        for name in MATCHERS
+    },
     "matcher `threshold`, calibrated": {"matcher": "threshold", "options": {"thresholds": [0.5, 0.5]}},
     **{
         f"metric `{name}`": {"metric": name, **({"place": "before"} if name == "x_pre" else {})}
@@ -76,10 +79,11 @@ class Several(nn.Module):
 
 def _model(row: str) -> Any:
     model = tiny("deit_tiny_patch16_224", depth=2)
-    if ROWS[row].get("matcher") == "dynamicvit":
+    entry = get_entry(ROWS[row].get("matcher", "bipartite"))
+    if entry.learned:
         torch.manual_seed(0)
-        add_predictors(model, [0, 1])
-    tokenmerge.patch(model, r=R, backend="torch", **ROWS[row])
+        add_predictors(model, [0, 1], entry.name)
+    tokenmerge.patch(model, r=5 if "every block" in entry.requires else R, backend="torch", **ROWS[row])
     return model.eval()
 
 
