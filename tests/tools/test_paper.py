@@ -19,11 +19,11 @@ from tests.conftest import CLASSES, Run
 from tests.helpers.tiny import tiny
 from tests.tools.test_sounds import write_wav
 from tests.tools.test_videos import growing, write_video
-from tokenmerge.tools.compare import trained
 from tokenmerge.tools.compare.paper import experiments, identity
 from tokenmerge.tools.compare.paper.experiments import EXPERIMENTS, Entry, Experiment, Line
 from tokenmerge.tools.compare.paper.models import Model
 from tokenmerge.tools.compare.paper.published import Published
+from tokenmerge.tools.compare.trained import METHODS
 from tokenmerge.tools.media import IMAGES
 
 SIZES: dict[str, Any] = {"img_size": 48, "patch_size": 8, "embed_dim": 48, "depth": 3, "num_heads": 3}
@@ -115,7 +115,7 @@ def test_the_papers_run_shows_figures_and_what_was_not_measured(
     assert tome["top1_low"] <= tome["top1_difference"] <= tome["top1_high"]
     rival = found["My ViT", "Rival, trained"]
     assert (rival["measured"], rival["published_top1"]) == (False, 51.0)
-    assert rival["note"].startswith("not measured here: it is trained by its own method")
+    assert rival["note"].startswith("not measured here: its paper's own training")
     assert found["My ViT", "elsewhere"]["note"] == "not measured here: it is another setting"
     absent = found["Absent ViT", "tome"]
     assert (absent["measured"], absent["published_top1"]) == (False, 44.0)
@@ -212,13 +212,18 @@ def test_r_given_takes_figures_away_from_other_settings(
     assert found["tome", "r=4"]["note"] == "not measured here: --r gives another schedule"
 
 
-def test_trained_lines_can_be_measured(
-    run: Run, tmp_path: Path, data: Path, paper: Experiment, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(trained, "_REASON", "nobody trained it")
-    rows, out, _ = rows_of(run, tmp_path, "mine", "--data", data)
-    assert "not measured here: nobody trained it" in " ".join(out.split())
-    assert rows[-2]["method"] != rows[-1]["method"]
+@pytest.mark.slow
+def test_what_is_trained_here_stands_beside_no_figure(run: Run, tmp_path: Path, data: Path, paper: Experiment) -> None:
+    """Its training is another one than the paper's, whose own line stays as not measured."""
+    more = ("--train", data, "--train-set", "batch_size=4")
+    rows, out, _ = rows_of(run, tmp_path, "mine", "--data", data, *more)
+    found = {row["method"]: row for row in rows}
+    assert not found["Rival, trained"]["measured"]
+    assert found["Rival, trained"]["published_top1"] == 51.0
+    for label in METHODS:
+        assert found[label]["measured"]
+        assert not any(name in found[label] for name in FIGURE)
+        assert label in out
 
 
 @pytest.mark.parametrize(

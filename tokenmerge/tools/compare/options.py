@@ -98,7 +98,7 @@ class CompareOptions(DeviceOptions, DataOptions, MergeOptions, RowOptions):
             get_experiment(self.paper)  # raises if there is no such experiment
         if self.random and self.paper != "schedules":
             raise InputError("--random was given without --paper schedules, which draws random schedules: give both")
-        if self.train is not None and self.paper != "pruning":
+        if self.train is not None and not (self.experiment is not None and self.experiment.trains):
             raise InputError("--train was given without --paper pruning, which trains its methods on it: give both")
         if self.train_set and self.train is None:
             raise InputError("--train-set was given without --train, the folder of training images: give both")

@@ -85,7 +85,7 @@ def trained_rows(lines: Sequence[Line], options: Any, images: Any, report: Repor
         InputError: if the model cannot be trained, or `train_set` names no option of `train`.
     """
     base: Row = {"kind": "trained", "setting": "", "group": GROUP}
-    reason = "these weights come from a training by its paper, and --train measures a short one"
+    reason = "its paper's own training is not repeated; --train DIR trains and measures it briefly"
     rows: list[Row] = [{"method": line.label, **base, "measured": False, "reason": reason} for line in lines]
     return rows if options.train is None else [*rows, *_train_all(base, options, images, report)]
 

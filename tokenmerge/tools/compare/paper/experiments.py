@@ -81,6 +81,11 @@ class Experiment:
         return next(entry for entry in self.entries if entry.lines)
 
     @property
+    def trains(self) -> bool:
+        """Whether it compares methods that need a training of their own."""
+        return any(line.trained for entry in self.entries for line in entry.lines)
+
+    @property
     def draws_pictures(self) -> bool:
         """Whether it draws pictures and measures nothing."""
         return self.name == "pictures"
@@ -176,6 +181,7 @@ EXPERIMENTS: Mapping[str, Experiment] = {
             "pruning",
             "ToMe against pruning on DeiT-S, off the shelf and trained",
             (_of("deit_small", *_PRUNING),),
+            "of these methods only ToMe makes training faster, too, by about 1.5 times",
         ),
         Experiment(
             "design",
