@@ -17,7 +17,7 @@ from tokenmerge.plan import Carried, MergePlan
 EPSILON = 0.01
 """A token halts when its scores add up to 1 − ε (A-ViT, section 3)."""
 PONDER_WEIGHT, DISTRIBUTION_WEIGHT = 5e-4, 0.1
-"""Weights of the two losses (A-ViT, section 4)."""
+"""Weights of the ponder loss and of the distribution loss; the authors' published command has 0.001 for the second."""
 WIDTH = 1.0
 """Standard deviation of the target distribution, in blocks; the paper leaves it open."""
 
