@@ -109,13 +109,7 @@ def make_rows(
             "note": variant.note,
             **common,
         }
-        for name, values in (
-            ("top1", 100 * (mine.top1 - first.top1)),
-            ("divergence", mine.divergence - first.divergence),
-        ):
-            interval = bootstrap(values)
-            row |= {f"{name}_difference": interval.mean, f"{name}_low": interval.low, f"{name}_high": interval.high}
-        rows.append(row)
+        rows.append({**row, **differences(mine, first)})
     if timing is not None:
         for row, rate in zip(rows, timing.images_per_second, strict=True):
             row["images_per_second"] = rate
@@ -138,6 +132,18 @@ def accuracy(scores: Scores) -> Row:
     }
 
 
+def differences(mine: Scores, first: Scores) -> Row:
+    """Return the differences of top-1 in points and of the divergence to the first line, with 95 % intervals paired by image."""
+    row: Row = {}
+    for name, values in (
+        ("top1", 100 * (mine.top1 - first.top1)),
+        ("divergence", mine.divergence - first.divergence),
+    ):
+        interval = bootstrap(values)
+        row |= {f"{name}_difference": interval.mean, f"{name}_low": interval.low, f"{name}_high": interval.high}
+    return row
+
+
 def difference_of(row: Row) -> str:
     """Return the difference of a row to the first of its group with its interval, for tables; empty for the first itself."""
     if row.get("top1_difference") is None or row["top1_low"] == row["top1_high"] == 0:
@@ -146,4 +152,4 @@ def difference_of(row: Row) -> str:
     return f"{row['top1_difference']:+.1f} [{low}, {high}]"
 
 
-__all__ = ["accuracy", "common_of", "context_of", "difference_of", "make_rows", "score_all"]
+__all__ = ["accuracy", "common_of", "context_of", "difference_of", "differences", "make_rows", "score_all"]

@@ -15,6 +15,7 @@ from tokenmerge.patching import model_cost
 from tokenmerge.patching.seen import TokensSeen, flops_of
 from tokenmerge.patching.target import find_target
 from tokenmerge.tools.buckets import in_buckets
+from tokenmerge.tools.compare.measuring import accuracy, common_of, differences
 from tokenmerge.tools.compare.paper.experiments import Line
 from tokenmerge.tools.compare.scoring import Scores, score
 from tokenmerge.tools.compare.training import trained_model, training_options
@@ -22,7 +23,6 @@ from tokenmerge.tools.compare.turns import over_batches, training_speedups
 from tokenmerge.tools.models import load_model
 from tokenmerge.tools.report import Report, Row
 from tokenmerge.tools.settings import Setting, parse_setting
-from tokenmerge.tools.statistics import bootstrap
 
 _TIMED = 4
 """Batches of one round of timing."""
@@ -100,7 +100,7 @@ def _train_all(base: Row, options: Any, images: Any, report: Report) -> list[Row
     model = load_model(options, head="images")
     layers, tokens = len(find_target(model).blocks), model_cost(model).tokens
     r = max(1, round(13 * 12 * tokens / (layers * 197)))  # the paper's DeiT-S has 12 blocks and 197 tokens
-    unmerged, reference = score(model, images, None)
+    reference = score(model, images, None)[1]
     found: dict[str, tuple[Any, Setting, Scores, TokensSeen]] = {}
     for label, method in METHODS.items():
         setting = setting_for(method, r, layers)
@@ -111,23 +111,12 @@ def _train_all(base: Row, options: Any, images: Any, report: Report) -> list[Row
             scores = score(mine, images, reference)[0]
         found[label] = mine, setting, scores, seen
     first = next(iter(found.values()))[2]
-    rows = [{**base, **_row(label, one[1], one[2], first)} for label, one in found.items()]
-    rows = [{**row, "images": len(unmerged.top1)} for row in rows]
+    base = {**base, "measured": True, **common_of(options, len(reference))}
+    rows = [
+        {**base, "method": label, "setting": one[1].title, **accuracy(one[2]), **differences(one[2], first)}
+        for label, one in found.items()
+    ]
     return _with_cost(rows, model, [(one[0], one[3]) for one in found.values()], images, options)
-
-
-def _row(label: str, setting: Setting, mine: Scores, first: Scores) -> Row:
-    """Return the accuracy of a line, and its difference to the first line."""
-    row: Row = {"method": label, "setting": setting.title, "measured": True}
-    row |= {"top1": 100 * float(mine.top1.mean()), "top5": 100 * float(mine.top5.mean())}
-    row["divergence"] = float(mine.divergence.mean())
-    for name, values in (
-        ("top1", 100 * (mine.top1 - first.top1)),
-        ("divergence", mine.divergence - first.divergence),
-    ):
-        interval = bootstrap(values)
-        row |= {f"{name}_difference": interval.mean, f"{name}_low": interval.low, f"{name}_high": interval.high}
-    return row
 
 
 def _with_cost(
