@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import typing
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from tokenmerge.config import Place
@@ -149,17 +150,22 @@ class ModelCost:
 
     def per_block(self, schedule: Schedule) -> tuple[int, ...]:
         """Return the multiply-adds of each block under `schedule` (one r per block, cut where it is too large)."""
-        counts = self.counts(schedule)
+        return self._per_block(self.counts(schedule))
+
+    def _per_block(self, counts: Sequence[int]) -> tuple[int, ...]:
         attend = counts[1:] if self.place == "before" else counts[:-1]
         leave = counts[:-1] if self.place == "after" else counts[1:]
         return tuple(block.total(n_in, n_out) for block, n_in, n_out in zip(self.blocks, attend, leave, strict=True))
 
     def total(self, schedule: Schedule | None = None) -> int:
         """Return the multiply-adds for one image under `schedule`; `None` means the unmerged model."""
-        schedule = (0,) * len(self.blocks) if schedule is None else schedule
-        head = self.head + self.head_per_token * self.counts(schedule)[-1]
+        return self.total_of(self.counts((0,) * len(self.blocks) if schedule is None else schedule))
+
+    def total_of(self, counts: Sequence[int]) -> int:
+        """Return the multiply-adds for one image of which `counts` tokens enter each block, and at the end leave the last one."""
+        head = self.head + self.head_per_token * counts[-1]
         head += self.head_per_patch * self.tokens + self.head_per_pair * self.tokens**2
-        return self.stem + sum(self.per_block(schedule)) + head
+        return self.stem + sum(self._per_block(counts)) + head
 
     def fraction(self, schedule: Schedule) -> float:
         """Return the FLOPs under `schedule` divided by the FLOPs of the unmerged model."""

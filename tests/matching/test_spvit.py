@@ -14,6 +14,7 @@ from torch.nn import functional as F
 import tokenmerge
 from tests.helpers.tiny import images_for, tiny
 from tokenmerge import ConfigError, InputError
+from tokenmerge.matching import get_entry
 from tokenmerge.matching.learned import PREDICTOR
 from tokenmerge.matching.spvit import TokenSelector, selected_packing
 from tokenmerge.patching.predictors import add_predictors, kind_of, learned_loss, load_predictors, save_predictors
@@ -158,3 +159,55 @@ def test_selectors_are_saved_with_the_name_of_their_matcher(tmp_path: Path) -> N
         pytest.raises(ConfigError, match="which has a predictor of 'spvit': train the model"),
     ):
         other(images)
+
+
+@pytest.mark.parametrize("combine", ["destination", "norm", "max", "average", "tofu"])
+def test_a_package_is_the_same_however_tokens_are_combined(combine: Any) -> None:
+    """It is the mean weighted by scores in training and in evaluation, whatever merged tokens would be."""
+    model = tiny("deit_tiny_patch16_224")
+    add_predictors(model, [0, 1], "spvit")
+    images = images_for(model)
+    with tokenmerge.patched(model, r=[9, 9, 0], matcher="spvit", place="after") as handle, torch.no_grad():
+        wanted = model(images)
+        handle.update(combine=combine)
+        assert torch.equal(model(images), wanted)
+
+
+@pytest.mark.parametrize("matcher", ["dynamicvit", "spvit"])
+def test_padding_goes_first_and_counts_nothing(matcher: str) -> None:
+    """Rows of size 0 are no tokens: neither what is dropped, nor the package, nor the loss depends on them."""
+    torch.manual_seed(2)
+    model = tiny("deit_tiny_patch16_224")
+    add_predictors(model, [0], matcher)
+    predictor: Any = getattr(model.blocks[0], PREDICTOR).eval()
+    tokens, size = torch.randn(2, 9, 48), torch.ones(2, 9)
+    size[:, [3, 6]] = 0
+    given: dict[str, Any] = {"size": size, "predictor": predictor}
+    found = []
+    for noise in (0.0, 5.0):
+        x = tokens + noise * (size == 0).unsqueeze(2)
+        plan = get_entry(matcher).matcher(x, 3, 1, tokens=x, **given)
+        merged, sizes = plan.merge(x, size)
+        found.append((merged, sizes))
+        assert {3, 6} <= set(plan.source[0].tolist())
+        assert bool((sizes > 0).all())
+    torch.testing.assert_close(*found)
+    predictor.train()
+    torch.manual_seed(0)
+    get_entry(matcher).matcher(tokens, 3, 1, tokens=tokens, **given)
+    all_kept = predictor.take()
+    torch.testing.assert_close((all_kept * 6).round(), all_kept * 6), "a fraction of the six tokens that are there"
+
+
+@pytest.mark.parametrize("matcher", ["dynamicvit", "spvit", "avit"])
+def test_a_pass_that_backward_runs_again_is_not_counted_again(matcher: str) -> None:
+    model = tiny("deit_tiny_patch16_224").train()
+    model.set_grad_checkpointing(True)
+    add_predictors(model, range(3), matcher)
+    with tokenmerge.patched(model, r=4, matcher=matcher, place="after"):
+        logits = model(images_for(model))
+        loss = learned_loss(model, (4, 4, 4), 36)
+        assert loss is not None
+        (loss + logits.square().sum()).backward()
+        assert learned_loss(model, (4, 4, 4), 36) is None
+    assert all(p.grad is not None for p in model.parameters())

@@ -17,14 +17,16 @@ from safetensors.torch import save_file
 import tokenmerge
 from tests.conftest import CLASSES, Run
 from tests.helpers.tiny import tiny
+from tests.tools.test_recipes import parsed
 from tests.tools.test_sounds import write_wav
 from tests.tools.test_videos import growing, write_video
 from tokenmerge.tools.compare.paper import experiments, identity
 from tokenmerge.tools.compare.paper.experiments import EXPERIMENTS, Entry, Experiment, Line
-from tokenmerge.tools.compare.paper.models import Model
+from tokenmerge.tools.compare.paper.models import MODELS, Model
 from tokenmerge.tools.compare.paper.published import Published
 from tokenmerge.tools.compare.trained import METHODS
 from tokenmerge.tools.media import IMAGES
+from tokenmerge.tools.train.options import recipes
 
 SIZES: dict[str, Any] = {"img_size": 48, "patch_size": 8, "embed_dim": 48, "depth": 3, "num_heads": 3}
 FIGURE = ("published_top1", "published_gflops", "published_ims", "published_source")
@@ -210,6 +212,71 @@ def test_r_given_takes_figures_away_from_other_settings(
     found = {(row["method"], row["setting"]): row for row in rows}
     assert "published_top1" not in found["tome", "r=6"]
     assert found["tome", "r=4"]["note"] == "not measured here: --r gives another schedule"
+
+
+def test_images_that_disagree_with_one_model_prove_nothing_for_others(
+    run: Run, tmp_path: Path, data: Path, paper: Experiment, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rows of a model without weights, and of one whose top-1 cannot be checked, get no figures then."""
+    monkeypatch.setattr(identity, "_TOLERANCE", 0.01)
+    rows, _, _ = rows_of(run, tmp_path, "--data", data)
+    nothing_is_published(rows, tmp_path / "compare")
+    assert {row["paper_model"] for row in rows} == {"My ViT", "Absent ViT"}
+
+
+def test_a_figure_without_a_top1_to_check_is_withheld(
+    run: Run, tmp_path: Path, data: Path, paper: Experiment, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    line = Line("tome", r=4, published=Published("a book", None, 0.01, 5000))
+    entry = dataclasses.replace(paper.entries[0], lines=(line,), unmerged=Published("a book", None, 0.02, 3000))
+    alone = dataclasses.replace(paper, entries=(entry,))
+    monkeypatch.setattr(experiments, "EXPERIMENTS", {"mine": alone})
+    rows, out, _ = rows_of(run, tmp_path, "--data", data)
+    nothing_is_published(rows, tmp_path / "compare")
+    assert "no top-1 of My ViT is published" in " ".join(out.split())
+
+
+def test_a_figure_is_checked_at_its_own_r() -> None:
+    entry = Entry(local(), (Line("tome", r=4, published=Published("a book", 60.0)),))
+    rows = [{"method": "unmerged", "setting": "r=0", "top1": 70.0}, {"method": "tome", "setting": "r=8", "top1": 60.0}]
+    assert identity.disagreement(entry, rows) is None
+    assert identity.disagreement(entry, [*rows, {"method": "tome", "setting": "r=4", "top1": 60.2}]) == ""
+    assert "has top-1 62.00" in str(identity.disagreement(entry, [{"method": "tome", "setting": "r=4", "top1": 62.0}]))
+
+
+@pytest.mark.parametrize("name", [name for name, model in MODELS.items() if model.trained_here])
+def test_weights_of_another_training_are_not_the_papers(name: str, tmp_path: Path) -> None:
+    """The record of a run must have the recipe's values, its global batch, and ImageNet-1k."""
+    model = MODELS[name]
+    args = parsed(recipes()[model.recipe]).as_json() | ({} if model.r is None else {"r": model.r})
+    processes = model.global_batch // (args["batch_size"] * args["grad_accum_steps"])
+    record: dict[str, Any] = {"args": args, "processes": processes, "data": {"images": 1_281_167, "classes": 1000}}
+    place = tmp_path / model.file
+    place.mkdir(parents=True)
+    file = place.parent / "run.json"
+    assert "without a record" in identity.other_training(model, tmp_path)
+    file.write_text(json.dumps(record))
+    assert identity.other_training(model, tmp_path) == ""
+    file.write_text(
+        json.dumps(
+            {
+                **record,
+                "args": {**args, "workers": 7, "batch_size": args["batch_size"] // 2},
+                "processes": 2 * processes,
+            }
+        )
+    )
+    assert identity.other_training(model, tmp_path) == "", "the same global batch"
+    for change, words in (
+        ({"args": {**args, "epochs": 1}}, "another epochs"),
+        ({"args": {**args, "r": "5"}}, "another r"),
+        ({"processes": 3}, "another global batch"),
+        ({"data": {"images": 10_000, "classes": 200}}, "another data"),
+        ({"args": None}, "without a record"),
+    ):
+        file.write_text(json.dumps({**record, **change}))
+        assert words in identity.other_training(model, tmp_path)
+    assert identity.other_training(MODELS["deit_small"], tmp_path) == ""
 
 
 @pytest.mark.slow

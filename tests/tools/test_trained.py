@@ -15,7 +15,9 @@ from tests.conftest import Run
 from tests.helpers.tiny import images_for, tiny
 from tests.matching.test_avit import R, halting_model
 from tokenmerge import InputError
-from tokenmerge.patching.predictors import add_predictors, learned_loss
+from tokenmerge.matching.learned import PREDICTOR
+from tokenmerge.patching import model_cost
+from tokenmerge.patching.predictors import add_predictors, learned_loss, predicting
 from tokenmerge.patching.seen import TokensSeen, flops_of
 from tokenmerge.tools.buckets import in_buckets
 from tokenmerge.tools.compare.options import CompareOptions
@@ -70,6 +72,19 @@ def test_counts_are_of_the_rows_that_ran() -> None:
         assert seen.tokens == sorted(seen.tokens, reverse=True)
     with tokenmerge.patched(model, r=R) as handle, torch.no_grad():
         assert flops_of(model, batches) == handle.summary().flops_after
+
+
+def test_flops_are_exact_where_all_tokens_halt() -> None:
+    model = halting_model().eval()
+    for block in predicting(model).values():
+        getattr(block, PREDICTOR).shift.fill_(50.0)
+    with tokenmerge.patched(model, r=R, matcher="avit", place="after"), torch.no_grad():
+        with TokensSeen(model) as seen:
+            model(images_for(model))
+        cost = model_cost(model)
+    assert seen.tokens == [37, 1, 1, 1, 1, 1]
+    blocks = [one.total(tokens, tokens) for one, tokens in zip(cost.blocks, (37, 1, 1, 1, 1), strict=True)]
+    assert seen.mean_flops == cost.total() - sum(one.total(37, 37) for one in cost.blocks) + sum(blocks)
 
 
 def test_sorted_batches_keep_the_order_of_the_results() -> None:
@@ -181,6 +196,12 @@ def test_methods_are_trained_measured_and_not_trained_again(
     assert {label: row["divergence"] for label, row in again.items()} == {
         label: row["divergence"] for label, row in rows.items()
     }
+    code, out, err = run("inspect", f"local-dir:{tmp_path / 'out' / 'trained' / 'avit' / 'model'}")
+    assert (code, "depends on what is in the images" in " ".join(out.split())) == (0, True)
+    weights = model_dir / "model.safetensors"
+    weights.write_bytes(weights.read_bytes())  # the same name, written at another time
+    code, _, err = run(*words, "--rounds", 0)
+    assert (code, "started from other weights" in err) == (2, True), err
     folder = tmp_path / "out" / "trained" / "avit" / "model"
     code, _, err = run(
         "eval", f"local-dir:{folder}", "--data", data, "--workers", 0, "--batch-size", 12, "--json", "eval.json"
@@ -205,6 +226,8 @@ def test_methods_are_trained_measured_and_not_trained_again(
         "c.json",
     )
     assert code == 0, err
+    code, _, err = run("compare", f"local-dir:{folder}", "--data", data, "--methods", "spvit", "--r", 9, "--rounds", 0)
+    assert (code, "it was trained for 'avit'" in err) == (2, True), err
     compared = {row["method"]: row for row in json.loads((tmp_path / "c.json").read_text())}
     assert compared["avit"]["top1"] == pytest.approx(evaluated["top1"])
     code, _, err = run("bench", f"local-dir:{folder}", "--num-bench-iter", 1, "--batch-size", 2, "--json", "b.json")

@@ -191,7 +191,7 @@ def halting(
     )
     if last:
         if predictor.training:
-            predictor.kept = (kept.ponder / kept.tokens, kept.scores / kept.tokens.unsqueeze(1))
+            predictor.leave((kept.ponder / kept.tokens, kept.scores / kept.tokens.unsqueeze(1)))
         whole = MergePlan.identity(len(tokens), tokens.shape[1], tokens.device)
         features = torch.cat([kept.output.to(tokens.dtype).unsqueeze(1), tokens[:, 1:]], dim=1)
         return MergePlan(whole.kept, whole.source, whole.target, features=features)

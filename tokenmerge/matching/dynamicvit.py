@@ -8,7 +8,7 @@ from torch.nn import functional as F
 
 from tokenmerge.errors import ConfigError
 from tokenmerge.matching.joining import drop, lowest
-from tokenmerge.matching.learned import Predictor, mean_of_present, needed_predictor, sampled
+from tokenmerge.matching.learned import Predictor, mean_of_present, needed_predictor, present, sampled
 from tokenmerge.matching.registry import needed, register_matcher
 from tokenmerge.plan import MergePlan
 
@@ -95,9 +95,11 @@ def predicted_pruning(
     tokens, size = needed(tokens, "tokens", "dynamicvit"), needed(size, "size", "dynamicvit").detach()
     batch, count, _ = metric.shape
     score = predictor(tokens[:, protected:], size[:, protected:])
+    real, number = present(size[:, protected:])
     if not predictor.training:
-        return drop(lowest(F.pad(score[:, :, 0], (protected, 0), value=1.0), r, protected), count)
+        keep = score[:, :, 0].masked_fill(~real, -torch.inf)  # padding goes first
+        return drop(lowest(F.pad(keep, (protected, 0), value=1.0), r, protected), count)
     stays, here, gate = sampled(score, size[:, protected:])
-    predictor.kept = (stays * here).mean(dim=1)
+    predictor.leave((stays * here).sum(dim=1) / number)
     everything = MergePlan.identity(batch, count, metric.device)
     return MergePlan(everything.kept, everything.source, everything.target, gate=F.pad(gate, (protected, 0), value=1.0))

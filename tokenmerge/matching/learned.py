@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from tokenmerge.errors import ConfigError
+from tokenmerge.ops.basics import is_recomputing
 
 PREDICTOR = "tokenmerge_predictor"
 """Name of the attribute of a block that holds its predictor."""
@@ -57,6 +58,11 @@ class Predictor(nn.Module):
         """Return the state without `kept`, which belongs to the autograd graph of the latest pass."""
         return {**self.__dict__, "kept": None}
 
+    def leave(self, kept: Any) -> None:
+        """Leave what the loss needs, unless backward is running the block again, whose pass was counted already."""
+        if not is_recomputing():
+            self.kept = kept
+
     def take(self) -> Any:
         """Return what the latest training pass left for the loss, and let go of it, so that each pass counts once."""
         found, self.kept = self.kept, None
@@ -92,6 +98,12 @@ def needed_predictor(predictor: Any, kind: type[Predictor], layer: int) -> None:
         f"`tokenmerge train --matcher {kind.matcher}`, or add_predictors(model, blocks, {kind.matcher!r}) of "
         "tokenmerge.patching.predictors and your own loop"
     )
+
+
+def present(size: Tensor) -> tuple[Tensor, Tensor]:
+    """Return which tokens are no padding, `[B, M]` bool, and their number in each image, `[B]` of at least 1."""
+    real = size > 0
+    return real, real.sum(dim=1).clamp_min(1)
 
 
 def mean_of_present(x: Tensor, size: Tensor) -> Tensor:

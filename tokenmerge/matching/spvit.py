@@ -8,8 +8,9 @@ from torch.nn import functional as F
 
 from tokenmerge.errors import ConfigError
 from tokenmerge.matching.joining import lowest, rest_of
-from tokenmerge.matching.learned import Predictor, mean_of_present, needed_predictor, sampled
+from tokenmerge.matching.learned import Predictor, mean_of_present, needed_predictor, present, sampled
 from tokenmerge.matching.registry import needed, register_matcher
+from tokenmerge.ops.basics import take_rows
 from tokenmerge.plan import MergePlan
 
 
@@ -109,28 +110,35 @@ def selected_packing(
     if predictor.training:
         return _training_plan(tokens, size, protected, score, predictor)
     count = tokens.shape[1]
+    real, _ = present(size)
     keep = F.pad(score[:, :, 0], (protected, 0), value=1.0)
-    going = lowest(keep, r + 1, protected)
-    source, package = going[:, :-1], going[:, -1:]
-    kept = torch.cat([rest_of(going, count), package], dim=1)
+    going = lowest(keep.masked_fill(~real, -1.0), r + 1, protected)  # padding goes first
+    stays, package = rest_of(going, count), going[:, -1:]
+    kept, gone = torch.cat([stays, package], dim=1), real.gather(1, going)
+    features = torch.cat(
+        [take_rows(tokens, stays), packed(take_rows(tokens, going), keep.gather(1, going) * gone)], dim=1
+    )
+    source, sizes = going[:, :-1], size.gather(1, going).sum(dim=1)
     gate = torch.ones_like(kept, dtype=size.dtype)
-    gate[:, -1] = 1 / size.gather(1, going).sum(dim=1).clamp_min(
-        1e-6
-    )  # sizes add up, but a package counts as one token
-    return MergePlan(kept, source, torch.full_like(source, kept.shape[1] - 1), weight=keep, gate=gate)
+    gate[:, -1] = 1 / sizes.clamp_min(1.0)  # sizes add up, but a package counts as one token
+    return MergePlan(kept, source, torch.full_like(source, kept.shape[1] - 1), gate=gate, features=features)
+
+
+def packed(tokens: Tensor, weight: Tensor) -> Tensor:
+    """Return the mean of `tokens [B, M, C]` weighted by `weight [B, M]`, `[B, 1, C]` in the dtype of the tokens."""
+    share = (weight / weight.sum(dim=1, keepdim=True).clamp_min(1e-12)).unsqueeze(2)
+    return (tokens.float() * share).sum(dim=1, keepdim=True).to(tokens.dtype)
 
 
 def _training_plan(tokens: Tensor, size: Tensor, protected: int, score: Tensor, predictor: TokenSelector) -> MergePlan:
     """Return the plan that keeps all rows, masks dropped tokens, and puts the package token into one of their rows."""
     batch, count, _ = tokens.shape
-    keep = score[:, :, 0]
+    keep, (_, number) = score[:, :, 0], present(size[:, protected:])
     stays, here, gate = sampled(score.clamp_min(1e-12).log(), size[:, protected:])
     dropped = here & (stays.detach() < 0.5)
     any_dropped = dropped.any(dim=1)
-    predictor.kept = ((stays * here).sum(dim=1) + any_dropped) / (count - protected)
-    weight = keep * dropped
-    share = (weight / weight.sum(dim=1, keepdim=True).clamp_min(1e-12)).unsqueeze(2)
-    package = (tokens[:, protected:].float() * share).sum(dim=1, keepdim=True).to(tokens.dtype)
+    predictor.leave(((stays * here).sum(dim=1) + any_dropped) / number)
+    package = packed(tokens[:, protected:], keep * dropped)
     row = keep.detach().masked_fill(~dropped, torch.inf).argmin(dim=1, keepdim=True)
     here_now = F.one_hot(row[:, 0], count - protected).bool() & any_dropped.unsqueeze(1)
     features = torch.cat([tokens[:, :protected], torch.where(here_now.unsqueeze(2), package, tokens[:, protected:])], 1)

@@ -15,7 +15,7 @@ from tokenmerge.attention.forms import running_form
 from tokenmerge.attention.pairs import PairMap
 from tokenmerge.attention.tap import AttentionContext, Tap, size_bias
 from tokenmerge.errors import PatchError
-from tokenmerge.ops.basics import is_exporting
+from tokenmerge.ops.basics import is_exporting, is_recomputing
 from tokenmerge.patching.begin import begin_pass, padding_in_pairs, with_positions
 from tokenmerge.patching.leaf import as_leaf
 from tokenmerge.patching.look import Look, kept_for_looking, look_at, mark_gradient
@@ -124,18 +124,13 @@ class MergeBlock(OwnR):
 # --- arriving ----------------------------------------------------------------------------------------------
 
 
-def _recomputing() -> bool:
-    """Return whether gradient checkpointing is recomputing the block within backward."""
-    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
-
-
 def _mark_unmerged(record: BlockRecord, x: Tensor, state: TokenState | None, kwargs: dict[str, Any]) -> None:
     """Mark the input of a block as unmerged, and tell `forward` so if backward recomputes the block from that input.
 
     Settings may change between forward and backward, and the input of a pass without state cannot carry them.
     """
     settings = record.model.settings
-    if _recomputing():
+    if is_recomputing():
         if hasattr(x, UNMERGED):
             kwargs[UNMERGED] = True
     elif not (settings.merges or settings.traces) and (state is None or record.index == 0):
@@ -154,7 +149,7 @@ def _arrive(
         state = state_after_hooks(x, given_first(), passed)
     if state is None and record.index:
         state = state_of(x)
-    recomputing = _recomputing()
+    recomputing = is_recomputing()
     if record.index == 0 and not recomputing:
         _check_unmerged(x, state)
         state = None  # an attached state belongs to an older pass
@@ -279,7 +274,7 @@ def _table(record: BlockRecord, state: TokenState, upstream: Any) -> Any:
 
 def _is_latest(record: BlockRecord, settings: Settings) -> bool:
     """Return whether a trace keeps this pass: its settings are still in force, and backward is not recomputing it."""
-    return settings is record.model.settings and not _recomputing()
+    return settings is record.model.settings and not is_recomputing()
 
 
 def _leave(block: Any, x: Tensor, state: TokenState, look: Look | None, merged: bool) -> Any:

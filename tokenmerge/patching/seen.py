@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Iterable
 from typing import Any
 
@@ -80,10 +79,9 @@ class TokensSeen:
         output = output if isinstance(output, Tensor) else output[0]
         self._count(len(self._blocks), output)
         batch, counts = len(output), self._counts
-        schedule = tuple(before - after for before, after in itertools.pairwise(counts))
         self.images += batch
         self.each = torch.cat([self.each, torch.stack(self._each[:-1]).sum(dim=0)])
-        self.flops += batch * self._cost.at(counts[0]).total(schedule)
+        self.flops += batch * self._cost.at(counts[0]).total_of(counts)
 
     def _count(self, place: int, x: Tensor) -> None:
         state = state_of(x)

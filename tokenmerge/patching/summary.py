@@ -28,7 +28,7 @@ class Summary:
         backend: backend of matching and merging: "triton", "c" or "torch".
         backend_reason: the reason for that backend, in words.
         matcher: name of the matcher.
-        adaptive: whether the number of tokens left depends on the images, so that r and all counts are averages.
+        adaptive: whether the number of tokens left depends on the images, so that r and all counts are the schedule's alone.
         input_size: input size for which the summary holds, as it was given; `None` is the model's own size.
         requested: requested r per block at that size.
         r: r per block, cut to the possible maximum at that size.
@@ -69,6 +69,11 @@ class Summary:
         return self.flops_before / self.flops_after
 
     @property
+    def adaptive_in_words(self) -> str:
+        """What the counts of a matcher that goes by the images are, as a sentence."""
+        return "r, tokens and FLOPs are those of the schedule: how many tokens really leave depends on what is in the images"
+
+    @property
     def shape_in_words(self) -> str:
         """The inputs for which the summary holds, in words."""
         if self.input_size is None:
@@ -89,7 +94,7 @@ class Summary:
             f"  for {self.shape_in_words}: {self.tokens[0]} tokens",
             f"  prefix tokens {self.protected}, pooling {self.pooling}",
             *_wrapped(f"proportional attention {'on' if self.prop_attn else 'off'}: {self.prop_attn_reason}"),
-            *(["  r is what merges on average: the matcher goes by what is in the images"] if self.adaptive else []),
+            *(_wrapped(self.adaptive_in_words) if self.adaptive else []),
             *_wrapped(f"attention form {self.attention}: {self.attention_reason}"),
             *_wrapped(f"backend {self.backend}: {self.backend_reason}"),
             *(_wrapped(self.tuned) if self.tuned else []),

@@ -90,6 +90,7 @@ def _row(model: str, setting: Setting, summary: Summary) -> Row:
         "gflops_before": summary.flops_before / 1e9,
         "gflops_per_block": [flops / 1e9 for flops in summary.block_flops],
         "flops_ratio": summary.flops_ratio,
+        "adaptive": summary.adaptive,
         "matching_gflops": None if summary.matching_flops is None else summary.matching_flops / 1e9,
     }
 
@@ -119,5 +120,7 @@ def _print(report: Report, model: str, setting: Setting, summary: Summary) -> No
         f"{summary.flops_before / 1e9:.4g} -> {summary.flops_after / 1e9:.4g} GFLOPs per image, "
         f"{summary.flops_ratio:.2f}x less; {summary.matching_in_words}"
     )
+    if summary.adaptive:
+        report.say(summary.adaptive_in_words)
     if cuts:
         report.say("r was cut where a block has too few tokens (at most half of the unprotected ones can merge)")

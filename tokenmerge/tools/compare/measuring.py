@@ -23,10 +23,10 @@ from tokenmerge.tools.statistics import bootstrap
 def context_of(options: Any, images: Images) -> str:
     """Return a text of all inputs that stored scores depend on, except the config: model, weights and data."""
     about = {"model": describe(options), "data": images.fingerprint(), "batch_size": options.batch_size}
-    return fingerprint({**about, "weights": _stamps(options)})
+    return fingerprint({**about, "weights": stamps(options)})
 
 
-def _stamps(options: Any) -> list[Any]:
+def stamps(options: Any) -> list[Any]:
     """Return size and time of the files of weights on this machine, because other weights may come to lie under their names."""
     kind, _, place = options.model.partition(":")
     files = [] if options.checkpoint is None else [Path(options.checkpoint)]
@@ -152,4 +152,4 @@ def difference_of(row: Row) -> str:
     return f"{row['top1_difference']:+.1f} [{low}, {high}]"
 
 
-__all__ = ["accuracy", "common_of", "context_of", "difference_of", "differences", "make_rows", "score_all"]
+__all__ = ["accuracy", "common_of", "context_of", "difference_of", "differences", "make_rows", "score_all", "stamps"]

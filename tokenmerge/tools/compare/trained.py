@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -10,12 +11,13 @@ import torch
 from torch import Tensor
 
 import tokenmerge
+from tokenmerge import files
 from tokenmerge.errors import InputError
 from tokenmerge.patching import model_cost
 from tokenmerge.patching.seen import TokensSeen, flops_of
 from tokenmerge.patching.target import find_target
 from tokenmerge.tools.buckets import in_buckets
-from tokenmerge.tools.compare.measuring import accuracy, common_of, differences
+from tokenmerge.tools.compare.measuring import accuracy, common_of, differences, stamps
 from tokenmerge.tools.compare.paper.experiments import Line
 from tokenmerge.tools.compare.scoring import Scores, score
 from tokenmerge.tools.compare.training import trained_model, training_options
@@ -105,6 +107,7 @@ def _train_all(base: Row, options: Any, images: Any, report: Report) -> list[Row
     for label, method in METHODS.items():
         setting = setting_for(method, r, layers)
         report.say(f"{label}, {setting.title} …")
+        _check_start(options, method)
         training = training_options(options, options.output / "trained" / method.folder, setting, method.fields)
         mine = trained_model(training, options)
         with TokensSeen(mine) as seen:  # an image's result does not depend on its batch, so nothing is sorted
@@ -117,6 +120,21 @@ def _train_all(base: Row, options: Any, images: Any, report: Report) -> list[Row
         for label, one in found.items()
     ]
     return _with_cost(rows, model, [(one[0], one[3]) for one in found.values()], images, options)
+
+
+def _check_start(options: Any, method: Method) -> None:
+    """Raise if the run of a method started from other weights under the same name; otherwise note what it starts from."""
+    run = options.output / "trained" / method.folder
+    record, mine = run.with_suffix(".json"), json.loads(json.dumps(stamps(options)))
+    if run.exists():
+        before = files.read_json(record, "the record of the weights that the run started from")
+        if before != mine:
+            raise InputError(
+                f"the run in {str(run)!r} started from other weights than {options.model} now has: give another --output, or remove the folder"
+            )
+        return
+    files.make_folder(run.parent, "--output")
+    files.write_json(record, mine, "the record of the weights")
 
 
 def _with_cost(

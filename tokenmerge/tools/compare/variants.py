@@ -19,6 +19,7 @@ from tokenmerge.matching import entry_for
 from tokenmerge.methods import Method
 from tokenmerge.ops.timing import Spread, take_turns
 from tokenmerge.patching import Handle, model_cost, patch
+from tokenmerge.patching.predictors import KINDS, kind_of
 from tokenmerge.schedule import constant
 from tokenmerge.tools.settings import Setting
 from tokenmerge.tools.variants import share_weights, sliced
@@ -84,6 +85,13 @@ def make_variant(
         handle = patch(copy, setting.config(**fields))
     except TokenMergeError as error:
         raise ConfigError(f"method {label!r} cannot run on this model: {error}") from None
+    entry = entry_for(handle.config)
+    if entry.learned and kind_of(copy) is not KINDS.get(entry.name, kind_of(copy)):
+        have = kind_of(copy)
+        raise ConfigError(
+            f"method {label!r} cannot run on this model: it {'was not trained for it' if have is None else f'was trained for {have.matcher!r}'}, "
+            f"so give a model that tokenmerge train --matcher {entry.name} wrote"
+        )
     kind = "matching" if method is None else method.kind
     return Variant(
         label, setting.title, handle.config, copy, handle, setting.title, kind, method.note if method else ""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import re
@@ -13,6 +14,7 @@ from torch import Tensor
 
 from tokenmerge.errors import InputError
 from tokenmerge.patching import Handle, patch
+from tokenmerge.patching.seen import TokensSeen
 from tokenmerge.tools.inputs import check_finite, class_names, num_classes
 from tokenmerge.tools.settings import Setting
 from tokenmerge.tools.variants import share_weights
@@ -67,9 +69,11 @@ class Merged:
     @torch.inference_mode()
     def look(self, shown: Shown) -> Look:
         """Run one pass on an input."""
-        output = self.model(shown.batch)
+        with TokensSeen(self.model) if self.handle.summary().adaptive else contextlib.nullcontext() as seen:
+            output = self.model(shown.batch)
+        gflops = self.gflops if seen is None else seen.mean_flops / 1e9
         top = top_of(output, self.names, self.title) if self.classifies else ()
-        return Look(self.title, self.handle.trace, top, self.gflops, self.class_token)
+        return Look(self.title, self.handle.trace, top, gflops, self.class_token)
 
 
 def merged_copies(

@@ -84,6 +84,7 @@ class Found:
         rows: its rows; empty if it was not measured.
         reason: why it was not measured.
         other: words for what distinguishes the run from the paper's; empty if nothing does.
+        checked: whether the measured top-1 agrees with a published one.
         withheld: whether the measured top-1 differs too much from the published one.
         whole: whether the images are all images of the paper's data.
         said: lines about this model, for terminal and page.
@@ -93,6 +94,7 @@ class Found:
     rows: list[Row] = dataclasses.field(default_factory=list)
     reason: str = ""
     other: str = ""
+    checked: bool = False
     withheld: bool = False
     whole: bool = False
     said: list[str] = dataclasses.field(default_factory=list)
@@ -148,6 +150,7 @@ def _measure(experiment: Experiment, found: Found, options: Any, folder: Path, r
         report.warn(f"{len(images.skipped)} unreadable files were skipped, the first is {images.skipped[0]}")
     found.other, found.whole = _other(one, images, options, len(scores[0].top1))
     odd = "" if found.other else identity.disagreement(entry, rows)
+    found.checked = odd == "" and not found.other
     if odd:
         report.warn(f"{odd}, so that these are other weights or images: published figures are withheld")
         found.said.append(f"{odd}, so that published figures are withheld")
@@ -193,6 +196,8 @@ def _other(one: Chosen, images: Images, options: Any, scored: int) -> tuple[str,
     parts = [] if one.own else [title_of(options.model)]
     if one.own and one.entry.model.stands_in:
         parts.append(one.entry.model.title)
+    if one.own and (odd := identity.other_training(one.entry.model, options.weights)):
+        parts.append(odd)
     if identity.changed(options):
         parts.append(f"a run with {identity.changed(options)}")
     words = " and ".join(parts)
@@ -202,15 +207,21 @@ def _other(one: Chosen, images: Images, options: Any, scored: int) -> tuple[str,
 
 def _with_figures(experiment: Experiment, found: Sequence[Found]) -> list[str]:
     """Add published figures to the rows that they belong to, and return the lines that name the figures that are not shown and why."""
-    whole = any(one.whole for one in found)
+    # one model whose top-1 agrees shows that the images are the paper's; one that disagrees leaves that open
+    proven = any(one.whole and one.checked for one in found) and not any(one.withheld for one in found)
     others: dict[str, list[Found]] = {}
     for one in found:
         entry = one.chosen.entry
         if one.reason:
             one.rows = [named(row, entry, True, one.chosen.options) for row in unmeasured(entry, one.reason)]
-            if whole and not entry.model.stands_in:
+            if proven and not entry.model.stands_in:
                 one.rows = [with_published(row, published_of(entry, row)) for row in one.rows]
-        elif one.other or one.withheld:
+        elif one.other or one.withheld or not (one.checked or proven):
+            if not (one.other or one.withheld):
+                one.said.append(
+                    f"no top-1 of {entry.model.title} is published to check these images with, so that its other published figures are "
+                    "withheld"
+                )
             one.rows = [row for row in one.rows if row["measured"] or row["kind"] != "trained"]
             if one.other:
                 others.setdefault(one.other, []).append(one)
@@ -223,6 +234,7 @@ def _with_figures(experiment: Experiment, found: Sequence[Found]) -> list[str]:
         ]
         said.append(
             f"published figures belong to {identity.belonging(models)}, and these are {words}, so they are not shown"
+            + (", nor are lines of rivals that are published alone" if experiment.trains else "")
         )
     return said
 

@@ -26,6 +26,9 @@ class Model:
         file: place below the folder of `--weights`: a file of weights, or the folder `model` that `train` writes; empty for
             weights that the library downloads.
         origin: where the file comes from, or the command that makes it.
+        recipe: recipe that trained it, for weights of a run of `train`.
+        r: r of that training, if it is not the recipe's.
+        global_batch: images per update of the recipe on as many processes as it names.
         fields: fields of `MergeConfig` for all lines.
         classes: number of classes that the weights have.
         medium: "images", "videos" or "sounds".
@@ -42,6 +45,9 @@ class Model:
     model_kwargs: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     file: str = ""
     origin: str = ""
+    recipe: str = ""
+    r: str | None = None
+    global_batch: int = 1024
     fields: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     classes: int = 1000
     medium: str = "images"
@@ -95,7 +101,19 @@ def _mae(size: str, model: str, patch: int, blocks: int, tokens: int) -> list[Mo
         recipe = f"{model}.mae --pretrained --config mae_finetune_{size} {more}".strip()
         made = _RECIPE.format(recipe, f"{{weights}}/{place}")
         found.append(
-            Model(name, title + words, model, blocks, tokens, 1000, {"global_pool": "avg"}, f"{place}/model", made)
+            Model(
+                name,
+                title + words,
+                model,
+                blocks,
+                tokens,
+                1000,
+                {"global_pool": "avg"},
+                f"{place}/model",
+                made,
+                f"mae_finetune_{size}",
+                "0" if more else None,
+            )
         )
     return found
 
@@ -107,7 +125,16 @@ def _deit(size: str) -> list[Model]:
     made = _RECIPE.format(f"{model} --config deit_from_scratch", f"{{weights}}/{place}")
     return [
         Model(f"deit_{size}", title, f"{model}.fb_in1k", 12, 197),
-        Model(f"deit_{size}_tome", f"{title} with ToMe", model, 12, 197, file=f"{place}/model", origin=made),
+        Model(
+            f"deit_{size}_tome",
+            f"{title} with ToMe",
+            model,
+            12,
+            197,
+            file=f"{place}/model",
+            origin=made,
+            recipe="deit_from_scratch",
+        ),
     ]
 
 
@@ -131,7 +158,7 @@ MODELS: Mapping[str, Model] = {
             _FINE_TUNED,
             "mae_finetuned_vit_large.pth",
             "the fine-tuned ViT-Large of the MAE authors' release (facebookresearch/mae, FINETUNE.md)",
-            {"prop_attn": False},
+            fields={"prop_attn": False},
         ),
         *_deit("tiny"),
         *_deit("small"),
@@ -160,7 +187,7 @@ MODELS: Mapping[str, Model] = {
             {"img_size": [1024, 128], "in_chans": 1, "global_pool": "avg"},
             "audiomae_finetuned_vit_base.pth",
             "the fine-tuned ViT-B of the AudioMAE authors' release (facebookresearch/AudioMAE), on AudioSet",
-            {"prop_attn": False},
+            fields={"prop_attn": False},
             classes=527,
             medium="sounds",
             stands_in="AudioMAE ViT-B trained with ToMe on AudioSet, scored by mAP",

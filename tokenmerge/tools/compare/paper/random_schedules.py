@@ -80,8 +80,8 @@ def random_rows(
     best = max(one["top1"] for one in rows)
     middle = statistics.median(one["top1"] for one in rows)
     return rows, (
-        f"the constant r has rank {better + 1:,} of {count + 1:,} by top-1 among random schedules of the same FLOPs, and {closer + 1:,} by "
-        f"KL: its top-1 is {row['top1']:.2f}, the best of the others {best:.2f}, their median {middle:.2f}"
+        f"the constant {row['setting']} has rank {better + 1:,} of {count + 1:,} by top-1 among random schedules of the same FLOPs, and "
+        f"{closer + 1:,} by KL: its top-1 is {row['top1']:.2f}, the best of the others {best:.2f}, their median {middle:.2f}"
     )
 
 
