@@ -229,11 +229,13 @@ def test_intervals_are_paired() -> None:
 
 
 def test_scores_survive_only_whole(tmp_path: Path) -> None:
-    scores = Scores(*(torch.rand(5, dtype=torch.float64) for _ in range(3)))
+    top1, top5, divergence = (torch.rand(5, dtype=torch.float64) for _ in range(3))
+    scores = Scores(top1, top5, divergence, 1.5)
     scores.save(tmp_path / "a.json")
     again = Scores.load(tmp_path / "a.json")
     assert again is not None
     assert torch.equal(again.divergence, scores.divergence)
+    assert again.gflops == 1.5
     assert Scores.load(tmp_path / "none.json") is None
     (tmp_path / "a.json").write_text((tmp_path / "a.json").read_text()[:20])
     assert Scores.load(tmp_path / "a.json") is None
