@@ -21,7 +21,7 @@ from tokenmerge.patching.predictors import add_predictors, learned_loss, predict
 from tokenmerge.patching.seen import TokensSeen, flops_of
 from tokenmerge.tools.buckets import in_buckets
 from tokenmerge.tools.compare.options import CompareOptions
-from tokenmerge.tools.compare.trained import METHODS, setting_for
+from tokenmerge.tools.compare.trained import METHODS, setting_for, title_of_schedule
 from tokenmerge.tools.compare.training import training_options
 from tokenmerge.tools.compare.turns import training_speedups
 from tokenmerge.tools.settings import parse_setting
@@ -41,6 +41,8 @@ def test_schedules_of_the_rivals(layers: int, between: tuple[int, ...], before: 
         keep = setting_for(METHODS[label], 13, layers).fields["keep"]
         assert [layer for layer, share in enumerate(keep) if share != 1] == list(places)
         assert {share for share in keep if share != 1} == {0.7}
+        named = title_of_schedule(setting_for(METHODS[label], 13, layers))
+        assert named == f"keep 0.7 in blocks {', '.join(map(str, places))}"
     for label in ("ToMe, trained here", "A-ViT, trained here"):
         assert setting_for(METHODS[label], 13, layers).fields == {"r": 13}
     assert next(iter(METHODS)).startswith("ToMe"), "what the others are compared with"

@@ -70,6 +70,15 @@ def setting_for(method: Method, r: int, layers: int) -> Setting:
     return parse_setting("keep=" + ",".join(f"{share:g}" for share in shares))
 
 
+def title_of_schedule(setting: Setting) -> str:
+    """Return a schedule as tables name it, such as "keep 0.7 in blocks 3, 6, 9"."""
+    shares = setting.fields.get("keep")
+    if not isinstance(shares, list):
+        return setting.title
+    places = [str(layer) for layer, share in enumerate(shares) if share != 1]
+    return f"keep {min(shares):g} in blocks {', '.join(places)}"
+
+
 def trained_rows(lines: Sequence[Line], options: Any, images: Any, report: Report) -> list[Row]:
     """Return one row for each line with weights of its own, and with `--train` the rows of all methods as trained here.
 
@@ -106,7 +115,7 @@ def _train_all(base: Row, options: Any, images: Any, report: Report) -> list[Row
     found: dict[str, tuple[Any, Setting, Scores, TokensSeen]] = {}
     for label, method in METHODS.items():
         setting = setting_for(method, r, layers)
-        report.say(f"{label}, {setting.title} …")
+        report.say(f"{label}, {title_of_schedule(setting)} …")
         _check_start(options, method)
         training = training_options(options, options.output / "trained" / method.folder, setting, method.fields)
         mine = trained_model(training, options)
@@ -116,7 +125,13 @@ def _train_all(base: Row, options: Any, images: Any, report: Report) -> list[Row
     first = next(iter(found.values()))[2]
     base = {**base, "measured": True, **common_of(options, len(reference))}
     rows = [
-        {**base, "method": label, "setting": one[1].title, **accuracy(one[2]), **differences(one[2], first)}
+        {
+            **base,
+            "method": label,
+            "setting": title_of_schedule(one[1]),
+            **accuracy(one[2]),
+            **differences(one[2], first),
+        }
         for label, one in found.items()
     ]
     return _with_cost(rows, model, [(one[0], one[3]) for one in found.values()], images, options)
