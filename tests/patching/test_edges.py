@@ -200,7 +200,7 @@ def test_thresholds_are_calibrated_for_the_tokens_that_came() -> None:
         found = sum(model.forward_features(batch).shape[1] for batch in batches) / 3
         with pytest.raises(InputError, match="depends on what is in the images"):
             handle.output_tokens()
-        assert "on average" in str(handle.summary())
+        assert "depends on what is in the images" in " ".join(str(handle.summary()).split())
     assert abs(found - wanted) <= 2
 
 

@@ -14,12 +14,12 @@ from tokenmerge.ops import exported
 # --- what PyTorch is doing ------------------------------------------------------------------------------------
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def is_recomputing() -> bool:
     """Return whether gradient checkpointing is recomputing a part of a model within backward."""
     return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
 
 
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def is_exporting() -> bool:
     """Return whether `torch.export` or an ONNX exporter is tracing; `torch.compile` and `torch.jit.trace` do not count.
 
