@@ -114,10 +114,8 @@ def selected_packing(
     keep = F.pad(score[:, :, 0], (protected, 0), value=1.0)
     going = lowest(keep.masked_fill(~real, -1.0), r + 1, protected)  # padding goes first
     stays, package = rest_of(going, count), going[:, -1:]
-    kept, gone = torch.cat([stays, package], dim=1), real.gather(1, going)
-    features = torch.cat(
-        [take_rows(tokens, stays), packed(take_rows(tokens, going), keep.gather(1, going) * gone)], dim=1
-    )
+    kept, weight = torch.cat([stays, package], dim=1), (keep * real).gather(1, going)
+    features = torch.cat([take_rows(tokens, stays), packed(take_rows(tokens, going), weight)], dim=1)
     source, sizes = going[:, :-1], size.gather(1, going).sum(dim=1)
     gate = torch.ones_like(kept, dtype=size.dtype)
     gate[:, -1] = 1 / sizes.clamp_min(1.0)  # sizes add up, but a package counts as one token
