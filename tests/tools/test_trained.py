@@ -107,7 +107,7 @@ def test_a_training_step_is_timed_with_the_losses_of_its_method(monkeypatch: pyt
         asked.append(learned_loss(*args))
         return asked[-1]
 
-    monkeypatch.setattr("tokenmerge.tools.compare.turns.learned_loss", noted)
+    monkeypatch.setattr("tokenmerge.tools.train.merging.learned_loss", noted)
     with torch.inference_mode():
         images = images_for(model)
     spreads = training_speedups([(model, None), (other, handle)], images, torch.tensor([0, 1]), 2)

@@ -46,7 +46,6 @@ class HaltingGate(Predictor):
     """
 
     matcher = "avit"
-    every_block = True
     scale: Tensor
     shift: Tensor
 

@@ -38,7 +38,6 @@ class Predictor(nn.Module):
 
     Attributes:
         matcher: name of the matcher that it belongs to.
-        every_block: whether each block has one, and not only the blocks that drop tokens.
         kept: what the latest training pass left for the loss, with its gradient; `None` before it.
 
     Raises:
@@ -46,7 +45,6 @@ class Predictor(nn.Module):
     """
 
     matcher: ClassVar[str]
-    every_block: ClassVar[bool] = False
     kept: Any
 
     def __init__(self, channels: int, heads: int = 0) -> None:

@@ -95,14 +95,14 @@ class TokensSeen:
 
 
 @torch.inference_mode()
-def flops_of(model: nn.Module, batches: Iterable[Tensor]) -> float:
-    """Return the multiply-adds per image that run for some batches, rows of halted tokens included.
-
-    Args:
-        model: a patched model.
-        batches: inputs of the model.
-    """
+def seen_in(model: nn.Module, batches: Iterable[Tensor]) -> TokensSeen:
+    """Run a patched model on some batches, and return the counts of its tokens."""
     with TokensSeen(model) as seen:
         for batch in batches:
             model(batch)
-    return seen.mean_flops
+    return seen
+
+
+def flops_of(model: nn.Module, batches: Iterable[Tensor]) -> float:
+    """Return the multiply-adds per image that run for some batches of a patched model, rows of halted tokens included."""
+    return seen_in(model, batches).mean_flops

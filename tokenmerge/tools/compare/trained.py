@@ -7,14 +7,13 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor
 
 import tokenmerge
 from tokenmerge import files
 from tokenmerge.errors import InputError
 from tokenmerge.patching import model_cost
-from tokenmerge.patching.seen import TokensSeen, flops_of
+from tokenmerge.patching.seen import TokensSeen, flops_of, seen_in
 from tokenmerge.patching.target import find_target
 from tokenmerge.tools.buckets import in_buckets
 from tokenmerge.tools.compare.measuring import accuracy, common_of, differences, stamps
@@ -167,10 +166,8 @@ def _with_cost(
             gflops = flops_of(mine, (batch for batch, _, _ in in_buckets(images, keys=seen.each))) / 1e9
             note = "batches of images that keep similar numbers of tokens"
             result.append({**result[-1], "method": f"{row['method']}; sorted", "gflops": gflops, "note": note})
-            with TokensSeen(mine) as some, torch.inference_mode():
-                for batch in batches:
-                    mine(batch)
-            timed.append((mine, [one for one, _, _ in in_buckets([(b, labels) for b in batches], keys=some.each)]))
+            keys = seen_in(mine, batches).each
+            timed.append((mine, [one for one, _, _ in in_buckets([(b, labels) for b in batches], keys=keys)]))
     if not options.rounds:
         return result
     speeds, rates = over_batches(timed, options.rounds)

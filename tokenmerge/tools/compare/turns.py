@@ -11,10 +11,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from tokenmerge.ops.timing import Spread, take_turns
-from tokenmerge.patching import model_cost
-from tokenmerge.patching.predictors import learned_loss
-from tokenmerge.schedule import cut
 from tokenmerge.tools.inputs import logits_of
+from tokenmerge.tools.train.merging import loss_of_predictors
 
 Batches = Sequence[Tensor]
 
@@ -53,14 +51,9 @@ def training_speedups(
         rounds: timed rounds, in which all models take turns.
     """
 
-    def step(model: nn.Module, handle: Any) -> None:
-        loss = F.cross_entropy(logits_of(model(images)).float(), labels)
-        if handle is not None:
-            cost = model_cost(model)
-            gone = cut(handle.schedule, cost.tokens, cost.protected, "all but one")
-            further = learned_loss(model, gone, cost.tokens - cost.protected)
-            loss = loss if further is None else loss + further
-        loss.backward()
+    def step(model: nn.Module, further: Callable[[], Tensor | None]) -> None:
+        loss, more = F.cross_entropy(logits_of(model(images)).float(), labels), further()
+        (loss if more is None else loss + more).backward()
         model.zero_grad(set_to_none=True)
 
     images, labels = images.clone(), labels.clone()  # which may have been made in inference mode
@@ -70,7 +63,9 @@ def training_speedups(
         for model, _ in models:
             model.train()
             model.requires_grad_(True)
-        times = take_turns([functools.partial(step, *one) for one in models], images.device, 1, rounds)
+        further = [loss_of_predictors(*one) if one[1] is not None else lambda: None for one in models]
+        steps = [functools.partial(step, one[0], more) for one, more in zip(models, further, strict=True)]
+        times = take_turns(steps, images.device, 1, rounds)
     finally:
         for parameter, learns in zip(learning, before, strict=True):
             parameter.requires_grad_(learns)

@@ -13,7 +13,7 @@ from tokenmerge.frozen import thawed
 from tokenmerge.matching import entry_for
 from tokenmerge.patching import Handle, model_cost
 from tokenmerge.patching.predictors import KINDS, add_predictors, kind_of, learned_loss, predicting, remove_predictors
-from tokenmerge.schedule import cut
+from tokenmerge.schedule import Schedule, cut
 from tokenmerge.tools.common import MergeOptions
 from tokenmerge.tools.saved import kept_of, saved_with, say_used
 from tokenmerge.tools.settings import Setting, label_of
@@ -81,8 +81,7 @@ def with_predictors(model: nn.Module, handle: Handle, args: TrainOptions) -> Cal
             f"r is to change over the epochs, but the predictors of matcher {entry.name!r} learn one r: leave out "
             "--r-warmup-epochs and --r-milestones"
         )
-    cost = model_cost(model)
-    gone = cut(handle.schedule, cost.tokens, cost.protected, entry.most)
+    gone = _dropped(model, handle)
     kind = kind_of(model)
     if kind is not None and kind is not KINDS.get(entry.name, kind):
         remove_predictors(model)  # another matcher was trained before
@@ -90,4 +89,16 @@ def with_predictors(model: nn.Module, handle: Handle, args: TrainOptions) -> Cal
     have = predicting(model)
     remove_predictors(model, [i for i in have if i not in wanted])  # of an earlier run, which would not be trained
     add_predictors(model, [i for i in wanted if i not in have], entry.name)
+    return loss_of_predictors(model, handle)
+
+
+def _dropped(model: nn.Module, handle: Handle) -> Schedule:
+    """Return the tokens that each block drops at the model's own input size."""
+    cost = model_cost(model)
+    return cut(handle.schedule, cost.tokens, cost.protected, entry_for(handle.config).most)
+
+
+def loss_of_predictors(model: nn.Module, handle: Handle) -> Callable[[], Tensor | None]:
+    """Return the function that gives the loss of a model's predictors after each pass, `None` if it has none."""
+    gone, cost = _dropped(model, handle), model_cost(model)
     return lambda: learned_loss(model, gone, cost.tokens - cost.protected)
