@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
 import random
 import statistics
@@ -20,7 +19,7 @@ from tokenmerge.flops import ModelCost
 from tokenmerge.ops.timing import Spread, keep_memory, take_turns
 from tokenmerge.patching import model_cost, patch
 from tokenmerge.patching.kept import lasting
-from tokenmerge.tools.compare.data import Images, describe, load_scored
+from tokenmerge.tools.compare.data import Images, load_scored
 from tokenmerge.tools.compare.scoring import Scores, score
 from tokenmerge.tools.compare.variants import r_for_speedup
 from tokenmerge.tools.pages import title_of
@@ -29,6 +28,7 @@ from tokenmerge.tools.saved import apart_from_matching, saved_with
 from tokenmerge.tools.search.figures import figures
 from tokenmerge.tools.search.options import SearchOptions
 from tokenmerge.tools.search.space import START, config_fields, full, random_parameters, suggest
+from tokenmerge.tools.search.study import check_study, open_study, shared
 from tokenmerge.tools.signals import check
 from tokenmerge.tools.statistics import bootstrap, wilson
 from tokenmerge.tools.variants import share_weights
@@ -102,17 +102,8 @@ def run(options: SearchOptions, report: Report | None = None) -> list[Row]:
     mine, others = _shuffled(batches, cut)
     judge = Judge(model, mine, images.first(options.batch_size), options.rounds)
     optuna.logging.set_verbosity(optuna.logging.WARNING)
-    try:
-        study = optuna.create_study(
-            study_name=options.study,
-            storage=options.storage,
-            load_if_exists=True,
-            directions=["minimize", "minimize"],
-            sampler=optuna.samplers.TPESampler(seed=options.seed),
-        )
-    except Exception as error:  # every database raises its own exception types
-        raise InputError(f"--storage {options.storage!r} cannot be used ({error}): try sqlite:///search.db") from None
-    _check_study(study, options, model, images)
+    study = open_study(options)
+    check_study(study, options, model, images)
     space = _space(study, judge, options, report.say)
     _optimize(study, judge, space, options, report)
     _random_schedules(judge, space, options, report)
@@ -121,33 +112,6 @@ def run(options: SearchOptions, report: Report | None = None) -> list[Row]:
     _print(report, rows, options)
     report.write(rows, lambda: figures(study, rows))
     return rows
-
-
-def _check_study(study: Any, options: SearchOptions, model: Any, images: Images) -> None:
-    """Store what the trials of a study are measured on; raise `InputError` if it holds trials that were measured on something else."""
-    digest = hashlib.sha256()
-    for name, tensor in model.state_dict().items():
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
-    data = json.dumps(images.fingerprint(), sort_keys=True, default=str)
-    about = {
-        "model": describe(options),
-        "weights": digest.hexdigest(),
-        "data": hashlib.sha256(data.encode()).hexdigest(),
-        "speed-up": options.speedup,
-        "calibration": options.calibration,
-        "holdout": options.holdout,
-        "batch size": options.batch_size,
-    }
-    about = json.loads(json.dumps(about, default=str))
-    before = study.user_attrs.get("about", about)
-    odd = [name for name in about if before.get(name) != about[name]]
-    if odd:
-        raise InputError(
-            f"the study {options.study!r} in {options.storage} holds trials of another {' and another '.join(odd)}, which cannot be "
-            "compared: give another --study or --storage"
-        )
-    study.set_user_attr("about", about)
 
 
 def _shuffled(batches: list[tuple[Tensor, Tensor]], cut: int) -> tuple[list[Any], list[Any]]:
@@ -198,20 +162,18 @@ def _space(study: Any, judge: Judge, search: SearchOptions, say: Callable[[str],
     except TokenMergeError:  # the class token's attention is not available
         attention = False
 
-    # measured once for all workers of a study: what runs differently would be compared, and not what merges differently
-    if "running" not in study.user_attrs:
-        study.set_user_attr("running", apart_from_matching(saved_with(search), _running(judge, search), say))
+    # measured once for all processes of a study: what runs differently would be compared, and not what merges differently
+    running = shared(study, "running", lambda: apart_from_matching(saved_with(search), _running(judge, search), say))
 
-    # small models and batches need a larger reduction than the speed-up; all workers of a study must share it
-    flops = study.user_attrs.get("flops_speedup")
-    if flops is None:
+    def measured() -> float:
         try:
             r, _ = r_for_speedup(judge.model, judge.timed, {}, search.speedup, max(7, search.rounds))
-            flops = 1 / cost.fraction((r,) * layers)
+            return 1 / cost.fraction((r,) * layers)
         except ConfigError:  # no constant r is fast enough, but another setting may be
-            flops = search.speedup
-        study.set_user_attr("flops_speedup", flops)
-    return Space(cost, layers, attention, flops, study.user_attrs["running"])
+            return search.speedup
+
+    # small models and batches need a larger reduction than the speed-up
+    return Space(cost, layers, attention, shared(study, "flops_speedup", measured), running)
 
 
 def _running(judge: Judge, search: SearchOptions) -> dict[str, Any]:
@@ -237,7 +199,7 @@ def _optimize(study: Any, judge: Judge, space: Space, search: SearchOptions, rep
     if not study.trials:
         for start in START:
             if space.attention or start.get("matcher") != "informed":
-                study.enqueue_trial(full(start, space.layers))
+                study.enqueue_trial(full(start, space.layers), skip_if_exists=True)  # another process may start, too
     done = sum(trial.state.is_finished() for trial in study.trials)
     if done:
         report.say(f"{done} trials were there already, in {search.storage}")
