@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from tokenmerge.errors import InputError
+from tokenmerge.tools.search import study
 from tokenmerge.tools.search.options import SearchOptions
 from tokenmerge.tools.search.study import open_study, shared
 
@@ -38,11 +39,11 @@ def test_another_process_creates_the_tables_at_the_same_moment(moment: str, tmp_
             optuna.create_study(study_name="tokenmerge", storage=storage)
         (tmp_path / "search.db").unlink()
         others.clear()
-        study = open_study(options(storage, tmp_path))
+        found = open_study(options(storage, tmp_path))
     finally:
         sqlalchemy.event.remove(sqlalchemy.engine.Engine, "before_cursor_execute", another)
-    assert others[0].get_study_id_from_name(study.study_name) == study._study_id
-    assert len(study.directions) == 2
+    assert others[0].get_study_id_from_name(found.study_name) == found._study_id
+    assert len(found.directions) == 2
 
 
 def _begin(storage: str, folder: Path, at: Any) -> None:
@@ -63,7 +64,8 @@ def test_six_processes_begin_one_study(tmp_path: Path) -> None:
     assert [one.study_name for one in optuna.get_all_study_summaries(storage)] == ["tokenmerge"]
 
 
-def test_a_storage_that_cannot_be_used_is_one_sentence(tmp_path: Path) -> None:
+def test_a_storage_that_cannot_be_used_is_one_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(study, "_PAUSES", (0.0,))
     (tmp_path / "text.db").write_text("not a database, but long enough for one" * 100)
     for storage in (f"sqlite:///{tmp_path / 'text.db'}", f"sqlite:///{tmp_path / 'none' / 'a.db'}", "nothing://x"):
         with pytest.raises(InputError, match=r"cannot be used .*: try sqlite:///search\.db"):
@@ -71,12 +73,12 @@ def test_a_storage_that_cannot_be_used_is_one_sentence(tmp_path: Path) -> None:
 
 
 def test_what_processes_measure_is_measured_once() -> None:
-    study = optuna.create_study()
-    assert shared(study, "running", lambda: {"backend": "torch"}) == {"backend": "torch"}
-    assert shared(study, "running", lambda: pytest.fail("measured again")) == {"backend": "torch"}
+    one = optuna.create_study()
+    assert shared(one, "running", lambda: {"backend": "torch"}) == {"backend": "torch"}
+    assert shared(one, "running", lambda: pytest.fail("measured again")) == {"backend": "torch"}
 
     def slow() -> float:
-        study.set_user_attr("flops_speedup", 2.0)  # by another process, meanwhile
+        one.set_user_attr("flops_speedup", 2.0)  # by another process, meanwhile
         return 3.0
 
-    assert shared(study, "flops_speedup", slow) == 2.0
+    assert shared(one, "flops_speedup", slow) == 2.0
