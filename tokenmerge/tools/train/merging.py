@@ -81,7 +81,7 @@ def with_predictors(model: nn.Module, handle: Handle, args: TrainOptions) -> Cal
             f"r is to change over the epochs, but the predictors of matcher {entry.name!r} learn one r: leave out "
             "--r-warmup-epochs and --r-milestones"
         )
-    gone = _dropped(model, handle)
+    gone, _ = _dropped(model, handle)
     kind = kind_of(model)
     if kind is not None and kind is not KINDS.get(entry.name, kind):
         remove_predictors(model)  # another matcher was trained before
@@ -92,13 +92,15 @@ def with_predictors(model: nn.Module, handle: Handle, args: TrainOptions) -> Cal
     return loss_of_predictors(model, handle)
 
 
-def _dropped(model: nn.Module, handle: Handle) -> Schedule:
-    """Return the tokens that each block drops at the model's own input size."""
+def _dropped(model: nn.Module, handle: Handle) -> tuple[Schedule, int]:
+    """Return the tokens that each block drops at the model's own input size, and how many tokens may be dropped there at all."""
     cost = model_cost(model)
-    return cut(handle.schedule, cost.tokens, cost.protected, entry_for(handle.config).most)
+    return cut(
+        handle.schedule, cost.tokens, cost.protected, entry_for(handle.config).most
+    ), cost.tokens - cost.protected
 
 
 def loss_of_predictors(model: nn.Module, handle: Handle) -> Callable[[], Tensor | None]:
     """Return the function that gives the loss of a model's predictors after each pass, `None` if it has none."""
-    gone, cost = _dropped(model, handle), model_cost(model)
-    return lambda: learned_loss(model, gone, cost.tokens - cost.protected)
+    gone, tokens = _dropped(model, handle)
+    return lambda: learned_loss(model, gone, tokens)
