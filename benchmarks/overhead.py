@@ -32,7 +32,8 @@ from tokenmerge.tools.bench.measure import measure
 from tokenmerge.tools.report import Report
 
 HERE = Path(__file__).resolve().parent
-VIDEO = ("hf:videomae-large", None, 65, 1)  # 1,568 tokens; slow, so only with --video
+VIDEOS = (("hf:videomae-large", None, 65, 1), ("video_mae:vit_large_patch16_224", None, 65, 1))
+"""Models of 1,568 patches; slow, so only with --video."""
 
 
 def one_process(options: BenchOptions) -> list[dict[str, Any]]:
@@ -56,7 +57,7 @@ Job = tuple[str, int | None, int, int, str]
 def jobs(args: argparse.Namespace) -> Iterator[Job]:
     """Yield the models to measure."""
     if args.video:
-        yield (*VIDEO, args.dtype)
+        yield from ((*video, args.dtype) for video in VIDEOS)
         return
     if not args.latency:
         yield from ((*job, args.dtype) for job in CPU_MODELS if args.only in job[0])
@@ -157,7 +158,7 @@ def main() -> None:
     parser.add_argument("--processes", type=int, default=5)
     parser.add_argument("--only", default="", help="measure only models whose name contains this text")
     parser.add_argument("--latency", action="store_true", help="measure the small batches alone")
-    parser.add_argument("--video", action="store_true", help="measure VideoMAE-L instead of the five models")
+    parser.add_argument("--video", action="store_true", help="measure two video models instead of the five models")
     parser.add_argument(
         "--statistic",
         default="median",

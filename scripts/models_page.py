@@ -23,6 +23,7 @@ import tokenmerge
 from tests.helpers import flat
 from tests.helpers.tiny import tiny
 from tests.helpers.towers import TOWERS as TESTED
+from tokenmerge.models.video_mae import NAMES
 from tokenmerge.patching.families.timm.refused import REFUSED as TIMM_REFUSED
 from tokenmerge.patching.families.transformers.models import TOWERS
 from tokenmerge.patching.families.transformers.refused import REFUSED as HF_REFUSED
@@ -178,6 +179,13 @@ def other_part() -> list[str]:
         "`CustomResidualAttentionBlock`); class token, average and attention pooling; `forward_intermediates`; output "
         "full, or merged where the class token is read. Towers that wrap a timm model are timm's. Refused: scaled cosine "
         "attention, `batch_first=False`, `ModifiedResNet`.",
+        "",
+        "## tokenmerge",
+        "",
+        f"`video_mae:NAME` is the spatiotemporal Vision Transformer of the paper's experiments on video (arXiv 2205.09113), which no library "
+        f"has: {', '.join(f'`{name}`' for name in NAMES)}. Clips `[B, T, C, H, W]` of 16 frames, tubelets of 2×16×16, separate positions "
+        "of space and time, class token, mean weighted by size; output merged. `--checkpoint` reads the authors' files, pretrained or "
+        "fine-tuned ([videos](tutorials/video.md)).",
     ]
 
 

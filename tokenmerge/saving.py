@@ -19,6 +19,7 @@ from torch import nn
 from tokenmerge.config import MergeConfig
 from tokenmerge.errors import InputError, TokenMergeError, shown
 from tokenmerge.files import plain_file, read_json, words_of, write_json
+from tokenmerge.models import register
 from tokenmerge.patching import handle_of, is_patched, patch
 from tokenmerge.patching.kept import KEY, SETTINGS, as_config, config_of, entry_of, holder_of, lasting, settings_in
 from tokenmerge.patching.predictors import FILE as PREDICTORS
@@ -218,7 +219,7 @@ def _complete_timm(model: Any, state: Mapping[str, torch.Tensor], folder: Path, 
     target = find_target(model)
     shape = target.family.input_shape(target.model)
     if shape is not None:  # `img_size` may have changed it
-        written["pretrained_cfg"]["input_size"] = list(shape)
+        written["pretrained_cfg"]["input_size"] = list(shape[-3:])  # (of one frame, for clips)
     written["pretrained_cfg"]["custom_load"] = False  # the weights are in timm's own format, wherever they came from
     kept = {name: value for name, value in written.get("model_args", {}).items() if name not in without}
     written["model_args"] = kept
@@ -292,6 +293,7 @@ def _kept_in(model: nn.Module) -> MergeConfig:
 def _create_timm(folder: Path) -> Any:
     import timm
 
+    register()
     return timm.create_model(f"local-dir:{folder}", pretrained=False)
 
 

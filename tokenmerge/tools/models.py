@@ -13,6 +13,7 @@ from torch import nn
 
 from tokenmerge.errors import InputError, TokenMergeError, nearest, one_of, shown
 from tokenmerge.files import plain_file, read_json
+from tokenmerge.models import register
 from tokenmerge.patching.predictors import FILE, load_predictors
 from tokenmerge.patching.target import find_target
 from tokenmerge.saving import check_kinds
@@ -29,7 +30,9 @@ RANDOM_WEIGHTS = "the model has random weights, so its results mean nothing: giv
 """Sentence of every command whose results depend on the weights, for models without trained ones."""
 
 
-_PREFIXES = ("local-dir", "hf_hub", "hf-hub", *SOURCES)
+_OWN = "video_mae"
+"""Prefix of this package's video model."""
+_PREFIXES = ("local-dir", "hf_hub", "hf-hub", *SOURCES, _OWN)
 """What may stand before a colon in MODEL."""
 _BY_OPTIONS = {
     "model_name": "MODEL",
@@ -74,7 +77,8 @@ def _create(options: ModelOptions, pretrained: bool, head: str | None = None, ne
             values = dict(options.model_kwargs)
             model = create(options.model, pretrained, options.img_size, options.num_classes, head, new_head, values)
         else:
-            model = _create_timm(options.model, pretrained=pretrained, **_model_kwargs(options))
+            name = _name_of_own(place, pretrained) if kind == _OWN else options.model
+            model = _create_timm(name, pretrained=pretrained, **_model_kwargs(options))
     if pretrained and kind in ("local-dir", "hf") and os.path.isdir(place):
         for file in sorted(Path(place).glob("*.safetensors")):
             check_kinds(model, plain_file(file, "the weights"))
@@ -100,12 +104,38 @@ def _check_prefix(model: str) -> None:
         )
 
 
-def _create_timm(name: str, **kwargs: Any) -> Any:
-    """Call `timm.create_model`, and turn any failure into an `InputError`."""
+def _name_of_own(name: str, pretrained: bool) -> str:
+    """Return the name in timm's registry of a model of this package, from the part of MODEL after `video_mae:`."""
+    _timm()
+    register()
+    from tokenmerge.models.video_mae import NAMES, PREFIX
+
+    if os.path.isdir(name):
+        raise InputError(f"{_OWN}:{name} names a folder, but a size was expected: give local-dir:{name}")
+    if name not in NAMES:
+        raise InputError(
+            f"there is no {_OWN}:{shown(name)}, but one of {', '.join(NAMES)} was expected: {one_of(name, NAMES)}"
+        )
+    if pretrained:
+        raise InputError(
+            f"no library hosts weights of {_OWN}:{name}, but --pretrained was given: give the authors' file with --checkpoint FILE"
+        )
+    return f"{PREFIX}{name}"
+
+
+def _timm() -> Any:
     try:
         import timm
     except ImportError:
         raise InputError("timm is not installed, but models are made by it: pip install 'tokenmerge[timm]'") from None
+    return timm
+
+
+def _create_timm(name: str, **kwargs: Any) -> Any:
+    """Call `timm.create_model`, and turn any failure into an `InputError`."""
+    timm = _timm()
+    if ":" in name:  # a folder or a repository, whose config may name a model of this package
+        register()
     if name.startswith("local-dir:"):
         folder = Path(name.removeprefix("local-dir:"))
         check_hub_format(folder)
@@ -171,7 +201,7 @@ def load_model(options: DeviceOptions, head: str | None = None, new_head: bool =
     if target.family.tokens(target.model) <= target.family.protected(target.model):
         raise InputError(f"images of {options.img_size} pixels are smaller than one patch: give a larger --img-size")
     if options.checkpoint is not None:
-        load_checkpoint(model, options.checkpoint)
+        load_checkpoint(model, options.checkpoint, new_head)
         origin = origin_of(model)
         if origin is not None:
             set_origin(model, dataclasses.replace(origin, trained=True, beside=options.checkpoint.parent))
@@ -233,8 +263,13 @@ def skeleton(options: ModelOptions, head: str | None = None) -> Any:
         return _create(options, pretrained=False, head=head)
 
 
-def load_checkpoint(model: nn.Module, path: Path) -> None:
+def load_checkpoint(model: Any, path: Path, new_head: bool = False) -> None:
     """Load weights from a safetensors or torch file, strictly: names and shapes must match.
+
+    Args:
+        model: the model; one that can translate the names of published checkpoints does so.
+        path: the file.
+        new_head: whether the classifier of a timm model stays random if the file has none, or one of other classes (for training).
 
     Raises:
         InputError: if the file is missing, damaged, or does not fit the model.
@@ -243,6 +278,12 @@ def load_checkpoint(model: nn.Module, path: Path) -> None:
     own = model.state_dict()
     if own.keys() != state.keys() and origin_of(model) is not None:
         state = renamed(model, state)
+    elif own.keys() != state.keys() and hasattr(model, "translated"):
+        state = model.translated(state)
+    if new_head and hasattr(model, "get_classifier"):
+        state |= {
+            name: own[name] for name in _head_of(model) if name not in state or state[name].shape != own[name].shape
+        }
     missing, extra = sorted(own.keys() - state.keys()), sorted(state.keys() - own.keys())
     both = sorted(own.keys() & state.keys())
     wrong = [name for name in both if own[name].shape != state[name].shape]
@@ -263,6 +304,14 @@ def load_checkpoint(model: nn.Module, path: Path) -> None:
             "give the model's own name and options such as --num-classes and --img-size"
         )
     model.load_state_dict(state)
+
+
+def _head_of(model: Any) -> list[str]:
+    """Return the names of the weights of a timm model's classifier."""
+    heads = model.get_classifier()
+    heads = heads if isinstance(heads, tuple) else (heads,)
+    own = {id(parameter) for head in heads for parameter in head.parameters()}
+    return [name for name, parameter in model.named_parameters() if id(parameter) in own]
 
 
 def _kind(tensor: torch.Tensor) -> tuple[bool, bool]:

@@ -194,6 +194,8 @@ _Found = TypeVar("_Found")
 LIBRARIES = {
     name: f"tokenmerge.patching.families.{name}" for name in ("timm", "transformers", "torchvision", "open_clip")
 }
+_OWN = "tokenmerge.models"
+_ROWS = {**LIBRARIES, _OWN: "tokenmerge.patching.families.own"}
 
 
 class _Rows(Protocol):
@@ -223,7 +225,7 @@ def _rows(library: str) -> _Rows:
         UnsupportedModelError: if the installed version of the library lacks classes that the rows import.
     """
     try:
-        return cast("_Rows", importlib.import_module(LIBRARIES[library]))
+        return cast("_Rows", importlib.import_module(_ROWS[library]))
     except ImportError as error:
         version = getattr(importlib.import_module(library), "__version__", "unknown")
         raise UnsupportedModelError(
@@ -234,6 +236,8 @@ def _rows(library: str) -> _Rows:
 
 def _library_of(cls: type) -> str | None:
     """Return the supported library that a class comes from, or `None`."""
+    if cls.__module__.startswith(f"{_OWN}."):
+        return _OWN
     root = cls.__module__.split(".")[0]
     return root if root in LIBRARIES else None
 

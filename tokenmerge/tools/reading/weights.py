@@ -57,6 +57,8 @@ def read_weights(path: Path | str, what: str = "the checkpoint") -> dict[str, Te
         with quiet_timm():
             # weights_only reads pickles with an unpickler of torch that knows tensors only, and refuses TorchScript and tar files
             state: Any = load_state_dict(str(path), use_ema=True, weights_only=True)
+        if isinstance(state, dict) and isinstance(state.get("model_state"), dict):  # as PySlowFast writes it
+            state = state["model_state"]
         _check_tensors(state)
     except TokenMergeError:
         raise

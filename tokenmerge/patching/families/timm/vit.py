@@ -323,20 +323,21 @@ SHAPES: dict[str, Any] = {
 """Fields of a row that give the grid: as configured, as recorded in a pass, and for images of any size."""
 
 
-def _model_cost(model: Any) -> Ends:
+def model_cost(model: Any, stem: int) -> Ends:
+    """Return the multiply-adds before and after the blocks, of which those of the patch embedding are `stem`."""
     heads = [getattr(model, name, None) for name in ("head", "head_dist")]
     head = linear_weights(*(m for m in heads if m is not None))
     pool, kind = getattr(model, "attn_pool", None), _pool_kind(model)
     if kind == "prr":  # attention without weights, over the unmerged tokens
-        return Ends(stem_cost(model), head, head_per_pair=2 * model.embed_dim)
+        return Ends(stem, head, head_per_pair=2 * model.embed_dim)
     if kind == "":  # every token is classified
-        return Ends(stem_cost(model), head_per_token=head)
+        return Ends(stem, head_per_token=head)
     if kind != "map" or pool is None:
-        return Ends(stem_cost(model), head)
+        return Ends(stem, head)
     fixed, per_token = attention_pool(pool, pool.latent_len)
     if not model.pool_include_prefix:  # prefix tokens leave the blocks, but are not pooled
         fixed -= per_token * model.num_prefix_tokens
-    return Ends(stem_cost(model), head + fixed, per_token)
+    return Ends(stem, head + fixed, per_token)
 
 
 def _is_mae(model: Any) -> bool:
@@ -368,29 +369,27 @@ _VIT_SEAMS = (
 )
 
 
-def _vit_row(model: type[nn.Module]) -> ModelFamily:
-    return ModelFamily(
-        library="timm",
-        model=model,
-        seams=_VIT_SEAMS,
-        swap=MergeVisionTransformer,
-        blocks=lambda model: list(model.blocks),
-        protected=lambda model: int(model.num_prefix_tokens),
-        tokens=lambda model: int(model.patch_embed.num_patches + model.num_prefix_tokens),
-        pooling=_pooling,
-        channels=lambda model: int(model.embed_dim),
-        input_shape=image_shape,
-        **SHAPES,
-        output="merged",
-        norms=lambda model: [model.norm],
-        cost=_model_cost,
-        mae=_is_mae,
-        needs_plans=lambda model: _pool_kind(model) == "prr",
-        refuse=_refuse_model,
-    )
-
+VIT: dict[str, Any] = {
+    "library": "timm",
+    "seams": _VIT_SEAMS,
+    "swap": MergeVisionTransformer,
+    "blocks": lambda model: list(model.blocks),
+    "protected": lambda model: int(model.num_prefix_tokens),
+    "tokens": lambda model: int(model.patch_embed.num_patches + model.num_prefix_tokens),
+    "pooling": _pooling,
+    "channels": lambda model: int(model.embed_dim),
+    "input_shape": image_shape,
+    **SHAPES,
+    "output": "merged",
+    "norms": lambda model: [model.norm],
+    "cost": lambda model: model_cost(model, stem_cost(model)),
+    "mae": _is_mae,
+    "needs_plans": lambda model: _pool_kind(model) == "prr",
+    "refuse": _refuse_model,
+}
+"""Fields of the row of `VisionTransformer`, which its subclasses share."""
 
 MODELS: Sequence[ModelFamily] = (
-    _vit_row(vision_transformer.VisionTransformer),
-    _vit_row(deit.VisionTransformerDistilled),
+    ModelFamily(model=vision_transformer.VisionTransformer, **VIT),
+    ModelFamily(model=deit.VisionTransformerDistilled, **VIT),
 )
