@@ -138,6 +138,13 @@ for _method in (
         source="thresholds, as in DyMU and LTMP",
         note="calibrated on these images",
     ),
+    Method("within", {"matcher": "temporal"}, source="tokenmerge", note="pairs within one moment of a clip first"),
+    Method(
+        "across",
+        {"matcher": "temporal", "options": {"pairs": "across"}},
+        source="tokenmerge",
+        note="pairs of different moments first",
+    ),
     Method("accurate", PRESETS["accurate"], note="the preset"),
     Method(
         "diffrate", {"matcher": "diffrate"}, source="Chen et al. 2023, DiffRate", note="half pruned; no learned rates"

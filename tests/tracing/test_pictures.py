@@ -30,6 +30,9 @@ from tokenmerge.tracing import VIEWS, View, borders, paint, region_map
 from tokenmerge.tracing.figure import as_pixels, strip
 from tokenmerge.tracing.regions import anchors
 
+OF_PICTURES = [view for view in VIEWS if view != "frames"]
+"""Views of pictures; tests/tools/test_video_model.py looks at the other one."""
+
 
 @given(
     st.tuples(st.integers(1, 5), st.integers(1, 5)), st.tuples(st.integers(1, 4), st.integers(1, 4)), st.integers(0, 99)
@@ -260,7 +263,7 @@ def test_plot(tmp_path: Path) -> None:
     array = (pixels.permute(1, 2, 0).numpy() * 255).round().astype(np.uint8)
     for picture in (array, Image.fromarray(array), torch.from_numpy(array).permute(2, 0, 1)):
         assert as_pixels(picture).shape == pixels.shape
-    for view in VIEWS:
+    for view in OF_PICTURES:
         assert len(trace.plot(pixels, [0, 2], cast("View", view)).axes) == 2
     with pytest.raises(InputError, match="blocks 0 … 2"):
         trace.plot(pixels, 3)
@@ -342,6 +345,6 @@ def test_the_command_says_what_is_wrong(tmp_path: Path, run: Run) -> None:
     rows = json.loads(text)
     assert [(row["setting"], row["patches"], row["tokens"]) for row in rows] == 2 * [("r=0", 16, 16), ("r=4", 16, 1)]
     assert Image.open(out).size == (10 + 234, 26 + 4 * (224 + 30))
-    for view in VIEWS:
+    for view in OF_PICTURES:
         code, _, err = run("visualize", name, good, "--view", view, "--layer", "3", "--out", tmp_path / f"{view}.jpg")
         assert code == 0, err

@@ -22,6 +22,7 @@ from tokenmerge.matching import (  # noqa: F401  (they register themselves)
     pairing,
     pruning,
     spvit,
+    temporal,
 )
 
 __all__ = [

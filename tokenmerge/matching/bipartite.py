@@ -80,7 +80,7 @@ def bipartite_matching(
 
 def _alternating(metric: Tensor, r: int, protected: int, backend: Backend, distance: Distance) -> MergePlan:
     """Match with the alternating partition: unprotected tokens at even positions form A, at odd positions B."""
-    batch, tokens = metric.shape[0], metric.shape[-2]
+    tokens = metric.shape[-2]
     if distance != "cosine" and backend in ("triton", "c"):
         raise ConfigError(
             f"backend={backend!r} cannot run: its functions compare by cosine, not by {distance!r}: use backend='auto'"
@@ -106,9 +106,22 @@ def _alternating(metric: Tensor, r: int, protected: int, backend: Backend, dista
         else:
             a, b = as_product(metric[:, first_a::2], metric[:, first_b::2], distance)
         order, partner = _best_edges(a, b, r)
+    return edges_as_plan(order, partner, protected, tokens)
+
+
+def edges_as_plan(order: Tensor, partner: Tensor, protected: int, tokens: int) -> MergePlan:
+    """Return the plan of edges between the alternating sets A and B; both tensors are changed.
+
+    Args:
+        order: the A tokens, numbered within A, those that merge first, `[B, |A|]` int64.
+        partner: the B tokens that the first r of them join, numbered within B, `[B, r]` int64.
+        protected: leading tokens in neither set.
+        tokens: N.
+    """
+    first_a, first_b, r = protected + protected % 2, protected + 1 - protected % 2, partner.shape[1]
     a_tokens = order.mul_(2).add_(first_a)
-    position = counting(tokens, metric.device)
-    prefix, b_tokens = position[:protected].expand(batch, -1), position[first_b::2].expand(batch, -1)
+    position = counting(tokens, order.device)
+    prefix, b_tokens = (part.expand(order.shape[0], -1) for part in (position[:protected], position[first_b::2]))
     kept = torch.cat([prefix, ascending(a_tokens[:, r:]), b_tokens], dim=1)
     return MergePlan(kept, a_tokens[:, :r], partner.add_(kept.shape[1] - b_tokens.shape[1]))
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from tokenmerge.errors import InputError
+from tokenmerge.tracing.moments import Moments
 from tokenmerge.tracing.paint import View, needing_matplotlib, paint, span_of
 
 if TYPE_CHECKING:
@@ -42,11 +43,12 @@ def new_figure(width: float, height: float) -> Figure:
         from matplotlib.figure import Figure
     figure = Figure(figsize=(width, height), layout="constrained")
     FigureCanvasAgg(figure)
-    figure._repr_png_ = functools.partial(_png, figure)  # type: ignore[attr-defined]  # the method that IPython calls
+    figure._repr_png_ = functools.partial(as_png, figure)  # type: ignore[attr-defined]  # the method that IPython calls
     return figure
 
 
-def _png(figure: Figure) -> bytes:
+def as_png(figure: Figure) -> bytes:
+    """Return a figure as the bytes of a PNG file."""
     file = io.BytesIO()
     figure.savefig(file, format="png", dpi=110)
     return file.getvalue()
@@ -140,6 +142,28 @@ def _show(axes: Axes, pixels: Tensor, title: str) -> None:
     axes.imshow(pixels.permute(1, 2, 0).numpy(), interpolation="nearest")
     axes.set_title(title, fontsize=9)
     axes.set_axis_off()
+
+
+def plot_moments(series: Sequence[tuple[str, Sequence[Moments]]]) -> Figure:
+    """Draw the share of merges across moments, and the moments that a token spans, over the blocks of a model.
+
+    Args:
+        series: pairs of a title and the merges of each block (`Trace.over_time`).
+    """
+    figure = new_figure(8, 2.8)
+    left, right = figure.subplots(1, 2)
+    for number, (title, blocks) in enumerate(series):
+        places, style = [one.block + 1 for one in blocks], {"ms": 3, "color": f"C{number}", "label": title}
+        left.plot(places, [100 * one.across for one in blocks], "o-", **style)
+        right.plot(places, [one.spanned for one in blocks], "o-", **style)
+    left.set(ylabel="merges across moments, %", ylim=(-3, 103))
+    right.set(ylabel="moments per token", ylim=(0.9, None))
+    for axes in (left, right):
+        axes.set_xlabel("block")
+        axes.xaxis.get_major_locator().set_params(integer=True)
+        axes.spines[["top", "right"]].set_visible(False)
+    right.legend(frameon=False, fontsize=8)
+    return figure
 
 
 def plot_spectrograms(parts: Sequence[tuple[str, Tensor]], rate: float, bands: Sequence[float]) -> Figure:

@@ -15,8 +15,8 @@ from tokenmerge.errors import InputError
 from tokenmerge.tracing.colours import distinct
 from tokenmerge.tracing.regions import borders
 
-View = Literal["picture", "outlines", "sizes", "tokens"]
-VIEWS = ("picture", "outlines", "sizes", "tokens")
+View = Literal["picture", "outlines", "sizes", "tokens", "frames"]
+VIEWS = ("picture", "outlines", "sizes", "tokens", "frames")
 _LINE = 0.75
 """Share of black or white in a pixel of a border: black on light colours, white on dark ones."""
 _WEIGHTS, _MIDDLE = (0.2126, 0.7152, 0.0722), 0.18
@@ -32,7 +32,8 @@ def paint(pixels: Tensor, region: Tensor, view: View = "picture", span: tuple[fl
         region: `[H, W]` or `[T, H, W]` int64: the token of each pixel (`Trace.regions`); −1 for dropped patches.
         view: "picture", each token in the mean colour of its pixels over all frames; "outlines", the picture with the
             borders of tokens; "sizes", the size of tokens on a logarithmic scale, dark for single patches; "tokens", a
-            colour of its own for each token, the same from block to block.
+            colour of its own for each token, the same from block to block; "frames", how many frames of the video each token lies
+            in, from dark for one moment to bright for all.
         span: for "sizes", the numbers of pixels of the darkest and of the brightest colour; `None` takes the smallest and
             the largest token of `region`.
 
@@ -40,7 +41,7 @@ def paint(pixels: Tensor, region: Tensor, view: View = "picture", span: tuple[fl
         `[3, H, W]` or `[3, T, H, W]` float32 in [0, 1]; dropped patches are dark.
 
     Raises:
-        InputError: if `region` and `pixels` have different shapes, or the view is unknown.
+        InputError: if `region` and `pixels` have different shapes, the view is unknown, or "frames" is asked for a picture.
     """
     if pixels.shape[1:] != region.shape or pixels.shape[0] not in (1, 3):
         raise InputError(
@@ -55,6 +56,8 @@ def paint(pixels: Tensor, region: Tensor, view: View = "picture", span: tuple[fl
         painted = torch.where(region < 0, pixels * 2 * _DROPPED, pixels)
     elif view == "sizes":
         painted = _sizes(region, span)
+    elif view == "frames":
+        painted = _frames(region)
     else:
         painted = _named(region)
     return torch.where(borders(region), lined(painted), painted)
@@ -86,6 +89,19 @@ def _sizes(region: Tensor, span: tuple[float, float] | None) -> Tensor:
     colour = table("cividis")[(level.clamp(0, 1) * 255).round().long()].T
     colour[:, 0] = _DROPPED
     return colour[:, flat].reshape(3, *region.shape)
+
+
+def _frames(region: Tensor) -> Tensor:
+    if region.dim() != 3:
+        raise InputError("view='frames' shows how many frames a token lies in, but one picture was given: give a video")
+    frames, flat = region.shape[0], region.flatten(1) + 1
+    lies_in = torch.zeros(frames, int(flat.max()) + 1)
+    lies_in.scatter_(1, flat, 1.0)
+    count = lies_in.sum(dim=0)
+    level = (count - 1) / max(1, frames - 1)
+    colour = table("cividis")[(level.clamp(0, 1) * 255).round().long()].T.clone()
+    colour[:, 0] = _DROPPED
+    return colour[:, flat.flatten()].reshape(3, *region.shape)
 
 
 def _named(region: Tensor) -> Tensor:

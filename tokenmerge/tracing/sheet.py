@@ -63,6 +63,14 @@ def contact_sheet(
     return sheet
 
 
+def below(sheet: Image.Image, picture: Image.Image) -> Image.Image:
+    """Return a sheet with a picture below it, in the middle of a white background that holds both."""
+    both = Image.new("RGB", (max(sheet.width, picture.width), sheet.height + picture.height), "white")
+    both.paste(sheet, ((both.width - sheet.width) // 2, 0))
+    both.paste(picture, ((both.width - picture.width) // 2, sheet.height))
+    return both
+
+
 def _fitted(draw: ImageDraw.ImageDraw, text: str, width: float, size: int) -> str:
     """Return a text cut to `width` pixels at a font size, with an ellipsis if it was cut."""
     text = " ".join(text.split())

@@ -15,6 +15,7 @@ from tokenmerge.ops.basics import spread_rows
 from tokenmerge.patching.state import Step, TokenState, attach, carried_state, plans_needed
 from tokenmerge.plan import MergePlan, source_map
 from tokenmerge.schedule import is_count
+from tokenmerge.tracing.moments import Moments, moments_of
 from tokenmerge.tracing.paint import View
 
 if TYPE_CHECKING:
@@ -222,8 +223,8 @@ class Trace:
                 same content.
             block: index of the block after which to draw, or several; "all" draws the input and four blocks up to the last;
                 `None` is the last block that ran.
-            view: "picture", each token in its mean colour; "outlines"; "sizes"; or "tokens", each token in a colour that it
-                keeps from block to block.
+            view: "picture", each token in its mean colour; "outlines"; "sizes"; "tokens", each token in a colour that it
+                keeps from block to block; or "frames", how many frames of a video each token lies in.
             image: index of the image in the batch.
 
         Returns:
@@ -239,6 +240,23 @@ class Trace:
         return plot_regions(
             lambda shape, which: self.regions(shape, which, image), titles, patches, picture, block, view
         )
+
+    def over_time(self) -> list[Moments]:
+        """Return for each block of a clip's pass how many merges join tokens of one moment, and how many join moments.
+
+        Raises:
+            InputError: if the pass was none on clips, or its grid is unknown.
+
+        Example:
+            >>> import timm, torch, tokenmerge, tokenmerge.models.video_mae
+            >>> model = timm.create_model("video_mae_vit_tiny_patch16_224", num_frames=4, img_size=64).eval()
+            >>> handle = tokenmerge.patch(model, r=4, matcher="temporal", trace=True)  # pairs of one moment first
+            >>> logits = model(torch.randn(1, 4, 3, 64, 64))
+            >>> first = handle.trace.over_time()[0]
+            >>> first.merged, first.within, first.across, first.spanned
+            (4.0, 1.0, 0.0, 1.0)
+        """
+        return moments_of(self.plans, self.known_grid, self.batch, self.protected)
 
     def rollout(self) -> Tensor:
         """Return attention rollout (Abnar & Zuidema 2020, arXiv 2005.00928) from the class token to each patch.

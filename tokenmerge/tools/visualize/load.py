@@ -25,7 +25,7 @@ from tokenmerge.tools.processors import Processor, lacks_processor, processor_of
 from tokenmerge.tools.reading.pictures import read_picture
 from tokenmerge.tools.reading.recordings import OWN, Limits
 from tokenmerge.tools.sounds import Spectrogram
-from tokenmerge.tools.transforms import image_transform, of_processor
+from tokenmerge.tools.transforms import clip_values, image_transform, of_processor
 from tokenmerge.tools.videos import Clip
 from tokenmerge.tools.zero_shot import clip_transform
 from tokenmerge.tracing.paint import table
@@ -153,9 +153,8 @@ class Loader:
         return image_transform(self._model, {})
 
     def _video(self, path: Path) -> Shown:
-        read = Clip(
-            self.shape, self.sampling_rate, mean=self.mean, std=self.std, processor=self._processor, limits=self._limits
-        )
+        own = {} if self._processor is not None else clip_values(self._model, {})
+        read = Clip(self.shape, self.sampling_rate, processor=self._processor, limits=self._limits, **own)
         clip = read(path)
         rate = frame_rate(path) / read.stride
         return Shown(printable(path.name), VIDEOS, self._batch(clip), self._pixels(clip.transpose(0, 1)), rate)

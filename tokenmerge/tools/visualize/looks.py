@@ -15,7 +15,7 @@ from torch import Tensor
 from tokenmerge.errors import InputError
 from tokenmerge.patching import Handle, patch
 from tokenmerge.patching.seen import TokensSeen
-from tokenmerge.tools.inputs import check_finite, class_names, num_classes
+from tokenmerge.tools.inputs import check_finite, class_names, has_several_labels, num_classes
 from tokenmerge.tools.settings import Setting
 from tokenmerge.tools.variants import share_weights
 from tokenmerge.tools.visualize.load import Shown
@@ -72,7 +72,7 @@ class Merged:
         with TokensSeen(self.model) if self.handle.summary().adaptive else contextlib.nullcontext() as seen:
             output = self.model(shown.batch)
         gflops = self.gflops if seen is None else seen.mean_flops / 1e9
-        top = top_of(output, self.names, self.title) if self.classifies else ()
+        top = top_of(output, self.names, self.title, has_several_labels(self.model)) if self.classifies else ()
         return Look(self.title, self.handle.trace, top, gflops, self.class_token)
 
 
@@ -118,8 +118,16 @@ def class_names_of(model: Any) -> list[str] | None:
     return names
 
 
-def top_of(output: Any, names: Sequence[str] | None, title: str) -> tuple[tuple[str, float], ...]:
+def top_of(
+    output: Any, names: Sequence[str] | None, title: str, several: bool = False
+) -> tuple[tuple[str, float], ...]:
     """Return the five most likely classes and their probabilities; empty if the output has no logits.
+
+    Args:
+        output: output of a classifier for one input.
+        names: class names, if known.
+        title: setting that the model ran with, for the message.
+        several: whether an input may have several labels, so that each class has a probability of its own.
 
     Raises:
         InputError: if an output is NaN or infinite.
@@ -128,7 +136,8 @@ def top_of(output: Any, names: Sequence[str] | None, title: str) -> tuple[tuple[
     if not isinstance(logits, Tensor) or logits.dim() != 2:
         return ()
     check_finite(logits, title)
-    share, order = logits[0].float().softmax(dim=0).sort(descending=True, stable=True)
+    one = logits[0].float()
+    share, order = (one.sigmoid() if several else one.softmax(dim=0)).sort(descending=True, stable=True)
     return tuple(
         (names[index] if names is not None and index < len(names) else f"class {index}", value)
         for value, index in zip(share[:5].tolist(), order[:5].tolist(), strict=True)

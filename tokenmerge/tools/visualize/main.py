@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import io
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -13,6 +15,7 @@ from tokenmerge import files
 from tokenmerge.errors import ConfigError, InputError
 from tokenmerge.tools.media import SOUNDS, VIDEOS
 from tokenmerge.tools.models import RANDOM_WEIGHTS, load_model, warn_if_random
+from tokenmerge.tools.pages import finite
 from tokenmerge.tools.report import Report, Row
 from tokenmerge.tools.saved import merging_of
 from tokenmerge.tools.settings import Setting
@@ -24,12 +27,16 @@ from tokenmerge.tools.visualize.page import write_page
 from tokenmerge.tools.visualize.panels import painted, scale_of
 from tokenmerge.tools.writing import drawing, picture_suffixes
 from tokenmerge.tracing import View
-from tokenmerge.tracing.figure import plot_spectrograms, strip
-from tokenmerge.tracing.sheet import contact_sheet, to_image
+from tokenmerge.tracing.figure import as_png, plot_moments, plot_spectrograms, strip
+from tokenmerge.tracing.sheet import below, contact_sheet, to_image
 
 _FRAMES = 8
 """Number of frames of a video in a picture."""
 _FILMS = (".mp4", ".gif")
+_SCALES = {
+    "sizes": "dark: one patch, bright: the largest token (logarithmic)",
+    "frames": "dark: a token of one moment, bright: one that lies in all frames",
+}
 
 
 def run(options: VisualizeOptions, report: Report | None = None) -> list[Row]:
@@ -53,6 +60,8 @@ def run(options: VisualizeOptions, report: Report | None = None) -> list[Row]:
         report.warn(loader.note)
     if suffix in _FILMS and loader.medium is not VIDEOS:
         raise InputError(f"{suffix} is a film, but the model takes {loader.medium.name}: choose an --out such as .png")
+    if options.view == "frames" and loader.medium is not VIDEOS:
+        raise InputError(f"--view frames is for videos, but the model takes {loader.medium.name}: choose another view")
     blocks = blocks_of(options.layer, model)
     shown = [loader(path) for path in options.inputs]
     merged = merged_copies(model, settings, fields, attention=suffix == ".html")
@@ -131,8 +140,15 @@ def sheet(
                 rows.append([to_image(one) for one in of_frame])
                 names.append(_caption(each, look) if number == 0 else "")
     titles = ["input" if block < 0 else f"after block {block + 1}" for block in blocks]
-    scale = "dark: one patch, bright: the largest token (logarithmic)" if view == "sizes" else ""
-    return contact_sheet(rows, titles, names, "; ".join(part for part in (foot, scale) if part))
+    drawn = contact_sheet(rows, titles, names, "; ".join(part for part in (foot, _SCALES.get(view, "")) if part))
+    if view != "frames":
+        return drawn
+    series = [
+        (f"{each.name}, {look.title}" if len(shown) > 1 else look.title, look.trace.over_time())
+        for each, of_input in zip(shown, looks, strict=True)
+        for look in of_input
+    ]
+    return below(drawn, Image.open(io.BytesIO(as_png(plot_moments(series)))))
 
 
 def _caption(shown: Shown, look: Look) -> str:
@@ -172,6 +188,11 @@ def row_of(model: str, shown: Shown, look: Look) -> Row:
         "tokens": trace.size().shape[1] - trace.protected,
         "gflops": look.gflops,
         "top": [{"class": name, "probability": share} for name, share in look.top],
+        **(
+            {}
+            if shown.medium is not VIDEOS
+            else {"over_time": [finite(dataclasses.asdict(one)) for one in trace.over_time()]}
+        ),
     }
 
 
@@ -188,4 +209,23 @@ def _say(report: Report, rows: Sequence[Row], out: Path) -> None:
             for r in rows
         ),
     )
+    for row in rows:
+        if "over_time" in row:
+            _say_over_time(report, row)
     report.say(f"wrote {out}")
+
+
+def _say_over_time(report: Report, row: Row) -> None:
+    report.table(
+        f"{row['file']}, {row['setting']}: merges over time",
+        ("block", "merges", "within a moment", "across", "moments per token"),
+        (
+            (
+                str(one["block"] + 1),
+                f"{one['merged']:g}",
+                *("–" if one[name] is None else f"{100 * one[name]:.0f} %" for name in ("within", "across")),
+                "–" if one["spanned"] is None else f"{one['spanned']:.2f}",
+            )
+            for one in row["over_time"]
+        ),
+    )
