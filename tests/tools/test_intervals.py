@@ -100,9 +100,11 @@ def test_processes_together_find_what_one_does(monkeypatch: pytest.MonkeyPatch) 
         assert found == (100 * expected.low, 100 * expected.high)
     parts = [_scores(answers, names, part, labels) for part in ([slice(0, 10)], [slice(10, 30), slice(30, 60)], [])]
     for number in range(3):
-        every = [(one.top1, one.top5, one.images, 1.0, one.changes) for one in (part[number] for part in parts)]
+        each = [part[number] for part in parts]
+        every = [(one.top1, one.top5, one.changes) for one in each]
+        answers_of_gather = iter([[1.0] * 3, [one.images for one in each], every])
         joined = parts[0][number]
-        monkeypatch.setattr(Processes, "gather", lambda self, values, every=every: every)
+        monkeypatch.setattr(Processes, "gather", lambda self, values, of=answers_of_gather: next(of))
         joined.join(Processes(0, 3, "cpu"))
         theirs, ours = joined.row("m", 0), alone[number].row("m", 0)
         assert {k: v for k, v in theirs.items() if "top" in k} == {k: v for k, v in ours.items() if "top" in k}

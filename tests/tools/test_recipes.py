@@ -151,10 +151,16 @@ def deep(kwargs: tuple[str, ...]) -> list[str]:
 
 SMALL = {
     "audiomae_finetune": ("sounds", "vit_tiny_patch16_224", [*deep(SOUND_KWARGS), "global_pool=avg"]),
+    "audiomae_finetune_audioset": ("several", "vit_tiny_patch16_224", [*deep(SOUND_KWARGS), "global_pool=avg"]),
     "deit_from_scratch": ("images", MODEL, KWARGS[1:]),
     "mae_finetune_base": ("images", MODEL, [*KWARGS[1:], "global_pool=avg"]),
     "mae_finetune_large": ("images", MODEL, [*KWARGS[1:], "global_pool=avg"]),
     "mae_finetune_huge": ("images", MODEL, [*KWARGS[1:], "global_pool=avg"]),
+    "video_mae_finetune": (
+        "videos",
+        "video_mae:vit_tiny_patch16_224",
+        ["img_size=32", "patch_size=8", "num_frames=4", "embed_dim=32", "depth=2", "num_heads=2"],
+    ),
     "videomae_finetune": ("videos", "hf:videomae", deep(VIDEO_KWARGS)),
 }
 """Medium, model and its arguments, by recipe."""
@@ -168,6 +174,12 @@ def media(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     for split, number, label in itertools.product(("train", "val"), range(4), (0, 1)):
         write_wav(roots["sounds"] / split / str(label) / f"{number}.wav", tone(300 + 900 * label, 0.6))
         write_video(roots["videos"] / split / str(label) / f"{number}.mp4", growing(16, dark=bool(label)))
+    roots["several"] = roots["sounds"]
+    for split in ("train", "val"):
+        text = "".join(f'{number}-{label}, 0, 0.6, "{label}"\n' for label in "01" for number in range(4))
+        (roots["sounds"] / f"{split}.csv").write_text(text)
+        for path in sorted((roots["sounds"] / split).rglob("*.wav")):
+            path.rename(path.with_stem(f"{path.stem}-{path.parent.name}"))
     return roots
 
 
@@ -178,9 +190,12 @@ def test_recipe_trains_a_small_model(name: str, media: dict[str, Path], tmp_path
     words = ["train", model, "--config", name, "--data", media[medium], "--output", tmp_path / "run"]
     words += ["--model-kwargs", *kwargs, "--epochs", 1, "--warmup-epochs", 0, "--batch-size", 4]
     words += ["--grad-accum-steps", 1, "--no-amp", "--workers", 0, "--device", "cpu"]
+    words += (
+        ["--train-labels", "train.csv", "--val-labels", "val.csv", "--epoch-size", 8] if medium == "several" else []
+    )
     assert main([str(word) for word in words]) == 0
     about = json.loads((tmp_path / "run" / "run.json").read_text("utf-8"))["args"]
-    changed = {"epochs", "warmup_epochs", "batch_size", "grad_accum_steps", "amp", "model_kwargs"}
+    changed = {"epoch_size", "epochs", "warmup_epochs", "batch_size", "grad_accum_steps", "amp", "model_kwargs"}
     for key, entry in PUBLISHED[name]["values"].items():
         assert key in changed or equal(about[key], entry["value"]), key
     assert list((tmp_path / "run" / "model").glob("*.safetensors"))
@@ -192,7 +207,7 @@ DOCS = Path(__file__).parents[2] / "docs" / "training.md"
 def described() -> list[str]:
     """The rows of the table in docs/training.md: value and letter of the source of every key of the recipes."""
     order = ["deit_from_scratch", *(f"mae_finetune_{size}" for size in ("base", "large", "huge"))]
-    order += ["audiomae_finetune", "videomae_finetune"]
+    order += ["audiomae_finetune", "audiomae_finetune_audioset", "video_mae_finetune", "videomae_finetune"]
     keys: dict[str, None] = {}
     for name in order:
         keys |= dict.fromkeys(yaml.safe_load(recipes()[name].read_text("utf-8")))

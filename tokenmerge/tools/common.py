@@ -15,7 +15,7 @@ from tokenmerge.tools.options import Options, option
 from tokenmerge.tools.settings import Setting, merging_fields, parse_setting
 
 R_HELP = "tokens merged per block, such as 0 8 16 speedup=2 found.json (default: as saved with the model)"
-MODEL_HELP = "timm name, local-dir:FOLDER, hf_hub:ID, hf:FOLDER, hf:ID, hf:TYPE, torchvision:NAME or open_clip:NAME"
+MODEL_HELP = "timm name, local-dir:FOLDER, hf_hub:ID, hf:FOLDER, hf:ID, hf:TYPE, torchvision:NAME, open_clip:NAME or video_mae:NAME"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -24,7 +24,8 @@ class ModelOptions(Options):
 
     Attributes:
         model: a timm name, `local-dir:FOLDER` (timm's hub format), `hf_hub:ID`, `hf:FOLDER`, `hf:ID` or `hf:TYPE`
-            (transformers), `torchvision:NAME`, `torchvision:NAME:WEIGHTS`, `open_clip:NAME` or `open_clip:NAME:TAG`.
+            (transformers), `torchvision:NAME`, `torchvision:NAME:WEIGHTS`, `open_clip:NAME`, `open_clip:NAME:TAG`, or `video_mae:NAME` (this
+            package's video model).
         num_classes: number of classes of the head; `None` keeps the model's own.
         img_size: side of the image in pixels; `None` keeps the model's own.
         model_kwargs: further arguments of the timm model, or config values of the transformers model, by name.
@@ -71,7 +72,7 @@ class DeviceOptions(WeightOptions):
     """
 
     device: str = option("cpu", "torch device, such as cuda", "model")
-    dtype: str = option("float32", "dtype of weights and inputs", "model", choices=("float32", "bfloat16", "float16"))
+    dtype: str = option("float32", "dtype of the model", "model", choices=("float32", "bfloat16", "float16"))
     channels_last: bool = option(False, "use the channels-last memory format", "model", rare=True)
 
 
@@ -156,7 +157,7 @@ class DataOptions(Options):
     )
     dataset: str | None = option(
         None,
-        "data set of timm: hfds/NAME, hfids/NAME, wds/NAME, tfds/NAME",
+        "data set of timm: hfds/, hfids/, wds/ or tfds/NAME",
         "data",
         metavar="NAME",
     )

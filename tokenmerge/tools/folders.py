@@ -25,7 +25,7 @@ class Batch:
 
     Attributes:
         images: `[b, C, H, W]` for images.
-        labels: `[b]` int64.
+        labels: `[b]` int64; of files with several labels `[b, classes]` float32.
         skipped: "file: reason" for each unreadable file.
     """
 
@@ -34,11 +34,71 @@ class Batch:
     skipped: tuple[str, ...]
 
 
-Item = tuple[Tensor | None, int, str]
-"""Transformed file (`None` if unreadable), its label, and "file: reason" if it is unreadable."""
+Item = tuple[Tensor | None, Any, str]
+"""Transformed file (`None` if unreadable), its label or target, and "file: reason" if it is unreadable."""
 
 
-class ClassFolder(Dataset[Item]):
+class Files(Dataset[Item]):
+    """Base of data sets of files.
+
+    Attributes:
+        root: folder of the files.
+        transform: function from a decoded file to a tensor.
+        medium: kind of the files.
+        samples: the files, each with its label; with several labels with the tuple of them.
+        names: class names in the order of the model's outputs.
+        num_classes: number of classes.
+        left_out: "path: reason" of files that are no samples.
+    """
+
+    root: Path
+    transform: Any
+    medium: Medium
+    samples: list[tuple[Path, Any]]
+    names: list[str]
+    num_classes: int
+    left_out: Sequence[str]
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def take(self, places: Sequence[int]) -> None:
+        """Keep only the files at these places."""
+        self.samples = [self.samples[place] for place in places]
+
+    def name_of(self, index: int) -> str:
+        """Return the name of a file, for messages."""
+        return self.samples[index][0].name
+
+    def fingerprint(self) -> dict[str, Any]:
+        """Return the names and sizes of the files, to tell these data from others."""
+        files = [(str(path.relative_to(self.root)), path.stat().st_size) for path, _ in self.samples]
+        return {"root": str(self.root.resolve()), "files": files}
+
+    def labels_of(self, index: int) -> tuple[int, ...]:
+        """Return the labels of a file."""
+        label = self.samples[index][1]
+        return label if isinstance(label, tuple) else (label,)
+
+    def target(self, label: Any) -> Any:
+        """Return what the loss compares an output with: the label itself, if a file has one."""
+        return label
+
+    def check_decoded(self, path: Path, decoded: Any) -> None:
+        """Raise `DamagedFileError` if a decoded file does not fit its label."""
+
+    def __getitem__(self, index: int) -> Item:
+        """Return the transformed file (`None` if unreadable), its target, and "file: reason" if it is unreadable."""
+        path, label = self.samples[index]
+        try:
+            decoded = self.medium.read(path)
+            self.check_decoded(path, decoded)
+            return self.transform(decoded), self.target(label), ""
+        except DamagedFileError as error:
+            return None, self.target(label), f"{path.relative_to(self.root)}: {error.reason}"
+
+
+class ClassFolder(Files):
     """Data set of files in one folder per class; `names` lists the classes in the order of the model's outputs.
 
     Args:
@@ -101,30 +161,6 @@ class ClassFolder(Dataset[Item]):
         self.num_classes = len(every) if num_classes is None else num_classes
         self.names = [by_label.get(label, str(label)) for label in range(self.num_classes)]
 
-    def __len__(self) -> int:
-        return len(self.samples)
-
-    def take(self, places: Sequence[int]) -> None:
-        """Keep only the files at these places."""
-        self.samples = [self.samples[place] for place in places]
-
-    def name_of(self, index: int) -> str:
-        """Return the name of a file, for messages."""
-        return self.samples[index][0].name
-
-    def fingerprint(self) -> dict[str, Any]:
-        """Return the names and sizes of the files, to tell these data from others."""
-        files = [(str(path.relative_to(self.root)), path.stat().st_size) for path, _ in self.samples]
-        return {"root": str(self.root.resolve()), "files": files}
-
-    def __getitem__(self, index: int) -> Item:
-        """Return the transformed file (`None` if unreadable), its label, and "file: reason" if it is unreadable."""
-        path, label = self.samples[index]
-        try:
-            return self.transform(self.medium.read(path)), label, ""
-        except DamagedFileError as error:
-            return None, label, f"{path.relative_to(self.root)}: {error.reason}"
-
 
 def suffixes_of(medium: Medium) -> frozenset[str]:
     """Return the file name suffixes of a medium in lower case."""
@@ -148,7 +184,7 @@ def _check_one_place(root: Path, parents: list[Path]) -> None:
 
 
 def class_map_of(
-    folders: list[str], class_map: Path, root: Path, num_classes: int | None
+    folders: list[str], class_map: Path, root: Path, num_classes: int | None, what: str = "class folders"
 ) -> tuple[dict[str, int], dict[str, int]]:
     """Return the model output of each folder name, and of all names, from the file given by `--class-map`."""
     whole = os.path.exists(class_map) or class_map.is_absolute()
@@ -160,7 +196,7 @@ def class_map_of(
     strange = [name for name in folders if name not in known]
     if strange:
         raise InputError(
-            f"{len(strange)} class folders such as {strange[0]!r} are not in the class map {str(class_map)!r}: add them, or give another map"
+            f"{len(strange)} {what} such as {strange[0]!r} are not in the class map {str(class_map)!r}: add them, or give another map"
         )
     return {name: known[name] for name in folders}, known
 
@@ -201,7 +237,9 @@ def collate(samples: list[Item]) -> Batch:
     """Collate samples into one batch, with the unreadable files listed."""
     read = [(image, label) for image, label, _ in samples if image is not None]
     images = torch.stack([image for image, _ in read]) if read else torch.empty(0)
-    labels = torch.tensor([label for _, label in read], dtype=torch.int64)
+    several = bool(read) and isinstance(read[0][1], Tensor)
+    labels = torch.stack([label for _, label in read]) if several else torch.tensor([label for _, label in read])
+    labels = labels if several else labels.to(torch.int64)
     return Batch(images, labels, tuple(line for *_, problem in samples for line in problem.splitlines()))
 
 

@@ -59,6 +59,28 @@ def num_classes(model: Any) -> int:
     return int(model.config.num_labels) if classified_medium(model) is not None else 0
 
 
+_SEVERAL = "several labels per input"
+"""Note in the config of a timm model, which has no entry for it; transformers has `problem_type`."""
+
+
+def note_several_labels(model: Any, several: bool) -> None:
+    """Note in the config of a model whether its outputs are independent of each other, because one input may have several labels."""
+    if several == has_several_labels(model):
+        return
+    if hasattr(model, "pretrained_cfg"):
+        notes = tuple(one for one in (model.pretrained_cfg or {}).get("notes") or () if one != _SEVERAL)
+        model.pretrained_cfg = {**model.pretrained_cfg, "notes": (*notes, *([_SEVERAL] if several else []))}
+    elif hasattr(model, "config"):
+        model.config.problem_type = "multi_label_classification" if several else None
+
+
+def has_several_labels(model: Any) -> bool:
+    """Return whether the config of a model says that an input may have several labels."""
+    if hasattr(model, "pretrained_cfg"):
+        return _SEVERAL in ((model.pretrained_cfg or {}).get("notes") or ())
+    return getattr(getattr(model, "config", None), "problem_type", None) == "multi_label_classification"
+
+
 def class_names(model: Any) -> list[str] | None:
     """Return the class names of a model in the order of its outputs; `None` if it does not know them."""
     if hasattr(model, "pretrained_cfg"):

@@ -33,11 +33,13 @@ class Medium:
         name: name for messages, in the plural.
         suffixes: file name suffixes in lower case; `None` means timm's for images.
         read: function that opens a file for the transform; it raises `DamagedFileError` for a file that cannot be decoded.
+        rate: samples per second of what `read` returns, for sounds.
     """
 
     name: str
     suffixes: tuple[str, ...] | None
     read: Callable[[Path], Any]
+    rate: int = SAMPLE_RATE
 
 
 def _itself(path: Path) -> Path:

@@ -46,7 +46,7 @@ def bootstrap(values: Tensor, resamples: int = 2000, seed: int = 0) -> Interval:
     return Interval(float(values.mean()), low, high)
 
 
-_Z = 1.959963984540054
+Z = 1.959963984540054
 """97.5th percentile of the standard normal distribution."""
 
 
@@ -57,9 +57,9 @@ def wilson(right: int, count: int) -> Interval:
         right: number of images that were classified correctly.
         count: number of all images, at least 1.
     """
-    share, squared = right / count, _Z * _Z / count
+    share, squared = right / count, Z * Z / count
     middle = (share + squared / 2) / (1 + squared)
-    reach = _Z * math.sqrt(share * (1 - share) / count + squared / (4 * count)) / (1 + squared)
+    reach = Z * math.sqrt(share * (1 - share) / count + squared / (4 * count)) / (1 + squared)
     low = 0.0 if right == 0 else max(0.0, middle - reach)
     high = 1.0 if right == count else min(1.0, middle + reach)
     return Interval(share, low, high)
@@ -94,4 +94,4 @@ def paired_difference(gained: int, lost: int, count: int) -> Interval:
             low, high = (middle, high) if statistic(middle) > target else (low, middle)
         return (low + high) / 2
 
-    return Interval(difference, root_of(_Z, -1.0, difference), root_of(-_Z, difference, 1.0))
+    return Interval(difference, root_of(Z, -1.0, difference), root_of(-Z, difference, 1.0))

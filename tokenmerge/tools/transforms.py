@@ -12,16 +12,21 @@ from PIL import Image
 from tokenmerge.errors import InputError
 from tokenmerge.tools.hf import origin_of
 from tokenmerge.tools.inputs import preprocessing
-from tokenmerge.tools.media import IMAGES, SOUNDS, Medium, read_sound
+from tokenmerge.tools.media import IMAGES, SOUNDS, VIDEOS, Medium, read_sound
 from tokenmerge.tools.models import input_shape
 from tokenmerge.tools.processors import Processor, processor_of
 from tokenmerge.tools.sounds import Features, SoundAugmentation, Spectrogram
-from tokenmerge.tools.videos import Clip
+from tokenmerge.tools.videos import ONE_VIEW, Clip, Views
 from tokenmerge.tools.zero_shot import ZeroShot, clip_transform
 
 
 def evaluation_transform(
-    model: Any, medium: Medium, overrides: dict[str, Any], sampling_rate: int, data: Path | str
+    model: Any,
+    medium: Medium,
+    overrides: dict[str, Any],
+    sampling_rate: int,
+    data: Path | str,
+    views: Views = ONE_VIEW,
 ) -> tuple[Any, Medium]:
     """Return the transform of files of a medium, and the medium with the way that its files are read.
 
@@ -31,35 +36,53 @@ def evaluation_transform(
         overrides: values that replace the model's own preprocessing, by their names in timm's config.
         sampling_rate: stride between the sampled frames of a video.
         data: the data, for messages.
+        views: views of each video.
 
     Raises:
-        InputError: if an override is not for this medium, or does not work.
+        InputError: if an override or views are not for this medium, or does not work.
     """
     if medium is not IMAGES:
         taken = () if medium is SOUNDS else ("crop_pct", "mean", "std")
         odd = next((name for name in overrides if name not in taken), None)
         if odd is not None:
             flag = odd.replace("_", "-")
-            raise InputError(f"--{flag} is for images, but {str(data)!r} holds {medium.name}: leave it out")
+            raise InputError(f"--{flag} is for images, but {data} holds {medium.name}: leave it out")
+    if views.count > 1 and medium is not VIDEOS:
+        raise InputError(f"--views {views} is for videos, but {data} holds {medium.name}: leave it out")
     if origin_of(model) is not None:
         processor = processor_of(model, overrides)
-        return of_processor(processor, input_shape(model), sampling_rate), read_for(processor, medium)
+        return of_processor(processor, input_shape(model), sampling_rate, views=views), read_for(processor, medium)
     if isinstance(model, ZeroShot):
         return clip_transform(model.visual, overrides), medium
     shape = input_shape(model)
     if medium is SOUNDS:
         return Spectrogram(shape), medium
-    return (image_transform(model, overrides) if medium is IMAGES else Clip(shape, sampling_rate, **overrides)), medium
+    if medium is IMAGES:
+        return image_transform(model, overrides), medium
+    return Clip(shape, sampling_rate, views=views, **clip_values(model, overrides)), medium
+
+
+def clip_values(model: Any, overrides: dict[str, Any]) -> dict[str, Any]:
+    """Return the arguments of `Clip` that the preprocessing of a timm model gives, with `overrides` applied."""
+    config = preprocessing(model, overrides)
+    return {name: config[name] for name in ("crop_pct", "mean", "std", "interpolation")}
 
 
 def of_processor(
-    processor: Processor, shape: tuple[int, ...], sampling_rate: int, augmentation: SoundAugmentation | None = None
+    processor: Processor,
+    shape: tuple[int, ...],
+    sampling_rate: int,
+    augmentation: SoundAugmentation | None = None,
+    views: Views = ONE_VIEW,
 ) -> Any:
-    """Return the transform of a processor for files of its medium; `augmentation` is for sounds in training."""
+    """Return the transform of a processor for files of its medium; `augmentation` is for sounds in training, `views` for videos."""
     if processor.medium == "images":
         return processor
     if processor.medium == "videos":
-        return Clip(shape, sampling_rate, processor=processor)
+        if views.crops == 1:
+            return Clip(shape, sampling_rate, processor=processor, views=views)
+        mean, std = processor.normalisation(shape)  # a processor crops the centre
+        return Clip(shape, sampling_rate, mean=mean, std=std, interpolation=processor.interpolation, views=views)
     time_axis = 0 if hasattr(processor.inner, "max_length") else 1
     return Features(processor, processor.rate, time_axis, augmentation)
 
@@ -68,7 +91,7 @@ def read_for(processor: Processor, medium: Medium) -> Medium:
     """Return the medium whose sounds are read at the sample rate of the processor."""
     if processor.medium != "sounds":
         return medium
-    return dataclasses.replace(medium, read=functools.partial(read_sound, rate=processor.rate))
+    return dataclasses.replace(medium, read=functools.partial(read_sound, rate=processor.rate), rate=processor.rate)
 
 
 def image_transform(model: Any, overrides: dict[str, Any]) -> Any:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import random
+import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,49 @@ from tokenmerge.tools.reading.recordings import OWN, Limits
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 """Mean and standard deviation of ImageNet, which VideoMAE, ViViT and V-JEPA 2 normalize with."""
+
+
+_MOST_VIEWS = 1000
+
+
+@dataclasses.dataclass(frozen=True)
+class Views:
+    """Views of each video in an evaluation, whose predictions are averaged.
+
+    Attributes:
+        crops: crops in space, along the longer side of the frames.
+        clips: clips in time, from the first to the last that fits into the video.
+    """
+
+    crops: int = 1
+    clips: int = 1
+
+    @classmethod
+    def parse(cls, text: str) -> Views:
+        """Return the views that a text such as "3x7" spells: crops in space × clips in time.
+
+        Raises:
+            InputError: if it is no such text.
+        """
+        found = re.fullmatch(r"([1-9]\d{0,3})[x×]([1-9]\d{0,3})", text)
+        views = cls(int(found[1]), int(found[2])) if found is not None else cls(0)
+        if not 1 <= views.count <= _MOST_VIEWS:
+            raise InputError(
+                f"--views {shown(text):.40} was given, but CROPSxCLIPS with at most {_MOST_VIEWS} views was expected: try 3x7, three crops "
+                "of seven clips"
+            )
+        return views
+
+    @property
+    def count(self) -> int:
+        """Number of views of a video."""
+        return self.crops * self.clips
+
+    def __str__(self) -> str:
+        return f"{self.crops}x{self.clips}"
+
+
+ONE_VIEW = Views()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,6 +137,7 @@ class Clip:
         processor: function from frames `[frames, H, W, 3]` uint8 to the clip, instead of the centre crop and normalization here.
         interpolation: interpolation of resizing in training.
         limits: limits of the files.
+        views: views of a video in evaluation; a processor makes no more than one crop of each clip.
 
     Attributes:
         stride: frames of the latest video between two frames of its clip.
@@ -109,18 +154,19 @@ class Clip:
         processor: Callable[[Any], Tensor] | None = None,
         interpolation: str = "bilinear",
         limits: Limits = OWN,
+        views: Views = ONE_VIEW,
     ) -> None:
         from torchvision.transforms import InterpolationMode, v2
 
-        self.processor = processor if augmentation is None else None
-        self.limits, self.stride = limits, float(sampling_rate)
+        self.processor = processor if augmentation is None and views.crops == 1 else None
+        self.limits, self.stride, self.views = limits, float(sampling_rate), views
         resizing = {"interpolation": InterpolationMode(interpolation), "antialias": True}
         self.frames, _, height, width = shape
         self.sampling_rate, self.training = sampling_rate, augmentation is not None
         steps: list[Any] = []
         if augmentation is None:
             bigger = [round(side / crop_pct) for side in (height, width)]
-            steps += [v2.Resize(max(bigger), **resizing), v2.CenterCrop((height, width))]
+            steps += [v2.Resize(max(bigger), **resizing), Crops((height, width), views.crops)]
         else:
             steps += [v2.RandomResizedCrop((height, width), augmentation.scale, augmentation.ratio, **resizing)]
             steps += [v2.RandomHorizontalFlip(augmentation.hflip)]
@@ -132,23 +178,61 @@ class Clip:
         self.transform = v2.Compose(steps)
 
     def __call__(self, path: Path) -> Tensor:
-        """Return the clip `[frames, 3, H, W]` float32.
+        """Return the clip `[frames, 3, H, W]` float32; of several views `[clips·crops, frames, 3, H, W]`, clip by clip.
 
         Raises:
             DamagedFileError: if the file cannot be decoded.
         """
         decoded = read_frames(path, self._choose, self.limits)
+        clips = [self._views(part) for part in np.split(decoded, self.views.clips)]
+        return clips[0][0] if self.views.count == 1 else torch.cat(clips)
+
+    def _views(self, decoded: np.ndarray[Any, Any]) -> Tensor:
+        """Return the crops `[crops, frames, 3, H, W]` of a clip `[frames, H, W, 3]`."""
         if self.processor is not None:
-            return self.processor(decoded)
-        frames = torch.from_numpy(decoded)
-        clip: Tensor = self.transform(frames.permute(0, 3, 1, 2))
-        return clip
+            return self.processor(decoded)[None]
+        changed: Tensor = self.transform(torch.from_numpy(decoded).permute(0, 3, 1, 2))
+        crops: Tensor = changed.unflatten(0, (-1, self.frames))
+        return crops
 
     def _choose(self, total: int) -> list[int]:
         span = (self.frames - 1) * self.sampling_rate + 1
         self.stride = float(self.sampling_rate) if total >= span else total / self.frames
         if total < span:
-            return [step * total // self.frames for step in range(self.frames)]
-        surplus = total - span
-        start = int(torch.randint(surplus + 1, ())) if self.training else surplus // 2
-        return [start + step * self.sampling_rate for step in range(self.frames)]
+            return [step * total // self.frames for step in range(self.frames)] * self.views.clips
+        surplus, clips = total - span, self.views.clips
+        starts = evenly(surplus, clips)
+        if self.training:
+            starts = [int(torch.randint(surplus + 1, ())) for _ in range(clips)]
+        return [start + step * self.sampling_rate for start in starts for step in range(self.frames)]
+
+
+def evenly(surplus: int, count: int) -> list[int]:
+    """Return `count` places from 0 to `surplus`, evenly spaced and with both ends; of one the middle."""
+    return [surplus // 2] if count == 1 else [round(surplus * place / (count - 1)) for place in range(count)]
+
+
+class Crops:
+    """Crops of frames, evenly spaced along the side that is longer than the crop; of one the centre.
+
+    Args:
+        size: height and width of a crop in pixels, at most those of the frames.
+        count: number of crops.
+    """
+
+    def __init__(self, size: tuple[int, int], count: int) -> None:
+        self.size, self.count = size, count
+
+    def __call__(self, frames: Tensor) -> Tensor:
+        """Return `[count·T, C, h, w]`, crop by crop, from frames `[T, C, H, W]`."""
+        height, width = self.size
+        down, right = frames.shape[-2] - height, frames.shape[-1] - width
+        rows, columns = (
+            [round(surplus / 2)] * self.count for surplus in (down, right)
+        )  # (the centre, as torchvision's)
+        if self.count > 1 and down > right:
+            rows = evenly(down, self.count)
+        elif self.count > 1:
+            columns = evenly(right, self.count)
+        parts = zip(rows, columns, strict=True)
+        return torch.cat([frames[..., row : row + height, column : column + width] for row, column in parts])

@@ -15,7 +15,7 @@ from tokenmerge.patching import patched
 from tokenmerge.tools.demo.digits import as_stored, load_digits, load_model
 from tokenmerge.tools.demo.export import export_demo
 from tokenmerge.tools.demo.options import DemoOptions
-from tokenmerge.tools.eval.scores import add_in_turns, scores
+from tokenmerge.tools.eval.scores import Score, add_in_turns, scores
 from tokenmerge.tools.report import Report, Row
 from tokenmerge.tools.settings import Setting
 from tokenmerge.tools.writing import picture_suffixes, save_picture
@@ -55,7 +55,7 @@ def run(options: DemoOptions, report: Report | None = None) -> list[Row]:
     if not any(setting.is_baseline for setting in settings):
         settings = [Setting(0, {"r": 0}), *settings]  # the baseline of the speed-up
     model = load_model()
-    running = scores(model, settings, fields)
+    running = scores(model, settings, fields, Score)
     with report.progress() as progress, torch.inference_mode():
         rounds = 2
         task = progress.add_task("evaluating", total=rounds * len(images))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,10 +15,15 @@ from tokenmerge.tools.common import DataOptions
 from tokenmerge.tools.datasets import Labelled, LabelledStream, labelled
 from tokenmerge.tools.folders import ClassFolder
 from tokenmerge.tools.inputs import class_names, classifier_input, num_classes
+from tokenmerge.tools.labels import LabelledFiles, beside
 from tokenmerge.tools.media import Medium
 from tokenmerge.tools.signals import check, deferred
 from tokenmerge.tools.transforms import evaluation_transform
+from tokenmerge.tools.videos import ONE_VIEW, Views
 from tokenmerge.tools.zero_shot import ZeroShot
+
+AnyData = ClassFolder | LabelledFiles | Labelled | LabelledStream
+"""A data set of an evaluation."""
 
 
 def make_dataset(
@@ -26,18 +32,36 @@ def make_dataset(
     medium: Medium,
     overrides: Mapping[str, Any] | None = None,
     sampling_rate: int = 4,
-) -> ClassFolder | Labelled | LabelledStream:
+    views: Views = ONE_VIEW,
+    labels: Path | None = None,
+) -> AnyData:
     """Return the data set with the preprocessing of the model.
+
+    Args:
+        model: a classifier of the medium.
+        options: where the data are.
+        medium: kind of the files.
+        overrides: values that replace the model's own preprocessing.
+        sampling_rate: stride between the sampled frames of a video.
+        views: views of each video.
+        labels: file with several labels per file, instead of class folders.
 
     Raises:
         InputError: if the data or the preprocessing does not fit the model.
     """
     classifier_input(model, medium, "eval")
-    transform, medium = evaluation_transform(model, medium, dict(overrides or {}), sampling_rate, options.place)
+    transform, medium = evaluation_transform(model, medium, dict(overrides or {}), sampling_rate, options.place, views)
     by_names = isinstance(model, ZeroShot)
     classes, names = (None, None) if by_names else (num_classes(model), class_names(model))
-    dataset: ClassFolder | Labelled | LabelledStream
-    if options.dataset is None:
+    dataset: AnyData
+    if labels is not None:
+        if by_names:
+            raise InputError(
+                "--labels needs a classifier with a head, but open_clip's compares with texts: give another model"
+            )
+        place = beside(labels, options.folder)
+        dataset = LabelledFiles(options.folder, place, transform, classes, names, options.class_map, medium)
+    elif options.dataset is None:
         dataset = ClassFolder(options.folder, transform, classes, names, options.class_map, medium)
     else:
         dataset = labelled(options.dataset, options.data, options.split, transform, classes, names, options.class_map)
@@ -46,7 +70,7 @@ def make_dataset(
     return dataset
 
 
-def take_evenly(dataset: ClassFolder | Labelled | LabelledStream, limit: int | None, place: str) -> None:
+def take_evenly(dataset: AnyData, limit: int | None, place: str) -> None:
     """Keep only `limit` files, evenly spaced in the data; all if it is `None`.
 
     Raises:

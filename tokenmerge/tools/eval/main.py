@@ -21,19 +21,24 @@ from tokenmerge.tools.datasets import LabelledStream, medium_for
 from tokenmerge.tools.device import place
 from tokenmerge.tools.eval.data import guarded, loading, make_dataset, take_evenly
 from tokenmerge.tools.eval.options import EvalOptions
-from tokenmerge.tools.eval.scores import Score, add_in_turns, scores
+from tokenmerge.tools.eval.precision import Precision, metrics_library
+from tokenmerge.tools.eval.scores import Running, Score, add_in_turns, scores
+from tokenmerge.tools.eval.tables import figures, say_skipped, show
+from tokenmerge.tools.eval.views import ViewMean
 from tokenmerge.tools.folders import batches
+from tokenmerge.tools.inputs import has_several_labels
+from tokenmerge.tools.labels import LabelledFiles
 from tokenmerge.tools.models import load_model, warn_if_random
-from tokenmerge.tools.pages import Figure, title_of
-from tokenmerge.tools.pages.figures import Axis, captioned, lines
 from tokenmerge.tools.processes import Processes, agree, launched
 from tokenmerge.tools.report import Report, Row
 from tokenmerge.tools.saved import merging_of
-from tokenmerge.tools.settings import Setting, title_of_label
+from tokenmerge.tools.settings import Setting
 from tokenmerge.tools.tuning import check_tuning, is_asked, tune
 
 
-def _tune(running: Sequence[Score], images: Tensor, wanted: TuneOptions, processes: Processes, report: Report) -> None:
+def _tune(
+    running: Sequence[Running], images: Tensor, wanted: TuneOptions, processes: Processes, report: Report
+) -> None:
     """Tune every setting that merges on the first batch; several processes must share one record, to do the same."""
     shared = wanted.tuning is not None and os.path.isfile(wanted.tuning)
     if is_asked(wanted) and processes.count > 1 and not shared:
@@ -77,11 +82,20 @@ def _run(
     model = load_model(options, head=medium.name)
     if processes.is_main:
         warn_if_random(options, report.warn)
-    dataset = make_dataset(model, options, medium, options.preprocessing, options.sampling_rate)
+    views = options.averaged
+    dataset = make_dataset(model, options, medium, options.preprocessing, options.sampling_rate, views, options.labels)
     take_evenly(dataset, options.limit, options.place)
-    running = scores(model, settings, fields)
+    several = isinstance(dataset, LabelledFiles)
+    if several:
+        metrics_library()  # raises now, and not after all files
+    elif has_several_labels(model) and processes.is_main:
+        report.warn(
+            "the model was trained on several labels per file, but --labels was not given: top-1 counts one of them"
+        )
+    running: Sequence[Score | Precision] = scores(model, settings, fields, Precision if several else Score)
     skipped: list[str] = []
-    loader = batches(dataset, options.batch_size, options.workers, processes.rank, processes.count)
+    per_batch = max(1, options.batch_size // views.count)
+    loader = batches(dataset, per_batch, options.workers, processes.rank, processes.count)
     with (
         report.progress() if processes.is_main else contextlib.nullcontext() as progress,
         torch.inference_mode(),
@@ -95,7 +109,10 @@ def _run(
             if len(batch.labels):
                 images = place(batch.images, options.device, options.dtype, options.channels_last)
                 if done == 0:
-                    _tune(running, images, options, processes, report)
+                    some = images if views.count == 1 else images.flatten(0, 1)[: options.batch_size]
+                    _tune(running, some, options, processes, report)
+                    for score in running if views.count > 1 else ():
+                        score.forward = ViewMean(score.forward, options.batch_size, several)
                 add_in_turns(running, images, batch.labels.to(options.device), done)
                 done += 1
             if progress and task is not None:
@@ -111,77 +128,14 @@ def _run(
     skipped = [*dataset.left_out, *skipped]
     common = {
         "batch_size": options.batch_size,
+        **({"views": str(views)} if views.count > 1 else {}),
         "device": options.device,
         "dtype": options.dtype,
         "torch": torch.__version__,
     }
     rows = [{**score.row(options.model, len(skipped)), **common, "skipped_files": skipped} for score in running]
     if processes.is_main:
-        _print(report, options, rows, skipped, dataset.medium.name)
-        report.write(rows, lambda: _figures(rows))
+        show(report, options, rows, running[0].METRICS, dataset.medium.name)
+        say_skipped(report, skipped, dataset.medium.name)
+        report.write(rows, lambda: figures(rows, running[0].METRICS))
     return rows
-
-
-def _figures(rows: Sequence[Row]) -> list[Figure | None]:
-    labelled = [{**row, "name": title_of_label(row["r"])} for row in rows]
-    accuracy = Axis("top1", "top-1, %", 0, 100, ("top1_low", "top1_high"), span=2)
-    speed = Axis("images_per_second", "images per second", 0)
-    cost = Axis("gflops", "GFLOPs (multiply-adds) per image", 0)
-    found = [
-        captioned(
-            "Top-1 and speed; bars: 95 % interval of each accuracy.", lines(labelled, speed, accuracy, names="name")
-        )
-    ]
-    if any(row["top1_difference"] is not None for row in rows):
-        compared = [{**row, "top1_difference": row["top1_difference"] or 0.0} for row in labelled]
-        change = Axis(
-            "top1_difference",
-            "change of top-1, points",
-            ends=("top1_difference_low", "top1_difference_high"),
-            mark=0,
-            span=1,
-        )
-        text = "Change of top-1 to r=0 on the same images, and cost; bars: 95 % interval of the change."
-        return [*found, captioned(text, lines(compared, cost, change, names="name"))]
-    return [
-        *found,
-        captioned(
-            "Top-1 and cost; bars: 95 % interval of each accuracy.", lines(labelled, cost, accuracy, names="name")
-        ),
-    ]
-
-
-def _print(report: Report, options: EvalOptions, rows: Sequence[Row], skipped: Sequence[str], medium: str) -> None:
-    report.table(
-        f"{title_of(options.model)}, {rows[0]['images']} {medium}",
-        ("r", "top-1", "95 %", "top-5", "95 %", "img/s", "GFLOPs"),
-        (
-            (
-                str(row["r"]),
-                f"{row['top1']:.2f}",
-                f"{row['top1_low']:.1f}-{row['top1_high']:.1f}",
-                f"{row['top5']:.2f}",
-                f"{row['top5_low']:.1f}-{row['top5_high']:.1f}",
-                f"{row['images_per_second']:.1f}",
-                f"{row['gflops']:.4g}",
-            )
-            for row in rows
-        ),
-    )
-    compared = [row for row in rows if row["top1_difference"] is not None]
-    if compared:
-        ends = ("difference", "difference_low", "difference_high")
-        report.table(
-            "change to r=0 on the same images in points, 95 % intervals",
-            ("r", "top-1", "from", "to", "top-5", "from", "to"),
-            (
-                (str(row["r"]), *(f"{row[f'{name}_{end}']:+.2f}" for name in ("top1", "top5") for end in ends))
-                for row in compared
-            ),
-        )
-    if skipped:
-        report.warn(f"{len(skipped)} unreadable {medium} were skipped:")
-        for problem in skipped[:20]:
-            report.warn(f"  {problem}")
-        if len(skipped) > 20:
-            report.warn(f"  … and {len(skipped) - 20} more; --json FILE names all")

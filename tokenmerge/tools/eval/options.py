@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
+from pathlib import Path
 from typing import Any
 
 from tokenmerge.tools.common import (
@@ -14,7 +16,8 @@ from tokenmerge.tools.common import (
     batch_size,
     sampling_rate,
 )
-from tokenmerge.tools.options import option
+from tokenmerge.tools.options import only_one, option
+from tokenmerge.tools.videos import Views
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -25,6 +28,8 @@ class EvalOptions(DeviceOptions, DataOptions, MergeOptions, TuneOptions, PageOpt
         limit: number of files to use, evenly spaced in the data; `None` uses all.
         batch_size: images per forward pass.
         sampling_rate: stride between the sampled frames of a video.
+        views: views of each video, crops in space × clips in time, whose predictions are averaged.
+        labels: file with several labels for each file of `data`, in the form of AudioSet's segments, instead of class folders.
         crop_pct, crop_mode, interpolation, mean, std: preprocessing, by their names in timm; `None` is the model's own.
         strict: whether unreadable files make the exit code 1.
 
@@ -38,6 +43,15 @@ class EvalOptions(DeviceOptions, DataOptions, MergeOptions, TuneOptions, PageOpt
         None, "use only N files, evenly spaced in the data", "data", least=1, metavar="N", rare=True
     )
     batch_size: int = batch_size(64)
+    labels: Path | None = option(
+        None,
+        "CSV of several labels per file; the measure is mAP",
+        "data",
+        metavar="FILE",
+    )
+    views: str = option(
+        "1x1", "average each video over crops in space x clips in time, such as 3x7", "data", metavar="SxT", rare=True
+    )
     strict: bool = option(False, "exit with 1 if any file could not be read", "measuring", rare=True)
     sampling_rate: int = sampling_rate()
     crop_pct: float | None = option(
@@ -64,6 +78,16 @@ class EvalOptions(DeviceOptions, DataOptions, MergeOptions, TuneOptions, PageOpt
     std: tuple[float, float, float] | None = option(
         None, "standard deviation of each channel (default: the model's own)", "data", above=0, rare=True
     )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        only_one("labels", "dataset", self.labels is not None and self.dataset is not None)
+        _ = self.averaged  # raises if they are not understood
+
+    @functools.cached_property
+    def averaged(self) -> Views:
+        """The views of each video."""
+        return Views.parse(self.views)
 
     @property
     def preprocessing(self) -> dict[str, Any]:

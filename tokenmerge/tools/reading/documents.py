@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import math
 import re
 from pathlib import Path
@@ -125,10 +126,26 @@ def _check_finite(value: Any) -> None:
         raise ValueError(f"it holds the number {value}, and only finite ones are read")
 
 
+_AUDIOSET = "index,mid,display_name"
+
+
+def _of_audioset(lines: list[str], name: str) -> list[str]:
+    """Return the class names in AudioSet's list of classes, in the order of their indices."""
+    found = []
+    for number, row in enumerate(csv.reader(lines[1:], skipinitialspace=True)):
+        if len(row) != 3 or row[0].strip() != str(number):
+            raise InputError(
+                f"{name} has {shown(','.join(row))[:80]} in line {number + 2}, but {number},MID,DISPLAY_NAME was expected: correct the file"
+            )
+        found.append(row[1])
+    return found
+
+
 def read_class_map(path: Path | str, what: str) -> dict[str, int]:
     """Return the index of each class, from a text file with one class name per line in the order of the model's outputs.
 
-    This is timm's text format. Its other format, a pickle, is refused, because reading one can run any code.
+    This is timm's text format. A CSV file that begins with `index,mid,display_name`, as AudioSet's list of classes does, names them in
+    its second column. Its other format, a pickle, is refused, because reading one can run any code.
 
     Args:
         path: the file.
@@ -143,6 +160,8 @@ def read_class_map(path: Path | str, what: str) -> dict[str, int]:
             f"{name} is no text file, and pickles can run any code: give a text file with one class per line"
         )
     lines = files.read_text(path, what, MOST_YAML * 16).removesuffix("\n").split("\n")
+    if lines[0].strip() == _AUDIOSET:
+        lines = _of_audioset(lines, name)
     found: dict[str, int] = {}
     for index, line in enumerate(lines):
         label, place = line.strip(), f"in line {index + 1}"

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from tokenmerge.tools.media import VIDEOS, Medium
-from tokenmerge.tools.train.data import split_folder
+from tokenmerge.tools.train.data import labels_of, place_of
 from tokenmerge.tools.train.options import TrainOptions
 
 
@@ -21,7 +21,9 @@ def evaluation(loading: Sequence[str], args: TrainOptions, medium: Medium) -> st
     """
     words = ["tokenmerge", "eval", *loading]
     if args.dataset is None:
-        words += ["--data", _path(split_folder(args.folder, args.val_split or args.train_split, "--val-split"))]
+        words += ["--data", _path(place_of(args, args.val_split or args.train_split, "--val-split"))]
+        if args.several:
+            words += ["--labels", _path(labels_of(args, "--val-split" if args.val_split else "--train-split"))]
     else:
         words += ["--dataset", args.dataset, "--split", args.val_split or args.train_split]
         words += [] if args.data is None else ["--data", _path(args.data)]

@@ -105,7 +105,7 @@ class Logbook:
             if not (
                 isinstance(row, dict)
                 and isinstance(row.get("update"), int)
-                and _KINDS.get(str(row.get("kind")), "") in row
+                and any(name in row for name in _KINDS.get(str(row.get("kind")), ()))
             ):
                 raise InputError(
                     f"line {number + 1} of the rows {shown(str(self.path))} is no row of a run: remove the line, or the file"
@@ -153,14 +153,17 @@ class Logbook:
 
 
 _MOST_ROWS = 2**31
-_KINDS = {"train": "loss", "eval": "top1"}
-"""Kinds of rows, each with an entry that it must have."""
+_MEASURES = {"top1": Axis("top1", "top-1, %", 0, 100, span=2), "map": Axis("map", "mAP, %", 0, 100, span=2)}
+"""Axes of what an evaluation measures; of files with several labels mAP."""
+_KINDS = {"train": ("loss",), "eval": tuple(_MEASURES)}
+"""Kinds of rows, each with the entries of which it must have one."""
 _COLUMNS = {
     "epoch": "epoch",
     "update": "update",
     "r": "r",
     "top1": "top-1",
     "top5": "top-5",
+    "map": "mAP",
     "gflops": "GFLOPs",
     "images": "images",
 }
@@ -182,17 +185,25 @@ def _writing(what: str, path: Path) -> Iterator[None]:
 
 _EPOCH = Axis("epoch", "epoch", 0, whole=True)
 _LOSS = Axis("loss", "training loss", 0)
-_TOP1 = Axis("top1", "top-1, %", 0, 100, span=2)
+
+
+def _measure(rows: Sequence[Row]) -> Axis:
+    """Return the axis of what the evaluations measured."""
+    return next((axis for key, axis in _MEASURES.items() if any(key in row for row in rows)), _MEASURES["top1"])
 
 
 def _figures(rows: Sequence[Row]) -> list[Figure | None]:
     """Return the figures of the report."""
     scores = [{**row, "name": title_of_label(row["r"])} for row in rows if row["kind"] == "eval"]
+    measure = _measure(scores)
     return [
         captioned(
             "Loss of the training updates.", lines([row for row in rows if row["kind"] == "train"], _EPOCH, _LOSS)
         ),
-        captioned("Top-1 on the validation images after each epoch.", lines(scores, _EPOCH, _TOP1, by="name")),
+        captioned(
+            f"{'mAP' if measure.column == 'map' else 'Top-1'} on the validation files after each epoch.",
+            lines(scores, _EPOCH, measure, by="name"),
+        ),
     ]
 
 
@@ -203,14 +214,15 @@ def curves(rows: Sequence[Row]) -> Any:
     train = [row for row in rows if row["kind"] == "train"]
     left.plot([row["epoch"] for row in train], [row["loss"] for row in train], color=COLOURS[0])
     scores = [row for row in rows if row["kind"] == "eval"]
+    measure = _measure(scores)
     for number, r in enumerate(dict.fromkeys(row["r"] for row in scores)):
         points = [row for row in scores if row["r"] == r]
-        epochs, top1 = [row["epoch"] for row in points], [row["top1"] for row in points]
+        epochs, found = [row["epoch"] for row in points], [row[measure.column] for row in points]
         shade = COLOURS[number % len(COLOURS)]
-        right.plot(epochs, top1, "o-", ms=3, color=shade, label=title_of_label(r), clip_on=False)
+        right.plot(epochs, found, "o-", ms=3, color=shade, label=title_of_label(r), clip_on=False)
     if scores:
         right.legend(frameon=False, fontsize=8)
-    for axes, axis, points in ((left, _LOSS, train), (right, _TOP1, scores)):
+    for axes, axis, points in ((left, _LOSS, train), (right, measure, scores)):
         axes.set(xlabel=_EPOCH.label, ylabel=axis.label)
         if points:
             axes.set_xlim(*_EPOCH.limits(points))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from tokenmerge.errors import InputError, shown
 from tokenmerge.patching import Handle
 from tokenmerge.tools.eval.data import guarded, loading
+from tokenmerge.tools.eval.precision import Precision
 from tokenmerge.tools.eval.scores import Score, seen_by
 from tokenmerge.tools.processes import Processes, agree
 from tokenmerge.tools.report import Report, Row
@@ -268,7 +269,14 @@ class Loop:
         bars.evaluation(len(self.validation))
         with gathered(model), agree(TrainingError):
             scores = evaluate_settings(
-                model, handle, settings, guarded(self.validation), self.accelerator, bars.tick, self._name
+                model,
+                handle,
+                settings,
+                guarded(self.validation),
+                self.accelerator,
+                bars.tick,
+                self._name,
+                Precision if self.args.several else Score,
             )
         rows: list[Row] = []
         for score in scores:
@@ -278,14 +286,15 @@ class Loop:
                     f"none of the validation images in {str(self.args.data)!r} could be read: check the files, or give --val-split ''"
                 )
             row: Row = {"kind": "eval", "update": self.update, "epoch": float(epoch + 1), "r": score.setting.label}
-            row |= {"top1": 100 * score.top1 / score.images, "top5": 100 * score.top5 / score.images}
+            row |= score.percentages()
             rows.append({**row, "images": score.images, "gflops": score.gflops})
         with agree(TrainingError):
             if self.logbook is not None:
                 for row in rows:
                     self.logbook.add(row)
                 self.logbook.draw()
-                self.report.say("  " + ", ".join(f"r={row['r']}: top-1 {row['top1']:.2f}" for row in rows))
+                key, name = next(iter(scores[0].METRICS.items()))
+                self.report.say("  " + ", ".join(f"r={row['r']}: {name} {row[key]:.2f}" for row in rows))
         return rows
 
 
@@ -297,7 +306,8 @@ def evaluate_settings(
     accelerator: Any,
     tick: Callable[[], None],
     name: Callable[[tuple[str, ...]], None],
-) -> list[Score]:
+    kind: type[Score | Precision] = Score,
+) -> Sequence[Score | Precision]:
     """Return one score per setting over this process's batches; the last setting remains active afterwards."""
 
     def forward(setting: Setting) -> Callable[[Tensor], Tensor]:
@@ -313,7 +323,7 @@ def evaluate_settings(
     for setting in settings:
         merging.apply(handle, setting)
         gflops = handle.summary().flops_after / 1e9
-        scores.append(Score(setting, forward(setting), gflops, seen=seen_by(model, handle)))
+        scores.append(kind(setting, forward(setting), gflops, seen=seen_by(model, handle)))
     with torch.inference_mode(), torch.compiler.set_stance("force_eager"):  # otherwise every r would be compiled
         for batch in batches:
             name(batch.skipped)

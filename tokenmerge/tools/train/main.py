@@ -14,11 +14,10 @@ import torch
 import tokenmerge
 from tokenmerge.errors import InputError, shown
 from tokenmerge.files import read_json, refuse_link
-from tokenmerge.tools.datasets import Labelled
-from tokenmerge.tools.folders import ClassFolder
+from tokenmerge.tools.eval.precision import metrics_library
 from tokenmerge.tools.folders import batches as evaluation_batches
-from tokenmerge.tools.inputs import classifier_input, num_classes
-from tokenmerge.tools.media import IMAGES
+from tokenmerge.tools.inputs import class_names, classifier_input, note_several_labels, num_classes
+from tokenmerge.tools.media import IMAGES, VIDEOS
 from tokenmerge.tools.models import load_model
 from tokenmerge.tools.processes import agree
 from tokenmerge.tools.report import Report, Row
@@ -26,6 +25,7 @@ from tokenmerge.tools.signals import handled
 from tokenmerge.tools.train import merging
 from tokenmerge.tools.train.checkpoints import Checkpoints
 from tokenmerge.tools.train.data import (
+    AnyImages,
     Augmented,
     EpochBatches,
     count_classes,
@@ -33,6 +33,7 @@ from tokenmerge.tools.train.data import (
     medium_to_train,
     open_split,
     seed_all,
+    weights_of,
 )
 from tokenmerge.tools.train.hint import evaluation
 from tokenmerge.tools.train.lock import locked
@@ -181,9 +182,7 @@ def make_accelerator(args: TrainOptions) -> Any:
     return accelerator
 
 
-def build(
-    args: TrainOptions, accelerator: Any, checkpoints: Checkpoints, report: Report
-) -> tuple[Loop, ClassFolder | Labelled]:
+def build(args: TrainOptions, accelerator: Any, checkpoints: Checkpoints, report: Report) -> tuple[Loop, AnyImages]:
     """Return the training loop with prepared model, data and optimizer, and the training images."""
     rank, processes = accelerator.process_index, accelerator.num_processes
     seed_all(args.seed, "model")
@@ -191,7 +190,8 @@ def build(
     odd = [*images.left_out, *(validation.left_out if validation is not None else ())]
     if odd and rank == 0:
         report.warn(f"{len(odd)} files or folders were left out, the first is {odd[0]}")
-    batches = EpochBatches(len(images), args, rank, processes)
+    weights = weights_of(images) if args.weighted_sampling else None
+    batches = EpochBatches(len(images), args, rank, processes, weights)
     model.to(accelerator.device)
     teacher = teacher_of(model) if args.distill_weight else None
     handle = tokenmerge.patch(model, args.setting.config(**args.merging()))
@@ -233,7 +233,7 @@ def build(
     return loop, images
 
 
-def _model_and_data(args: TrainOptions) -> tuple[Any, ClassFolder | Labelled, ClassFolder | Labelled | None]:
+def _model_and_data(args: TrainOptions) -> tuple[Any, AnyImages, AnyImages | None]:
     medium = medium_to_train(args)
     check_flags(args, medium)
     if args.model.startswith("open_clip:"):
@@ -244,16 +244,20 @@ def _model_and_data(args: TrainOptions) -> tuple[Any, ClassFolder | Labelled, Cl
     classes = count_classes(args) if args.num_classes is None else args.num_classes
     model = load_model(args.model_options(classes), head=medium.name, new_head=True)
     shape = classifier_input(model, medium, "train")
-    if medium is IMAGES and hasattr(model, "pretrained_cfg"):
+    if medium in (IMAGES, VIDEOS) and hasattr(model, "pretrained_cfg"):
         own = {name: getattr(args, name) for name in ("crop_pct", "interpolation", "mean", "std")}
         given = {name: value for name, value in own.items() if value is not None}
         model.pretrained_cfg = {**model.pretrained_cfg, **given}
+    note_several_labels(model, args.several)
+    if args.several:
+        metrics_library()  # raises now, and not after the first epoch
+    known = class_names(model)
     processor = processor_for(model, args)
     read = medium if processor is None else read_for(processor, medium)
 
-    def opened(split: str, option: str, training: bool) -> ClassFolder | Labelled:
+    def opened(split: str, option: str, training: bool) -> AnyImages:
         transform = make_transform(model, args, medium, training, shape, processor)
-        return open_split(args, split, option, transform, num_classes(model), read)
+        return open_split(args, split, option, transform, num_classes(model), read, known)
 
     validation = opened(args.val_split, "--val-split", False) if args.val_split else None
     images = opened(args.train_split, "--train-split", True)

@@ -34,9 +34,7 @@ class Objective:
         self.args, self.teacher, self.further = args, teacher, further
         self.mixup = None
         if args.mixup > 0 or args.cutmix > 0:
-            from timm.data.mixup import Mixup
-
-            self.mixup = Mixup(
+            self.mixup = (_mixup_of_several() if args.several else _mixup())(
                 mixup_alpha=args.mixup,
                 cutmix_alpha=args.cutmix,
                 prob=args.mixup_prob,
@@ -45,10 +43,12 @@ class Objective:
                 num_classes=num_classes,
             )
         smoothing = 0.0 if self.mixup else args.smoothing  # mixed targets are smoothed already
-        if args.bce_loss:
+        if args.several:
+            self.criterion: nn.Module = SeveralLabels(smoothing)
+        elif args.bce_loss:
             from timm.loss import BinaryCrossEntropy
 
-            self.criterion: nn.Module = BinaryCrossEntropy(smoothing=smoothing)
+            self.criterion = BinaryCrossEntropy(smoothing=smoothing)
         else:
             self.criterion = nn.CrossEntropyLoss(label_smoothing=smoothing)
 
@@ -81,6 +81,45 @@ class Objective:
         )
         loss = (1 - share) * loss + share * heat**2 * gap
         return loss if further is None else loss + further
+
+
+class SeveralLabels(nn.Module):
+    """Binary cross-entropy over all classes, with label smoothing as timm's `BinaryCrossEntropy` has it.
+
+    Args:
+        smoothing: share of each target that all classes share.
+    """
+
+    def __init__(self, smoothing: float) -> None:
+        super().__init__()
+        self.smoothing = smoothing
+
+    def forward(self, logits: Tensor, targets: Tensor) -> Tensor:
+        """Return the mean over files and classes of the loss of `logits [b, classes]` for `targets [b, classes]` in [0, 1]."""
+        return F.binary_cross_entropy_with_logits(logits, smoothed(targets, self.smoothing))
+
+
+def smoothed(targets: Tensor, smoothing: float) -> Tensor:
+    """Return targets `[b, classes]` with a share of them divided among all classes."""
+    return targets * (1 - smoothing) + smoothing / targets.shape[1]
+
+
+def _mixup() -> Any:
+    from timm.data.mixup import Mixup
+
+    return Mixup
+
+
+def _mixup_of_several() -> Any:
+    """Return timm's `Mixup` for targets of several labels, which are mixed as the inputs are."""
+
+    class MixupOfSeveral(_mixup()):  # type: ignore[misc]
+        def __call__(self, x: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+            share = self._mix_batch(x)
+            target = smoothed(target, self.label_smoothing)
+            return x, target * share + target.flip(0) * (1 - share)
+
+    return MixupOfSeveral
 
 
 def teacher_of(model: nn.Module) -> Any:

@@ -12,7 +12,7 @@ from typing import Any
 from tokenmerge.config import MergeConfig
 from tokenmerge.errors import InputError, TokenMergeError
 from tokenmerge.tools.common import DeviceOptions, MergeOptions, RowOptions, WeightOptions
-from tokenmerge.tools.options import OptionError, option
+from tokenmerge.tools.options import OptionError, only_one, option
 from tokenmerge.tools.settings import Setting, parse_setting
 
 
@@ -191,6 +191,11 @@ class TrainOptions(WeightOptions, MergeOptions, OptimizationOptions):
         data: folder with one subfolder per split, each with one folder of files per class; the root of `dataset`.
         dataset: data set that timm reads instead, such as "hfds/NAME".
         train_split, val_split: subfolders or splits; an empty `val_split` trains without validation.
+        train_labels, val_labels: files with several labels for each file of a split, in the form of AudioSet's segments, instead
+            of class folders; the loss is then binary cross-entropy, and the measure mAP.
+        class_map: file of class names in the order of the model's outputs.
+        weighted_sampling: whether files are drawn with replacement, each with the sum over its labels of 1 ÷ their number of files.
+        epoch_size: files per epoch; 0 takes as many as there are.
         workers: data loader processes per training process.
         r: the schedule; `None` is as saved with the model, otherwise 0.
         r_warmup_epochs: epochs over which r grows from 0.
@@ -238,6 +243,22 @@ class TrainOptions(WeightOptions, MergeOptions, OptimizationOptions):
         rare=True,
         empty=True,
     )
+    train_labels: Path | None = option(
+        None,
+        "CSV with several labels per training file, as AudioSet's, instead of class folders",
+        "data",
+        metavar="FILE",
+    )
+    val_labels: Path | None = option(None, "such a CSV for the validation files", "data", metavar="FILE")
+    class_map: Path | None = option(
+        None, "text file of class names in the order of the model's outputs", "data", metavar="FILE", rare=True
+    )
+    weighted_sampling: bool = option(
+        False, "draw files of rare labels more often, with replacement", "data", negatable=True, rare=True
+    )
+    epoch_size: int = option(
+        0, "files per epoch; 0 takes as many as there are", "data", least=0, metavar="N", rare=True
+    )
     workers: int = option(2, "data loader processes per training process", "data", "-j", least=0, most=512, metavar="N")
     device: str = option(
         "auto", "auto uses one GPU per process if there are GPUs", "computing", choices=("auto", "cpu")
@@ -273,11 +294,38 @@ class TrainOptions(WeightOptions, MergeOptions, OptimizationOptions):
             raise InputError(
                 f"warmup_epochs={self.warmup_epochs} leaves nothing of epochs={self.epochs}: give fewer, 0 for none"
             )
+        self._check_labels()
         late = [epoch for epoch, _ in self.milestones if epoch >= self.epochs]
         if late:
             raise InputError(
                 f"r_milestones has epoch {late[0]}, but there are {self.epochs} epochs, from 0 on: check both"
             )
+
+    def _check_labels(self) -> None:
+        if self.val_labels is not None and self.train_labels is None:
+            raise InputError(
+                "--val-labels was given without --train-labels, but both splits have labels of one kind: give both"
+            )
+        if self.train_labels is None:
+            return
+        only_one("train-labels", "dataset", self.dataset is not None)
+        if not self.val_split and self.val_labels is not None:
+            raise InputError(
+                "--val-labels was given with --val-split '', which trains without validation: leave one of them out"
+            )
+        if self.val_split and self.val_labels is None:
+            raise InputError(
+                "--train-labels was given without --val-labels: give both, or --val-split '' to train without"
+            )
+        if self.distill_weight:
+            raise InputError(
+                "--distill-weight compares distributions over classes, but --train-labels gives several labels per file: leave it out"
+            )
+
+    @property
+    def several(self) -> bool:
+        """Whether files have several labels."""
+        return self.train_labels is not None
 
     @property
     def folder(self) -> Path:

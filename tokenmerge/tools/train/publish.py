@@ -12,11 +12,10 @@ from tokenmerge import files
 from tokenmerge.config import MergeConfig
 from tokenmerge.patching.kept import KEY, SETTINGS, lasting
 from tokenmerge.saving import WEIGHTS, write_model
-from tokenmerge.tools.datasets import Labelled
-from tokenmerge.tools.folders import ClassFolder
 from tokenmerge.tools.inputs import preprocessing
 from tokenmerge.tools.models import TORCHVISION
 from tokenmerge.tools.processors import quiet
+from tokenmerge.tools.train.data import AnyImages
 from tokenmerge.tools.train.merging import setting_at
 from tokenmerge.tools.train.options import TrainOptions
 from tokenmerge.tools.train.transforms import processor_for
@@ -25,9 +24,7 @@ _OF_TRAINING = ("drop_rate", "drop_path_rate")
 """Arguments of a model that belong to its training, and not to its architecture."""
 
 
-def publish(
-    model: nn.Module, state: dict[str, Tensor], args: TrainOptions, images: ClassFolder | Labelled, folder: Path
-) -> None:
+def publish(model: nn.Module, state: dict[str, Tensor], args: TrainOptions, images: AnyImages, folder: Path) -> None:
     """Write the model, its weights and its merging, as `tokenmerge.save` does; all files appear at once.
 
     `timm.create_model("local-dir:FOLDER", pretrained=True)` or `from_pretrained` loads it without this library, unmerged.
@@ -78,7 +75,7 @@ def _publish_torchvision(
     state: dict[str, Tensor],
     args: TrainOptions,
     config: MergeConfig,
-    images: ClassFolder | Labelled,
+    images: AnyImages,
     folder: Path,
 ) -> None:
     """Write the weights, and the model's name, classes and preprocessing, which torchvision itself has no format for."""

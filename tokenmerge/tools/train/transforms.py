@@ -11,8 +11,8 @@ from tokenmerge.tools.media import IMAGES, SOUNDS, VIDEOS, Medium
 from tokenmerge.tools.processors import Processor, processor_of
 from tokenmerge.tools.sounds import SoundAugmentation, Spectrogram
 from tokenmerge.tools.train.options import TrainOptions
-from tokenmerge.tools.transforms import of_processor, of_timm
-from tokenmerge.tools.videos import MEAN, STD, Clip, ClipAugmentation
+from tokenmerge.tools.transforms import clip_values, of_processor, of_timm
+from tokenmerge.tools.videos import Clip, ClipAugmentation
 
 
 def check_flags(args: TrainOptions, medium: Medium) -> None:
@@ -64,17 +64,21 @@ def make_transform(
         return _image_transform(model, args, training, shape, processor)
     if medium is SOUNDS:
         return Spectrogram(shape, SoundAugmentation(args.roll, args.timem, args.freqm) if augments else None)
-    return _clip_transform(args, augments, shape, processor)
+    return _clip_transform(model, args, augments, shape, processor)
 
 
-def _clip_transform(args: TrainOptions, augments: bool, shape: tuple[int, ...], processor: Processor | None) -> Clip:
+def _clip_transform(
+    model: Any, args: TrainOptions, augments: bool, shape: tuple[int, ...], processor: Processor | None
+) -> Clip:
     """Return the transform of videos."""
     augmentation = ClipAugmentation(args.scale, args.ratio, args.hflip, args.reprob, args.aa) if augments else None
     if processor is not None:
         mean, std = processor.normalisation(shape)
         resizing = processor.interpolation
         return Clip(shape, args.sampling_rate, augmentation, mean=mean, std=std, interpolation=resizing)
-    return Clip(shape, args.sampling_rate, augmentation, args.crop_pct or 1.0, args.mean or MEAN, args.std or STD)
+    own = {name: getattr(args, name) for name in ("crop_pct", "mean", "std")}
+    given = {name: value for name, value in own.items() if value is not None}
+    return Clip(shape, args.sampling_rate, augmentation, **clip_values(model, given))
 
 
 def processor_for(model: Any, args: TrainOptions) -> Processor | None:
