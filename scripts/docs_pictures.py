@@ -1,9 +1,11 @@
 """Write the pictures of README.md and docs: output of the commands for scikit-image's photo of a cat (CC0).
 
     python scripts/docs_pictures.py FOLDER
+    python scripts/docs_pictures.py --tutorials FOLDER
 
-FOLDER holds a classifier with 14 × 14 patches and its weights, in timm's hub format. The pictures in the repository show a
-ViT-Ti/16 that was fine-tuned on Tiny ImageNet (200 classes, photos enlarged from 64 pixels).
+Without --tutorials, FOLDER holds a classifier with 14 × 14 patches and its weights, in timm's hub format. The pictures in the repository show a
+ViT-Ti/16 that was fine-tuned on Tiny ImageNet (200 classes, photos enlarged from 64 pixels). With it, the commands of
+docs/tutorials/video.md and sound.md were run in FOLDER, and parts of what they wrote are taken.
 """
 
 from __future__ import annotations
@@ -43,8 +45,20 @@ def screenshot(page: Path, out: Path) -> None:
         browser.close()
 
 
+def of_tutorials(folder: Path) -> None:
+    """Take the pictures of the tutorials on videos and sounds: three frames of eight, the curves alone, and the spectrograms."""
+    film, frames = Image.open(folder / "moving.png"), Image.open(folder / "frames.png")
+    head, foot, rows, kept = 26, 24, 8, 3
+    film.crop((0, 0, film.width, head + (film.height - head) * kept // rows)).save(IMAGES / "moving.png")
+    frames.crop((0, film.height + foot, frames.width, frames.height)).save(IMAGES / "over-time.png")
+    Image.open(folder / "events.png").save(IMAGES / "events.png")
+
+
 def main() -> None:
     """Write all pictures."""
+    if len(sys.argv) == 3 and sys.argv[1] == "--tutorials":
+        of_tutorials(Path(sys.argv[2]))
+        return
     if len(sys.argv) != 2:
         sys.exit(__doc__)
     with tempfile.TemporaryDirectory() as folder:
