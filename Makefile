@@ -39,7 +39,7 @@ test-fast: $(STAMP)
 # every kind of block and head runs with the oldest versions; all timm names, which differ only in their sizes, and tests that do not
 # depend on other libraries run with the newest versions only; matching and merging run in PyTorch here, as without a C compiler, and in C
 # with the newest versions
-NEWEST_ONLY := test_layout test_public test_reference test_project test_config test_schedule tools/test_benchmarks tools/test_break_even tools/test_compare tools/test_docs tools/test_site tools/test_sounds \
+NEWEST_ONLY := test_layout test_public test_reference test_project test_config test_schedule tools/test_benchmarks tools/test_break_even tools/test_compare tools/test_docs tools/test_paper tools/test_site tools/test_sounds \
 	tools/test_videos tools/test_tools
 test-oldest: $(OLD)/.installed
 	TOKENMERGE_TESTS_WITHOUT_C=1 OMP_NUM_THREADS=1 $(OLD)/bin/python -m pytest -n 2 --dist worksteal -m "not slow" \

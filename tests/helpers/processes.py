@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import gc
 import multiprocessing
 import os
 import signal
@@ -18,11 +19,30 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+_PRELOADED = [
+    "tests.helpers.processes",
+    "tokenmerge.cli",
+    "timm",
+    "torchvision",
+    "accelerate",
+    # what `train` imports when it gets there, which is half of the time of a short run
+    "cyclopts",
+    "jinja2",
+    "matplotlib.backends.backend_agg",
+    "matplotlib.figure",
+    "timm.optim",
+    "tokenmerge.tools.train.logbook",
+    "tokenmerge.tools.train.loop",
+    "tokenmerge.tools.train.main",
+    "torch.distributed.checkpoint",
+    "torch.distributed.fsdp",
+]
+
 
 @functools.cache
 def _context() -> Any:
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["tests.helpers.processes", "tokenmerge.cli", "timm", "torchvision", "accelerate"])
+    context.set_forkserver_preload(_PRELOADED)
     return context
 
 
@@ -33,13 +53,16 @@ def as_in_a_shell() -> None:
         signal.signal(number, signal.SIG_DFL)
 
 
-def _run(words: Sequence[str], out: Path, environment: Mapping[str, str]) -> None:
+def _run(words: Sequence[str], out: Path, environment: Mapping[str, str], group: bool) -> None:
     """Redirect the output to files and run the command, in the new process."""
+    if group:
+        os.setsid()
     for number, name in ((1, "out"), (2, "err")):
         file = os.open(f"{out}.{name}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
         os.dup2(file, number)
     as_in_a_shell()
     os.environ.update(environment)
+    gc.freeze()  # what was imported is not looked through again
     # workers of data loaders start as in the command itself: those of a fork server would outlive a command that is killed
     multiprocessing.set_start_method("fork", force=True)
     import torch
@@ -52,11 +75,13 @@ def _run(words: Sequence[str], out: Path, environment: Mapping[str, str]) -> Non
 
 
 class Command:
-    """A running `tokenmerge` command, whose output goes to files next to `out`."""
+    """A running `tokenmerge` command, whose output goes to files next to `out`; it may lead a group of its own."""
 
-    def __init__(self, words: Sequence[str], out: Path, environment: Mapping[str, str] | None = None) -> None:
+    def __init__(
+        self, words: Sequence[str], out: Path, environment: Mapping[str, str] | None = None, *, group: bool = False
+    ) -> None:
         self.path = out
-        self.process = _context().Process(target=_run, args=(words, out, environment or {}))
+        self.process = _context().Process(target=_run, args=(words, out, environment or {}, group))
         self.process.start()
 
     @property

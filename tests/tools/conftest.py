@@ -1,7 +1,9 @@
-"""A browser for the tests of pages."""
+"""A browser for the tests of pages, and one list of ONNX's operators for the tests of exporting."""
 
 from __future__ import annotations
 
+import functools
+import importlib.util
 from collections.abc import Iterator
 from typing import Any
 
@@ -30,3 +32,19 @@ def chromium() -> Iterator[Any]:
 @pytest.fixture
 def open_page(chromium: Any) -> Iterator[Open]:
     yield from opener(chromium)
+
+
+@pytest.fixture(scope="session")
+def one_registry() -> Iterator[None]:
+    """Torch's exporter to ONNX makes its list of operators once, and not in each export, where it takes over a second.
+
+    Nothing changes a list but operators of one's own, and tokenmerge gives none.
+    """
+    if importlib.util.find_spec("onnxscript") is None:
+        yield
+        return
+    from torch.onnx._internal.exporter._registration import ONNXRegistry
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ONNXRegistry, "from_torchlib", staticmethod(functools.cache(ONNXRegistry.from_torchlib)))
+        yield

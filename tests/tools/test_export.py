@@ -59,6 +59,7 @@ def test_torch_export(name: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("one_registry")
 @pytest.mark.parametrize("name", AS_ONNX)
 def test_onnx(name: str, tmp_path: Path) -> None:
     model = tiny(name, depth=2)
@@ -68,6 +69,7 @@ def test_onnx(name: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("one_registry")
 @pytest.mark.parametrize(
     ("name", "format"),
     [
@@ -86,6 +88,7 @@ def test_transformers(name: str, format: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("one_registry")
 def test_what_an_onnx_file_holds(tmp_path: Path) -> None:
     """Plain operators of the standard set, any batch size, and what made it."""
     onnx = pytest.importorskip("onnx")

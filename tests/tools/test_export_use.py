@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import random
 from pathlib import Path
 from typing import Any
@@ -54,7 +55,18 @@ def _found() -> list[dict[str, Any]]:
     return [config_fields(one, 1.3, LAYERS, cost.tokens, cost.protected, cost.fraction) for one in parameters]
 
 
+@functools.lru_cache(maxsize=1)
+def _models(first: int, count: int) -> tuple[Several, Tensor]:
+    """Models merged by some of what is found, from the last on, and images; the same ones again for another column."""
+    models = []
+    for fields in _found()[::-1][first : first + count]:
+        models.append(tiny("deit_tiny_patch16_224", depth=LAYERS))
+        tokenmerge.patch(models[-1], backend="torch", **fields)
+    return Several(models).eval(), images_for(models[0])
+
+
 @pytest.mark.slow
+@pytest.mark.usefixtures("one_registry")
 @pytest.mark.parametrize("column", ["onnx", "onnx, TorchScript", "pt2", "OpenVINO"])
 def test_what_a_search_finds(column: str, tmp_path: Path) -> None:
     package, write = COLUMNS[column]
@@ -63,10 +75,7 @@ def test_what_a_search_finds(column: str, tmp_path: Path) -> None:
     # converters take ever longer for larger programs, and the newer ONNX exporter most of all; TorchScript's tries everything
     count = 2 if column == "onnx" else 6
     for first in range(0, len(found) if column == "onnx, TorchScript" else count, count):
-        models = [tiny("deit_tiny_patch16_224", depth=LAYERS) for _ in found[first : first + count]]
-        for model, fields in zip(models, found[::-1][first : first + count], strict=True):
-            tokenmerge.patch(model, backend="torch", **fields)
-        whole, images = Several(models).eval(), images_for(models[0])
+        whole, images = _models(first, count)
         with torch.no_grad():
             run = write(whole, images, tmp_path)
             if run is None:  # the command's own check has run it
@@ -97,6 +106,7 @@ def test_height_and_width_may_stay_free(fields: dict[str, Any]) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("one_registry")
 @torch.no_grad()
 def test_height_and_width_may_stay_free_in_onnx(tmp_path: Path) -> None:
     onnxruntime = pytest.importorskip("onnxruntime")

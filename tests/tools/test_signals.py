@@ -300,22 +300,29 @@ def test_interrupted_at_any_moment(data: Path, tmp_path: Path, workers: int) -> 
 
 @pytest.mark.slow
 def test_terminated_with_the_whole_group(data: Path, tmp_path: Path) -> None:  # noqa: F811
-    """As `timeout` and job schedulers do: the data loaders must not die of it."""
+    """As `timeout` and job schedulers do: the data loaders must not die of it. Once as a person starts it."""
     generator = random.Random(os.getpid())
     for number in range(4):
         run = tmp_path / str(number)
-        command = [sys.executable, "-m", "tokenmerge", *words(data, run, "--epochs", 9000, "--workers", 2)]
-        process = subprocess.Popen(
-            command, start_new_session=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-        )
+        line = words(data, run, "--epochs", 9000, "--workers", 2)
+        said = [tmp_path / f"said.{name}" for name in ("out", "err")]
+        wait: Callable[[float], int]
+        if number:
+            command = Command(line, tmp_path / "said", group=True)
+            pid, wait = command.process.pid, command.wait
+        else:
+            with said[0].open("w") as out, said[1].open("w") as err:
+                process = subprocess.Popen(
+                    [sys.executable, "-m", "tokenmerge", *line], start_new_session=True, stdout=out, stderr=err
+                )
+            pid, wait = process.pid, process.wait
         end = time.monotonic() + 60
         while not any((run / "checkpoints").glob("update-*")) and time.monotonic() < end:
             time.sleep(0.01)
         time.sleep(generator.random())
-        os.killpg(process.pid, signal.SIGTERM)
-        out, err = process.communicate(timeout=60)
-        assert (process.returncode, err) == (0, ""), err
-        assert "stopped and saved after update" in out
+        os.killpg(pid, signal.SIGTERM)
+        assert (wait(60), said[1].read_text()) == (0, "")
+        assert "stopped and saved after update" in said[0].read_text()
 
 
 DRIVER = """
@@ -371,18 +378,24 @@ def test_a_closed_terminal_and_an_early_sigterm(data: Path, tmp_path: Path, numb
             assert (process.returncode, err) == said[number]
 
 
+@pytest.fixture(scope="module")
+def trained(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:  # noqa: F811
+    """A model that was trained for an epoch."""
+    run = tmp_path_factory.mktemp("trained") / "run"
+    assert main(words(data, run, "--epochs", 1)) == 0
+    return run / "model"
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("seconds", [0.0, 0.7, 1.9, 3.1])
-def test_search_is_interrupted_in_one_line(data: Path, tmp_path: Path, seconds: float) -> None:  # noqa: F811
+def test_search_is_interrupted_in_one_line(data: Path, trained: Path, tmp_path: Path, seconds: float) -> None:  # noqa: F811
     """Optuna says nothing, and the study goes on."""
     import optuna
 
-    run = tmp_path / "run"
-    assert main(words(data, run, "--epochs", 1)) == 0
     storage = tmp_path / "search.db"
     search = [
         "search",
-        f"local-dir:{run / 'model'}",
+        f"local-dir:{trained}",
         "--data",
         str(data / "train"),
         "--storage",

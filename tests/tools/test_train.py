@@ -207,12 +207,11 @@ def test_resumed_is_uninterrupted(
 
 
 @pytest.mark.slow
-def test_workers_do_not_change_what_is_learnt(data: Path, tmp_path: Path) -> None:
+def test_workers_do_not_change_what_is_learnt(data: Path, whole: Path, tmp_path: Path) -> None:
     common = [MODEL, *KWARGS, "--data", data, *FULL, "--batch-size", "4", "--warmup-epochs", "0", "--device", "cpu"]
-    for workers in (0, 2):
-        words = ["train", *common, "--output", tmp_path / str(workers), "--workers", workers]
-        assert main([str(word) for word in words]) == 0
-    assert same(weights(tmp_path / "0"), weights(tmp_path / "2"))
+    words = ["train", *common, "--output", tmp_path / "run", "--workers", 2]
+    assert main([str(word) for word in words]) == 0
+    assert same(weights(whole), weights(tmp_path / "run"))
 
 
 @pytest.mark.slow
@@ -243,13 +242,13 @@ def test_distillation_with_share_one_keeps_the_teacher(train: Run, tmp_path: Pat
 
 @pytest.mark.slow
 def test_a_damaged_checkpoint_falls_back(train: Run, whole: Path, tmp_path: Path) -> None:
-    assert train(*FULL)[0] == 0
+    shutil.copytree(whole, tmp_path / "run")
     newest, before = sorted((tmp_path / "run" / "checkpoints").iterdir(), reverse=True)
     file = next(newest.glob("*.safetensors"))
     file.write_bytes(file.read_bytes()[:-100])
     code, out, err = train(*FULL, "--resume", "auto")
     assert code == 0
-    assert f"{newest.name}' is damaged" in " ".join(err.split())
+    assert f"{newest.name}'isdamaged" in "".join(err.split())  # a line may end within the path
     assert str(int(before.name.removeprefix("update-"))) in out
     assert same(weights(tmp_path / "run"), weights(whole))
     for path in (tmp_path / "run" / "checkpoints").iterdir():
@@ -323,7 +322,9 @@ def test_damaged_images_are_named_and_replaced(train: Run, data: Path, tmp_path:
 
 
 @pytest.mark.slow
-def test_a_worker_that_dies_loses_no_update(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_worker_that_dies_loses_no_update(
+    data: Path, whole: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     """The state at that update is saved; without workers the run then ends as if nothing had happened."""
     from tokenmerge.tools.train.data import Augmented
 
@@ -341,7 +342,6 @@ def test_a_worker_that_dies_loses_no_update(data: Path, tmp_path: Path, capsys: 
         "--device",
         "cpu",
     ]
-    assert main([str(word) for word in (*common, "--output", tmp_path / "whole", "--workers", "0")]) == 0
     get = Augmented.__getitem__
 
     def dies(self: Augmented, sample: tuple[int, int]) -> Any:
@@ -355,7 +355,7 @@ def test_a_worker_that_dies_loses_no_update(data: Path, tmp_path: Path, capsys: 
         assert main([*words, "--workers", "1"]) == 2
     assert "a process that decodes files died" in capsys.readouterr().err
     assert main([*words, "--workers", "0", "--resume", "auto"]) == 0
-    assert same(weights(tmp_path / "run"), weights(tmp_path / "whole"))
+    assert same(weights(tmp_path / "run"), weights(whole))
 
 
 @pytest.mark.parametrize(
@@ -557,14 +557,24 @@ def test_a_run_of_two_processes_goes_on_where_it_was_stopped(data: Path, tmp_pat
     assert same(weights(whole), weights(again))
 
 
+SHORT = ("--r", "3", "--epochs", "2", "--batch-size", "4")
+
+
+@pytest.fixture(scope="module", params=[(), ("--fsdp",)])
+def ended(request: pytest.FixtureRequest, data: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Any]:
+    """The folder of a run on two processes, and how they share the model."""
+    folder = tmp_path_factory.mktemp("ended")
+    processes.call_on_two(command(data, folder / "run", *SHORT, *request.param), folder / "said")
+    return folder / "run", request.param
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("how", [(), ("--fsdp",)])
 @pytest.mark.parametrize("problem", ["shape", "entry", "lock", "full"])
-def test_two_processes_end_together(data: Path, tmp_path: Path, how: tuple[str, ...], problem: str) -> None:
+def test_two_processes_end_together(data: Path, ended: tuple[Path, Any], tmp_path: Path, problem: str) -> None:
     """What only the main process finds out ends the others as well, and none waits for ever."""
     run = tmp_path / "run"
-    plain = command(data, run, "--r", "3", "--epochs", "2", "--batch-size", "4", *how)
-    processes.call_on_two(plain, tmp_path / "first")
+    shutil.copytree(ended[0], run)
+    plain = command(data, run, *SHORT, *ended[1])
     newest = max((run / "checkpoints").iterdir())
     with contextlib.ExitStack() as stack:
         if problem == "lock":

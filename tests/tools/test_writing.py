@@ -20,6 +20,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from tests.conftest import Run
+from tests.helpers.processes import Command
 from tests.helpers.tiny import tiny
 from tokenmerge import files
 from tokenmerge.errors import InputError
@@ -151,16 +152,15 @@ def command(*words: object, **options: Any) -> subprocess.CompletedProcess[str]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["onnx", "pt2", "aoti"])
-def test_export_on_a_full_disk(kind: str, full: Path, model_dir: Path) -> None:
+def test_export_on_a_full_disk(kind: str, full: Path, model_dir: Path, tmp_path: Path) -> None:
     """In a process of its own, because torch's writer of files ended the process."""
     file = full / ("a.onnx" if kind == "onnx" else "a.pt2")
-    done = command(
-        "export", f"local-dir:{model_dir}", "--r", "4", "--format", kind, "--output", file, stdout=subprocess.PIPE
-    )
-    assert done.returncode == 2, done
-    assert done.stderr.splitlines()[-1].startswith("tokenmerge: ")
-    assert "No space left on device" in done.stderr
-    assert "Traceback" not in done.stderr
+    words = ["export", f"local-dir:{model_dir}", "--r", "4", "--format", kind, "--output", str(file)]
+    done = Command(words, tmp_path / "said")
+    assert done.wait() == 2, done.err
+    assert done.err.splitlines()[-1].startswith("tokenmerge: ")
+    assert "No space left on device" in done.err
+    assert "Traceback" not in done.err
     unchanged(full)
 
 
