@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import abc
 import contextlib
 import dataclasses
 import time
@@ -23,7 +24,7 @@ from tokenmerge.tools.variants import share_weights
 
 
 @dataclasses.dataclass
-class Running:
+class Running(abc.ABC):
     """One setting that runs on the batches of an evaluation; subclasses count.
 
     Attributes:
@@ -52,21 +53,21 @@ class Running:
         """Time of all forward passes."""
         return sum(self.times)
 
+    @abc.abstractmethod
     def add(self, images: Tensor, labels: Tensor) -> Tensor:
         """Evaluate one batch, add its results to the totals, and return what `compare` takes.
 
         Raises:
             InputError: if an output of the model is not finite.
         """
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def compare(self, mine: Tensor, unmerged: Tensor) -> None:
         """Note the results of one batch beside those of the unmerged model on it; both are what `add` returned."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def percentages(self) -> Row:
         """Return the measures so far, in percent, by the keys of `METRICS`."""
-        raise NotImplementedError
 
     def logits(self, images: Tensor) -> Tensor:
         """Run one batch, note its time, and return the logits `[b, classes]`.
