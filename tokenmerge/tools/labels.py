@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import dataclasses
+import functools
 import math
 import os
 from collections.abc import Sequence
@@ -107,7 +108,21 @@ def beside(labels: Path, data: Path) -> Path:
 
 def classes_in(path: Path) -> list[str]:
     """Return all labels of a file of labels, in natural order."""
-    return sorted({label for line in read_labels(path) for label in line.labels}, key=natural_key)
+    try:
+        found = os.stat(path)
+    except OSError:
+        return _classes_in(path, None)  # reading says what is wrong
+    return list(_classes_in(path, (found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns)))
+
+
+@functools.lru_cache(maxsize=4)  # `train` asks for each split, and AudioSet's file has two million lines
+def _classes_in(path: Path, version: tuple[int, ...] | None) -> list[str]:
+    """Return the labels of one version of a file."""
+    return _classes_of(read_labels(path))
+
+
+def _classes_of(lines: Sequence[Line]) -> list[str]:
+    return sorted({label for line in lines for label in line.labels}, key=natural_key)
 
 
 class LabelledFiles(Files):
@@ -143,8 +158,7 @@ class LabelledFiles(Files):
             raise InputError(f"{str(root)!r} is not a folder, but one of {medium.name} was expected: check --data")
         lines = read_labels(labels)
         self.root, self.transform, self.medium = root, transform, medium
-        own = sorted({label for line in lines for label in line.labels}, key=natural_key)
-        self.names = _names(own, labels, root, num_classes, label_names, class_map)
+        self.names = _names(_classes_of(lines), labels, root, num_classes, label_names, class_map)
         self.num_classes = len(self.names)
         place = {name: index for index, name in enumerate(self.names)}
         walk = Walk(root, suffixes_of(medium))
