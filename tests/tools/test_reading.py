@@ -295,7 +295,7 @@ def test_eval_skips_and_lists_damaged_files(
     ]
     assert "64 times as long" in reasons["ant/long.jpg"]
     assert "from 0 to 255" in reasons["ant/real.png"]
-    assert "6 unreadable images were skipped" in err
+    assert "6 images could not be evaluated and were skipped" in err
 
 
 @pytest.mark.parametrize("value", [0.0, 0.5, 1.0])

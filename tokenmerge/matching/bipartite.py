@@ -10,7 +10,7 @@ from torch import Tensor
 from tokenmerge.config import Backend, Distance, Partition
 from tokenmerge.errors import ConfigError
 from tokenmerge.matching.distances import as_product
-from tokenmerge.matching.partitions import partition_order
+from tokenmerge.matching.partitions import first_of_sets, partition_order
 from tokenmerge.matching.registry import register_matcher
 from tokenmerge.ops import native
 from tokenmerge.ops.basics import ascending, counting, descending_order, no_autocast, sum_over_heads, take_rows, unit
@@ -93,8 +93,7 @@ def _alternating(metric: Tensor, r: int, protected: int, backend: Backend, dista
         if takes_c(backend, metric):
             return MergePlan(*native.match(metric if metric.dim() == 4 else metric.unsqueeze(1), r, protected))
 
-    first_a = protected + protected % 2
-    first_b = protected + 1 - protected % 2
+    first_a, first_b = first_of_sets(protected)
     if metric.dim() == 4:
         heads, metric = metric.shape[1], sum_over_heads(metric, 1)
         metric = metric if distance == "cosine" else metric / heads  # cosine similarity ignores the scale
@@ -118,7 +117,7 @@ def edges_as_plan(order: Tensor, partner: Tensor, protected: int, tokens: int) -
         protected: leading tokens in neither set.
         tokens: N.
     """
-    first_a, first_b, r = protected + protected % 2, protected + 1 - protected % 2, partner.shape[1]
+    (first_a, first_b), r = first_of_sets(protected), partner.shape[1]
     a_tokens = order.mul_(2).add_(first_a)
     position = counting(tokens, order.device)
     prefix, b_tokens = (part.expand(order.shape[0], -1) for part in (position[:protected], position[first_b::2]))

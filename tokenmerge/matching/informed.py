@@ -13,7 +13,7 @@ from torch import Tensor
 from tokenmerge.config import Partition
 from tokenmerge.errors import ConfigError
 from tokenmerge.matching.distances import similarities
-from tokenmerge.matching.partitions import partition_order
+from tokenmerge.matching.partitions import first_of_sets, partition_order
 from tokenmerge.matching.registry import register_matcher
 from tokenmerge.matching.values import AtLeast, PerBlock, Within
 from tokenmerge.ops.basics import ascending_order, counting, descending_order, is_exporting, marked, no_autocast, unit
@@ -27,7 +27,8 @@ SizePenalty = Literal["none", "harmonic", "sqrt_harmonic", "source", "sqrt_sourc
 def _sides(order: Tensor | None, tokens: int, protected: int, device: torch.device) -> tuple[Tensor, Tensor]:
     """Return the positions of sets A and B, `[|A|]` and `[|B|]` int64, by alternation in `order` (`None`: token order)."""
     order = counting(tokens, device) if order is None else order
-    return order[protected + protected % 2 :: 2], order[protected + 1 - protected % 2 :: 2]
+    first_a, first_b = first_of_sets(protected)
+    return order[first_a::2], order[first_b::2]
 
 
 def _penalty(size: Tensor, a: Tensor, b: Tensor, kind: str) -> Tensor:
@@ -110,7 +111,7 @@ def informed_matching(
     batch, count, _ = metric.shape
     order = partition_order(partition, count, protected, grid, layer, metric.device)
     a, b = _sides(order, count, protected, metric.device)
-    rows = (slice(protected + protected % 2, None, 2), slice(protected + 1 - protected % 2, None, 2))
+    rows = tuple(slice(first, None, 2) for first in first_of_sets(protected))
     with no_autocast(metric.device.type):
         left, right = rows if order is None else (a, b)
         scores, start = _scores(metric, tokens, left, right, token_weight)

@@ -8,9 +8,8 @@ from typing import Annotated
 import torch
 from torch import Tensor
 
-from tokenmerge.errors import InputError
 from tokenmerge.matching.joining import join, join_nearest, lowest
-from tokenmerge.matching.registry import needed, register_matcher
+from tokenmerge.matching.registry import needed, needed_grid, register_matcher
 from tokenmerge.matching.values import AtLeast, Within
 from tokenmerge.ops.basics import counting, descending_order, is_exporting, take_rows, unit
 from tokenmerge.plan import MergePlan
@@ -159,12 +158,7 @@ def strided_matching(
         InputError: if `anchor` or `grid` is missing, or the grid does not hold all tokens.
     """
     batch, tokens, _ = metric.shape
-    anchor, grid = needed(anchor, "anchor", "strided"), needed(grid, "grid", "strided")
-    if len(grid) < 2 or math.prod(grid) < tokens - protected:
-        raise InputError(
-            f"matcher 'strided' was given a grid of {tuple(grid)} for {tokens - protected} tokens, but one of two axes or more "
-            "was expected that holds them all: give the grid of these very tokens"
-        )
+    anchor, grid = needed(anchor, "anchor", "strided"), needed_grid(grid, tokens - protected, "strided")
     rows, columns = grid[-2:]
     frames = math.prod(grid[:-2])
     while tokens - protected - frames * -(-rows // stride) * -(-columns // stride) < r:

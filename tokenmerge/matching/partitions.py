@@ -11,6 +11,11 @@ from tokenmerge.config import Partition
 from tokenmerge.ops.basics import ascending_order, is_exporting
 
 
+def first_of_sets(protected: int) -> tuple[int, int]:
+    """Return the first tokens of sets A and B of the alternating partition: the unprotected tokens at even and at odd positions."""
+    return protected + protected % 2, protected + 1 - protected % 2
+
+
 def _shuffled(count: int, seed: int) -> list[int]:
     """Return what `shuffled` returns, computed in Python."""
     mixed = [((number + 1) * 0x9E3779B1 + (seed + 1) * 0x85EBCA6B) % 2**32 for number in range(count)]
@@ -65,7 +70,7 @@ def partition_order(
     if partition == "alternating" or (partition == "checkerboard" and math.prod(grid or (0,)) != tokens - protected):
         return None
     free = tokens - protected
-    first_a, first_b = protected + protected % 2, protected + 1 - protected % 2  # A has the even positions
+    first_a, first_b = first_of_sets(protected)
     count_a = len(range(first_a, tokens, 2))
     on_a = _on_a(partition, free, count_a, (grid or (1,))[-1], layer, device)
     sides = ascending_order((~on_a).to(torch.int64).unsqueeze(0))[0] + protected

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import inspect
+import math
 from collections.abc import Callable, Mapping
 from typing import Any, Literal, Protocol, TypeVar, cast, get_args
 
@@ -372,3 +373,23 @@ def needed(value: Any, name: str, matcher: str) -> Any:
     if value is None:
         raise InputError(f"matcher {shown(matcher)} needs {OFFERED[name]}, but none was given: give {name}=…")
     return value
+
+
+def needed_grid(grid: tuple[int, ...] | None, tokens: int, matcher: str) -> tuple[int, ...]:
+    """Return the grid of patches that a matcher requires.
+
+    Args:
+        grid: patches along each axis, or `None` if the caller left it out.
+        tokens: unprotected tokens.
+        matcher: name of the matcher, for the message.
+
+    Raises:
+        InputError: if there is no grid, or it has one axis alone, or does not hold all tokens.
+    """
+    found: tuple[int, ...] = needed(grid, "grid", matcher)
+    if len(found) < 2 or math.prod(found) < tokens:
+        raise InputError(
+            f"matcher {shown(matcher)} was given a grid of {tuple(found)} for {tokens} tokens, but one of two axes or more was expected that "
+            "holds them all: give the grid of these very tokens"
+        )
+    return found

@@ -8,9 +8,9 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from tokenmerge.errors import InputError
 from tokenmerge.matching.bipartite import edges_as_plan
-from tokenmerge.matching.registry import needed, register_matcher
+from tokenmerge.matching.partitions import first_of_sets
+from tokenmerge.matching.registry import needed, needed_grid, register_matcher
 from tokenmerge.ops.basics import descending_order, no_autocast, unit
 from tokenmerge.plan import MergePlan
 
@@ -54,13 +54,8 @@ def temporal_matching(
         (tensor([[0, 1, 2, 2]]), tensor([[2, 1, 0, 2]]))
     """
     tokens = metric.shape[1]
-    anchor, grid = needed(anchor, "anchor", "temporal"), needed(grid, "grid", "temporal")
-    if len(grid) < 2 or math.prod(grid) < tokens - protected:
-        raise InputError(
-            f"matcher 'temporal' was given a grid of {tuple(grid)} for {tokens - protected} tokens, but one of two axes or more "
-            "was expected that holds them all: give the grid of these very tokens"
-        )
-    first_a, first_b = protected + protected % 2, protected + 1 - protected % 2
+    anchor, grid = needed(anchor, "anchor", "temporal"), needed_grid(grid, tokens - protected, "temporal")
+    first_a, first_b = first_of_sets(protected)
     moment = (anchor - protected) // math.prod(grid[1:])
     with no_autocast(metric.device.type):
         normed = unit(metric.detach())

@@ -59,7 +59,7 @@ def show(report: Report, options: EvalOptions, rows: Sequence[Row], metrics: Map
 def say_skipped(report: Report, skipped: Sequence[str], medium: str) -> None:
     """Warn of files that were not evaluated."""
     if skipped:
-        report.warn(f"{len(skipped)} unreadable {medium} were skipped:")
+        report.warn(f"{len(skipped)} {medium} could not be evaluated and were skipped:")
         for problem in skipped[:_MOST_NAMED]:
             report.warn(f"  {problem}")
         if len(skipped) > _MOST_NAMED:
