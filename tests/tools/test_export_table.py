@@ -107,6 +107,13 @@ def _quiet() -> Iterator[None]:
         logging.disable(before)
 
 
+def _hasty() -> Any:
+    """Let the code around AOTInductor's kernels be compiled without optimization, a sixth of the time; other tests use the default."""
+    from torch._inductor import config
+
+    return config.patch({"aot_inductor.compile_wrapper_opt_level": "O0"})
+
+
 Run = Callable[[Tensor], list[Tensor]]
 
 
@@ -119,7 +126,7 @@ def _by_command(format: str) -> Callable[[nn.Module, Tensor, Path], Run | None]:
 
     def write(model: nn.Module, images: Tensor, folder: Path) -> None:
         options = ExportOptions(model="m", r=[8], format=format)
-        with mock.patch.object(files, "_program", program_of):
+        with mock.patch.object(files, "_program", program_of), _hasty():
             written = export_model(model, images, options, folder / f"model{SUFFIXES[format]}", {})
         assert written.difference is not None
         assert written.difference <= 1e-5
