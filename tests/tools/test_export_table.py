@@ -108,7 +108,7 @@ def _quiet() -> Iterator[None]:
 
 
 def _hasty() -> Any:
-    """Let the code around AOTInductor's kernels be compiled without optimization, a sixth of the time; other tests use the default."""
+    """Let the code around AOTInductor's kernels be compiled without optimization, to save time; other tests use the default."""
     from torch._inductor import config
 
     return config.patch({"aot_inductor.compile_wrapper_opt_level": "O0"})

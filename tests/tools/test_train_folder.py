@@ -115,11 +115,13 @@ def test_the_lock(tmp_path: Path) -> None:
         released, release = os.pipe()
         child = os.fork()
         if not child:  # the child of a run holds nothing
-            os.read(released, 1)
+            os.close(release)
+            os.read(released, 1)  # until the parent closes its end, or ends
             os._exit(0 if _is_free(folder) else 1)
     assert not (tmp_path / "a").exists()
-    os.write(release, b"!")
+    os.close(release)
     assert os.waitpid(child, 0)[1] == 0
+    os.close(released)
     assert not (tmp_path / "a").exists()
     folder.mkdir(parents=True)
     with locked(folder, pytest.fail):

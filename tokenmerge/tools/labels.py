@@ -111,12 +111,12 @@ def classes_in(path: Path) -> list[str]:
     try:
         found = os.stat(path)
     except OSError:
-        return _classes_in(path, None)  # reading says what is wrong
+        return _classes_of(read_labels(path))  # which says what is wrong
     return list(_classes_in(path, (found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns)))
 
 
 @functools.lru_cache(maxsize=4)  # `train` asks for each split, and AudioSet's file has two million lines
-def _classes_in(path: Path, version: tuple[int, ...] | None) -> list[str]:
+def _classes_in(path: Path, version: tuple[int, ...]) -> list[str]:
     """Return the labels of one version of a file."""
     return _classes_of(read_labels(path))
 
